@@ -1,0 +1,1 @@
+"""From documents to rows: tokenizer, sources, the token store, packing, the pipeline."""

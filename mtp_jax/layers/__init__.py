@@ -1,0 +1,1 @@
+"""The building blocks: one layer a file, each against an oracle in tests/reference/."""

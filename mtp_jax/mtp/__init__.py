@@ -1,0 +1,1 @@
+"""Multi-token prediction strategies: one interface, hidden states in and hidden states out."""

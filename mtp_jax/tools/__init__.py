@@ -1,0 +1,1 @@
+"""Command lines beside train.py and eval.py."""
