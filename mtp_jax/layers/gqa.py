@@ -1,0 +1,57 @@
+"""Grouped-query attention (2305.13245) with optional query/key norm and biases: Llama, Qwen, GLM blocks.
+
+Shape letters: B rows, T positions, D model, H query heads, G key/value heads, Q head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers import rope
+from mtp_jax.layers.attention import attend
+from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.param import matrix, vector
+from mtp_jax.sharding import constrain
+
+
+class GroupedQueryAttention(nnx.Module):
+    """H query heads share G key and value heads; the first rotary_fraction of each head is rotated."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        dim, heads, groups, size = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.q = matrix(rngs, (dim, heads, size), ("embed", "heads", None), 1, config)
+        self.k = matrix(rngs, (dim, groups, size), ("embed", "kv_heads", None), 1, config)
+        self.v = matrix(rngs, (dim, groups, size), ("embed", "kv_heads", None), 1, config)
+        self.o = matrix(rngs, (heads, size, dim), ("heads", None, "embed"), 2, config)
+        if config.qkv_bias:
+            self.q_bias = vector((heads, size), ("heads", None), 0.0, config)
+            self.k_bias = vector((groups, size), ("kv_heads", None), 0.0, config)
+            self.v_bias = vector((groups, size), ("kv_heads", None), 0.0, config)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config)
+            self.k_norm = RMSNorm(size, config)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
+        config, dtype = self.config, x_BTD.dtype
+        q_BTHQ = jnp.einsum("btd,dhq->bthq", x_BTD, self.q[...].astype(dtype))
+        k_BTGQ = jnp.einsum("btd,dgq->btgq", x_BTD, self.k[...].astype(dtype))
+        v_BTGQ = jnp.einsum("btd,dgq->btgq", x_BTD, self.v[...].astype(dtype))
+        if config.qkv_bias:
+            q_BTHQ = q_BTHQ + self.q_bias[...].astype(dtype)
+            k_BTGQ = k_BTGQ + self.k_bias[...].astype(dtype)
+            v_BTGQ = v_BTGQ + self.v_bias[...].astype(dtype)
+        if config.qk_norm:
+            q_BTHQ, k_BTGQ = self.q_norm(q_BTHQ), self.k_norm(k_BTGQ)
+        q_BTHQ, k_BTGQ = self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT)
+        q_BTHQ = constrain(q_BTHQ, "batch", "length", "heads", None)
+        k_BTGQ, v_BTGQ = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BTGQ, v_BTGQ))
+        out_BTHQ = attend(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT, rope.softmax_scale(config.head_dim, config))
+        return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(dtype))
+
+    def _rotate(self, x_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        rotary = round(self.config.rotary_fraction * self.config.head_dim)
+        rotated = rope.rotate(x_BTHQ[..., :rotary], positions_BT, self.config)
+        return jnp.concatenate([rotated, x_BTHQ[..., rotary:]], axis=-1)

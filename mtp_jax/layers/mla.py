@@ -1,0 +1,71 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
+
+Shape letters: B rows, T positions, D model, H heads, N nope dim, R rotary dim, V value dim, C key/value latent.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers import rope
+from mtp_jax.layers.attention import attend
+from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.param import matrix
+from mtp_jax.sharding import constrain
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """Keys and values come from one latent of C dims and one rotary key of R dims a token, shared by all heads."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        dim, heads = config.embed_dim, config.num_heads
+        nope, rotary, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        if config.q_lora_rank:
+            self.q_a = matrix(rngs, (dim, config.q_lora_rank), ("embed", None), 1, config)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, config)
+            self.q_b = matrix(
+                rngs, (config.q_lora_rank, heads, nope + rotary), ("embed", "heads", None), 1, config
+            )
+        else:
+            self.q = matrix(rngs, (dim, heads, nope + rotary), ("embed", "heads", None), 1, config)
+        self.kv_a = matrix(rngs, (dim, config.kv_lora_rank + rotary), ("embed", None), 1, config)
+        self.kv_a_norm = RMSNorm(config.kv_lora_rank, config)
+        self.kv_b = matrix(rngs, (config.kv_lora_rank, heads, nope + value), ("embed", "heads", None), 1, config)
+        self.o = matrix(rngs, (heads, value, dim), ("heads", None, "embed"), 2, config)
+
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
+        config, dtype = self.config, x_BTD.dtype
+        nope = config.qk_nope_head_dim
+        q_BTHQ = self.queries(x_BTD, positions_BT)
+        latent_BTC, rotary_BTR = self.latents(x_BTD, positions_BT)
+        # The latent is what crosses the context axis: C + R numbers a token, where keys and values are H (N + R + V).
+        latent_BTC = constrain(latent_BTC, "batch", None, None)
+        rotary_BTR = constrain(rotary_BTR, "batch", None, None)
+        kv_BTHW = jnp.einsum("btc,chw->bthw", latent_BTC, self.kv_b[...].astype(dtype))
+        k_nope_BTHN, v_BTHV = kv_BTHW[..., :nope], kv_BTHW[..., nope:]
+        rotary_BTHR = jnp.broadcast_to(rotary_BTR[:, :, None], (*k_nope_BTHN.shape[:3], rotary_BTR.shape[-1]))
+        k_BTHQ = jnp.concatenate([k_nope_BTHN, rotary_BTHR], axis=-1)
+        scale = rope.softmax_scale(nope + config.qk_rope_head_dim, config)
+        out_BTHV = attend(q_BTHQ, k_BTHQ, v_BTHV, segments_BT, scale)
+        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(dtype))
+
+    def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """[B, T, H, N + R], the last R dims rotated."""
+        dtype, nope = x_BTD.dtype, self.config.qk_nope_head_dim
+        if self.config.q_lora_rank:
+            compressed_BTC = self.q_a_norm(x_BTD @ self.q_a[...].astype(dtype))
+            q_BTHQ = jnp.einsum("btc,chq->bthq", compressed_BTC, self.q_b[...].astype(dtype))
+        else:
+            q_BTHQ = jnp.einsum("btd,dhq->bthq", x_BTD, self.q[...].astype(dtype))
+        rotated_BTHR = rope.rotate(q_BTHQ[..., nope:], positions_BT, self.config)
+        return constrain(jnp.concatenate([q_BTHQ[..., :nope], rotated_BTHR], -1), "batch", "length", "heads", None)
+
+    def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a cache would hold: the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
+        kv_BTW = x_BTD @ self.kv_a[...].astype(x_BTD.dtype)
+        rank = self.config.kv_lora_rank
+        rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.config)[:, :, 0]
+        return self.kv_a_norm(kv_BTW[..., :rank]), rotary_BTR

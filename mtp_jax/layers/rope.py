@@ -1,0 +1,68 @@
+"""Rotary position embedding (2104.09864) with YaRN scaling (2309.00071), as in DeepSeek's released code.
+
+Shape letters: B rows, T positions, H heads, R rotary dims.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import ModelConfig
+
+
+def inverse_frequencies(dim: int, config: ModelConfig) -> np.ndarray:
+    """float64[dim / 2] of 1 / theta^(2i / dim), stretched by YaRN where yarn_factor > 1.
+
+    YaRN: dims that turn more than beta_fast times in the original length keep their frequency, those that turn less
+    than beta_slow times are slowed by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
+    """
+    frequency = config.rope_theta ** -(np.arange(0, dim, 2) / dim)
+    if config.yarn_factor <= 1:
+        return frequency
+
+    def dim_of_turns(turns: float) -> float:
+        return dim * math.log(config.yarn_original_length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dim_of_turns(config.yarn_beta_fast)), 0)
+    high = min(math.ceil(dim_of_turns(config.yarn_beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    return frequency / config.yarn_factor * ramp + frequency * (1 - ramp)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotation_scale(config: ModelConfig) -> float:
+    """What YaRN multiplies cos and sin by."""
+    if config.yarn_mscale_all_dim:
+        return _mscale(config.yarn_factor, config.yarn_mscale) / _mscale(config.yarn_factor, config.yarn_mscale_all_dim)
+    return _mscale(config.yarn_factor, 1.0)
+
+
+def softmax_scale(head_dim: int, config: ModelConfig) -> float:
+    """1 / sqrt(head_dim), times mscale^2 where YaRN has yarn_mscale_all_dim (DeepSeek's MLA)."""
+    mscale = _mscale(config.yarn_factor, config.yarn_mscale_all_dim) if config.yarn_mscale_all_dim else 1.0
+    return head_dim**-0.5 * mscale * mscale
+
+
+def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotate every dim of x by its position; float32 inside, the input's dtype out.
+
+    Pairs are (2i, 2i+1) where rope_interleaved, else (i, i + R/2).
+    """
+    dim = x_BTHR.shape[-1]
+    inverse = jnp.asarray(inverse_frequencies(dim, config), jnp.float32)
+    angle_BT1R = (positions_BT.astype(jnp.float32)[..., None] * inverse)[:, :, None, :]
+    scale = rotation_scale(config)
+    cos, sin = jnp.cos(angle_BT1R) * scale, jnp.sin(angle_BT1R) * scale
+    x = x_BTHR.astype(jnp.float32)
+    if config.rope_interleaved:
+        a, b = x[..., 0::2], x[..., 1::2]
+        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    else:
+        a, b = x[..., : dim // 2], x[..., dim // 2 :]
+        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return out.astype(x_BTHR.dtype)

@@ -1,0 +1,88 @@
+"""Which experts a token goes to, and how even the choice is (DeepSeek-V3, 2412.19437, eqs. 13-20).
+
+Shape letters: B rows, T positions, D model, E experts, K experts a token, G groups.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers.param import RouterBias, matrix
+
+
+class RouterStats(NamedTuple):
+    """Of valid positions only. Sums, so that devices and micro-batches add up.
+
+    load_E: float32, how many tokens chose each expert.
+    balance: float32, sum over rows of sum_i f_i P_i (eqs. 17-20, without alpha).
+    num_rows: float32, rows with any valid position.
+    """
+
+    load_E: jax.Array
+    balance: jax.Array
+    num_rows: jax.Array
+
+
+class Router(nnx.Module):
+    """Top-k of score + bias, limited to the best groups; gates from the scores alone. All in float32."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        # "router" is not in the axis table: each device scores its tokens against every expert.
+        self.weight = matrix(rngs, (config.embed_dim, config.num_experts), ("embed", "router"), 1, config)
+        self.bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32))
+
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """Returns gates float32[B, T, K], chosen experts int32[B, T, K] and the statistics of valid positions."""
+        config = self.config
+        logits_BTE = jnp.einsum(
+            "btd,de->bte", x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest"
+        )
+        scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router_score == "sigmoid" else jax.nn.softmax(logits_BTE)
+        choice_BTE = jax.lax.stop_gradient(scores_BTE) + self.bias[...]
+        chosen_BTK = jax.lax.top_k(self._keep_best_groups(choice_BTE), config.num_experts_per_token)[1]
+        gates_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
+        if config.router_renormalize:
+            gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdims=True) + 1e-20)
+        return gates_BTK * config.routed_scaling_factor, chosen_BTK, self._stats(scores_BTE, chosen_BTK, valid_BT)
+
+    def _keep_best_groups(self, choice_BTE: jax.Array) -> jax.Array:
+        """-inf outside the groups a token may use ("node-limited routing", section 2.1.2)."""
+        config = self.config
+        if config.router_groups_per_token == config.router_num_groups:
+            return choice_BTE
+        grouped_BTGE = choice_BTE.reshape(*choice_BTE.shape[:2], config.router_num_groups, -1)
+        best = 2 if config.router_group_score == "top2_sum" else 1
+        group_score_BTG = jax.lax.top_k(grouped_BTGE, min(best, grouped_BTGE.shape[-1]))[0].sum(-1)
+        kept_BTK = jax.lax.top_k(group_score_BTG, config.router_groups_per_token)[1]
+        keep_BTG = jax.nn.one_hot(kept_BTK, config.router_num_groups, dtype=bool).any(axis=-2)
+        return jnp.where(keep_BTG[..., None], grouped_BTGE, -jnp.inf).reshape(choice_BTE.shape)
+
+    def _stats(self, scores_BTE: jax.Array, chosen_BTK: jax.Array, valid_BT: jax.Array) -> RouterStats:
+        """f_i = E / (K T) * tokens that chose i; P_i = mean of s_i / sum_j s_j; T counts the row's valid tokens.
+
+        f counts the experts really chosen, by score + bias within the kept groups.
+        """
+        config = self.config
+        valid_BT1 = valid_BT[..., None].astype(jnp.float32)
+        picked_BTE = jax.nn.one_hot(chosen_BTK, config.num_experts, dtype=jnp.float32).sum(axis=-2) * valid_BT1
+        count_B1 = jnp.maximum(valid_BT1.sum(axis=1), 1.0)
+        share_BTE = scores_BTE / (scores_BTE.sum(-1, keepdims=True) + 1e-20) * valid_BT1
+        f_BE = picked_BTE.sum(axis=1) * (config.num_experts / config.num_experts_per_token) / count_B1
+        p_BE = share_BTE.sum(axis=1) / count_B1
+        num_rows = valid_BT.any(axis=1).sum().astype(jnp.float32)
+        return RouterStats(picked_BTE.sum(axis=(0, 1)), (f_BE * p_BE).sum(), num_rows)
+
+
+def moved_bias(bias_E: jax.Array, load_E: jax.Array, rate: jax.Array) -> jax.Array:
+    """Auxiliary-loss-free balancing (2408.15664): b_i + gamma where expert i is below the mean load, - gamma above.
+
+    Args:
+      bias_E, load_E: float32[..., E]; load over the whole global batch.
+      rate: gamma.
+    """
+    mean = load_E.mean(axis=-1, keepdims=True)
+    return bias_E + rate * jnp.sign(mean - load_E)

@@ -1,0 +1,69 @@
+"""Sequential modules (DeepSeek-V3, 2412.19437, eqs. 21-25), with the conventions of released checkpoints.
+
+    h_k = Block_k( M_k [ norm_e(Emb(x_{i+k})) ; norm_h(h_{k-1}) ] ),   p_k = softmax(Head(norm_k(h_k)))
+
+Shape letters: B rows, T positions, D model, N extra depths.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import Config, conventions
+from mtp_jax.layers.block import Block, scan_over, stacked
+from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.param import matrix
+from mtp_jax.mtp.strategy import Extra, MainModel
+
+
+class SequentialModule(nnx.Module):
+    """One depth: two norms, the projection of both halves, a block like the main model's last, the output norm."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        model = config.model
+        self.is_embedding_first = conventions(config.mtp).concat_order == "embedding_first"
+        is_moe = bool(model.num_experts) and config.num_main_layers > model.num_dense_layers
+        self.embed_norm = RMSNorm(model.embed_dim, model)
+        self.hidden_norm = RMSNorm(model.embed_dim, model)
+        self.projection = matrix(rngs, (2 * model.embed_dim, model.embed_dim), ("embed", None), 1, model)
+        self.block = Block(model, rngs, is_moe)
+        if conventions(config.mtp).output_norm == "own":
+            self.output_norm = RMSNorm(model.embed_dim, model)
+
+    def __call__(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array):
+        """h_k [B, T, D] before the output norm, and the router's statistics."""
+        halves = [self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
+        joined = jnp.concatenate(halves if self.is_embedding_first else halves[::-1], axis=-1)
+        return self.block(joined @ self.projection[...].astype(joined.dtype), positions_BT, segments_BT)
+
+
+class SequentialModules(nnx.Module):
+    """Depths 1..N in a chain; with shared_depths one module, applied N times."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.remat = config.model.remat
+        self.conventions = conventions(config.mtp)
+        self.is_shared = config.mtp.shared_depths
+        self.module = stacked(lambda r: SequentialModule(config, r), 1 if self.is_shared else config.depth, rngs)
+
+    def __call__(
+        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array, positions_BT: jax.Array
+    ) -> Extra:
+        """Depth k reads the token at i + k; positions whose token is of another document are padding to its block."""
+        ways = self.conventions
+        h_0 = main.final_norm(main.hidden) if ways.trunk_hidden == "after_norm" else main.hidden
+
+        def body(module, previous_BTD, scanned):
+            inputs_BT, segments_BT = scanned
+            h_BTD, stats = module(main.look_up(inputs_BT), previous_BTD, positions_BT, segments_BT)
+            normed_BTD = (module.output_norm if ways.output_norm == "own" else main.final_norm)(h_BTD)
+            onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
+            return h_0 if ways.chain == "trunk" else onward_BTD, (normed_BTD, stats)
+
+        modules = self.module
+        if self.is_shared:
+            graph, state = nnx.split(modules)
+            depth = inputs_NBT.shape[0]
+            modules = nnx.merge(graph, jax.tree.map(lambda w: jnp.broadcast_to(w, (depth, *w.shape[1:])), state))
+        _, (hidden_NBTD, stats) = scan_over(modules, body, h_0, (inputs_NBT, segments_NBT), self.remat)
+        return Extra(hidden_NBTD, stats)

@@ -1,0 +1,61 @@
+"""The mesh and the one table from logical axes to mesh axes. Layers name logical axes and know of no mesh."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtp_jax.config import MeshConfig, mesh_sizes
+
+# Weights: "embed" is cut by fsdp whatever the weight. Activations: rows over every axis that holds whole examples
+# (the expert axis too: outside the experts it is one more data axis), positions over context.
+LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": ("expert",),
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
+    """The mesh over `devices` (all of them by default), with -1 filled in.
+
+    Raises:
+      UserError: the axes' product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The PartitionSpec of logical axes; names outside the table are not cut."""
+    return PartitionSpec(*(LOGICAL_AXES.get(name) if name else None for name in axes))
+
+
+def named(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    """The sharding of logical axes on a mesh."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` placed by logical axes on the ambient mesh (`jax.set_mesh`); unchanged where there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def num_shards(name: str) -> int:
+    """Over how many devices of the ambient mesh a logical axis is cut."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES[name]]))
