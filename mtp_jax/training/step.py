@@ -1,0 +1,279 @@
+"""One training step, and one validation step: pure functions of a state and a batch, each jitted once.
+
+Shape letters: K depths (1 + extra), D extra depths, B rows, T positions, M micro-batches, L layers, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtp_jax import sharding, targets
+from mtp_jax.config import Config
+from mtp_jax.layers.router import RouterStats, moved_bias
+from mtp_jax.loss import DepthSums, head_loss
+from mtp_jax.model import Skeleton, Tree, init, skeleton
+from mtp_jax.training import optimizer, schedules
+
+Batch = dict[str, jax.Array]  # tokens, segment_ids, positions: int32[B, T + 1 + D]
+
+
+class StepInputs(NamedTuple):
+    """A batch as the model takes it. mask: positions that count at each depth; segments: 0 where they do not."""
+
+    inputs_KBT: jax.Array
+    targets_KBT: jax.Array
+    segments_KBT: jax.Array
+    mask_KBT: jax.Array
+    positions_BT: jax.Array
+
+
+class Aux(NamedTuple):
+    """What a micro-batch adds up to."""
+
+    sums: DepthSums
+    stats: list[RouterStats | None]  # trunk, mtp
+
+
+def step_inputs(batch: Batch, depth: int) -> StepInputs:
+    """Depth-k inputs and targets; a position whose depth-k input or target lies in another document is padding there.
+
+    Only the original arrays are cut (see `targets.build`).
+    """
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    cut = targets.build(tokens, segment_ids, depth)
+    usable_KBT = targets.input_segments(segment_ids[:, :-1], depth)
+    segments_KBT = jnp.where(cut.valid, usable_KBT, targets.PADDING)
+    length = tokens.shape[1] - 1 - depth
+    mask_KBT = segments_KBT != targets.PADDING
+    return StepInputs(cut.inputs, cut.targets, segments_KBT, mask_KBT, batch["positions"][:, :length])
+
+
+def loss_weights(config: Config, count_K: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What each depth's summed nll is multiplied by, float32[K], and lambda.
+
+    L = L_0 + lambda(step) * sum_k w_k L_k / sum_k w_k, L_k = nll_k / N with N the valid depth-0 targets of the whole
+    global batch (normalize="paper", the T of eq. 24), or depth k's own (normalize="valid"). Depths a curriculum has
+    switched off contribute nothing; the divisor keeps counting them.
+    """
+    mtp = config.mtp
+    main = 1.0 / jnp.maximum(count_K[:1], 1.0)
+    tokens = step.astype(jnp.float32) * (config.data.batch_size * config.data.sequence_length)
+    lambda_ = schedules.mtp_weight(mtp)(step, tokens)
+    if config.depth == 0:
+        return main, lambda_
+    w_D = jnp.asarray(schedules.depth_weights(mtp))
+    active_D = schedules.active_depths(mtp, config.training.num_steps)(step)
+    divisor_D = jnp.maximum(count_K[1:], 1.0) if mtp.normalize == "valid" else jnp.maximum(count_K[0], 1.0)
+    return jnp.concatenate([main, lambda_ * active_D * w_D / w_D.sum() / divisor_D]), lambda_
+
+
+class Trainer(NamedTuple):
+    """A config's jitted functions and the placement of its state.
+
+    init() -> state; step(state, batch) -> (state, metrics), the old state's memory is reused;
+    evaluate(state, batch, token_bytes) -> sums. state: {"params", "biases", "opt_state", "step"}.
+    """
+
+    init: Callable[[], Tree]
+    step: Callable[[Tree, Batch], tuple[Tree, dict[str, jax.Array]]]
+    evaluate: Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]
+    abstract_state: Tree
+    batch_sharding: Any
+    skeleton: Skeleton
+
+
+def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
+    """Build, place and jit everything; nothing is compiled or allocated before the first call.
+
+    Args:
+      config: validated, model.vocab_size set.
+      mesh: from `sharding.make_mesh`; calls must run under `jax.set_mesh(mesh)`.
+    """
+    built = skeleton(config)
+    trained_infos, _ = trained_part(config, built.infos)
+    tx = optimizer.build(config.optimizer, config.training.num_steps, trained_infos)
+
+    def fresh() -> Tree:
+        params, biases = init(config, config.seed)
+        opt_state = tx.init(trained_part(config, params)[0])
+        return {"params": params, "biases": biases, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
+
+    place = state_shardings(config, built, tx, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), jax.eval_shape(fresh), place
+    )
+    # A row's length need not divide the context axis (T + 1 + D tokens), so rows are cut only over the batch.
+    rows = sharding.named(mesh, ("batch", None))
+    replicated = sharding.named(mesh, ())
+    return Trainer(
+        init=jax.jit(fresh, out_shardings=place),
+        step=jax.jit(
+            make_step(config, built, tx),
+            in_shardings=(place, rows),
+            out_shardings=(place, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(make_evaluate(config, built), out_shardings=replicated),
+        abstract_state=abstract,
+        batch_sharding=rows,
+        skeleton=built,
+    )
+
+
+def state_shardings(
+    config: Config, built: Skeleton, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Tree:
+    """Where each leaf of the state lives: optimizer moments with their weight, the rest everywhere."""
+    params, biases = built.shardings(mesh)
+    replicated = sharding.named(mesh, ())
+    trained, _ = trained_part(config, built.params)
+    opt_state = optimizer.state_shardings(tx, trained, trained_part(config, params)[0], replicated)
+    return {"params": params, "biases": biases, "opt_state": opt_state, "step": replicated}
+
+
+def trained_part(config: Config, tree: Tree) -> tuple[Tree, Tree]:
+    """(the part of params that trains, the rest): everything, or the MTP modules alone (mtp.freeze_trunk)."""
+    if not config.mtp.freeze_trunk:
+        return tree, {}
+    return {"mtp": tree["mtp"]}, {name: part for name, part in tree.items() if name != "mtp"}
+
+
+def make_step(config: Config, built: Skeleton, tx: optax.GradientTransformation):
+    """(state, batch) -> (state, metrics); see `Trainer`."""
+    grads_of = jax.value_and_grad(make_loss(config, built), has_aux=True)
+
+    def step(state: Tree, batch: Batch) -> tuple[Tree, dict[str, jax.Array]]:
+        prepared = step_inputs(batch, config.depth)
+        # Counted over the whole global batch before it is cut: the divisor depends neither on the number of devices
+        # nor on the number of micro-batches.
+        count_K = prepared.mask_KBT.sum((1, 2), dtype=jnp.float32)
+        weight_K, lambda_ = loss_weights(config, count_K, state["step"])
+        num_rows = jnp.maximum(prepared.mask_KBT.any(2).sum(1).astype(jnp.float32), 1.0)
+        trained, frozen = trained_part(config, state["params"])
+
+        def micro(inputs: StepInputs):
+            return grads_of(trained, frozen, state["biases"], inputs, weight_K, num_rows)
+
+        (loss, aux), grads = _accumulate(micro, prepared, config.training.accumulate_steps)
+        updates, opt_state = tx.update(grads, state["opt_state"], trained)
+        params = {**frozen, **optax.apply_updates(trained, updates)}
+        biases = move_biases(config, state["biases"], aux.stats, state["step"])
+        metrics = step_metrics(config, loss, aux, count_K) | {
+            "mtp_lambda": lambda_,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedules.learning_rate(config.optimizer, config.training.num_steps)(state["step"]),
+        }
+        return {"params": params, "biases": biases, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    return step
+
+
+def make_loss(config: Config, built: Skeleton):
+    """(trained, frozen, biases, inputs, weight_K, num_rows_K) -> (the loss this micro-batch adds, Aux)."""
+
+    def loss(trained: Tree, frozen: Tree, biases: Tree, inputs: StepInputs, weight_K: jax.Array, num_rows_K: jax.Array):
+        model = built.merge({**jax.lax.stop_gradient(frozen), **trained}, biases)
+        out = model(inputs.inputs_KBT, inputs.segments_KBT, inputs.positions_BT)
+        total, sums = head_loss(
+            out.hidden,
+            model.head(),
+            inputs.targets_KBT,
+            inputs.mask_KBT,
+            weight_K,
+            config.training.z_loss_weight,
+            config.training.loss_chunk,
+        )
+        total += config.model.balance_loss_weight * balance(out.trunk_stats, num_rows_K[:1])
+        total += config.model.balance_loss_weight * balance(out.mtp_stats, num_rows_K[1:])
+        return total, Aux(sums, jax.lax.stop_gradient([out.trunk_stats, out.mtp_stats]))
+
+    return loss
+
+
+def balance(stats: RouterStats | None, num_rows: jax.Array) -> jax.Array:
+    """Sequence-wise balance loss over a stack of layers: the mean over the global batch's rows, summed over layers."""
+    return jnp.float32(0.0) if stats is None else (stats.balance / num_rows).sum()
+
+
+def _accumulate(micro: Callable, prepared: StepInputs, num: int):
+    """Sum `micro` over `num` equal parts of the batch. Every term is a sum already divided by the batch's own count."""
+    if num == 1:
+        return micro(prepared)
+
+    def cut(x, axis):
+        shape = (*x.shape[:axis], num, x.shape[axis] // num, *x.shape[axis + 1 :])
+        # Part m takes rows r with r % num == m from each device, so no row moves.
+        shape = (*x.shape[:axis], x.shape[axis] // num, num, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
+
+    parts = StepInputs(*(cut(x, 1 if x.ndim == 3 else 0) for x in prepared))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts)))
+    return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zero, parts)[0]
+
+
+def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], step: jax.Array) -> Tree:
+    """Move every router's bias by the global load of its valid tokens, in trunk and MTP blocks alike.
+
+    A module shared by all depths has one bias and the load of all its depths.
+    """
+    until = config.model.router_bias_until
+    rate = jnp.where((step < until) | (until == 0), config.model.router_bias_rate, 0.0)
+
+    def moved(tree: Tree, stat: RouterStats | None) -> Tree:
+        def one(bias: jax.Array) -> jax.Array:
+            assert stat is not None
+            load = stat.load_E if bias.shape == stat.load_E.shape else stat.load_E.sum(0, keepdims=True)
+            return moved_bias(bias, load, rate)
+
+        return jax.tree.map(one, tree)
+
+    frozen = {"trunk"} if config.mtp.freeze_trunk else set()
+    parts = dict(zip(("trunk", "mtp"), stats, strict=True))
+    return {name: tree if name in frozen else moved(tree, parts[name]) for name, tree in biases.items()}
+
+
+def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) -> dict[str, jax.Array]:
+    """The step's numbers as they are logged. loss_mtp_k is L_k, divided as in the loss; accuracies by their own count."""
+    sums = aux.sums
+    own_K = jnp.maximum(sums.count, 1.0)
+    divisor_K = own_K if config.mtp.normalize == "valid" else jnp.maximum(count_K[0], 1.0)
+    loss_K = sums.nll / divisor_K
+    accuracy_K, agreement_K = sums.correct / own_K, sums.agree / jnp.maximum(sums.agree_count, 1.0)
+    out = {"loss": loss, "loss_main": loss_K[0], "accuracy_main": accuracy_K[0]}
+    for k in range(1, config.depth + 1):
+        out |= {
+            f"loss_mtp_{k}": loss_K[k],
+            f"accuracy_mtp_{k}": accuracy_K[k],
+            f"agreement_mtp_{k}": agreement_K[k],
+        }
+    loads = [stat.load_E for stat in aux.stats if stat is not None]
+    if loads:
+        load_LE = jnp.concatenate(loads)
+        ratio_L = load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-9)
+        out["moe_load_max_over_mean"] = ratio_L.max()
+    return out
+
+
+def make_evaluate(config: Config, built: Skeleton):
+    """(state, batch, token_bytes int32[V]) -> per-depth sums, float32[K]: `DepthSums` and "bytes" of the targets."""
+
+    def evaluate(state: Tree, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:
+        prepared = step_inputs(batch, config.depth)
+        model = built.merge(state["params"], state["biases"])
+        out = model(prepared.inputs_KBT, prepared.segments_KBT, prepared.positions_BT)
+        weight_K = jnp.zeros((config.depth + 1,), jnp.float32)
+        _, sums = head_loss(
+            out.hidden,
+            model.head(),
+            prepared.targets_KBT,
+            prepared.mask_KBT,
+            weight_K,
+            chunk_tokens=config.training.loss_chunk,
+        )
+        bytes_KBT = jnp.where(prepared.mask_KBT, jnp.take(token_bytes, prepared.targets_KBT), 0)
+        return sums._asdict() | {"bytes": bytes_KBT.sum((1, 2), dtype=jnp.float32)}
+
+    return evaluate
