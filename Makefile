@@ -1,0 +1,47 @@
+# Everything sets itself up in .venv; python3 (3.11 or newer), make and a package registry are all it takes.
+#
+#   make train [ARGS="--config.a.b=VALUE ..."] [CONFIG=configs/NAME.py] [WORKDIR=DIR]
+#   make test  [ARGS="-k targets"]
+#   make lint
+#   make clean
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/quickstart.py
+WORKDIR ?= runs/quickstart
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# A file's tests stay on one worker, so each program is compiled and kept once; a GPU is not taken whole by each worker.
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
+TEST_ENV := XLA_PYTHON_CLIENT_PREALLOCATE=false MALLOC_ARENA_MAX=2
+
+.PHONY: train test lint clean
+
+train: $(VENV)/run.stamp
+	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
+
+test: $(VENV)/dev.stamp
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is newer than its requirements only when everything they name is installed.
+$(VENV)/run.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+	$(PIP) -r requirements-dev.txt
+	@touch $@

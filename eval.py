@@ -1,0 +1,51 @@
+"""Measure a trained model: python eval.py --workdir=DIR --tasks=loss,acceptance [--output=FILE.json] [--limit=N]
+
+    loss          per depth on held-out documents: loss, bits per byte, accuracy
+    acceptance    per depth: agreement with the main head, and the tokens per forward pass to expect from it
+
+Exit codes: 0 done, 1 a failed run, 2 unusable arguments.
+"""
+
+import json
+import pathlib
+
+from mtp_jax import cli
+from mtp_jax.config import UserError
+
+TASKS = ("loss", "acceptance")
+
+
+def main(argv: list[str]) -> None:
+    flags = cli.parser(__doc__)
+    flags.add_argument("--workdir", required=True, help="of a run of train.py")
+    flags.add_argument("--tasks", default="loss,acceptance", help=f"comma-separated: {', '.join(TASKS)}")
+    flags.add_argument("--output", help="also write the results to this JSON file")
+    flags.add_argument("--limit", type=int, help="validation batches; default training.eval_batches")
+    args, overrides = cli.parse(flags, argv)
+    tasks = [t for t in args.tasks.split(",") if t]
+    unknown = [t for t in tasks if t not in TASKS]
+    if unknown or not tasks:
+        raise UserError(f"--tasks={args.tasks}: no task {(unknown or [''])[0]!r}; there are {', '.join(TASKS)}")
+    if overrides:
+        raise UserError(f"{overrides[0]}: eval.py takes the config of the workdir")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit={args.limit}: must be at least 1")
+
+    import jax
+
+    from mtp_jax.evaluation import validation
+    from mtp_jax.training import loop
+
+    run = loop.restore(args.workdir)
+    with jax.set_mesh(run.mesh):
+        results = validation.validate(run, args.limit or run.config.training.eval_batches)
+    if jax.process_index() != 0:
+        return
+    print(f"step {run.step}, {results[0].num_targets:,} held-out tokens\n{validation.table(results)}")
+    if args.output:
+        values = {"step": run.step, **{task: validation.as_json(results, task) for task in tasks}}
+        pathlib.Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,65 @@
+"""What every command line shares: flags, config overrides, and errors as one line with an exit code."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from mtp_jax.config import UserError
+
+EXIT_FAILED, EXIT_UNUSABLE = 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser whose mistakes are UserErrors, with --debug."""
+    out = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return out
+
+
+def parse(flags: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the `--config.section.key=value` overrides in their order.
+
+    Raises:
+      UserError: a flag that is neither.
+    """
+    overrides = [a for a in argv if a.startswith("--config.")]
+    return flags.parse_args([a for a in argv if not a.startswith("--config.")]), overrides
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call main(argv) and leave with 0, 1 (a failed run) or 2 (unusable arguments or config).
+
+    An error is one line on stderr; --debug adds the traceback.
+    """
+    argv = sys.argv[1:]
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except Exception as error:
+        sys.stdout.flush()
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_UNUSABLE if isinstance(error, UserError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
+
+
+def describe(error: Exception) -> str:
+    """One line. Errors of ours say what to do; of any other, the kind and its first line, and how to see the rest."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else "no message"
+    if type(error).__module__.startswith("mtp_jax"):
+        return message
+    return f"{type(error).__name__}: {message} (--debug shows where)"

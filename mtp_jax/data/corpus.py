@@ -1,0 +1,172 @@
+"""From a config to its corpus: the tokenizer, the token store, the two splits and their batches."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from typing import Literal
+
+import numpy as np
+
+from mtp_jax.config import MAX_DEPTH, Config, UserError
+from mtp_jax.data import cache, sources, store
+from mtp_jax.data import tokenizer as tokenizers
+from mtp_jax.data.packing import FIM, Rows, Stream, shuffled
+from mtp_jax.data.pipeline import Batches
+from mtp_jax.data.store import TokenStore
+from mtp_jax.data.tokenizer import Tokenizer
+
+Split = Literal["train", "validation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What `prepare` makes of a config.
+
+    Attributes:
+      config: the run.
+      tokenizer: of data.tokenizer.
+      store: the tokens of all documents.
+      train, validation: int64, the documents of each split in source order. Validation is empty when
+        data.validation_fraction is 0.
+    """
+
+    config: Config
+    tokenizer: Tokenizer
+    store: TokenStore
+    train: np.ndarray
+    validation: np.ndarray
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the documents and their ids: equal on every process of a run, and before and after a resume."""
+        parts = [self.tokenizer.fingerprint.encode(), self.store.hashes.tobytes(), self.store.offsets.tobytes()]
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+    def num_tokens(self, split: Split) -> int:
+        """Tokens of the split as stored: bos and eos count, FIM marks do not."""
+        return int(self.store.lengths[self._documents(split)].sum())
+
+    def num_bytes(self, split: Split) -> int:
+        """UTF-8 bytes of the text of the split."""
+        return int(self.store.num_bytes[self._documents(split)].sum())
+
+    def rows(self, split: Split) -> Rows:
+        """The rows of one epoch; those of validation are in source order, without FIM, whatever the seed."""
+        config, documents = self.config, self._documents(split)
+        fim = None
+        if split == "train":
+            if config.data.shuffle:
+                documents = shuffled(documents, config.seed)
+            if config.data.fim_rate and self.tokenizer.fim_ids is not None:
+                fim = FIM(config.data.fim_rate, self.tokenizer.fim_ids, config.seed)
+        stream = Stream(self.store, documents, fim)
+        return Rows(stream, config.data.sequence_length, config.depth, packed=config.data.packing == "packed")
+
+    def batches(self, split: Split, start_step: int = 0, row_slice: tuple[int, int] | None = None) -> Batches:
+        """The batches of a split: endless and shuffled for training, one epoch in order for validation.
+
+        Args:
+          split: "train" or "validation".
+          start_step: where iteration begins; `Batches.batch_at` takes any step.
+          row_slice: (low, high), the rows of each global batch that this process reads; None: all.
+
+        Raises:
+          UserError: a split without documents, or without the rows it needs.
+        """
+        rows = self.rows(split)
+        if not len(self._documents(split)):
+            fraction = f"data.validation_fraction={self.config.data.validation_fraction}"
+            raise UserError(f"{fraction}: leaves no {split} documents; use one between 0 and 1")
+        if len(rows) < (1 if split == "train" else self.config.data.batch_size):
+            raise _too_few(self, split, len(rows))
+        shuffles = split == "train" and self.config.data.shuffle
+        return Batches(
+            rows,
+            self.config.data.batch_size,
+            shuffle_seed=self.config.seed if shuffles else None,
+            endless=split == "train",
+            start_step=start_step,
+            row_slice=row_slice,
+            num_workers=self.config.data.num_workers,
+            prefetch=self.config.data.prefetch,
+        )
+
+    def _documents(self, split: Split) -> np.ndarray:
+        return {"train": self.train, "validation": self.validation}[split]
+
+
+def prepare(config: Config) -> Corpus:
+    """Tokenise the source of a config, or find it in the cache, and check that both splits have rows.
+
+    Raises:
+      UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens.
+    """
+    data = config.data
+    tokenizer = tokenizers.load(data.tokenizer)
+    if data.fim_rate and tokenizer.fim_ids is None:
+        raise UserError(
+            f"data.fim_rate={data.fim_rate}: data.tokenizer={data.tokenizer} has no FIM tokens; "
+            "use a tokenizer that has, or data.fim_rate=0"
+        )
+    source = sources.open_source(data, config.seed)
+    folder = cache.entry(
+        cache.root(data) / "tokens",
+        cache.key_of(store.VERSION, source.key, tokenizer.fingerprint),
+        lambda temporary: store.write(temporary, source.read(), tokenizer, source.name),
+    )
+    tokens = TokenStore(folder)
+    train, validation = store.split_documents(tokens.hashes, data.validation_fraction)
+    corpus = Corpus(config, tokenizer, tokens, train, validation)
+    corpus.batches("train")
+    if data.validation_fraction:
+        _check_validation(corpus)
+        corpus.batches("validation")
+    return corpus
+
+
+def _check_validation(corpus: Corpus) -> None:
+    if not len(corpus.validation):
+        number = len(corpus.store)
+        documents = "only one document" if number == 1 else f"{number} documents, all the same"
+        raise UserError(
+            f"data.validation_fraction={corpus.config.data.validation_fraction}: the corpus has {documents}; "
+            f"{_smaller_documents(corpus)}use data.validation_fraction=0"
+        )
+
+
+def _too_few(corpus: Corpus, split: Split, num_rows: int) -> UserError:
+    """The error for a split that cannot fill its batches, with a remedy that does work."""
+    data = corpus.config.data
+    problem = (
+        f"data.source={data.source}: its {split} split has {corpus.num_tokens(split):,} tokens, {num_rows} rows of "
+        f"data.sequence_length={data.sequence_length}"
+    )
+    if split == "train":
+        return UserError(f"{problem}; use a shorter sequence_length or more text")
+    problem += f", fewer than the data.batch_size={data.batch_size} of one batch"
+    fraction = _enough_fraction(corpus)
+    if fraction is not None:
+        return UserError(f"{problem}; use data.validation_fraction={fraction}, smaller batches or shorter rows")
+    remedy = f"{_smaller_documents(corpus)}use smaller batches, shorter rows or data.validation_fraction=0"
+    return UserError(f"{problem}; {remedy}")
+
+
+def _enough_fraction(corpus: Corpus) -> float | None:
+    """The least fraction, of at most a half, whose documents fill one validation batch; to three digits."""
+    data = corpus.config.data
+    needed = data.batch_size * data.sequence_length + 1 + MAX_DEPTH
+    order = np.argsort(corpus.store.hashes)
+    filled = np.cumsum(corpus.store.lengths[order]) >= needed
+    if not filled.any():
+        return None
+    last = corpus.store.hashes[order][int(np.argmax(filled))]
+    fraction = (math.floor(float(last) / 2.0**64 * 1000) + 1) / 1000
+    return fraction if fraction <= 0.5 else None
+
+
+def _smaller_documents(corpus: Corpus) -> str:
+    if corpus.config.data.source != "text_files":
+        return ""
+    size = max(1, int(corpus.store.num_bytes.sum()) // 50)
+    return f"set data.max_document_chars={size} to cut the files into more documents, or "

@@ -1,0 +1,191 @@
+"""Documents as text: which files are read, and where they are cut."""
+
+import ast
+import glob
+import json
+import os
+import pathlib
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+
+from mtp_jax.config import UserError
+
+_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_JSON_LINES = (".jsonl", ".ndjson")
+
+
+def stdlib_files() -> list[str]:
+    """The running interpreter's standard library, without its tests; sorted.
+
+    Raises:
+      UserError: an interpreter without .py files.
+    """
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s not in _NOT_SOURCE]
+        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
+    if not paths:
+        raise UserError(f"data.source=python_source: no .py files in {root}; use data.source=text_files or synthetic")
+    return sorted(paths)
+
+
+def match_files(files: str) -> list[str]:
+    """The files `data.files` names, sorted within each pattern, each once.
+
+    Args:
+      files: comma-separated globs, or a Python tuple of them as text; ** goes through folders.
+
+    Raises:
+      UserError: no pattern, a pattern that matches no file, or one that names a folder.
+    """
+    paths: dict[str, None] = {}
+    for pattern in _patterns(files):
+        expanded = os.path.expanduser(pattern)
+        found = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
+        if found == [expanded] and os.path.isdir(expanded):
+            raise UserError(f"data.files={pattern}: is a folder; use {os.path.join(pattern, '**', '*.txt')}")
+        found = [path for path in found if not os.path.isdir(path)]
+        if not found:
+            raise UserError(f"data.files={pattern}: matches no file (from {os.getcwd()})")
+        paths |= dict.fromkeys(found)
+    return list(paths)
+
+
+def _patterns(files: str) -> list[str]:
+    text = files.strip()
+    if not text.startswith(("(", "[")):
+        patterns = [pattern.strip() for pattern in text.split(",")]
+    else:
+        try:
+            patterns = list(ast.literal_eval(text))
+        except (SyntaxError, ValueError, TypeError) as error:
+            raise UserError(f"data.files={files}: not a tuple of strings; use comma-separated globs") from error
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise UserError(f"data.files={files}: not a tuple of strings; use comma-separated globs")
+    patterns = [pattern for pattern in patterns if pattern]
+    if not patterns:
+        raise UserError("data.files is empty: data.source=text_files needs globs, as in data.files='books/**/*.txt'")
+    return patterns
+
+
+def python_documents(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(path, text) of each file that is UTF-8; the library holds a few in other encodings on purpose."""
+    for path in paths:
+        try:
+            text = pathlib.Path(path).read_bytes().decode()
+        except (UnicodeDecodeError, FileNotFoundError, PermissionError):
+            continue
+        if text:
+            yield path, text
+
+
+def text_documents(paths: Sequence[str], text_field: str, max_document_chars: int) -> Iterator[tuple[str, str]]:
+    """(origin, text) of each document of some files: lines of .jsonl, pieces of all others.
+
+    Raises:
+      UserError: a file that cannot be read or is not UTF-8; a line that is not a JSON object with the field.
+    """
+    for path in paths:
+        try:
+            if path.endswith(_JSON_LINES):
+                yield from _json_documents(path, text_field)
+            else:
+                # newline="" keeps \r\n as it is: no character is changed
+                with open(path, encoding="utf-8", newline="") as file:
+                    for i, text in enumerate(cut(file, max_document_chars)):
+                        yield f"{path}:{i}", text
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.files: {path}: not UTF-8 ({error.reason}); convert it or leave it out") from error
+        except OSError as error:
+            raise UserError(f"data.files: {path}: cannot be read ({error.strerror}); mend it or drop it") from error
+
+
+def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
+    """Documents of at most `max_chars`, cut after blank lines, else at line ends; a longer line is one document.
+
+    The documents put together are the lines put together: no character is lost.
+    """
+    document: list[str] = []  # lines, of which those before `boundary` end with a blank one
+    size, boundary = 0, 0
+    for line in lines:
+        if document and size + len(line) > max_chars:
+            at = boundary or len(document)
+            yield "".join(document[:at])
+            document, boundary = document[at:], 0
+            size = sum(map(len, document))
+            if document and size + len(line) > max_chars:  # what follows the blank line is too long by itself
+                yield "".join(document)
+                document, size = [], 0
+        document.append(line)
+        size += len(line)
+        if not line.strip():
+            boundary = len(document)
+    if document:
+        yield "".join(document)
+
+
+def _json_documents(path: str, text_field: str) -> Iterator[tuple[str, str]]:
+    # bytes, so that lines end at \n only: str.splitlines would also cut at U+2028 inside a string
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"data.files: {path} line {number}"
+            try:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: not a JSON object, as in {{{json.dumps(text_field)}: ...}}")
+            if text_field not in value:
+                raise UserError(f"{where}: has no field {text_field!r}, only {sorted(value)}; set data.text_field")
+            text = value[text_field]
+            if not isinstance(text, str):
+                raise UserError(f"{where}: field {text_field!r} is {type(text).__name__}, not a string")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where}: field {text_field!r} holds half a surrogate pair, not text") from error
+            if text:
+                yield f"{path}:{number}", text
+
+
+def synthetic_documents(num_documents: int, seed: int) -> Iterator[str]:
+    """Small texts with something to learn at every distance: sums, copies, reversals, counting, repeated words."""
+    kinds = (_sums, _copies, _reversals, _counting, _refrain)
+    for i in range(num_documents):
+        rng = random.Random(f"{seed}/{i}")
+        yield kinds[rng.randrange(len(kinds))](rng)
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choice("abcdefghij") for _ in range(rng.randint(2, 8)))
+
+
+def _sums(rng: random.Random) -> str:
+    pairs = [(rng.randint(0, 99), rng.randint(0, 99)) for _ in range(rng.randint(4, 24))]
+    return "".join(f"{a} + {b} = {a + b}\n" for a, b in pairs)
+
+
+def _copies(rng: random.Random) -> str:
+    words = [_word(rng) for _ in range(rng.randint(4, 24))]
+    return "".join(f"copy {w}: {w}\n" for w in words)
+
+
+def _reversals(rng: random.Random) -> str:
+    words = [_word(rng) for _ in range(rng.randint(4, 24))]
+    return "".join(f"reverse {w}: {w[::-1]}\n" for w in words)
+
+
+def _counting(rng: random.Random) -> str:
+    start, step = rng.randint(0, 99), rng.randint(1, 9)
+    return "count: " + " ".join(str(start + step * i) for i in range(rng.randint(8, 48))) + "\n"
+
+
+def _refrain(rng: random.Random) -> str:
+    line = " ".join(_word(rng) for _ in range(rng.randint(2, 6)))
+    return f"{line}\n" * rng.randint(3, 12)

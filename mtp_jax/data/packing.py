@@ -1,0 +1,167 @@
+"""The stream of all documents and its rows: random access, no state.
+
+The stream is the documents put together in one fixed order. With N tokens in it and T positions a row, row r is
+
+    stream[r T : r T + T + 1 + D],    r < R = (N - 1 - MAX_DEPTH) // T,
+
+so consecutive rows overlap by 1 + D tokens, each of stream[1 : R T + 1] is the depth-0 target exactly once, and no row
+needs padding. R does not depend on D: models of different depths read the same rows in the same order.
+"""
+
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from mtp_jax.config import MAX_DEPTH
+from mtp_jax.data.store import TokenStore
+from mtp_jax.data.tokenizer import FIMTokens
+
+
+class Row(NamedTuple):
+    """int32[T + 1 + D] each. Segment 0 is left to padding (`targets.PADDING`), of which there is none here.
+
+    tokens: the ids.
+    segment_ids: 1, 2, 3 .. for each document in the row; all 1 in contiguous rows.
+    positions: 0, 1, 2 .. from the start of each document or of the row; of the row alone in contiguous rows.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class FIM:
+    """Fill-in-the-middle of 2207.14255 in DeepSeek-V3's order, at cut points between any two tokens:
+
+        [bos] <prefix> prefix <suffix> suffix <middle> middle [eos]
+
+    Which documents, and where they are cut, is a pure function of (seed, document index).
+    """
+
+    rate: float
+    tokens: FIMTokens
+    seed: int
+
+    def chosen(self, documents: np.ndarray) -> np.ndarray:
+        """bool[n]: which documents are rearranged."""
+        return random_bits(self.seed, "fim", documents) < self.rate * 2.0**64
+
+    def cuts(self, documents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64[n] a <= b: middle is tokens[a:b] of the `lengths` tokens between bos and eos."""
+        one = random_bits(self.seed, "fim first cut", documents) % (lengths + 1).astype(np.uint64)
+        two = random_bits(self.seed, "fim second cut", documents) % (lengths + 1).astype(np.uint64)
+        return np.minimum(one, two).astype(np.int64), np.maximum(one, two).astype(np.int64)
+
+
+class Stream:
+    """Documents of a store put together in a given order."""
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, fim: FIM | None = None):
+        """
+        Args:
+          store: the tokens.
+          documents: int64[n], indices into the store, in the order of the stream.
+          fim: rearranges some of them; each grows by three tokens.
+        """
+        self._store = store
+        self._documents = documents
+        self._fim = fim if fim is not None and fim.rate > 0 else None
+        lengths = store.lengths[documents]
+        if self._fim is not None:
+            lengths = lengths + 3 * self._fim.chosen(documents)
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])  # int64[n + 1], in the stream
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens [start, stop) of the stream.
+
+        Returns:
+          int32 tokens, and for each the int64 rank of its document in the stream and its offset in that document.
+        """
+        assert 0 <= start < stop <= len(self), (start, stop, len(self))
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        last = int(np.searchsorted(self._starts, stop, "left"))
+        counts = np.diff(np.clip(self._starts[first : last + 1], start, stop))
+        ranks = np.repeat(np.arange(first, last), counts)
+        offsets = np.arange(start, stop) - self._starts[ranks]
+        bases = self._store.offsets[self._documents[first:last]]
+        sources, marks = offsets, None
+        if self._fim is not None:
+            sources, marks = self._rearranged(self._fim, first, last, counts, offsets)
+        tokens = np.asarray(self._store.tokens[np.repeat(bases, counts) + sources], np.int32)
+        if marks is not None:
+            tokens = np.where(marks >= 0, marks, tokens)
+        return tokens, ranks, offsets
+
+    def _rearranged(
+        self, fim: FIM, first: int, last: int, counts: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where in its document as stored each token comes from, and int32 FIM marks, -1 where a token is none."""
+        documents = self._documents[first:last]
+        lengths = self._store.lengths[documents] - self._store.has_bos - self._store.has_eos
+        a, b = fim.cuts(documents, lengths)
+        chosen, lengths, a, b = (np.repeat(x, counts) for x in (fim.chosen(documents), lengths, a, b))
+        i = offsets - self._store.has_bos  # 0 is the prefix mark, in the rearranged document
+        suffix, middle = a + 1, a + 2 + lengths - b  # where the other two marks stand
+        inner = np.select(
+            [i < 1, i <= suffix, i <= middle, i < lengths + 3],
+            [i, i - 1, i - suffix - 1 + b, i - middle - 1 + a],
+            i - 3,
+        )
+        marks = np.select([i == 0, i == suffix, i == middle], fim.tokens, -1)
+        marks = np.where(chosen, marks, -1).astype(np.int32)
+        sources = np.where(chosen, inner + self._store.has_bos, offsets)
+        return np.where(marks >= 0, 0, sources), marks
+
+
+class Rows:
+    """The rows of a stream; a sequence of `Row`s of T + 1 + D tokens."""
+
+    def __init__(self, stream: Stream, sequence_length: int, depth: int, packed: bool = True):
+        """
+        Args:
+          stream: the tokens.
+          sequence_length: T.
+          depth: D <= MAX_DEPTH.
+          packed: whether documents are told apart.
+        """
+        assert 0 <= depth <= MAX_DEPTH, depth
+        self._stream = stream
+        self._length = sequence_length
+        self._depth = depth
+        self._packed = packed
+
+    def __len__(self) -> int:
+        return max(0, (len(self._stream) - 1 - MAX_DEPTH) // self._length)
+
+    def __getitem__(self, row: int) -> Row:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        start = row * self._length
+        size = self._length + 1 + self._depth
+        tokens, ranks, offsets = self._stream.read(start, start + size)
+        positions = np.arange(size, dtype=np.int32)
+        if not self._packed:
+            return Row(tokens, np.ones(size, np.int32), positions)
+        # a document that began before the row counts from the row's start
+        positions = np.minimum(positions, offsets).astype(np.int32)
+        return Row(tokens, (ranks - ranks[0] + 1).astype(np.int32), positions)
+
+
+def shuffled(documents: np.ndarray, seed: int) -> np.ndarray:
+    """`documents` in an order that depends on the seed and on nothing else, NumPy's version included."""
+    return documents[np.argsort(random_bits(seed, "document order", documents), kind="stable")]
+
+
+def random_bits(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
+    """uint64[n] for int[n] indices, a pure function of all three (splitmix64)."""
+    key = int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
+    x = np.asarray(index).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,226 @@
+"""Where documents come from: the standard library, files, a TFDS dataset, or made up."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from mtp_jax.config import DataConfig, UserError
+from mtp_jax.data import cache, documents
+
+_READ_AT_ONCE = 64  # records
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Documents in a fixed order.
+
+    Attributes:
+      name: for messages.
+      key: a hash of what the documents depend on.
+      read: yields the text of each document.
+    """
+
+    name: str
+    key: str
+    read: Callable[[], Iterator[str]]
+
+
+def open_source(data: DataConfig, seed: int) -> Source:
+    """The source `data.source` names; cheap, the documents are made or read by `read`.
+
+    Args:
+      data: source, files, text_field, split, tfds_dir, max_document_chars, synthetic_documents, cache_dir.
+      seed: of the run; decides synthetic documents only.
+
+    Raises:
+      UserError: files that do not exist, a dataset that is not known or not prepared, a feature it does not have.
+    """
+    if data.source == "python_source":
+        return _python_source(data)
+    if data.source == "text_files":
+        return _text_files(data)
+    if data.source == "synthetic":
+        read = functools.partial(documents.synthetic_documents, data.synthetic_documents, seed)
+        return Source("synthetic", cache.key_of("synthetic", 1, data.synthetic_documents, seed), read)
+    return _tfds_dataset(data)
+
+
+def _python_source(data: DataConfig) -> Source:
+    paths = documents.stdlib_files()
+    key = cache.key_of("python_source", 1, sys.version, _stamps(paths, "python_source"))
+
+    def builder(folder: pathlib.Path) -> Any:
+        builders = _import("mtp_jax.data.builders")
+        config = builders.PythonSourceConfig(name="default", paths=tuple(paths))
+        return builders.PythonSource(config=config, data_dir=folder, file_format="array_record")
+
+    return Source("python_source", key, functools.partial(_read_own, data, "python_source", key, builder))
+
+
+def _text_files(data: DataConfig) -> Source:
+    paths = documents.match_files(data.files)
+    settings = [data.text_field, data.max_document_chars]
+    key = cache.key_of("text_files", 1, settings, _stamps([os.path.abspath(p) for p in paths], "data.files"))
+
+    def builder(folder: pathlib.Path) -> Any:
+        builders = _import("mtp_jax.data.builders")
+        config = builders.TextFilesConfig(
+            name="default",
+            paths=tuple(paths),
+            text_field=data.text_field,
+            max_document_chars=data.max_document_chars,
+        )
+        return builders.TextFiles(config=config, data_dir=folder, file_format="array_record")
+
+    return Source(f"data.files={data.files}", key, functools.partial(_read_own, data, "text_files", key, builder))
+
+
+def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
+    """What tells a changed file: its path, size and time of change."""
+    stamps = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{where}: {path}: cannot be read ({error.strerror}); mend it, or leave it out") from error
+        stamps.append((path, status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def _read_own(data: DataConfig, name: str, key: str, builder: Callable[[pathlib.Path], Any]) -> Iterator[str]:
+    """Texts of one of our own builders, prepared in the cache first if it is not there."""
+    folder = cache.entry(cache.root(data) / "sources", key, functools.partial(_prepare, builder))
+    # The builder that is opened comes from the files alone, whatever the code that wrote them
+    (directory,) = [path.parent for path in folder.rglob("dataset_info.json")]
+    prepared = _import("tensorflow_datasets").builder_from_directory(directory)
+    yield from _texts(prepared.as_data_source(split="train"), "text", name)
+
+
+def _prepare(make_builder: Callable[[pathlib.Path], Any], folder: pathlib.Path) -> None:
+    """Write a builder's records into `folder`.
+
+    Raises:
+      UserError: what its generation raised, or that it generated nothing.
+    """
+    with _quiet():
+        builder = make_builder(folder)
+    try:
+        with _quiet():
+            builder.download_and_prepare()
+    except Exception as error:
+        if builder.user_error is not None:
+            raise builder.user_error from error
+        # TFDS refuses to finish a split without examples; nothing else in our own builders makes it fail
+        if "no examples" in str(error).lower() or "0 examples" in str(error).lower():
+            raise UserError(f"data.source={builder.name}: holds no text; give files that are not empty") from error
+        raise
+
+
+def _tfds_dataset(data: DataConfig) -> Source:
+    """A TFDS dataset by name, or by the folder it was prepared in."""
+    builder = _open_builder(data)
+    _check_text_feature(builder.info.features, data)
+    try:
+        records = builder.as_data_source(split=data.split)
+    except NotImplementedError as error:
+        raise UserError(
+            f"data.source={data.source}: prepared as {builder.info.file_format.value} in {builder.data_dir}; prepare "
+            f"it again with `tfds build {data.source} --file_format=array_record` and another data.tfds_dir"
+        ) from error
+    except Exception as error:
+        splits = ", ".join(builder.info.splits)
+        raise UserError(f"data.split={data.split}: not a split of {data.source}; it has {splits}") from error
+    info_file = builder.data_path / "dataset_info.json"
+    key = cache.key_of(
+        *("tfds", 1, str(builder.data_dir), builder.info.full_name, data.split, data.text_field, len(records)),
+        *(info_file.read_text(), info_file.stat().mtime),
+    )
+    name = f"data.source={data.source}"
+    return Source(name, key, lambda: _texts(records, data.text_field, name))
+
+
+def _open_builder(data: DataConfig) -> Any:
+    """The builder of data.source, prepared."""
+    tfds = _import("tensorflow_datasets")
+    where = f" under data.tfds_dir={data.tfds_dir}" if data.tfds_dir else ""
+    try:
+        if os.path.isfile(os.path.join(data.source, "dataset_info.json")):
+            return tfds.builder_from_directory(data.source)
+        with _quiet():
+            builder = tfds.builder(data.source, data_dir=data.tfds_dir or None)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        raise UserError(
+            f"data.source={data.source}: no such source, and TFDS neither knows nor finds prepared a dataset of this "
+            f"name{where}; the built-in sources are python_source, text_files and synthetic"
+        ) from error
+    except Exception as error:
+        raise UserError(f"data.source={data.source}: TFDS cannot open it{where} ({_reason(error)})") from error
+    if builder.is_prepared():
+        return builder
+    try:
+        with _quiet():
+            builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise UserError(
+            f"data.source={data.source}: not prepared in {builder.data_dir}, and preparing it failed "
+            f"({_reason(error)}); run `tfds build {data.source} --file_format=array_record` where it can be downloaded"
+        ) from error
+    return builder
+
+
+def _check_text_feature(features: Any, data: DataConfig) -> None:
+    tfds = _import("tensorflow_datasets")
+    available = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    feature = available.get(data.text_field)
+    if isinstance(feature, tfds.features.Text):
+        return
+    if isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype in (object, str):
+        return
+    shown = ", ".join(f"{name} ({type(f).__name__})" for name, f in available.items()) or type(features).__name__
+    problem = "is not text" if feature is not None else f"is not a feature of {data.source}"
+    raise UserError(f"data.text_field={data.text_field}: {problem}; the features are {shown}")
+
+
+def _texts(records: Any, field: str, name: str) -> Iterator[str]:
+    """The text of each record that has any."""
+    for start in range(0, len(records), _READ_AT_ONCE):
+        batch = records.__getitems__(list(range(start, min(start + _READ_AT_ONCE, len(records)))))
+        for i, record in enumerate(batch, start):
+            value = record[field]
+            try:
+                text = value.decode() if isinstance(value, bytes) else str(value)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{name}: record {i}: feature {field!r} is not UTF-8 ({error.reason})") from error
+            if text:
+                yield text
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without TFDS's progress bars and notices, which would bury the run's own output."""
+    _import("tensorflow_datasets").disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _import(name: str) -> Any:
+    """A module that loads TFDS: slow, and not needed once the tokens are in the cache."""
+    return importlib.import_module(name)
+
+
+def _reason(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

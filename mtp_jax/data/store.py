@@ -1,0 +1,149 @@
+"""The token store: every document of a source as ids, in memory-mapped files."""
+
+import array
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import UserError
+from mtp_jax.data.tokenizer import Tokenizer
+
+VERSION = 1  # of the files below; part of the cache key
+_BATCH_CHARS = 1 << 20  # text tokenised at one time
+_REPORT_SECONDS = 5.0
+
+
+class TokenStore:
+    """Documents 0..n-1 in source order, each [bos] + tokens + [eos] where the tokenizer has these.
+
+    Attributes:
+      tokens: uint16 or int32[N], one document after the other; a memory map.
+      offsets: int64[n + 1]; document i is tokens[offsets[i]:offsets[i + 1]], never empty.
+      hashes: uint64[n], of the text: equal documents have equal ones.
+      num_bytes: int64[n], UTF-8 bytes of the text, before any normalisation of the tokenizer's.
+      has_bos, has_eos: what stands around each document.
+
+    Raises:
+      UserError: files that are damaged.
+    """
+
+    def __init__(self, directory: str | pathlib.Path):
+        self.directory = pathlib.Path(directory)
+        try:
+            meta = json.loads((self.directory / "meta.json").read_text())
+            self.has_bos: bool = meta["has_bos"]
+            self.has_eos: bool = meta["has_eos"]
+            self.offsets = np.load(self.directory / "offsets.npy")
+            self.hashes = np.load(self.directory / "hashes.npy")
+            self.num_bytes = np.load(self.directory / "num_bytes.npy")
+            shape = (int(self.offsets[-1]),)
+            self.tokens = np.memmap(self.directory / "tokens.bin", np.dtype(meta["dtype"]), mode="r", shape=shape)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"data.cache_dir: {self.directory} is damaged ({error}); remove that folder") from error
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.directory,)  # worker processes map the same file; a pickled memmap is a copy
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[n], tokens of each document with bos and eos."""
+        return np.diff(self.offsets)
+
+    def document(self, i: int) -> np.ndarray:
+        """int32[length] of document i."""
+        return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]], np.int32)
+
+
+def write(directory: pathlib.Path, texts: Iterable[str], tokenizer: Tokenizer, name: str) -> None:
+    """Tokenise all documents into `directory`.
+
+    Args:
+      directory: an empty folder.
+      texts: the documents.
+      tokenizer: decides ids, and whether bos and eos are put around each document.
+      name: of the source, in messages.
+
+    Raises:
+      UserError: no documents.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    offsets, hashes, num_bytes = array.array("q", [0]), array.array("Q"), array.array("q")
+    report = _progress(name)
+    with open(directory / "tokens.bin", "wb") as file:
+        for batch in _batches(texts):
+            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+                if not len(ids):  # a tokenizer that strips may leave nothing
+                    continue
+                encoded = text.encode()
+                np.concatenate([bos, ids, eos]).astype(dtype).tofile(file)
+                offsets.append(offsets[-1] + len(bos) + len(ids) + len(eos))
+                hashes.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
+                num_bytes.append(len(encoded))
+            report(len(hashes), offsets[-1])
+    if not hashes:
+        raise UserError(f"{name}: holds no text; give documents that are not empty")
+    np.save(directory / "offsets.npy", np.frombuffer(offsets, np.int64))
+    np.save(directory / "hashes.npy", np.frombuffer(hashes, np.uint64))
+    np.save(directory / "num_bytes.npy", np.frombuffer(num_bytes, np.int64))
+    meta = {"has_bos": bool(bos), "has_eos": bool(eos), "dtype": dtype.name, "source": name}
+    (directory / "meta.json").write_text(json.dumps(meta))
+
+
+def split_documents(hashes: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents train and which validate: a document is told by its text alone, so equal ones stay together.
+
+    With so few documents that one side would be empty it gets the one with the nearest hash; if all are the same,
+    all train.
+
+    Args:
+      hashes: uint64[n].
+      validation_fraction: expected share of the documents; 0 and 1 leave one side empty.
+
+    Returns:
+      int64 indices of the training and of the validation documents, in source order.
+    """
+    is_validation = hashes < validation_fraction * 2.0**64
+    if 0 < validation_fraction < 1:
+        if is_validation.all():
+            is_validation = hashes != hashes.max()
+        elif not is_validation.any() and hashes.min() != hashes.max():
+            is_validation = hashes == hashes.min()
+    return np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    """A function that says, every few seconds, how far it has come."""
+    last = time.monotonic()
+
+    def report(num_documents: int, num_tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > _REPORT_SECONDS:
+            last = time.monotonic()
+            line = f"{name}: tokenised {num_documents:,} documents, {num_tokens / 1e6:,.1f} M tokens"
+            print(line, file=sys.stderr, flush=True)
+
+    return report

@@ -1,0 +1,91 @@
+"""How well each depth predicts held-out documents: loss, bits per byte, accuracy, agreement, expected tokens."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax.loss import expected_tokens_per_pass
+from mtp_jax.training.loop import Run, global_batches
+
+
+@dataclass(frozen=True)
+class DepthResult:
+    """One depth on the validation split.
+
+    loss: nats a token, over this depth's own positions. bits_per_byte: of the target tokens' UTF-8 text.
+    accuracy: argmax is the token that follows. agreement: argmax is what the main head says k positions later.
+    expected_tokens: a forward pass, drafting with depths 1..k, if drafts are accepted as often as they agree.
+    """
+
+    depth: int
+    loss: float
+    bits_per_byte: float
+    accuracy: float
+    agreement: float
+    expected_tokens: float
+    num_targets: int
+
+
+def validate(run: Run, num_batches: int) -> list[DepthResult]:
+    """Evaluate depths 0..D on the first `num_batches` validation batches, or all there are.
+
+    Call under `jax.set_mesh(run.mesh)`.
+    """
+    token_bytes = np.zeros(run.config.model.vocab_size or 0, np.int32)
+    known = run.corpus.tokenizer.token_bytes
+    token_bytes[: len(known)] = known
+    totals: dict[str, np.ndarray] = {}
+    for i, batch in enumerate(global_batches(run, "validation")):
+        if i == num_batches:
+            break
+        sums = jax.device_get(run.trainer.evaluate(run.state, batch, token_bytes))
+        totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
+    return _results(totals)
+
+
+def _results(totals: dict[str, np.ndarray]) -> list[DepthResult]:
+    out: list[DepthResult] = []
+    rates: list[float] = []
+    for k in range(len(totals["count"])):
+        at = {name: float(value[k]) for name, value in totals.items()}
+        agreement = at["agree"] / max(at["agree_count"], 1.0)
+        rates += [agreement] if k else []
+        out.append(
+            DepthResult(
+                depth=k,
+                loss=at["nll"] / max(at["count"], 1.0),
+                bits_per_byte=at["nll"] / math.log(2) / max(at["bytes"], 1.0),
+                accuracy=at["correct"] / max(at["count"], 1.0),
+                agreement=agreement,
+                expected_tokens=expected_tokens_per_pass(rates),
+                num_targets=int(at["count"]),
+            )
+        )
+    return out
+
+
+def table(results: list[DepthResult]) -> str:
+    """The results as text, a row a depth."""
+    head = f"{'depth':<8}{'loss':>8}{'bits/byte':>11}{'accuracy':>10}{'agreement':>11}{'tokens/forward':>16}"
+    rows = [
+        f"{'main' if r.depth == 0 else f'+{r.depth}':<8}{r.loss:>8.3f}{r.bits_per_byte:>11.3f}{r.accuracy:>10.1%}"
+        f"{'-' if r.depth == 0 else f'{r.agreement:.1%}':>11}{r.expected_tokens:>16.2f}"
+        for r in results
+    ]
+    return "\n".join([head, *rows])
+
+
+FIELDS = {
+    "loss": ("loss", "bits_per_byte", "accuracy", "num_targets"),
+    "acceptance": ("agreement", "expected_tokens"),
+}
+
+
+def as_json(results: list[DepthResult], task: str) -> dict[str, Any]:
+    """The fields of a task: {"main": {...}, "mtp_1": {...}, ...}."""
+    return {
+        "main" if r.depth == 0 else f"mtp_{r.depth}": {name: getattr(r, name) for name in FIELDS[task]} for r in results
+    }

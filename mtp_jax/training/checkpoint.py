@@ -1,0 +1,340 @@
+"""Checkpoints: orbax writes and reads them, checksums of our own say whether what is read is what was written.
+
+    checkpoints/
+      500/state/...             orbax; written under 500.orbax-checkpoint-tmp and renamed when complete
+      500.checksums.json        sha256 of every file of 500, written after it is committed
+      500.checksums.0of2.json   the same from process 0 of 2, each of which hashes its share of the files
+      400.broken/               a step that failed its check and was overtaken by a restart from an older one
+
+orbax restores a flipped byte without an error and takes an empty folder for the newest step; neither passes here.
+The folder must be one that every process sees (a local disk for one host; NFS, Lustre or a mounted bucket for more).
+"""
+
+import os
+import pathlib
+import sys
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mtp_jax.config import CheckpointConfig
+from mtp_jax.training import checksums
+
+Tree = Any
+
+ITEM = "state"
+_POLL_SECONDS = 0.02
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be saved or restored. The message is one line. Exit code 1."""
+
+
+class Checkpoints:
+    """The checkpoints in one folder.
+
+    Calls are collective: every process of the run makes them, in the same order.
+
+    Attributes:
+      directory: the folder, made by the first save.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig | None = None):
+        """config: how many to keep, and whether `save` returns before the files are written. None: only to read."""
+        self.directory = pathlib.Path(directory).absolute()
+        self._config = config
+        self._manager: ocp.CheckpointManager | None = (
+            None  # made by the first save, once broken steps are out of the way
+        )
+        self._last_saved: int | None = None
+        self._hashing: _Hashing | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first, sound or not."""
+        return sorted(int(p.name) for p in self.directory.glob("*") if p.name.isdigit() and p.is_dir())
+
+    def save(self, step: int, state: dict[str, Tree]) -> None:
+        """Write `state` as `step` and drop the oldest beyond config.keep. A step saved before by this object is left.
+
+        Args:
+          state: a dict of pytrees of arrays; "params" is what `restore_params` reads.
+
+        Raises:
+          CheckpointError: a step this new or newer is there already, or the files cannot be written (an asynchronous
+            save reports that at the next `save` or `wait`).
+        """
+        if step == self._last_saved:
+            return
+        self.wait()
+        try:
+            manager = self._open_manager()
+            saved = manager.save(step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}))
+        except Exception as error:
+            raise CheckpointError(f"{self.directory}: cannot save step {step}: {_first_line(error)}") from error
+        if not saved:
+            raise CheckpointError(
+                f"{self.directory}: cannot save step {step}: it has step {max(self.steps())}; "
+                "continue from that one or use another folder"
+            )
+        self._last_saved = step
+        self._hashing = _Hashing(self.directory, step)
+        if self._config is not None and not self._config.async_save:
+            self.wait()
+
+    def restore_latest(self, abstract_state: dict[str, Tree]) -> tuple[int, dict[str, Tree]] | None:
+        """The newest sound step as (step, state), or None where there is no step at all.
+
+        A step that fails its check is reported on stderr and passed over; the folder of one newer than the step used is
+        renamed to `<step>.broken`, so that training can save that step again.
+
+        Args:
+          abstract_state: ShapeDtypeStructs with shardings. They may be of another mesh or process count than those
+            that saved; floating arrays are cast to their dtypes.
+
+        Raises:
+          CheckpointError: there are steps and none is sound, or the sound one is of another model.
+        """
+        self.wait()
+        if not self.steps():
+            return None
+        step, state, broken = self._restore_newest(abstract_state, partial=False)
+        self._move_aside(broken)
+        return step, state
+
+    def restore_params(self, step: int | None, abstract_params: Tree) -> Tree:
+        """Weights alone, of `step` or (None) of the newest sound one; nothing else is read.
+
+        Args:
+          abstract_params: ShapeDtypeStructs of the weights wanted, which may be some of those saved (`saved_params`).
+            One without a sharding comes to the first device.
+
+        Raises:
+          CheckpointError: no such step, none that is sound, or a weight that is missing or of another shape.
+        """
+        self.wait()
+        found = self.steps()
+        if not found or step not in (None, *found):
+            wanted = "has no checkpoints" if step is None else f"has no step {step}; it has {found or 'none'}"
+            raise CheckpointError(f"{self.directory}: {wanted}")
+        wanted_steps = None if step is None else [step]
+        return self._restore_newest({"params": abstract_params}, partial=True, steps=wanted_steps)[1]["params"]
+
+    def saved_params(self, step: int | None = None) -> Tree:
+        """Shapes and dtypes of the saved weights, as nested dicts of ShapeDtypeStructs; `step` as in `restore_params`.
+
+        Raises:
+          CheckpointError: no step whose description can be read.
+        """
+        for candidate in [step] if step is not None else reversed(self.steps()):
+            try:
+                saved = self._saved_tree(candidate)["params"]
+            except Exception:  # what is wrong with the step, restoring it will say
+                continue
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
+        raise CheckpointError(
+            f"{self.directory}: has no readable checkpoint{'' if step is None else f' of step {step}'}"
+        )
+
+    def wait(self) -> None:
+        """Until the last save is on disk, with its checksums.
+
+        Raises:
+          CheckpointError: it failed.
+        """
+        hashing, self._hashing = self._hashing, None
+        if self._manager is not None:
+            try:
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+            except Exception as error:
+                raise CheckpointError(f"{self.directory}: saving failed: {_first_line(error)}") from error
+        if hashing is not None:
+            hashing.finish()
+            if _process()[0] == 0:
+                checksums.remove_orphans(self.directory)
+
+    def close(self) -> None:
+        """Wait, and let go of orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
+                self._manager = None
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            assert self._config is not None, "opened to read"
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._config.keep,
+                enable_async_checkpointing=self._config.async_save,
+                cleanup_tmp_directories=True,  # what a killed save left
+            )
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if _process()[0] == 0:
+                checksums.remove_orphans(self.directory)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _restore_newest(
+        self, abstract: dict[str, Tree], partial: bool, steps: list[int] | None = None
+    ) -> tuple[int, dict[str, Tree], list[int]]:
+        """(step, state, broken newer steps) of the newest sound one of `steps` (None: all)."""
+        broken = []
+        for step in reversed(self.steps() if steps is None else steps):
+            problem, is_checked = self._problem(step)
+            if problem is None:
+                try:
+                    self._check_fits(step, abstract, partial)
+                    return step, self._restore(step, abstract, partial), broken
+                except CheckpointError:
+                    raise
+                except Exception as error:
+                    if is_checked:  # the files are as written, so an older step would fail alike
+                        raise CheckpointError(f"{self.directory / str(step)}: {_first_line(error)}") from error
+                    problem = _first_line(error)
+                    self._report_broken(step, problem)
+            broken.append(step)
+        raise CheckpointError(
+            f"{self.directory}: none of its checkpoints is sound (steps {broken}, see above); "
+            "restore one from a copy, or remove them to start over"
+        )
+
+    def _restore(self, step: int, abstract: dict[str, Tree], partial: bool) -> dict[str, Tree]:
+        abstract = jax.tree.map(_placed, abstract)
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=partial,
+        )
+        return ocp.PyTreeCheckpointHandler().restore(epath.Path(self.directory / str(step) / ITEM), args=arguments)
+
+    def _saved_tree(self, step: int) -> Tree:
+        return ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.directory / str(step) / ITEM)).tree
+
+    def _problem(self, step: int) -> tuple[str | None, bool]:
+        """(what is wrong with the step or None, whether checksums say so). All processes get the same answer."""
+        problem, is_checked = checksums.verify(self.directory, step, *_process())
+        if problem is None and not is_checked:
+            if _process()[0] == 0:
+                _report(f"checkpoint {self.directory / str(step)} has no checksums (killed first?); used if it reads")
+            try:
+                self._saved_tree(step)
+            except Exception as error:
+                problem = f"its description cannot be read: {_first_line(error)}"
+        index, count = _process()
+        finder = index
+        if count > 1:
+            sound = multihost_utils.process_allgather(np.asarray(problem is None))
+            finder = int(np.argmin(sound))
+            if problem is None and not sound.all():
+                problem = f"process {finder} found a fault"
+        if problem is not None and index in (0, finder):
+            self._report_broken(step, problem)
+        return problem, is_checked
+
+    def _report_broken(self, step: int, problem: str) -> None:
+        _report(f"checkpoint {self.directory / str(step)} is broken ({problem}); looking for an older one")
+
+    def _check_fits(self, step: int, abstract: dict[str, Tree], partial: bool) -> None:
+        """Names and shapes of what is saved against what is asked for."""
+        saved = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self._saved_tree(step))}
+        wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        missing = [n for n in wanted if n not in saved]
+        extra = [] if partial else [n for n in saved if n not in wanted]
+        differing = [n for n in wanted if n in saved and tuple(saved[n]) != tuple(wanted[n])]
+        problems = [f"has no {missing[0]}{_more(missing)}"] if missing else []
+        problems += [f"has {extra[0]}{_more(extra)}, which this run has not"] if extra else []
+        problems += [f"{n} is {saved[n]}, this run's is {wanted[n]}{_more(differing)}" for n in differing[:1]]
+        if problems:
+            raise CheckpointError(f"{self.directory / str(step)}: is of another model: {'; '.join(problems)}")
+
+    def _move_aside(self, broken: list[int]) -> None:
+        if broken and self._config is not None and _process()[0] == 0:
+            for step in broken:
+                _rename_broken(self.directory, step)
+        if broken and _process()[1] > 1:
+            multihost_utils.sync_global_devices("broken checkpoints renamed")
+        if broken:
+            self._last_saved = None
+            if self._manager is not None:
+                self._manager.reload()
+
+
+class _Hashing(threading.Thread):
+    """Hashes this process's share of a step's files once the step is committed, beside the training."""
+
+    def __init__(self, directory: pathlib.Path, step: int):
+        super().__init__(name="checkpoint_checksums", daemon=True)
+        self._directory, self._step = directory, step
+        self._save_is_over = threading.Event()
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        folder = self._directory / str(self._step)
+        while not folder.exists() and not self._save_is_over.wait(_POLL_SECONDS):
+            pass
+        try:
+            if folder.exists():
+                checksums.write(self._directory, self._step, *_process())
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Call when orbax is done with the step, written or failed."""
+        self._save_is_over.set()
+        self.join()
+        if self._error is not None:
+            raise CheckpointError(f"{self._directory}: checksums of step {self._step}: {_first_line(self._error)}")
+
+
+def _process() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _placed(leaf: Any) -> Any:
+    """The first device for a leaf that names no place; orbax would ask for the devices that saved it."""
+    if getattr(leaf, "sharding", None) is not None:
+        return leaf
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """One spelling for a dict key, a named field and a position: containers change their kind on disk."""
+    return "/".join(str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a))) for k in path)
+
+
+def _more(items: list[str]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
+
+
+def _rename_broken(directory: pathlib.Path, step: int) -> None:
+    for suffix in ("", *(f".{i}" for i in range(1, 1000))):
+        target = directory / f"{step}.broken{suffix}"
+        if not target.exists():
+            (directory / str(step)).rename(target)
+            _report(f"checkpoint {step} is now {target}")
+            break
+    checksums.remove_orphans(directory)

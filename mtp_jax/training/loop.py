@@ -1,0 +1,275 @@
+"""The training loop, read from top to bottom: data, mesh, state, steps, checkpoints."""
+
+import collections
+import os
+import pathlib
+import signal
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax import data, sharding
+from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes, validate
+from mtp_jax.model import Tree, count_parameters
+from mtp_jax.training import workdir as workdirs
+from mtp_jax.training.checkpoint import Checkpoints
+from mtp_jax.training.flops import peak_flops, train_flops_per_token
+from mtp_jax.training.metrics import MetricsWriter, Progress, check_finite
+from mtp_jax.training.step import Trainer, make_trainer
+from mtp_jax.training.transfer import MODEL_PARTS, check_source, load_from
+
+
+class Preempted(RuntimeError):
+    """The run was told to stop and has saved its state. Exit code 1: it is not done."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is set up, and where it has got to."""
+
+    config: Config
+    corpus: data.Corpus
+    mesh: jax.sharding.Mesh
+    trainer: Trainer
+    state: Tree
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.state["step"])
+
+
+def train(config: Config, workdir: str) -> Run:
+    """Train `config` in `workdir`, from its newest checkpoint where it has one.
+
+    Raises:
+      UserError: a config, data or workdir that cannot be used; nothing was written.
+      CheckpointError, NonFiniteLoss, Preempted: the run failed or was stopped.
+    """
+    started = _process_start()
+    run = set_up(config)
+    is_main = jax.process_index() == 0
+    workdirs.open_workdir(workdir, run.config, is_main)
+    if is_main:
+        _announce(run)
+    with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS, config.checkpoint) as saved:
+        first_step, state = _first_state(run, saved, is_main)
+        run = replace(run, state=state)
+        with MetricsWriter(workdir, first_step or None, is_main) as writer:
+            return replace(run, state=_steps(run, first_step, saved, writer, started))
+
+
+def restore(workdir: str) -> Run:
+    """The run in `workdir` at its newest sound checkpoint, to be measured; it need not fit the mesh it was trained on.
+
+    Raises:
+      UserError: no run there, or one that has saved nothing yet.
+      CheckpointError: none of its checkpoints is sound.
+    """
+    config = workdirs.read_config(workdir)
+    try:
+        mesh_sizes(config.mesh, jax.device_count())
+    except UserError:
+        config = replace(config, mesh=MeshConfig())
+    run = set_up(config)
+    with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS) as saved:
+        weights = saved.restore_part(None, {name: run.trainer.abstract_state[name] for name in MODEL_PARTS})
+        if weights is None:
+            raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
+    return replace(run, state=weights[1] | {"step": np.int32(weights[0])})
+
+
+def set_up(config: Config) -> Run:
+    """Check the config, prepare the data, build the mesh and the step; allocate no weights.
+
+    Raises:
+      UserError: something that cannot be used.
+    """
+    validate(config, jax.device_count())
+    corpus = data.prepare(config)
+    config = with_vocabulary(config, corpus.tokenizer.vocab_size)
+    validate(config, jax.device_count(), corpus.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(config.mesh)
+    trainer = make_trainer(config, mesh)
+    if config.init_from:
+        check_source(config.init_from, trainer.abstract_state)
+    return Run(config, corpus, mesh, trainer, state={})
+
+
+def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
+    """`config` with model.vocab_size set: its own, or the tokenizer's rounded up to a multiple of 8."""
+    if config.model.vocab_size is not None:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=-(-tokenizer_size // 8) * 8))
+
+
+def global_batches(run: Run, split: str, start_step: int = 0) -> Any:
+    """An iterator over global device arrays; each process reads only the rows its devices hold."""
+    config, where = run.config, run.trainer.batch_sharding
+    shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+    rows = [index[0].indices(shape[0]) for index in where.addressable_devices_indices_map(shape).values()]
+    low, high = min(r[0] for r in rows), max(r[1] for r in rows)
+    with iter(run.corpus.batches(split, start_step, row_slice=(low, high))) as batches:
+        for batch in batches:
+            yield {name: _place(value, where, shape, low) for name, value in batch.items()}
+
+
+def _place(local: np.ndarray, where: Any, shape: tuple[int, int], low: int) -> jax.Array:
+    def part(index):
+        start, stop, _ = index[0].indices(shape[0])
+        return local[start - low : stop - low]
+
+    return jax.make_array_from_callback(shape, where, part)
+
+
+def _announce(run: Run) -> None:
+    total, active = count_parameters(run.config)
+    axes = ", ".join(f"{n}={s}" for n, s in run.mesh.shape.items() if s > 1) or "1 device"
+    mtp = run.config.mtp
+    kind = "next-token only" if not run.config.depth else f"{mtp.kind} MTP, depth {mtp.depth}"
+    tokens = run.corpus.num_tokens("train")
+    print(f"model    {total / 1e6:,.2f} M parameters, {active / 1e6:,.2f} M active a token; {kind}")
+    print(f"data     {run.config.data.source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {run.config.data.tokenizer}")
+    print(f"mesh     {axes} ({jax.devices()[0].device_kind}, {jax.process_count()} process(es))", flush=True)
+
+
+def _first_state(run: Run, saved: Checkpoints, is_main: bool) -> tuple[int, Tree]:
+    """(steps done, state): the newest sound checkpoint, or fresh weights, or those of init_from."""
+    restored = saved.restore_latest(run.trainer.abstract_state)
+    if restored is not None:
+        if is_main:
+            print(f"resumed  from step {restored[0]}", flush=True)
+        return restored
+    state = run.trainer.init()
+    if run.config.init_from:
+        state, note = load_from(run.config.init_from, state, run.trainer.abstract_state)
+        if is_main:
+            print(f"weights  {note}", flush=True)
+    return 0, state
+
+
+def _steps(run: Run, first_step: int, saved: Checkpoints, writer: MetricsWriter, started: float) -> Tree:
+    """Run the steps. Between two log points nothing waits for the device."""
+    config, state = run.config, run.state
+    num_steps, every = config.training.num_steps, config.training.log_every
+    log = _Log(config, writer, first_step)
+    stop = _StopSignal()
+    batches = global_batches(run, "train", first_step)
+    done = first_step
+    try:
+        for done in range(first_step + 1, num_steps + 1):
+            state, metrics = run.trainer.step(state, next(batches))
+            log.add(done, metrics)
+            if done == first_step + 1:
+                jax.block_until_ready(metrics)
+                log.started(f"first step done {time.time() - started:.1f} s after the start, compilation included")
+            is_last, stopped = done == num_steps, stop.reached(done)
+            if done % every == 0 or is_last or stopped:
+                log.write(on_grid=done % every == 0 or is_last)
+            if done % config.checkpoint.every == 0 or is_last or stopped:
+                log.check()  # a state that is not finite is never saved
+                saved.save(done, state)
+                log.pause_over()
+            if stopped and not is_last:
+                saved.wait()
+                raise Preempted(f"stopped by a signal at step {done}, state saved; run the same command to go on")
+    finally:
+        stop.restore()
+        batches.close()
+    saved.wait()
+    return state
+
+
+class _Log:
+    """Metrics on the device until a log point, then checked, written and shown."""
+
+    def __init__(self, config: Config, writer: MetricsWriter, first_step: int):
+        self.config, self.writer = config, writer
+        self.progress = Progress(config.training.num_steps)
+        self.waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        self.newest: dict[str, float] = {}
+        self.timed_step, self.timed_at, self.paused = first_step, time.perf_counter(), 0.0
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak * jax.device_count() if peak else None
+        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
+        self.flops_per_token = train_flops_per_token(config)
+
+    def started(self, note: str) -> None:
+        """The first step is compilation: the clock starts behind it."""
+        self.timed_step, self.timed_at = self.timed_step + 1, time.perf_counter()
+        if jax.process_index() == 0:
+            print(note, flush=True)
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.waiting.append((step, metrics))
+
+    def check(self) -> None:
+        """Fetch what waits and stop at the first loss that is not finite, naming step and term."""
+        fetched = jax.device_get(list(self.waiting))
+        self.waiting.clear()
+        for step, metrics in fetched:
+            self.newest = {name: float(value) for name, value in metrics.items()}
+            check_finite(step, {name: value for name, value in self.newest.items() if name.startswith("loss")})
+            self.newest_step = step
+
+    def write(self, on_grid: bool) -> None:
+        """A line in metrics.jsonl and on the screen. Off the grid (a run that was told to stop) only on the screen."""
+        self.check()
+        step, now = self.newest_step, time.perf_counter()
+        seconds, steps = now - self.timed_at, step - self.timed_step
+        rate = steps * self.tokens_per_step / seconds if steps and seconds > 0 else None
+        self.timed_step, self.timed_at = step, now
+        record: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step} | self.newest
+        record["tokens_per_second"] = rate
+        record["mfu"] = rate * self.flops_per_token / self.peak if rate and self.peak else None
+        if on_grid:
+            self.writer.write(record)
+        if jax.process_index() == 0:
+            print(self.progress.line(step, record), flush=True)
+
+    def pause_over(self) -> None:
+        """What a checkpoint took is not the step's time: start the clock anew, from the step just checked."""
+        self.timed_step, self.timed_at = self.newest_step, time.perf_counter()
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self.previous = {}
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._set)
+        except ValueError:  # not the main thread (a notebook's): signals stay as they are
+            pass
+
+    def _set(self, number: int, frame: Any) -> None:
+        del frame
+        self.is_set = True
+        signal.signal(number, self.previous[number])
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; the same answer on every process."""
+        if jax.process_count() == 1:
+            return self.is_set
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def _process_start() -> float:
+    """When this process began, in time.time()'s seconds: what a person at the terminal waits from."""
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        boot = next(line for line in pathlib.Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):  # no /proc: count from here
+        return time.time()

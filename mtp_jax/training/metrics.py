@@ -1,0 +1,157 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a line on the terminal; and the alarm when one is not finite."""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or a gradient became NaN or infinite. The message is one line. Exit code 1."""
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl, one JSON object a logged step, and to TensorBoard's events.
+
+    A run that goes on from a checkpoint continues the file: lines after the checkpoint's step are dropped, since those
+    steps come again, and so is a line torn by a kill. For no step to be missing, a step's line must be written before
+    the checkpoint of that step is saved.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, is_main: bool = True):
+        """resume_step: step of the checkpoint restored; None: a start from the beginning, so no line is kept.
+
+        is_main: whether this process writes; the others do nothing.
+        """
+        self._file = self._events = None
+        if not is_main:
+            return
+        path = pathlib.Path(workdir) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(path, -1 if resume_step is None else resume_step)
+        self._file = path.open("a")
+        # purge_step hides what an earlier attempt logged from there on
+        self._events = SummaryWriter(str(path.parent), purge_step=None if resume_step is None else resume_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line, flushed when this returns. Values are numbers, jax or numpy scalars; None and non-finite: null."""
+        if self._file is None or self._events is None:
+            return
+        values = {"step": step} | {k: plain(v) for k, v in metrics.items()}
+        finite = {k: v if _is_finite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            if key != "step" and value is not None:
+                self._events.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
+
+
+class Progress:
+    """The terminal's line of a logged step: plain text, one line each, alike in a terminal, a pipe and a notebook."""
+
+    def __init__(self, num_steps: int):
+        self._num_steps = num_steps
+        self._first: tuple[int, float] | None = None  # step and time of the first line: compilation is before it
+
+    def line(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """What there is of `step 120/600  loss 1.834 (main 1.520, mtp 1.710 1.950)  4.1k tok/s  MFU 31.2%  ETA 2:13`."""
+        now = time.monotonic()
+        values = {k: plain(v) for k, v in metrics.items()}
+        parts = [f"step {step}/{self._num_steps}"]
+        if values.get("loss") is not None:
+            parts.append(f"loss {values['loss']:.3f}{_terms(values)}")
+        if values.get("tokens_per_second") is not None:
+            parts.append(f"{_short(values['tokens_per_second'])} tok/s")
+        if values.get("mfu") is not None:
+            parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        if self._first is None:
+            self._first = step, now
+        elif step > self._first[0]:
+            each = (now - self._first[1]) / (step - self._first[0])
+            parts.append(f"ETA {_clock(each * (self._num_steps - step))}")
+        return "  ".join(parts)
+
+
+def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+    """Raises:
+    NonFiniteLoss: a loss or the gradient norm is NaN or infinite; the message names the step and every such term.
+    """
+    watched = {k: plain(v) for k, v in metrics.items() if k.startswith("loss") or k == "grad_norm"}
+    bad = [f"{k}={v}" for k, v in watched.items() if v is not None and not math.isfinite(v)]
+    if bad:
+        raise NonFiniteLoss(
+            f"step {step}: {', '.join(bad)}; it went wrong at this step or since the one logged before: lower "
+            "optimizer.learning_rate or raise optimizer.warmup_steps, and continue from the last checkpoint"
+        )
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without one that is being written or was torn by a kill.
+
+    Raises:
+      ValueError: a line other than the last is not a JSON object.
+    """
+    lines = pathlib.Path(path).read_text().split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row = line
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif row is not None and number < len(lines):  # a torn line ends the file without a newline
+            raise ValueError(f"{path}: line {number} is not a JSON object with a step; remove it")
+    return rows
+
+
+def plain(value: Any) -> Any:
+    """A Python int, float or None from any scalar."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Rewrite the file with the lines up to `step`, all at once."""
+    if not path.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _terms(values: Mapping[str, Any]) -> str:
+    """` (main 1.520, mtp 1.710 1.950)`; nothing for a model without extra depths, whose loss is the main one."""
+    depths = [values[f"loss_mtp_{k}"] for k in range(1, len(values)) if values.get(f"loss_mtp_{k}") is not None]
+    if not depths or values.get("loss_main") is None:
+        return ""
+    return f" (main {values['loss_main']:.3f}, mtp {' '.join(f'{v:.3f}' for v in depths)})"
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

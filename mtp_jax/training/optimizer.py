@@ -1,0 +1,139 @@
+"""Optimizers from optax: which rule each weight gets, and where its state lives.
+
+| weight                                         | adamw        | muon  | decayed |
+|------------------------------------------------|--------------|-------|---------|
+| matrices                                       | Adam         | Muon  | yes     |
+| unembedding and router ("vocab" or "router" is | Adam         | Adam  | yes     |
+| one of the dims multiplied)                    |              |       |         |
+| embedding table, tied or not; norm scales      | Adam         | Adam  | no      |
+
+Which weight is a matrix is declared with it (`ParamInfo`): the number of dims says nothing once layers are stacked. A
+tied embedding is one weight, declared as an embedding, so it is updated once, by the embedding's rule.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from mtp_jax.config import OptimizerConfig
+from mtp_jax.layers.param import ParamInfo
+from mtp_jax.training import schedules
+
+Tree = Any  # nested dicts of the parameters' structure
+
+# Muon's updates, scaled to the RMS that Adam's have in practice, take AdamW's learning rate and decay (2502.16982, 2.2)
+MUON_UPDATE_RMS = 0.2
+
+
+def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.GradientTransformation:
+    """Clip by the global norm, then AdamW or Muon by weight, then the learning rate's schedule.
+
+    Args:
+      num_steps: length of the run, which the schedule spans.
+      infos: one ParamInfo a weight.
+
+    The moments are kept in config.moment_dtype, and computed in float32. With bfloat16, beta2 above about 0.99 stalls
+    the second moment: an update smaller than 2^-9 of it is rounded away.
+    """
+    labels = jax.tree.map(lambda info: label(config, info), infos, is_leaf=_is_info)
+    schedule = schedules.learning_rate(config, num_steps)
+    decay = optax.add_decayed_weights(config.weight_decay)
+    down = optax.scale_by_learning_rate(schedule)
+    rules = {
+        "adam": optax.chain(_adam(config), down),
+        "adam_decayed": optax.chain(_adam(config), decay, down),
+        "muon": optax.chain(_muon(config, labels, infos), decay, down),
+    }
+    used = set(jax.tree.leaves(labels))
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(_to_float32(), clip, optax.partition({k: v for k, v in rules.items() if k in used}, labels))
+
+
+def label(config: OptimizerConfig, info: ParamInfo) -> str:
+    """The rule of one weight: adam, adam_decayed or muon."""
+    if not info.is_matrix:
+        return "adam"
+    multiplied = {info.axes[dim] for dim in (*info.in_dims, *info.out_dims)}
+    if config.name == "muon" and not multiplied & {"vocab", "router"}:
+        return "muon"
+    return "adam_decayed"
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, abstract_params: Tree, param_shardings: Tree, replicated: Any
+) -> Any:
+    """A sharding for every leaf of `tx.init(params)`: a moment goes where its weight is, all else is replicated.
+
+    A leaf belongs to the weight whose path ends its own path and whose shape it has, so that any nesting of chains,
+    masks and partitions is seen through.
+
+    Args:
+      abstract_params: ShapeDtypeStructs or arrays.
+      param_shardings: the same structure.
+      replicated: the sharding of counters and other small state.
+    """
+    weights = jax.tree_util.tree_leaves_with_path(abstract_params)
+    placed = {path: (w.shape, s) for (path, w), s in zip(weights, jax.tree.leaves(param_shardings), strict=True)}
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+        for start in range(len(path)):  # the longest suffix first
+            shape, sharding = placed.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, abstract_params))
+
+
+def _is_info(x: Any) -> bool:
+    return isinstance(x, ParamInfo)
+
+
+def _to_float32() -> optax.GradientTransformation:
+    return optax.stateless(lambda grads, _: jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """optax's Adam, both moments in moment_dtype: it has a setting for the first, the second follows `init`."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.moment_dtype)
+    return optax.GradientTransformation(
+        lambda params: adam.init(optax.tree.cast(params, jnp.dtype(config.moment_dtype))), adam.update
+    )
+
+
+def _muon(config: OptimizerConfig, labels: Tree, infos: Tree) -> optax.GradientTransformation:
+    """Muon on each matrix of a stack: dims that the matmul neither sums nor produces are batch dims.
+
+    The Adam half of `optax.contrib.muon` is not used: it switches Adam to Nesterov momentum, which AdamW does not have.
+    """
+    numbers = jax.tree.map(
+        lambda name, info: (
+            optax.contrib.MuonDimensionNumbers(info.in_dims, info.out_dims) if name == "muon" else optax.MaskedNode()
+        ),
+        labels,
+        infos,
+    )
+    return optax.chain(
+        optax.contrib.scale_by_muon(
+            ns_steps=config.muon_steps,
+            beta=config.muon_momentum,
+            eps=config.eps,
+            mu_dtype=config.moment_dtype,
+            weight_dimension_numbers=numbers,
+        ),
+        _scale_by_shape(numbers),
+    )
+
+
+def _scale_by_shape(numbers: Tree) -> optax.GradientTransformation:
+    """Times 0.2 sqrt(max(fan_in, fan_out)): an orthogonal matrix has an RMS of 1 / sqrt(max(fan_in, fan_out))."""
+
+    def scale(update: jax.Array, dims: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        fans = [math.prod(update.shape[d] for d in group) for group in dims]
+        return MUON_UPDATE_RMS * math.sqrt(max(fans)) * update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scale, updates, numbers))

@@ -1,0 +1,131 @@
+"""What changes over training: the learning rate, the weight of the MTP loss, and which depths take part in it.
+
+Every schedule is a function of the step, counted from 0, and can be traced.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtp_jax.config import MTPConfig, OptimizerConfig
+
+# DeepSeek-V3 (2412.19437, section 4.2), in tokens: constant to 10 T of 14.8 T, cosine over 4.3 T, then 333 B at a tenth
+# of the peak of 2.2e-4 and 167 B at 7.3e-6.
+DEEPSEEK_CONSTANT_UNTIL = 10.0 / 14.8
+DEEPSEEK_COSINE_UNTIL = 14.3 / 14.8
+DEEPSEEK_TENTH_UNTIL = (14.3 + 0.333) / 14.8
+DEEPSEEK_LAST = 7.3e-6 / 2.2e-4
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Step -> learning rate, float32.
+
+    With s = step + 1 (so that the first step is not lost to a rate of 0 and the last one ends the schedule), warmup W,
+    S steps, peak p and final fraction f, and q(a, b) = clip((s - a) / (b - a), 0, 1):
+
+        warmup     p s / W                                              while s < W, whatever follows
+        constant   p
+        cosine     p (f + (1 - f) (1 + cos(pi q(W, S))) / 2)
+        wsd        p (1 + (f - 1) q(S - decay_fraction S, S))           warmup, stable, decay (MiniCPM, 2404.06395)
+        deepseek   p, cosine to p / 10, p / 10, p 7.3e-6 / 2.2e-4       switching at the shares of S above
+    """
+    shapes = {"constant": _constant, "cosine": _cosine, "wsd": _wsd, "deepseek": _deepseek}
+    shape = shapes[config.schedule](config, num_steps)
+    warmup_steps = config.warmup_steps
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.asarray(step, jnp.float32) + 1.0
+        warmup = jnp.minimum(done / max(warmup_steps, 1), 1.0)
+        return config.learning_rate * jnp.where(done < warmup_steps, warmup, shape(done))
+
+    return schedule
+
+
+def mtp_weight(mtp: MTPConfig) -> Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]:
+    """(step, tokens) -> lambda, float32: piecewise constant in mtp.weight_unit, `weight_values[i]` from boundary i on.
+
+    Before the first boundary it is mtp.weight, or when that is None 0.3 (sequential, DeepSeek-V3) or D (parallel: with
+    the division by the sum of w_k this is the plain sum of 2404.19737). Without MTP it is 0 throughout.
+
+    tokens: trained on before this step, as float32 (15 T does not fit an int32): step * tokens_per_step in float32 is
+      right to 6e-8 of the count, where adding up step by step is not.
+    """
+    if mtp.kind == "none":
+        return lambda step, tokens: jnp.float32(0.0)
+    default = 0.3 if mtp.kind == "sequential" else float(mtp.depth)
+    values = np.asarray([default if mtp.weight is None else mtp.weight, *mtp.weight_values], np.float32)
+    in_tokens = mtp.weight_unit == "tokens"
+    # steps compare as integers: float32 stops telling them apart at 2^24
+    boundaries = np.asarray(mtp.weight_boundaries, np.float32 if in_tokens else np.int32)
+
+    def weight(step: jax.typing.ArrayLike, tokens: jax.typing.ArrayLike) -> jax.Array:
+        position = jnp.asarray(tokens, jnp.float32) if in_tokens else jnp.asarray(step, jnp.int32)
+        return jnp.asarray(values)[jnp.sum(position >= boundaries)]
+
+    return weight
+
+
+def active_depths(mtp: MTPConfig, num_steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    """step -> float32[D] of 0 and 1: the depths whose loss counts (curriculum of 2505.22757).
+
+    forward: depth k from step (k - 1) / D * num_steps on; reverse: depth k before step (D - k + 1) / D * num_steps, and
+    depth 1 always; none: all, always.
+    """
+    depth = 0 if mtp.kind == "none" else mtp.depth
+    k = np.arange(1, depth + 1)
+    starts, ends = np.zeros(depth, np.int64), np.full(depth, np.iinfo(np.int32).max)
+    if mtp.curriculum == "forward":
+        starts = -(-(k - 1) * num_steps // depth)
+    elif mtp.curriculum == "reverse" and depth:
+        ends = np.append(ends[:1], -(-(depth - k[1:] + 1) * num_steps // depth))
+    starts, ends = starts.astype(np.int32), ends.astype(np.int32)
+
+    def active(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.int32)
+        return ((starts <= step) & (step < ends)).astype(jnp.float32)
+
+    return active
+
+
+def depth_weights(mtp: MTPConfig) -> np.ndarray:
+    """w_k = beta^(k - 1) for k = 1 .. D, float32[D]; empty without MTP."""
+    depth = 0 if mtp.kind == "none" else mtp.depth
+    return np.power(np.float32(mtp.depth_decay), np.arange(depth, dtype=np.float32))
+
+
+# Each takes (config, num_steps) and returns s -> fraction of the peak, for s = step + 1 past the warmup.
+
+
+def _constant(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    return jnp.ones_like
+
+
+def _cosine(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda done: _cosine_down(_ramp(done, config.warmup_steps, num_steps), config.final_fraction)
+
+
+def _wsd(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    start = num_steps * (1.0 - config.decay_fraction)
+    return lambda done: 1.0 + (config.final_fraction - 1.0) * _ramp(done, start, num_steps)
+
+
+def _deepseek(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
+    start, end = DEEPSEEK_CONSTANT_UNTIL * num_steps, DEEPSEEK_COSINE_UNTIL * num_steps
+
+    def fraction(done: jax.Array) -> jax.Array:
+        cosine = _cosine_down(_ramp(done, start, end), 0.1)
+        return jnp.where(done > DEEPSEEK_TENTH_UNTIL * num_steps, DEEPSEEK_LAST, cosine)
+
+    return fraction
+
+
+def _ramp(done: jax.Array, start: float, end: float) -> jax.Array:
+    """0 before `start`, 1 from `end` on, linear between."""
+    return jnp.clip((done - start) / max(end - start, 1e-6), 0.0, 1.0)
+
+
+def _cosine_down(ramp: jax.Array, final: float) -> jax.Array:
+    return final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(jnp.pi * ramp))

@@ -1,0 +1,1 @@
+"""Tests, laid out like mtp_jax/; reference/ holds the numpy oracles."""

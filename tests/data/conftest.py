@@ -1,0 +1,82 @@
+"""Small corpora, and the real texts where the machine has them."""
+
+import dataclasses
+import os
+import pathlib
+
+import pytest
+
+from mtp_jax.config import Config, DataConfig, MTPConfig
+from mtp_jax.data import store
+from mtp_jax.data.tokenizer import ByteTokenizer
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def make_config(cache_dir):
+    """A Config of synthetic documents; keywords are data.* keys, and `depth` and `seed`."""
+
+    def make(depth=0, seed=0, **data):
+        settings = {"source": "synthetic", "synthetic_documents": 300, "sequence_length": 32, "batch_size": 8}
+        data = DataConfig(**settings | {"cache_dir": cache_dir, "validation_fraction": 0.2} | data)
+        mtp = MTPConfig(kind="sequential", depth=depth) if depth else MTPConfig()
+        return Config(data=data, mtp=mtp, seed=seed)
+
+    return make
+
+
+class BareTokenizer(ByteTokenizer):
+    """Bytes without any special token."""
+
+    vocab_size = 256
+    bos_id = eos_id = fim_ids = None
+    fingerprint = "bare"
+
+
+@pytest.fixture
+def make_store(tmp_path_factory):
+    """A token store of some texts."""
+
+    def make(texts, tokenizer=None):
+        folder = tmp_path_factory.mktemp("store")
+        store.write(folder, texts, tokenizer or ByteTokenizer(), "test")
+        return store.TokenStore(folder)
+
+    return make
+
+
+@pytest.fixture
+def bare_tokenizer():
+    return BareTokenizer()
+
+
+@pytest.fixture
+def real_data():
+    """The path of a real text or tokenizer in $MTP_TEST_DATA, or in shared/data next to the checkout."""
+    checkout = pathlib.Path(__file__).parents[2]
+    folder = pathlib.Path(os.environ.get("MTP_TEST_DATA") or checkout.parent / "shared" / "data")
+
+    def find(name):
+        path = folder / name
+        if path.is_file():
+            return str(path)
+        message = f"{path} is missing: set MTP_TEST_DATA to a folder that has it"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+
+    return find
+
+
+@pytest.fixture
+def with_data():
+    """A config with some data.* keys changed."""
+
+    def change(config, **data):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+
+    return change

@@ -1,0 +1,81 @@
+"""Which texts are read, and where they are cut."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_jax.config import UserError
+from mtp_jax.data import documents
+
+
+@given(st.lists(st.text("ab \n\r", max_size=30)), st.integers(1, 40))
+def test_cut_loses_nothing(pieces, max_chars):
+    lines = "\n\n".join(pieces).splitlines(keepends=True)
+    cut = list(documents.cut(lines, max_chars))
+    assert "".join(cut) == "".join(lines)
+    assert all(cut)
+    for document in cut:  # only a single line may be longer
+        assert len(document) <= max_chars or len(document.splitlines()) == 1
+
+
+def test_cut_prefers_blank_lines():
+    text = "one\ntwo\n\nthree\nfour\n\nfive\nsix\n"
+    assert list(documents.cut(text.splitlines(keepends=True), 16)) == ["one\ntwo\n\n", "three\nfour\n\n", "five\nsix\n"]
+
+
+def test_real_text_is_cut_without_loss(real_data, tmp_path):
+    path = real_data("text/tinyshakespeare.txt")
+    with open(path, "rb") as file:
+        content = file.read()
+    unix_style = b"\r\n" + content.replace(b"\n", b"\r\n")[:300_000] + "é\u2028".encode()
+    (tmp_path / "dos.txt").write_bytes(unix_style)
+    for name, whole in [(path, content), (str(tmp_path / "dos.txt"), unix_style)]:
+        texts = [text for _, text in documents.text_documents([name], "text", 4000)]
+        assert "".join(texts).encode() == whole
+        assert max(map(len, texts)) <= 4000
+        assert sum(text.endswith(("\n\n", "\r\n\r\n")) for text in texts[:-1]) == len(texts) - 1
+
+
+def test_globs(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt", "deep/er/c.txt", "deep/d.md", "odd[1].txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    deep = os.path.join("deep", "er", "c.txt")
+    assert documents.match_files("*.txt") == ["a.txt", "b.txt", "odd[1].txt"]
+    assert documents.match_files("b.txt, *.txt ,deep/**") == ["b.txt", "a.txt", "odd[1].txt", "deep/d.md", deep]
+    assert documents.match_files("('a.txt', '**/*.md')") == ["a.txt", "deep/d.md"]
+    assert documents.match_files("['odd[1].txt']") == ["odd[1].txt"]
+    for files, problem in [
+        ("", "data.files is empty"),
+        (" , ", "data.files is empty"),
+        ("*.rst", r"data.files=\*.rst: matches no file"),
+        ("a.txt,gone.txt", "data.files=gone.txt: matches no file"),
+        ("deep", "data.files=deep: is a folder"),
+        ("('a.txt'", "not a tuple of strings"),
+        ("(1, 2)", "not a tuple of strings"),
+    ]:
+        with pytest.raises(UserError, match=problem):
+            documents.match_files(files)
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('\ufeff{"body": "first \u2028 line"}\r\n\n{"body": ""}\n{"body": "last", "n": 1}'.encode())
+    found = list(documents.text_documents([str(path)], "body", 10))
+    assert found == [(f"{path}:1", "first \u2028 line"), (f"{path}:4", "last")]
+
+
+def test_synthetic_documents_are_a_function_of_the_seed():
+    first, again, other = (list(documents.synthetic_documents(50, seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert list(documents.synthetic_documents(20, 0)) == first[:20]
+    assert len(set(first)) == 50
+    kinds = ("copy ", "reverse ", "count: ", " + ")
+    assert all(any(kind in "".join(first) for kind in kinds) for kind in kinds)
+    for line in "".join(first).splitlines():
+        if " + " in line and " = " in line:
+            a, _, b, _, c = line.split()
+            assert int(a) + int(b) == int(c)

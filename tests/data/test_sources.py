@@ -1,0 +1,241 @@
+"""Sources through real TFDS builders, and every error as one line."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from mtp_jax.config import DataConfig, UserError
+from mtp_jax.data import prepare, sources
+
+
+class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What somebody else may have prepared."""
+
+    name = "tiny_texts"
+    VERSION = tfds.core.Version("1.2.0")
+    code_path = None
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(names=["no", "yes"])}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(80), "extra": self._generate_examples(30)}
+
+    def _generate_examples(self, num):
+        for i in range(num):
+            yield i, {"text": f"{num} tiny text number {i} é\n" * 3, "label": i % 2}
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds.disable_progress_bar()
+    TinyTexts(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def error_of(config):
+    with pytest.raises(UserError) as caught:
+        prepare(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_tfds_dataset_by_name(make_config, tfds_dir):
+    corpus = prepare(make_config(source="tiny_texts", tfds_dir=str(tfds_dir), split="extra"))
+    found = {corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))}
+    assert found == {f"30 tiny text number {i} é\n" * 3 for i in range(30)}
+    half = prepare(make_config(source="tiny_texts", tfds_dir=str(tfds_dir), split="train[:50%]", batch_size=2))
+    assert len(half.store) == 40
+
+
+def test_tfds_dataset_by_folder(make_config, tfds_dir):
+    (info,) = tfds_dir.rglob("dataset_info.json")
+    assert len(prepare(make_config(source=str(info.parent))).store) == 80
+
+
+def test_tfds_errors(make_config, tfds_dir):
+    def error(**data):
+        return error_of(make_config(**{"source": "tiny_texts", "tfds_dir": str(tfds_dir)} | data))
+
+    message = error(text_field="body")
+    assert message.startswith("data.text_field=body: is not a feature of tiny_texts; the features are ")
+    assert "text (Text)" in message and "label (ClassLabel)" in message
+    assert "data.text_field=label: is not text" in error(text_field="label")
+    assert error(split="test").startswith("data.split=test: not a split of tiny_texts; it has ")
+    message = error(source="no_such_dataset")
+    assert message.startswith("data.source=no_such_dataset: no such source") and "python_source" in message
+    message = error(source="not a name")
+    assert message.startswith("data.source=not a name: ")
+
+
+def test_tfds_dataset_in_a_format_without_random_access(make_config, tfds_dir, tmp_path):
+    (info,) = tfds_dir.rglob("dataset_info.json")
+    folder = tmp_path / "tiny_texts" / "1.2.0"
+    folder.mkdir(parents=True)
+    (folder / "features.json").write_text((info.parent / "features.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
+    message = error_of(make_config(source="tiny_texts", tfds_dir=str(tmp_path)))
+    assert message.startswith("data.source=tiny_texts: prepared as tfrecord in ") and "array_record" in message
+
+
+def test_tfds_dataset_that_cannot_be_prepared(make_config, monkeypatch, tmp_path):
+    class Offline(TinyTexts, skip_registration=True):
+        name = "offline"
+
+        def _split_generators(self, dl_manager):
+            raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Offline(data_dir=data_dir))
+    message = error_of(make_config(source="offline", tfds_dir=str(tmp_path)))
+    assert "not prepared in" in message and "no route to host" in message and "tfds build offline" in message
+
+
+def test_python_source_is_the_standard_library(make_config):
+    corpus = prepare(make_config(source="python_source", validation_fraction=0.05))
+    texts = [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))]
+    with open(os.__file__, encoding="utf-8", newline="") as file:
+        assert file.read() in texts
+    assert len(texts) > 300 and sum(map(len, texts)) > 5e6
+    assert not any("import pytest" in text[:2000] for text in texts)
+    assert corpus.num_bytes("train") + corpus.num_bytes("validation") == sum(len(t.encode()) for t in texts)
+    tokens = corpus.store.tokens
+    assert corpus.tokenizer.token_bytes[tokens].sum() == corpus.store.num_bytes.sum()
+    batch = corpus.batches("train").batch_at(0)
+    assert batch["tokens"].shape == (8, 33) and batch["tokens"].min() >= 0
+
+
+def test_text_files_come_back_in_order_and_whole(make_config, tmp_path):
+    paragraphs = ["".join(f"line {j} of {i} é\n" for j in range(i % 7 + 1)) + "\n" for i in range(300)]
+    (tmp_path / "a.txt").write_text("".join(paragraphs[:150]))
+    (tmp_path / "b.txt").write_text("".join(paragraphs[150:]))
+    config = make_config(source="text_files", files=str(tmp_path / "*.txt"), max_document_chars=300)
+    corpus = prepare(config)
+    texts = [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))]
+    assert "".join(texts) == "".join(paragraphs)
+    assert len(texts) > 50
+
+
+def test_real_json_lines(make_config, real_data):
+    path = real_data("text/wikitext2_raw_test_pages.jsonl")
+    with open(path, encoding="utf-8") as file:
+        pages = [json.loads(line)["page"] for line in file]
+    corpus = prepare(make_config(source="text_files", files=path, text_field="page"))
+    assert [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))] == pages
+
+
+def test_changed_files_are_read_anew(make_config, tmp_path):
+    path = tmp_path / "a.txt"
+    settings = {"source": "text_files", "files": str(path), "max_document_chars": 50}
+    config = make_config(validation_fraction=0.0, sequence_length=4, **settings)
+    path.write_text("first\n\n" * 200)
+    first = prepare(config)
+    path.write_text("other\n\n" * 200)
+    os.utime(path, ns=(1, 1))
+    other = prepare(config)
+    assert b"first" in bytes(first.store.document(0)[1:-1].astype(np.uint8))
+    assert b"other" in bytes(other.store.document(0)[1:-1].astype(np.uint8))
+    assert first.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.txt", b"fine\n" * 10 + b"\xff", "not UTF-8"),
+        ("a.txt", b"", "holds no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", b"\xff\n", "line 1: not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', "line 3: has no field 'text', only ['body']"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is int, not a string"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "half a surrogate pair"),
+        ("a.jsonl", b"[1]\n", "line 1: not a JSON object"),
+        ("a.txt", b"short\n", "use a shorter sequence_length or more text"),
+        ("a.txt", b"one document\n" * 300, "only one document; set data.max_document_chars="),
+        ("a.txt", (b"same\n" * 10 + b"\n") * 300, "documents, all the same"),
+    ],
+)
+def test_unusable_files_surface_as_one_error(make_config, tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    size = 5000 if b"one" in content else 51
+    config = make_config(source="text_files", files=str(tmp_path / name), max_document_chars=size)
+    message = error_of(config)
+    assert problem in message
+    if "line" in problem or "UTF-8" in problem:
+        assert str(tmp_path / name) in message
+    left = [p for p in os.listdir(os.path.join(config.data.cache_dir, "sources")) if p[0] == "." and p[-5:] != ".lock"]
+    assert left == []  # nothing half-made stays behind
+
+
+def test_dangling_link_is_named(make_config, tmp_path):
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    message = error_of(make_config(source="text_files", files=str(tmp_path / "*.txt")))
+    assert "gone.txt: cannot be read (No such file or directory)" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_file_without_permission_is_named(make_config, tmp_path):
+    (tmp_path / "secret.txt").write_text("x")
+    (tmp_path / "secret.txt").chmod(0)
+    message = error_of(make_config(source="text_files", files=str(tmp_path / "secret.txt")))
+    assert "secret.txt: cannot be read (Permission denied)" in message
+
+
+def test_cache_that_cannot_be_written(make_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(make_config(cache_dir=str(tmp_path / "file")))
+    assert message.startswith(f"data.cache_dir={tmp_path / 'file'}: cannot be written")
+
+
+def test_fim_needs_a_tokenizer_with_fim_tokens(make_config, monkeypatch, bare_tokenizer):
+    monkeypatch.setattr("mtp_jax.data.tokenizer.load", lambda name: bare_tokenizer)
+    assert error_of(make_config(fim_rate=0.5)).startswith("data.fim_rate=0.5: data.tokenizer=bytes has no FIM tokens")
+
+
+def test_too_small_validation_names_a_fraction_that_works(make_config):
+    settings = {"sequence_length": 64, "batch_size": 16}
+    message = error_of(make_config(validation_fraction=0.001, **settings))
+    assert "fewer than the data.batch_size=16 of one batch" in message
+    fraction = float(message.split("data.validation_fraction=")[1].split(",")[0])
+    assert prepare(make_config(validation_fraction=fraction, **settings)).batches("validation").num_batches >= 1
+    assert "use smaller batches" in error_of(make_config(batch_size=100_000))
+
+
+def test_warm_start_needs_no_tfds(make_config):
+    config = make_config(source="python_source", validation_fraction=0.05)
+    prepare(config)
+    program = f"""
+        import sys
+        from mtp_jax.config import from_dict
+        from mtp_jax.data import prepare
+        prepare(from_dict({{"data": {config.data.__dict__!r}}}, "test"))
+        assert "tensorflow_datasets" not in sys.modules and "tokenizers" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
+
+
+def test_opening_tfds_is_quiet(make_config, tfds_dir, capfd, tmp_path):
+    prepare(make_config(source="tiny_texts", tfds_dir=str(tfds_dir), cache_dir=str(tmp_path)))
+    (tmp_path / "a.txt").write_text("".join(f"some text {i}\n\n" for i in range(500)))
+    files = {"source": "text_files", "files": str(tmp_path / "a.txt"), "max_document_chars": 100}
+    prepare(make_config(cache_dir=str(tmp_path), **files))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_key_depends_on_what_decides_the_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    base = DataConfig(source="text_files", files=str(tmp_path / "a.jsonl"))
+    keys = {sources.open_source(base, 0).key, sources.open_source(base, 1).key}
+    assert len(keys) == 1
+    for change in ({"text_field": "body"}, {"max_document_chars": 7}):
+        keys.add(sources.open_source(DataConfig(**{**base.__dict__, **change}), 0).key)
+    synthetic = DataConfig(source="synthetic")
+    keys |= {sources.open_source(synthetic, seed).key for seed in (0, 1)}
+    assert len(keys) == 5

@@ -1,0 +1,148 @@
+"""Tokenizers: round trips, special tokens, bytes an id stands for."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from mtp_jax.config import UserError
+from mtp_jax.data import ByteTokenizer, load_tokenizer
+
+TEXTS = ["def f(x):\n    return x  # é ü 漢字 🙂\n", "aaaa bbbb  cccc\t\r\n", "<|endoftext|> is spelled here"]
+
+
+def byte_level(special=(), **options):
+    """A byte-level BPE tokenizer, trained here."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special),
+        show_progress=False,
+        **options,
+    )
+    made.train_from_iterator(TEXTS * 3, trainer)
+    return made
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(made):
+        path = tmp_path / "tokenizer.json"
+        made.save(str(path))
+        return load_tokenizer(str(path))
+
+    return save
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_bytes_decode_replaces_what_is_not_utf8_and_drops_special_ids():
+    assert ByteTokenizer().decode([256, 104, 0xC3, 105, 257, 258, 300, 10**6]) == "h\ufffdi"
+
+
+def test_bytes_ids():
+    t = load_tokenizer("bytes")
+    assert (t.vocab_size, t.bos_id, t.eos_id, tuple(t.fim_ids)) == (261, 256, 257, (258, 259, 260))
+    assert t.token_bytes.dtype == np.int32
+    assert t.token_bytes.tolist() == [1] * 256 + [0] * 5
+
+
+def test_byte_level_bpe_round_trips_and_counts_bytes(saved):
+    tokenizer = saved(byte_level(["<|endoftext|>"]))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.fim_ids) == (None, 0, None)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32 and len(ids) < len(text.encode())
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes[0] == 0
+    assert tokenizer.decode([0, *tokenizer.encode("ab"), 10**6, 0]) == "ab"
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
+    for one, batched in zip(map(tokenizer.encode, TEXTS), tokenizer.encode_batch(TEXTS), strict=True):
+        np.testing.assert_array_equal(one, batched)
+
+
+def test_text_that_spells_a_special_token_does_not_become_it(saved):
+    tokenizer = saved(byte_level(["<|endoftext|>"]))
+    assert 0 not in tokenizer.encode("a <|endoftext|> b")
+
+
+def test_settings_left_in_the_file_do_not_touch_documents(saved):
+    made = byte_level(["<s>", "</s>"])
+    made.enable_truncation(4)
+    made.enable_padding(length=4)
+    made.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = saved(made)
+    ids = tokenizer.encode(TEXTS[0] * 5)
+    assert tokenizer.decode(ids) == TEXTS[0] * 5
+    assert not {0, 1} & set(ids.tolist())
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+        ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+        ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ],
+)
+def test_fim_tokens_are_found(saved, names):
+    special = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", *names[::-1]]
+    tokenizer = saved(byte_level(special))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tuple(tokenizer.fim_ids)) == (0, 1, (4, 3, 2))
+
+
+def test_sentencepiece_pieces_count_their_text(saved):
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0xC3>": 3, "<0xA9>": 4, "▁": 5, "a": 6, "▁a": 7}
+    made = tokenizers.Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="never"), decoders.ByteFallback()])
+    tokenizer = saved(made)
+    assert tokenizer.token_bytes.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert tokenizer.token_bytes[tokenizer.encode("a aé")].sum() == len("a aé".encode())
+
+
+def test_fingerprint_tells_files_apart(saved):
+    assert saved(byte_level(["<s>"])).fingerprint != saved(byte_level(["</s>"])).fingerprint
+
+
+def test_real_tokenizer(real_data):
+    tokenizer = load_tokenizer(real_data("tokenizer/gpt_neox_olmo_tokenizer.json"))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, 50279, 50280)
+    with open(real_data("text/tinyshakespeare.txt"), encoding="utf-8") as file:
+        text = file.read(200_000)
+    ids = tokenizer.encode(text + "    two    four\n")
+    assert tokenizer.decode(ids) == text + "    two    four\n"
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + len("    two    four\n")
+
+
+def test_unusable_files_are_one_line(tmp_path):
+    (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    for path, problem in [
+        ("/nowhere/tokenizer.json", "no such file"),
+        ("byte", "no such file"),
+        (str(tmp_path), "no such file"),
+        (str(tmp_path / "broken.json"), "not a readable tokenizer.json"),
+        (str(tmp_path / "binary.json"), "not a readable tokenizer.json"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(path)
+        message = str(caught.value)
+        assert message.startswith(f"data.tokenizer={path}: {problem}") and "\n" not in message

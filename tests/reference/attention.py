@@ -1,0 +1,30 @@
+"""Softmax attention, one query at a time (1706.03762, eq. 1) with a causal and a segment mask."""
+
+import numpy as np
+
+
+def softmax(scores):
+    """exp(s_i) / sum_j exp(s_j)."""
+    e = np.exp(scores - np.max(scores))
+    return e / np.sum(e)
+
+
+def attend(q_BTHn, k_BTHn, v_BTHm, segment_ids_BT, scale):
+    """o_i = sum_j softmax_j(scale * q_i . k_j) v_j over the j <= i of the same segment id.
+
+    Segment id 0 is padding and like any other id here: padding sees padding, and nobody uses what it says.
+
+    Returns:
+      [B, T, H, m].
+    """
+    B, T, H, _ = q_BTHn.shape
+    out = np.zeros((B, T, H, v_BTHm.shape[-1]))
+    for b in range(B):
+        for i in range(T):
+            seen = [j for j in range(i + 1) if segment_ids_BT[b, j] == segment_ids_BT[b, i]]
+            for h in range(H):
+                scores = np.array([scale * np.dot(q_BTHn[b, i, h], k_BTHn[b, j, h]) for j in seen])
+                weights = softmax(scores)
+                for weight, j in zip(weights, seen, strict=True):
+                    out[b, i, h] += weight * v_BTHm[b, j, h]
+    return out

@@ -1,0 +1,160 @@
+"""Imports point down only: the picture of the house, held by walking the source with ast."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# From low to high; a unit imports from strictly lower lines, and freely inside itself.
+LINES = [
+    ["mtp_jax.config", "mtp_jax.targets"],
+    ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli"],
+    ["mtp_jax.layers"],
+    ["mtp_jax.trunk", "mtp_jax.mtp"],
+    ["mtp_jax.model"],
+    ["mtp_jax.decoding", "mtp_jax.loss", "mtp_jax.interop"],
+    ["mtp_jax.training"],
+    ["mtp_jax.language_model", "mtp_jax.cli"],
+    ["mtp_jax.evaluation", "mtp_jax.tools", "mtp_jax"],  # mtp_jax itself: what its __init__ offers
+    ["configs"],
+    ["train", "eval"],
+]
+LINE_OF = {unit: number for number, line in enumerate(LINES) for unit in line}
+FIRST_TO_MEET_DATA = LINE_OF["mtp_jax.training"]  # data and model meet in the training loop, not below
+OURS = {unit.split(".")[0] for unit in LINE_OF}
+NOBODY_IMPORTS = {"mtp_jax.tools"}
+
+
+def violations(root):
+    """One line for each import under `root` that points up or sideways."""
+    out = []
+    for path in _source_files(root):
+        module = _module_name(path, root)
+        unit = unit_of(module)
+        if unit is None:
+            out.append(f"{path.relative_to(root)}: has no line in tests/test_arrows.py; give it one")
+            continue
+        for line_number, imported in _imports(path, module, root):
+            reason = _refusal(unit, unit_of(imported))
+            if reason:
+                out.append(f"{path.relative_to(root)}:{line_number}: {unit} imports {imported}: {reason}")
+    return out
+
+
+def unit_of(module):
+    """The unit of LINES that holds a module; None for an mtp_jax module that no line names."""
+    parts = module.split(".")
+    if parts[0] != "mtp_jax":
+        return parts[0]
+    name = ".".join(parts[:2])
+    return name if name in LINE_OF else None
+
+
+def _refusal(importer, imported):
+    if imported == importer:
+        return ""
+    if imported is None:
+        return "it has no line in tests/test_arrows.py; give it one"
+    if LINE_OF[imported] >= LINE_OF[importer]:
+        return "imports point down only"
+    if imported in NOBODY_IMPORTS:
+        return "nothing imports the command lines"
+    below_training = LINE_OF["mtp_jax.layers"] <= LINE_OF[importer] < FIRST_TO_MEET_DATA
+    if imported == "mtp_jax.data" and below_training:
+        return "data and model meet in training only"
+    return ""
+
+
+def _source_files(root):
+    files = [*(root / "mtp_jax").rglob("*.py"), *(root / "configs").rglob("*.py")]
+    files += [root / name for name in ("train.py", "eval.py") if (root / name).exists()]
+    return sorted(files)
+
+
+def _module_name(path, root):
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path, module, root):
+    """(line, imported module of ours) of every import statement, those inside functions too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base]) if base else ".".join(parents)
+            # `from mtp_jax import targets` imports mtp_jax.targets; `from mtp_jax import load` what __init__ offers
+            names = [f"{base}.{a.name}" if _is_module(f"{base}.{a.name}", root) else base for a in node.names]
+        else:
+            continue
+        yield from (
+            (node.lineno, name) for name in names if name.split(".")[0] in {"mtp_jax", "configs", "train", "eval"}
+        )
+
+
+def _is_module(name, root):
+    path = root.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def test_imports_point_down_only():
+    found = violations(ROOT)
+    assert not found, "\n".join(found)
+
+
+def _house(root, files):
+    for name in ("config", "targets", "sharding", "trunk", "model", "loss", "language_model"):
+        files.setdefault(f"mtp_jax/{name}.py", "")
+    for name in ("data", "layers", "mtp", "decoding", "interop", "training", "evaluation", "tools"):
+        files.setdefault(f"mtp_jax/{name}/__init__.py", "")
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mtp_jax/model.py", "from mtp_jax import config, targets\nfrom mtp_jax.trunk import Trunk\nimport jax"),
+        ("mtp_jax/layers/block.py", "from . import norm\nfrom .mla import Attention\nfrom ..config import ModelConfig"),
+        ("mtp_jax/training/loop.py", "from mtp_jax.data import pipeline\nfrom mtp_jax.model import Model"),
+        ("mtp_jax/__init__.py", "def load(path):\n    from mtp_jax.language_model import load\n    return load(path)"),
+        ("train.py", "from mtp_jax.training.loop import train\nimport eval_like_name"),
+        ("configs/tiny.py", "from configs.quickstart import get_config\nfrom mtp_jax.config import default_config"),
+    ],
+)
+def test_imports_that_point_down_pass(tmp_path, name, text):
+    assert violations(_house(tmp_path, {name: text})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("mtp_jax/config.py", "from mtp_jax import targets", "point down only"),
+        ("mtp_jax/data/pipeline.py", "from mtp_jax.model import Model", "point down only"),
+        ("mtp_jax/data/pipeline.py", "import mtp_jax.sharding", "point down only"),
+        ("mtp_jax/layers/block.py", "from .. import model", "point down only"),
+        ("mtp_jax/layers/block.py", "def late():\n    from ..training import step", "point down only"),
+        ("mtp_jax/trunk.py", "from mtp_jax.mtp import sequential", "point down only"),
+        ("mtp_jax/mtp/sequential.py", "from mtp_jax.trunk import Trunk", "point down only"),
+        ("mtp_jax/model.py", "from mtp_jax import load", "point down only"),
+        ("mtp_jax/layers/mla.py", "from mtp_jax.data.packing import pack", "meet in training"),
+        ("mtp_jax/loss.py", "from mtp_jax import data", "meet in training"),
+        ("mtp_jax/interop/weights.py", "import mtp_jax.data.tokenizer", "meet in training"),
+        ("train.py", "from mtp_jax.tools import report", "nothing imports"),
+        ("mtp_jax/helpers.py", "", "has no line"),
+        ("mtp_jax/model.py", "import mtp_jax.helpers", "has no line"),
+        ("configs/tiny.py", "import train", "point down only"),
+    ],
+)
+def test_an_import_that_points_up_is_found(tmp_path, name, text, says):
+    found = violations(_house(tmp_path, {name: text}))
+    assert len(found) == 1 and says in found[0], found

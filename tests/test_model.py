@@ -1,0 +1,125 @@
+"""The model and its loss against the oracles: every attention, feed-forward, strategy and convention."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import config as configs
+from mtp_jax.config import Config, ModelConfig, MTPConfig, TrainingConfig, conventions
+from mtp_jax.model import count_parameters, skeleton
+from mtp_jax.training.step import loss_weights, make_loss, step_inputs
+from tests.bridge import packed_rows, to_model
+from tests.reference.model import forward
+from tests.reference.params import random_params
+
+BASE = ModelConfig(
+    vocab_size=24,
+    num_layers=3,
+    embed_dim=16,
+    num_heads=2,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    num_kv_heads=1,
+    head_dim=8,
+    ffn_dim=20,
+    expert_dim=8,
+)
+MOE = replace(BASE, num_experts=8, num_experts_per_token=3, routed_scaling_factor=1.7)
+YARN = {"yarn_factor": 4.0, "yarn_original_length": 16, "rope_theta": 100.0}
+
+MODELS = {
+    "mla": BASE,
+    "mla_q_lora": replace(BASE, q_lora_rank=6),
+    "mla_yarn": replace(BASE, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
+    "mla_yarn_plain": replace(BASE, **YARN),
+    "gqa": replace(BASE, attention="gqa", rope_interleaved=False),
+    "gqa_qwen": replace(BASE, attention="gqa", rope_interleaved=False, qk_norm=True, qkv_bias=True, rotary_fraction=0.5),
+    "tied": replace(BASE, tie_embeddings=True),
+    "moe": MOE,
+    "moe_ragged": replace(MOE, moe_dispatch="ragged"),
+    "moe_groups": replace(MOE, router_num_groups=4, router_groups_per_token=2),
+    "moe_v2": replace(
+        *(MOE,),
+        router_score="softmax",
+        router_renormalize=False,
+        router_num_groups=4,
+        router_groups_per_token=2,
+        router_group_score="max",
+        num_shared_experts=2,
+        num_dense_layers=0,
+    ),
+    "moe_no_shared": replace(MOE, num_shared_experts=0),
+}
+SEQUENTIAL = MTPConfig(kind="sequential", depth=2, weight=0.7, depth_decay=0.6)
+STRATEGIES = {
+    "none": MTPConfig(),
+    "sequential": SEQUENTIAL,
+    "sequential_valid": replace(SEQUENTIAL, normalize="valid", depth=3),
+    "sequential_shared": replace(SEQUENTIAL, shared_depths=True, depth=3),
+    "sequential_glm5": replace(SEQUENTIAL, family="glm5"),
+    "sequential_mimo": replace(SEQUENTIAL, family="mimo"),
+    "sequential_flash": replace(SEQUENTIAL, family="mimo_v2_flash"),
+    "sequential_paper": replace(SEQUENTIAL, concat_order="hidden_first", trunk_hidden="before_norm", output_norm="main"),
+    "parallel": MTPConfig(kind="parallel", depth=1),
+    "parallel_unmatched": MTPConfig(kind="parallel", depth=3, parameter_matched=False),
+}
+CASES = [(name, "sequential") for name in MODELS] + [("moe", name) for name in STRATEGIES if name != "sequential"]
+
+
+@pytest.mark.parametrize(("model_name", "strategy_name"), CASES)
+def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
+    config = Config(
+        model=MODELS[model_name], mtp=STRATEGIES[strategy_name], training=TrainingConfig(z_loss_weight=0.01, loss_chunk=7)
+    )
+    ways = conventions(config.mtp)
+    reference_params = random_params(config, config.num_main_layers, ways.output_norm)
+    depth, length = config.depth, 12
+    rng = np.random.default_rng(1)
+    tokens, segments, positions = packed_rows(rng, 3, length + 1 + depth, config.model.vocab_size, num_padding=3)
+    expected = forward(reference_params, config, tokens, segments, positions[:, :length], ways)
+
+    params, biases = to_model(reference_params)
+    built = skeleton(config)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, built.params)
+    inputs = step_inputs({"tokens": tokens, "segment_ids": segments, "positions": positions}, depth)
+    out = jax.jit(lambda p, b, i: built.merge(p, b)(i.inputs_KBT, i.segments_KBT, i.positions_BT))(params, biases, inputs)
+
+    valid = expected["targets"].valid
+    np.testing.assert_array_equal(np.asarray(inputs.mask_KBT), valid)
+    np.testing.assert_allclose(np.asarray(out.hidden)[valid], expected["hidden"][valid], rtol=2e-4, atol=2e-4)
+    for stats, aux in ((out.trunk_stats, expected["aux"]["trunk"]), (out.mtp_stats, expected["aux"]["mtp"])):
+        aux = [a for a in aux if a is not None]
+        assert (stats is None) == (not aux)
+        if aux:
+            np.testing.assert_array_equal(np.asarray(stats.load_E), [a["loads"] for a in aux])
+            mean = np.asarray(stats.balance / stats.num_rows)
+            np.testing.assert_allclose(mean, [a["balance"] for a in aux], rtol=1e-4)
+
+    count_K = inputs.mask_KBT.sum((1, 2), dtype=jnp.float32)
+    weight_K, _ = loss_weights(config, count_K, jnp.int32(0))
+    quiet = replace(config, model=replace(config.model, balance_loss_weight=0.0))
+    ones = jnp.ones(depth + 1)
+    loss, aux = jax.jit(make_loss(quiet, built))(params, {}, biases, inputs, weight_K, ones)
+    np.testing.assert_allclose(float(loss), expected["loss"], rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(aux.sums.nll), expected["nll_sums"], rtol=1e-4)
+    np.testing.assert_array_equal(np.asarray(aux.sums.count), expected["counts"])
+    np.testing.assert_allclose(np.asarray(aux.sums.correct), expected["accuracy"] * expected["counts"], atol=1e-3)
+    agreed = np.asarray(expected["agreement_sums"]).reshape(-1, 2)
+    np.testing.assert_array_equal(np.asarray(aux.sums.agree)[1:], agreed[:, 0])
+    np.testing.assert_array_equal(np.asarray(aux.sums.agree_count)[1:], agreed[:, 1])
+
+
+def test_a_matched_parallel_model_has_as_many_weights_as_the_next_token_model():
+    none = count_parameters(Config(model=replace(BASE, num_layers=6)))
+    parallel = count_parameters(Config(model=replace(BASE, num_layers=6), mtp=MTPConfig(kind="parallel", depth=3)))
+    assert none == parallel
+
+
+def test_every_family_has_conventions():
+    for family in configs.CONVENTIONS:
+        assert conventions(MTPConfig(family=family)) == configs.CONVENTIONS[family]

@@ -1,0 +1,403 @@
+"""Checkpoints under what happens to them: faults on disk, kills in the middle of a save, other meshes."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtp_jax.config import CheckpointConfig
+from mtp_jax.training.checkpoint import CheckpointError, Checkpoints
+
+SYNC = CheckpointConfig(keep=3, async_save=False)
+
+
+def make_state(step, size=64):
+    """Every leaf tells its step. float32 and bfloat16 weights, a real optimizer state with its empty nodes."""
+    params = {
+        "blocks": {"kernel": jnp.arange(size * 8, dtype=jnp.float32).reshape(size, 8) + step},
+        "norm": {"scale": jnp.full((8,), step, jnp.bfloat16)},
+    }
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+    opt = jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), tx.init(params))
+    return {"params": params, "opt": opt, "step": jnp.int32(step)}
+
+
+def abstract(tree):
+    return jax.eval_shape(lambda: tree)
+
+
+def assert_state(state, step, size=64):
+    expected = make_state(step, size)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def save_steps(folder, *steps, config=SYNC):
+    with Checkpoints(folder, config) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, make_state(step))
+
+
+def restore(folder):
+    with Checkpoints(folder, SYNC) as checkpoints:
+        return checkpoints.restore_latest(abstract(make_state(0)))
+
+
+def biggest_data(folder, step):
+    return max((folder / str(step)).glob("state/**/d/*"), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_what_is_saved_comes_back(tmp_path, async_save):
+    save_steps(tmp_path, 1, 2, config=CheckpointConfig(keep=2, async_save=async_save))
+    step, state = restore(tmp_path)
+    assert step == 2
+    assert_state(state, 2)
+
+
+def test_no_checkpoints_is_none(tmp_path):
+    assert restore(tmp_path / "absent") is None
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    assert restore(tmp_path) is None
+
+
+def test_the_newest_are_kept_and_checksums_go_with_their_steps(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, 4, config=CheckpointConfig(keep=2))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3", "3.checksums.json", "4", "4.checksums.json"]
+    sums = json.loads((tmp_path / "4.checksums.json").read_text())
+    on_disk = {str(p.relative_to(tmp_path / "4")) for p in (tmp_path / "4").rglob("*") if p.is_file()}
+    assert set(sums) == on_disk
+
+
+def test_async_save_returns_before_the_files_are_there_and_may_be_followed_by_changes(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(async_save=True)) as checkpoints:
+        state = make_state(1, size=1 << 18)
+        checkpoints.save(1, state)
+        in_flight = not (tmp_path / "1").exists()
+        jax.tree.map(lambda x: x.delete(), state)  # as donation does
+        checkpoints.wait()
+        assert (tmp_path / "1.checksums.json").exists()
+        assert_state(checkpoints.restore_latest(abstract(make_state(0, 1 << 18)))[1], 1, 1 << 18)
+    assert in_flight
+
+
+def flip(folder, step):
+    path = biggest_data(folder, step)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder, step):
+    path = biggest_data(folder, step)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def delete(folder, step):
+    biggest_data(folder, step).unlink()
+
+
+def empty(folder, step):
+    subprocess.run(["rm", "-r", folder / str(step)], check=True)
+    (folder / str(step)).mkdir()
+
+
+def spoil_checksums(folder, step):
+    (folder / f"{step}.checksums.json").write_text("{")
+
+
+def flip_metadata(folder, step):
+    path = folder / str(step) / "state" / "_METADATA"
+    path.write_text("x" + path.read_text()[1:])
+
+
+FAULTS = {
+    flip: "is not what was written",
+    truncate: "bytes",
+    delete: "is missing",
+    empty: "is empty",
+    spoil_checksums: "checksums cannot be read",
+    flip_metadata: "_METADATA is not what was written",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_broken_step_is_reported_and_the_older_one_used_and_the_step_saved_anew(tmp_path, capfd, fault):
+    save_steps(tmp_path, 1, 2)
+    fault(tmp_path, 2)
+    with Checkpoints(tmp_path, SYNC) as checkpoints:
+        step, state = checkpoints.restore_latest(abstract(make_state(0)))
+        assert step == 1
+        assert_state(state, 1)
+        reports = [line for line in capfd.readouterr().err.splitlines() if line.startswith("checkpoint ")]
+        assert len(reports) == 2 and FAULTS[fault] in reports[0] and str(tmp_path / "2") in reports[0]
+        assert (tmp_path / "2.broken").is_dir() and not (tmp_path / "2").exists()
+        checkpoints.save(2, make_state(2))
+    step, state = restore(tmp_path)
+    assert step == 2
+    assert_state(state, 2)
+
+
+@pytest.mark.parametrize("fault", [truncate, delete, empty], ids=lambda f: f.__name__)
+def test_faults_that_need_no_checksums_are_found_without_them(tmp_path, capfd, fault):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "2.checksums.json").unlink()
+    fault(tmp_path, 2)
+    step, state = restore(tmp_path)
+    assert step == 1
+    assert_state(state, 1)
+
+
+def test_a_step_without_checksums_is_used_with_a_note(tmp_path, capfd):
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / "2.checksums.json").unlink()
+    assert restore(tmp_path)[0] == 2
+    assert "has no checksums" in capfd.readouterr().err
+
+
+def test_several_broken_steps_and_a_second_break_of_the_same_step(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    flip(tmp_path, 3)
+    empty(tmp_path, 2)
+    assert restore(tmp_path)[0] == 1
+    save_steps(tmp_path, 3)
+    flip(tmp_path, 3)
+    assert restore(tmp_path)[0] == 1
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"1", "2.broken", "3.broken", "3.broken.1"} <= names and "3" not in names
+
+
+def test_no_sound_step_is_an_error_of_one_line_and_nothing_is_renamed(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    flip(tmp_path, 1)
+    truncate(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="none of its checkpoints is sound") as error:
+        restore(tmp_path)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "1").exists() and (tmp_path / "2").exists()
+
+
+def test_an_existing_step_is_not_silently_skipped(tmp_path):
+    save_steps(tmp_path, 5)
+    with Checkpoints(tmp_path, SYNC) as checkpoints:
+        with pytest.raises(CheckpointError, match="cannot save step 5: it has step 5"):
+            checkpoints.save(5, make_state(5))
+        checkpoints.save(6, make_state(6))
+        checkpoints.save(6, make_state(6))  # the loop's last step may also be a regular one
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda s: s["params"]["norm"].update(scale=jnp.zeros(4)),
+            r"params/norm/scale is \(8,\), this run's is \(4,\)",
+        ),
+        (lambda s: s["params"].update(more=jnp.zeros(4)), "has no params/more"),
+        (lambda s: s["params"].pop("norm"), "has params/norm/scale, which this run has not"),
+    ],
+)
+def test_another_model_is_an_error_of_one_line(tmp_path, change, message):
+    save_steps(tmp_path, 1, 2)
+    state = make_state(0)
+    change(state)
+    with Checkpoints(tmp_path, SYNC) as checkpoints, pytest.raises(CheckpointError, match=message) as error:
+        checkpoints.restore_latest(abstract(state))
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "2").exists()
+
+
+def test_params_alone_in_part_and_in_another_dtype(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        saved = checkpoints.saved_params()
+        assert saved == abstract(make_state(0)["params"])
+        assert_same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
+        assert_same(checkpoints.restore_params(None, saved), make_state(2)["params"])
+        assert_same(checkpoints.restore_params(1, saved), make_state(1)["params"])
+        part = {"norm": {"scale": jax.ShapeDtypeStruct((8,), jnp.float32)}}
+        scale = checkpoints.restore_params(2, part)["norm"]["scale"]
+        assert scale.dtype == jnp.float32 and float(scale[0]) == 2.0
+        with pytest.raises(CheckpointError, match="has no params/other"):
+            checkpoints.restore_params(2, {"other": part["norm"]["scale"]})
+        with pytest.raises(CheckpointError, match="has no step 9; it has"):
+            checkpoints.restore_params(9, part)
+        flip(tmp_path, 2)
+        assert float(checkpoints.restore_params(None, part)["norm"]["scale"][0]) == 1.0
+        assert (tmp_path / "2").exists()  # a reader renames nothing
+        with pytest.raises(CheckpointError, match="none of its checkpoints is sound"):
+            checkpoints.restore_params(2, part)
+    with Checkpoints(tmp_path / "absent") as checkpoints, pytest.raises(CheckpointError, match="no checkpoints"):
+        checkpoints.restore_params(None, part)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot save step 1") as error:
+        save_steps(tmp_path / "file" / "checkpoints", 1)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Other processes
+
+
+def python(code, *arguments, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+ENDLESS = """
+    import sys
+    from mtp_jax.config import CheckpointConfig
+    from mtp_jax.training.checkpoint import Checkpoints
+    from tests.training.test_checkpoint import make_state
+    with Checkpoints(sys.argv[1], CheckpointConfig(keep=2)) as checkpoints:
+        for step in range(1, 1000):
+            checkpoints.save(step, make_state(step, size=1 << 18))
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.02])
+def test_kill_in_the_middle_of_a_save(tmp_path, delay):
+    process = python(ENDLESS, tmp_path)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("[3-9].orbax-checkpoint-tmp")):
+        assert time.time() < deadline and process.poll() is None
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with Checkpoints(tmp_path, SYNC) as checkpoints:
+        step, state = checkpoints.restore_latest(abstract(make_state(0, 1 << 18)))
+        assert step >= 2
+        assert_state(state, step, 1 << 18)
+        checkpoints.save(step + 1, make_state(step + 1))
+    assert restore(tmp_path)[0] == step + 1
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+RESHARD = """
+    import sys
+    import jax, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    from mtp_jax.training.checkpoint import Checkpoints
+    from tests.training.test_checkpoint import SYNC, abstract, assert_state, make_state
+
+    def placed(mesh, spec):
+        def one(leaf):
+            s = NamedSharding(mesh, spec if leaf.ndim == 2 else P())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+        return jax.tree.map(one, abstract(make_state(0)))
+
+    assert jax.device_count() == 8
+    devices = np.array(jax.devices())
+    with Checkpoints(sys.argv[1], SYNC) as checkpoints:
+        for mesh, spec in [
+            (Mesh(devices.reshape(2, 4), ("a", "b")), P("a", "b")),
+            (Mesh(devices, ("a",)), P("a")),
+            (Mesh(devices[:2], ("a",)), P(None, "a")),
+        ]:
+            want = placed(mesh, spec)
+            step, state = checkpoints.restore_latest(want)
+            assert_state(state, step)
+            jax.tree.map(lambda x, w: np.testing.assert_equal(x.sharding, w.sharding), state, want)
+            again = jax.device_put(make_state(step + 1), jax.tree.map(lambda w: w.sharding, want))
+            checkpoints.save(step + 1, again)
+"""
+
+
+def test_resume_on_other_meshes(tmp_path):
+    """Saved on one device, restored and saved on three meshes of 8 or 2, restored on one."""
+    save_steps(tmp_path, 1)
+    finish(python(RESHARD, tmp_path, devices=8))
+    step, state = restore(tmp_path)
+    assert step == 4
+    assert_state(state, 4)
+
+
+TWO = """
+    import sys
+    import jax, numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+    folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, index, heartbeat_timeout_seconds=30)
+    from mtp_jax.config import CheckpointConfig
+    from mtp_jax.training.checkpoint import Checkpoints
+    from tests.training.test_checkpoint import abstract, flip, make_state
+    import pathlib
+    mesh = Mesh(np.array(jax.devices()), ("a",))
+
+    def place(leaf):
+        return NamedSharding(mesh, P("a") if leaf.ndim == 2 else P())
+
+    def state(step):
+        def one(x):
+            return jax.make_array_from_callback(x.shape, place(x), lambda i: np.asarray(x)[i])
+        return jax.tree.map(one, make_state(step))
+
+    want = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), abstract(make_state(0)))
+    with Checkpoints(folder, CheckpointConfig(keep=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+        if index == 0:
+            flip(pathlib.Path(folder), 3)
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices("flipped")
+        step, got = checkpoints.restore_latest(want)
+        assert step == 2, step
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(state(2))):
+            for x, y in zip(a.addressable_shards, b.addressable_shards):
+                np.testing.assert_array_equal(np.asarray(x.data, np.float32), np.asarray(y.data, np.float32))
+        checkpoints.save(3, state(3))
+    print("done")
+"""
+
+
+def test_two_processes_share_the_checksums_and_agree_on_the_fault(tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("localhost", 0))
+        port = sock.getsockname()[1]
+    processes = [python(TWO, tmp_path, port, i, devices=2) for i in range(2)]
+    try:
+        for process in processes:
+            assert finish(process)[0].endswith("done\n")
+    finally:
+        for process in processes:
+            process.kill()
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {f"{s}.checksums.{i}of2.json" for s in (2, 3) for i in (0, 1)} | {"2", "3", "3.broken"} == names
+    step, state = restore(tmp_path)  # one process continues what two left
+    assert step == 3
+    assert_state(state, 3)
+
+
+def test_steps_are_counted_from_folders_only(tmp_path):
+    for name in ("3", "12"):
+        pathlib.Path(tmp_path / name).mkdir()
+    for name in ("7.checksums.json", "9.broken", "11.orbax-checkpoint-tmp", "15"):
+        pathlib.Path(tmp_path / name).write_text("")
+    assert Checkpoints(tmp_path).steps() == [3, 12]

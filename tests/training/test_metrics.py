@@ -1,0 +1,122 @@
+"""metrics.jsonl stays valid and gapless over kills and resumes; the progress line; the non-finite alarm."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.training import metrics as metrics_lib
+from mtp_jax.training.metrics import MetricsWriter, NonFiniteLoss, Progress, check_finite, read_metrics
+
+
+def write(workdir, steps, resume_step=None):
+    writer = MetricsWriter(workdir, resume_step)
+    for step in steps:
+        writer.write(step, {"loss": 1.0 / step, "tokens": 10 * step})
+    writer.close()
+
+
+def steps_of(workdir):
+    return [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_every_write_is_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, {"loss": jnp.float32(0.5), "tokens": np.int64(2**40), "mfu": None})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": 0.5, "tokens": 1099511627776, "mfu": null}\n'
+    writer.close()
+
+
+def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
+    writer = MetricsWriter(tmp_path, None)
+    writer.write(1, {"loss": float("nan"), "grad_norm": jnp.float32(jnp.inf)})
+    writer.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_resume_continues_without_missing_or_repeated_steps(tmp_path):
+    write(tmp_path, range(1, 9))
+    write(tmp_path, range(6, 11), resume_step=5)
+    assert steps_of(tmp_path) == list(range(1, 11))
+
+
+def test_resume_drops_a_torn_last_line(tmp_path):
+    write(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert steps_of(tmp_path) == [1, 2, 3]
+    write(tmp_path, [4, 5], resume_step=3)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_start_from_the_beginning_keeps_no_line(tmp_path):
+    write(tmp_path, range(1, 4))
+    write(tmp_path, [1])
+    assert steps_of(tmp_path) == [1]
+
+
+def test_a_bad_line_in_the_middle_is_not_passed_over(tmp_path):
+    write(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("garbage\n" + path.read_text())
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+        write(tmp_path, [3], resume_step=2)
+
+
+def test_only_the_main_process_writes(tmp_path):
+    writer = MetricsWriter(tmp_path / "run", None, is_main=False)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the format: length, crc, data, crc)
+
+    write(tmp_path, [1, 2])
+    data = next(tmp_path.glob("events.out.tfevents.*")).read_bytes()
+    events, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 8], "little")
+        events.append(Event.FromString(data[at + 12 : at + 12 + size]))
+        at += 12 + size + 4
+    scalars = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    assert scalars == {(1, "loss"): 1.0, (1, "tokens"): 10.0, (2, "loss"): 0.5, (2, "tokens"): 20.0}
+
+
+def test_progress_line(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics_lib.time, "monotonic", lambda: now[0])
+    progress = Progress(600)
+    values = {
+        "loss": jnp.float32(1.834),
+        "loss_main": 1.52,
+        "loss_mtp_1": 1.71,
+        "loss_mtp_2": 1.95,
+        "accuracy_mtp_1": 0.5,
+        "tokens_per_second": 4100.0,
+        "mfu": 0.312,
+    }
+    expected = "step 60/600  loss 1.834 (main 1.520, mtp 1.710 1.950)  4.1k tok/s  MFU 31.2%"
+    assert progress.line(60, values) == expected
+    now[0] = 20.0
+    assert progress.line(120, values).endswith("MFU 31.2%  ETA 2:40")
+    assert progress.line(600, values).endswith("ETA 0:00")
+
+
+def test_progress_line_leaves_out_what_is_not_there():
+    line = Progress(10).line(1, {"loss": 2.0, "loss_main": 2.0, "mfu": None, "tokens_per_second": 12})
+    assert line == "step 1/10  loss 2.000  12 tok/s"
+    assert Progress(10).line(1, {}) == "step 1/10"
+    assert metrics_lib._clock(3723.4) == "1:02:03" and metrics_lib._short(2.5e6) == "2.5M"
+
+
+def test_check_finite_names_step_and_terms():
+    check_finite(3, {"loss": 1.0, "mfu": None, "agreement_mtp_1": float("nan")})
+    with pytest.raises(NonFiniteLoss, match="step 7: loss=nan, loss_mtp_2=inf, grad_norm=nan; ") as error:
+        check_finite(7, {"loss": jnp.nan, "loss_main": 1.0, "loss_mtp_2": np.inf, "grad_norm": jnp.float32(jnp.nan)})
+    assert "\n" not in str(error.value)
