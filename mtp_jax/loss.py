@@ -20,15 +20,15 @@ class DepthSums(NamedTuple):
     """Sums over the positions of the mask, per depth; float32[K] (counts too: exact below 2^24 a device batch).
 
     nll: negative log likelihood, nats. z: squared log normaliser. correct: argmax equals the target.
-    count: positions. agree: argmax equals the main head's at i + k; agree_count: positions where that head has a say.
+    num: positions. agree: argmax equals the main head's at i + k; num_compared: positions where that head has a say.
     """
 
     nll: jax.Array
     z: jax.Array
     correct: jax.Array
-    count: jax.Array
+    num: jax.Array
     agree: jax.Array
-    agree_count: jax.Array
+    num_compared: jax.Array
 
 
 def head_loss(
@@ -61,9 +61,9 @@ def head_loss(
     total, (nll, z, correct, picks) = _chunked(*cut, head_DV, weights, z_weight)
     depth = hidden_KBTD.shape[0]
     picks_KBT = jnp.moveaxis(picks.reshape(depth, num_chunks, *picks.shape[1:]), 1, -1).reshape(targets_KBT.shape)
-    agree_K, agree_count_K = agreement(picks_KBT, mask_KBT)
+    agree_K, num_compared_K = agreement(picks_KBT, mask_KBT)
     by_depth = [x.reshape(depth, num_chunks).sum(1) for x in (nll, z, correct)]
-    return total, DepthSums(*by_depth, mask_KBT.sum((1, 2), dtype=jnp.float32), agree_K, agree_count_K)
+    return total, DepthSums(*by_depth, mask_KBT.sum((1, 2), dtype=jnp.float32), agree_K, num_compared_K)
 
 
 def agreement(picks_KBT: jax.Array, mask_KBT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -58,7 +58,7 @@ def input_segments(segment_ids: jax.Array, depth: int) -> jax.Array:
     """Segment ids of the depth-k inputs: s[i] where the input x[i + k] is of the same document, else padding.
 
     Args:
-      segment_ids: int[B, T + D] (a longer row is cut).
+      segment_ids: int[B, T + D], a row without its last target.
       depth: D.
 
     Returns:

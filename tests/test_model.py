@@ -38,6 +38,7 @@ MODELS = {
     "mla_yarn": replace(BASE, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
     "mla_yarn_plain": replace(BASE, **YARN),
     "gqa": replace(BASE, attention="gqa", rope_interleaved=False),
+    "gqa_yarn": replace(BASE, attention="gqa", rope_interleaved=False, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
     "gqa_qwen": replace(BASE, attention="gqa", rope_interleaved=False, qk_norm=True, qkv_bias=True, rotary_fraction=0.5),
     "tied": replace(BASE, tie_embeddings=True),
     "moe": MOE,
@@ -107,11 +108,11 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
     loss, aux = jax.jit(make_loss(quiet, built))(params, {}, biases, inputs, weight_K, ones)
     np.testing.assert_allclose(float(loss), expected["loss"], rtol=1e-4)
     np.testing.assert_allclose(np.asarray(aux.sums.nll), expected["nll_sums"], rtol=1e-4)
-    np.testing.assert_array_equal(np.asarray(aux.sums.count), expected["counts"])
+    np.testing.assert_array_equal(np.asarray(aux.sums.num), expected["counts"])
     np.testing.assert_allclose(np.asarray(aux.sums.correct), expected["accuracy"] * expected["counts"], atol=1e-3)
     agreed = np.asarray(expected["agreement_sums"]).reshape(-1, 2)
     np.testing.assert_array_equal(np.asarray(aux.sums.agree)[1:], agreed[:, 0])
-    np.testing.assert_array_equal(np.asarray(aux.sums.agree_count)[1:], agreed[:, 1])
+    np.testing.assert_array_equal(np.asarray(aux.sums.num_compared)[1:], agreed[:, 1])
 
 
 def test_a_matched_parallel_model_has_as_many_weights_as_the_next_token_model():

@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from mtp_jax.config import UserError
 from mtp_jax.data import documents
 
 
@@ -23,8 +24,11 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        i = -1
         for i, (origin, text) in enumerate(self._documents()):
             yield i, {"text": text, "origin": origin}
+        if i < 0:  # TFDS would fail an assertion
+            raise UserError(f"data.source={self.name}: holds no text; give files that are not empty")
 
     def _documents(self) -> Iterator[tuple[str, str]]:
         raise NotImplementedError

@@ -103,6 +103,9 @@ def prepare(config: Config) -> Corpus:
       UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens.
     """
     data = config.data
+    for name, least in (("num_workers", 0), ("synthetic_documents", 1)):  # the rest is config.validate's
+        if getattr(data, name) < least:
+            raise UserError(f"data.{name}={getattr(data, name)}: must be at least {least}")
     tokenizer = tokenizers.load(data.tokenizer)
     if data.fim_rate and tokenizer.fim_ids is None:
         raise UserError(

@@ -49,19 +49,19 @@ def validate(run: Run, num_batches: int) -> list[DepthResult]:
 def _results(totals: dict[str, np.ndarray]) -> list[DepthResult]:
     out: list[DepthResult] = []
     rates: list[float] = []
-    for k in range(len(totals["count"])):
+    for k in range(len(totals["num"])):
         at = {name: float(value[k]) for name, value in totals.items()}
-        agreement = at["agree"] / max(at["agree_count"], 1.0)
+        agreement = at["agree"] / max(at["num_compared"], 1.0)
         rates += [agreement] if k else []
         out.append(
             DepthResult(
                 depth=k,
-                loss=at["nll"] / max(at["count"], 1.0),
+                loss=at["nll"] / max(at["num"], 1.0),
                 bits_per_byte=at["nll"] / math.log(2) / max(at["bytes"], 1.0),
-                accuracy=at["correct"] / max(at["count"], 1.0),
+                accuracy=at["correct"] / max(at["num"], 1.0),
                 agreement=agreement,
                 expected_tokens=expected_tokens_per_pass(rates),
-                num_targets=int(at["count"]),
+                num_targets=int(at["num"]),
             )
         )
     return out

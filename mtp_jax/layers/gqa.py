@@ -48,7 +48,7 @@ class GroupedQueryAttention(nnx.Module):
         q_BTHQ, k_BTGQ = self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT)
         q_BTHQ = constrain(q_BTHQ, "batch", "length", "heads", None)
         k_BTGQ, v_BTGQ = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BTGQ, v_BTGQ))
-        out_BTHQ = attend(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT, rope.softmax_scale(config.head_dim, config))
+        out_BTHQ = attend(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT, config.head_dim**-0.5)
         return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(dtype))
 
     def _rotate(self, x_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -48,7 +48,7 @@ class MultiHeadLatentAttention(nnx.Module):
         k_nope_BTHN, v_BTHV = kv_BTHW[..., :nope], kv_BTHW[..., nope:]
         rotary_BTHR = jnp.broadcast_to(rotary_BTR[:, :, None], (*k_nope_BTHN.shape[:3], rotary_BTR.shape[-1]))
         k_BTHQ = jnp.concatenate([k_nope_BTHN, rotary_BTHR], axis=-1)
-        scale = rope.softmax_scale(nope + config.qk_rope_head_dim, config)
+        scale = rope.mla_softmax_scale(config)
         out_BTHV = attend(q_BTHQ, k_BTHQ, v_BTHV, segments_BT, scale)
         return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(dtype))
 

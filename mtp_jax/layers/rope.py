@@ -42,8 +42,9 @@ def rotation_scale(config: ModelConfig) -> float:
     return _mscale(config.yarn_factor, 1.0)
 
 
-def softmax_scale(head_dim: int, config: ModelConfig) -> float:
-    """1 / sqrt(head_dim), times mscale^2 where YaRN has yarn_mscale_all_dim (DeepSeek's MLA)."""
+def mla_softmax_scale(config: ModelConfig) -> float:
+    """1 / sqrt(query dims), times mscale^2 where YaRN has yarn_mscale_all_dim. Other attentions have no such factor."""
+    head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     mscale = _mscale(config.yarn_factor, config.yarn_mscale_all_dim) if config.yarn_mscale_all_dim else 1.0
     return head_dim**-0.5 * mscale * mscale
 

@@ -68,7 +68,7 @@ class Checkpoints:
         """Write `state` as `step` and drop the oldest beyond config.keep. A step saved before by this object is left.
 
         Args:
-          state: a dict of pytrees of arrays; "params" is what `restore_params` reads.
+          state: a dict of pytrees of arrays; `restore_part` reads some of them.
 
         Raises:
           CheckpointError: a step this new or newer is there already, or the files cannot be written (an asynchronous
@@ -112,39 +112,36 @@ class Checkpoints:
         self._move_aside(broken)
         return step, state
 
-    def restore_params(self, step: int | None, abstract_params: Tree) -> Tree:
-        """Weights alone, of `step` or (None) of the newest sound one; nothing else is read.
+    def restore_part(self, step: int | None, abstract: dict[str, Tree]) -> tuple[int, dict[str, Tree]]:
+        """(step, part of the state): of `step` or (None) of the newest sound one; nothing else is read.
 
         Args:
-          abstract_params: ShapeDtypeStructs of the weights wanted, which may be some of those saved (`saved_params`).
-            One without a sharding comes to the first device.
+          abstract: ShapeDtypeStructs of what is wanted, some of the leaves saved (`saved_part`), under the state's own
+            names ("params", ...). One without a sharding comes to the first device.
 
         Raises:
-          CheckpointError: no such step, none that is sound, or a weight that is missing or of another shape.
+          CheckpointError: no such step, none that is sound, or a leaf that is missing or of another shape.
         """
         self.wait()
         found = self.steps()
         if not found or step not in (None, *found):
             wanted = "has no checkpoints" if step is None else f"has no step {step}; it has {found or 'none'}"
             raise CheckpointError(f"{self.directory}: {wanted}")
-        wanted_steps = None if step is None else [step]
-        return self._restore_newest({"params": abstract_params}, partial=True, steps=wanted_steps)[1]["params"]
+        return self._restore_newest(abstract, partial=True, steps=None if step is None else [step])[:2]
 
-    def saved_params(self, step: int | None = None) -> Tree:
-        """Shapes and dtypes of the saved weights, as nested dicts of ShapeDtypeStructs; `step` as in `restore_params`.
+    def saved_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, Tree] | None:
+        """Shapes and dtypes of the named parts of what is saved, as nested dicts of ShapeDtypeStructs.
 
-        Raises:
-          CheckpointError: no step whose description can be read.
+        Of `step`, or (None) of the newest that can be described; None where there is none.
         """
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
-                saved = self._saved_tree(candidate)["params"]
+                saved = self._saved_tree(candidate)
             except Exception:  # what is wrong with the step, restoring it will say
                 continue
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), saved)
-        raise CheckpointError(
-            f"{self.directory}: has no readable checkpoint{'' if step is None else f' of step {step}'}"
-        )
+            part = {name: saved.get(name, {}) for name in names}
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
+        return None
 
     def wait(self) -> None:
         """Until the last save is on disk, with its checksums.
@@ -191,7 +188,7 @@ class Checkpoints:
         self, abstract: dict[str, Tree], partial: bool, steps: list[int] | None = None
     ) -> tuple[int, dict[str, Tree], list[int]]:
         """(step, state, broken newer steps) of the newest sound one of `steps` (None: all)."""
-        broken = []
+        broken: list[int] = []
         for step in reversed(self.steps() if steps is None else steps):
             problem, is_checked = self._problem(step)
             if problem is None:

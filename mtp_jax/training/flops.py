@@ -128,8 +128,8 @@ def _gqa(m: ModelConfig) -> tuple[int, int]:
 
 
 # Dense bfloat16 TFLOP/s of one jax device, by a part of its `device_kind`; the first match counts.
-# TPUs: "peak compute per chip" of docs.cloud.google.com/tpu/docs/<version>. A device is a chip, except for v2, v3 and 7x,
-# where it is one of a chip's two cores (7x: "dual-chiplet architecture" on its page).
+# TPUs: "peak compute per chip" of docs.cloud.google.com/tpu/docs/<version>. A device is a chip, except for v2, v3 and
+# 7x, where it is one of a chip's two cores (7x: "dual-chiplet architecture" on its page).
 # NVIDIA: the data sheets, most of which print the figure with sparsity, twice this one.
 _PEAK_TFLOPS = (
     ("TPU v2", 45 / 2),

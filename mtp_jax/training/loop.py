@@ -76,10 +76,10 @@ def restore(workdir: str) -> Run:
         config = replace(config, mesh=MeshConfig())
     run = set_up(config)
     with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS) as saved:
-        weights = saved.restore_part(None, {name: run.trainer.abstract_state[name] for name in MODEL_PARTS})
-        if weights is None:
+        if not saved.steps():
             raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
-    return replace(run, state=weights[1] | {"step": np.int32(weights[0])})
+        step, state = saved.restore_part(None, {name: run.trainer.abstract_state[name] for name in MODEL_PARTS})
+    return replace(run, state=state | {"step": np.int32(step)})
 
 
 def set_up(config: Config) -> Run:
@@ -212,8 +212,8 @@ class _Log:
         self.waiting.clear()
         for step, metrics in fetched:
             self.newest = {name: float(value) for name, value in metrics.items()}
-            check_finite(step, {name: value for name, value in self.newest.items() if name.startswith("loss")})
             self.newest_step = step
+            check_finite(step, self.newest)
 
     def write(self, on_grid: bool) -> None:
         """A line in metrics.jsonl and on the screen. Off the grid (a run that was told to stop) only on the screen."""
@@ -222,11 +222,11 @@ class _Log:
         seconds, steps = now - self.timed_at, step - self.timed_step
         rate = steps * self.tokens_per_step / seconds if steps and seconds > 0 else None
         self.timed_step, self.timed_at = step, now
-        record: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step} | self.newest
+        record: dict[str, Any] = {"tokens": step * self.tokens_per_step} | self.newest
         record["tokens_per_second"] = rate
         record["mfu"] = rate * self.flops_per_token / self.peak if rate and self.peak else None
         if on_grid:
-            self.writer.write(record)
+            self.writer.write(step, record)
         if jax.process_index() == 0:
             print(self.progress.line(step, record), flush=True)
 

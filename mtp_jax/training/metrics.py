@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, a line on the terminal; and the alarm when one is not finite."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, a line on the terminal; the alarm when one is not finite."""
 
 import json
 import math
@@ -52,6 +52,12 @@ class MetricsWriter:
             if key != "step" and value is not None:
                 self._events.add_scalar(key, value, step)
 
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._file is not None and self._events is not None:
             self._file.close()
@@ -66,7 +72,7 @@ class Progress:
         self._first: tuple[int, float] | None = None  # step and time of the first line: compilation is before it
 
     def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-        """What there is of `step 120/600  loss 1.834 (main 1.520, mtp 1.710 1.950)  4.1k tok/s  MFU 31.2%  ETA 2:13`."""
+        """What is there of `step 120/600  loss 1.834 (main 1.520, mtp 1.71 1.95)  4.1k tok/s  MFU 31%  ETA 2:13`."""
         now = time.monotonic()
         values = {k: plain(v) for k, v in metrics.items()}
         parts = [f"step {step}/{self._num_steps}"]
@@ -92,8 +98,8 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
     bad = [f"{k}={v}" for k, v in watched.items() if v is not None and not math.isfinite(v)]
     if bad:
         raise NonFiniteLoss(
-            f"step {step}: {', '.join(bad)}; it went wrong at this step or since the one logged before: lower "
-            "optimizer.learning_rate or raise optimizer.warmup_steps, and continue from the last checkpoint"
+            f"step {step}: {', '.join(bad)}; lower optimizer.learning_rate or raise optimizer.warmup_steps "
+            "(no checkpoint holds this state)"
         )
 
 

@@ -85,7 +85,7 @@ def active_depths(mtp: MTPConfig, num_steps: int) -> Callable[[jax.typing.ArrayL
 
     def active(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.int32)
-        return ((starts <= step) & (step < ends)).astype(jnp.float32)
+        return jnp.asarray((starts <= step) & (step < ends), jnp.float32)
 
     return active
 

@@ -238,10 +238,10 @@ def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], s
 def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) -> dict[str, jax.Array]:
     """The step's numbers as they are logged. loss_mtp_k is L_k, divided as in the loss; accuracies by their own count."""
     sums = aux.sums
-    own_K = jnp.maximum(sums.count, 1.0)
+    own_K = jnp.maximum(sums.num, 1.0)
     divisor_K = own_K if config.mtp.normalize == "valid" else jnp.maximum(count_K[0], 1.0)
     loss_K = sums.nll / divisor_K
-    accuracy_K, agreement_K = sums.correct / own_K, sums.agree / jnp.maximum(sums.agree_count, 1.0)
+    accuracy_K, agreement_K = sums.correct / own_K, sums.agree / jnp.maximum(sums.num_compared, 1.0)
     out = {"loss": loss, "loss_main": loss_K[0], "accuracy_main": accuracy_K[0]}
     for k in range(1, config.depth + 1):
         out |= {

@@ -56,7 +56,7 @@ def bare_tokenizer():
 
 @pytest.fixture
 def real_data():
-    """The path of a real text or tokenizer in $MTP_TEST_DATA, or in shared/data next to the checkout."""
+    """The path of a real text or tokenizer, in $MTP_TEST_DATA or next to the checkout."""
     checkout = pathlib.Path(__file__).parents[2]
     folder = pathlib.Path(os.environ.get("MTP_TEST_DATA") or checkout.parent / "shared" / "data")
 

@@ -199,6 +199,11 @@ def test_fim_needs_a_tokenizer_with_fim_tokens(make_config, monkeypatch, bare_to
     assert error_of(make_config(fim_rate=0.5)).startswith("data.fim_rate=0.5: data.tokenizer=bytes has no FIM tokens")
 
 
+def test_counts_that_cannot_be(make_config):
+    assert error_of(make_config(num_workers=-1)) == "data.num_workers=-1: must be at least 0"
+    assert error_of(make_config(synthetic_documents=0)) == "data.synthetic_documents=0: must be at least 1"
+
+
 def test_too_small_validation_names_a_fraction_that_works(make_config):
     settings = {"sequence_length": 64, "batch_size": 16}
     message = error_of(make_config(validation_fraction=0.001, **settings))

@@ -55,10 +55,10 @@ SETUPS = {
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_counts_are_those_of_the_real_model(name):
-    from mtp_jax.model import Model
+    from mtp_jax.model import MTPModel
 
     config = Config(*SETUPS[name])
-    arrays = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))), nnx.Param))
+    arrays = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: MTPModel(config, nnx.Rngs(0))), nnx.Param))
     counts = parameter_counts(config)
     assert counts.total + counts.mtp_total == sum(math.prod(a.shape) for a in arrays)
     assert counts.active <= counts.total and (counts.active == counts.total) == (

@@ -1,0 +1,69 @@
+"""DeepSeek-V3 (2412.19437) with its one MTP module: 671 B parameters, 37 B active a token, without the module.
+
+    python train.py --config=configs/deepseek_v3_671b.py --workdir=gs://... --config.data.source=c4/en
+
+Hardware: a pod; every number below is the paper's or of the released config.json, the batch and mesh excepted, which
+belong to the pod. Expected: the paper reports 14.8 T tokens and 2.664 M H800 hours of pretraining; nobody has run this
+config to its end here.
+"""
+
+from mtp_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    model = config.model
+    model.vocab_size = 129_280
+    model.num_layers = 61
+    model.embed_dim = 7168
+    model.num_heads = 128
+    model.q_lora_rank = 1536
+    model.kv_lora_rank = 512
+    model.qk_nope_head_dim = 128
+    model.qk_rope_head_dim = 64
+    model.v_head_dim = 128
+    model.ffn_dim = 18_432
+    model.num_experts = 256
+    model.num_experts_per_token = 8
+    model.num_shared_experts = 1
+    model.expert_dim = 2048
+    model.num_dense_layers = 3
+    model.router_score = "sigmoid"
+    model.router_num_groups = 8
+    model.router_groups_per_token = 4
+    model.router_renormalize = True
+    model.routed_scaling_factor = 2.5
+    model.router_bias_rate = 1e-3
+    model.balance_loss_weight = 1e-4
+    model.init_std = 0.006
+    model.compute_dtype = "bfloat16"
+    model.remat = "full"
+    model.moe_dispatch = "ragged"
+
+    config.mtp.kind = "sequential"
+    config.mtp.depth = 1
+    config.mtp.weight = 0.3
+    config.mtp.weight_boundaries = (10_000_000_000_000,)
+    config.mtp.weight_values = (0.1,)
+    config.mtp.weight_unit = "tokens"
+
+    config.data.source = "c4/en"
+    config.data.sequence_length = 4096
+    config.data.batch_size = 15_360
+    config.data.packing = "contiguous"  # "without cross-sample attention masking"
+    config.data.fim_rate = 0.1
+    config.data.num_workers = 8
+
+    config.optimizer.learning_rate = 2.2e-4
+    config.optimizer.schedule = "deepseek"
+    config.optimizer.warmup_steps = 2000
+    config.optimizer.moment_dtype = "bfloat16"
+
+    # 14.8 T tokens at the final batch size; gamma is 0 after 14.3 T of them
+    config.training.num_steps = 235_000
+    model.router_bias_until = 227_000
+
+    config.checkpoint.every = 500
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    return config
