@@ -2,7 +2,7 @@
 
     python train.py --config=configs/dense_1b.py --workdir=/tmp/dense_1b
 
-Hardware: one GPU of 80 GB or more. A peer (transformers 5.17) trains it at 46.7 k tokens/s on an H200; our own figure
+Hardware: one GPU of 80 GB or more. Expected: a peer (transformers 5.17) trains it at 46.7 k tokens/s on an H200; our own figure
 is not measured yet.
 """
 

@@ -1,38 +1,48 @@
-"""A miniature DeepSeek-V3 on the Python standard library's own source, byte by byte."""
+"""The quickstart: a miniature DeepSeek-V3 with two sequential MTP depths, on the Python standard library's own source.
+
+    make train
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: 2 CPU cores, about 6 minutes. Expected: validation bits per byte of the main head below 2.0, and above 2 tokens
+to expect from a forward pass that drafts with both depths. `--config.mtp.kind=none` or `parallel` trains the same main
+model on the same batches.
+"""
 
 from mtp_jax.config import default_config
 
 
 def get_config():
     config = default_config()
-    config.model.num_layers = 5
-    config.model.embed_dim = 192
+    config.model.num_layers = 4
+    config.model.embed_dim = 128
     config.model.num_heads = 4
-    config.model.q_lora_rank = 96
+    config.model.q_lora_rank = 64
     config.model.kv_lora_rank = 64
     config.model.qk_nope_head_dim = 32
     config.model.qk_rope_head_dim = 16
     config.model.v_head_dim = 32
-    config.model.ffn_dim = 512
-    config.model.num_experts = 4
+    config.model.ffn_dim = 384
+    config.model.num_experts = 8
     config.model.num_experts_per_token = 2
     config.model.num_shared_experts = 1
-    config.model.expert_dim = 192
+    config.model.expert_dim = 64
+    config.model.num_dense_layers = 1
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 2
 
     config.data.source = "python_source"
     config.data.sequence_length = 256
-    config.data.batch_size = 16
+    config.data.batch_size = 8
 
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.warmup_steps = 20
+    config.optimizer.learning_rate = 5e-3
     config.optimizer.schedule = "wsd"
+    config.optimizer.decay_fraction = 0.4
+    config.optimizer.warmup_steps = 20
 
-    config.training.num_steps = 400
-    config.training.log_every = 10
-    config.training.eval_batches = 16
+    config.training.num_steps = 600
+    config.training.log_every = 20
+    config.training.eval_batches = 32
     config.checkpoint.every = 200
     return config

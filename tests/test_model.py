@@ -118,7 +118,7 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
 def test_a_matched_parallel_model_has_as_many_weights_as_the_next_token_model():
     none = count_parameters(Config(model=replace(BASE, num_layers=6)))
     parallel = count_parameters(Config(model=replace(BASE, num_layers=6), mtp=MTPConfig(kind="parallel", depth=3)))
-    assert none == parallel
+    assert parallel.mtp_total > 0 and parallel.total + parallel.mtp_total == none.total
 
 
 def test_every_family_has_conventions():

@@ -126,12 +126,13 @@ def _place(local: np.ndarray, where: Any, shape: tuple[int, int], low: int) -> j
 
 
 def _announce(run: Run) -> None:
-    total, active = count_parameters(run.config)
+    counts = count_parameters(run.config)
     axes = ", ".join(f"{n}={s}" for n, s in run.mesh.shape.items() if s > 1) or "1 device"
     mtp = run.config.mtp
     kind = "next-token only" if not run.config.depth else f"{mtp.kind} MTP, depth {mtp.depth}"
     tokens = run.corpus.num_tokens("train")
-    print(f"model    {total / 1e6:,.2f} M parameters, {active / 1e6:,.2f} M active a token; {kind}")
+    extra = f" + {counts.mtp_total / 1e6:,.2f} M" if run.config.depth else ""
+    print(f"model    {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active a token; {kind}{extra}")
     print(f"data     {run.config.data.source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {run.config.data.tokenizer}")
     print(f"mesh     {axes} ({jax.devices()[0].device_kind}, {jax.process_count()} process(es))", flush=True)
 

@@ -1,14 +1,12 @@
-"""Counts against published models, against the arrays of the real model, and against a sum written out by hand."""
+"""Counts against published models, FLOPs against a sum written out by hand."""
 
 import dataclasses
-import math
 
-import jax
 import pytest
-from flax import nnx
 
 from mtp_jax.config import Config, DataConfig, ModelConfig, MTPConfig
-from mtp_jax.training.flops import parameter_counts, peak_flops, train_flops_per_token
+from mtp_jax.model import count_parameters
+from mtp_jax.training.flops import peak_flops, train_flops_per_token
 
 DEEPSEEK_V3 = ModelConfig(
     vocab_size=129_280, num_layers=61, embed_dim=7168, num_heads=128, q_lora_rank=1536, kv_lora_rank=512,
@@ -22,53 +20,25 @@ DEEPSEEK_V2_LITE = ModelConfig(
 )  # fmt: skip
 SMALL = ModelConfig(vocab_size=64, num_layers=6, embed_dim=16, ffn_dim=24, kv_lora_rank=8, expert_dim=12)
 MOE = dataclasses.replace(SMALL, num_experts=4, num_experts_per_token=2, num_dense_layers=2, q_lora_rank=10)
-GQA = dataclasses.replace(SMALL, attention="gqa", num_kv_heads=2, head_dim=6, qk_norm=True, qkv_bias=True)
 
 
 def test_deepseek_v3_has_its_published_size():
-    counts = parameter_counts(Config(model=DEEPSEEK_V3, mtp=MTPConfig(kind="sequential", depth=1)))
+    counts = count_parameters(Config(model=DEEPSEEK_V3, mtp=MTPConfig(kind="sequential", depth=1)))
     assert counts.total == pytest.approx(671.0e9, rel=5e-4)
     assert counts.active == pytest.approx(37e9, rel=0.02)
     assert counts.mtp_total == pytest.approx(11.5e9, rel=0.01)  # the 14 B released with it repeat embedding and head
 
 
 def test_deepseek_v2_lite_has_its_published_size():
-    counts = parameter_counts(Config(model=DEEPSEEK_V2_LITE))
+    counts = count_parameters(Config(model=DEEPSEEK_V2_LITE))
     assert counts.total == pytest.approx(15.7e9, rel=2e-3)
-    # published as 2.4 B, which leaves the embedding out
-    assert counts.active - 102_400 * 2048 == pytest.approx(2.4e9, rel=0.03)
+    assert counts.active == pytest.approx(2.4e9, rel=0.03)
     assert counts.mtp_total == counts.mtp_active == 0
-
-
-SETUPS = {
-    "dense": (SMALL, MTPConfig()),
-    "tied": (dataclasses.replace(SMALL, tie_embeddings=True), MTPConfig()),
-    "gqa": (GQA, MTPConfig(kind="parallel", depth=2)),
-    "moe sequential": (MOE, MTPConfig(kind="sequential", depth=2)),
-    "moe parallel": (MOE, MTPConfig(kind="parallel", depth=2)),
-    "moe parallel, more blocks": (MOE, MTPConfig(kind="parallel", depth=2, parameter_matched=False)),
-    "moe parallel, only dense left": (MOE, MTPConfig(kind="parallel", depth=4)),
-    "shared": (MOE, MTPConfig(kind="sequential", depth=3, shared_depths=True)),
-    "main output norm": (SMALL, MTPConfig(kind="sequential", output_norm="main")),
-}
-
-
-@pytest.mark.parametrize("name", SETUPS)
-def test_counts_are_those_of_the_real_model(name):
-    from mtp_jax.model import MTPModel
-
-    config = Config(*SETUPS[name])
-    arrays = jax.tree.leaves(nnx.state(nnx.eval_shape(lambda: MTPModel(config, nnx.Rngs(0))), nnx.Param))
-    counts = parameter_counts(config)
-    assert counts.total + counts.mtp_total == sum(math.prod(a.shape) for a in arrays)
-    assert counts.active <= counts.total and (counts.active == counts.total) == (
-        not config.model.num_experts or config.num_main_layers <= config.model.num_dense_layers
-    )
 
 
 def test_parameter_matched_heads_cost_the_baseline_nothing_but_their_logits():
     parallel, none = (Config(model=SMALL, mtp=MTPConfig(kind=kind, depth=2)) for kind in ("parallel", "none"))
-    a, b = parameter_counts(parallel), parameter_counts(none)
+    a, b = count_parameters(parallel), count_parameters(none)
     assert a.total + a.mtp_total == b.total
     more = train_flops_per_token(parallel) - train_flops_per_token(none)
     assert more == 6 * 2 * SMALL.embed_dim * SMALL.vocab_size
@@ -91,7 +61,7 @@ def test_shared_depths_compute_as_much_as_separate_ones():
         Config(model=SMALL, mtp=MTPConfig(kind="sequential", depth=3, shared_depths=s)) for s in (False, True)
     )
     assert train_flops_per_token(separate) == train_flops_per_token(shared)
-    assert parameter_counts(separate).mtp_total == 3 * parameter_counts(shared).mtp_total
+    assert count_parameters(separate).mtp_total == 3 * count_parameters(shared).mtp_total
 
 
 @pytest.mark.parametrize(
