@@ -1,0 +1,87 @@
+"""One model, any mesh: the same losses, gradient norms and router biases as one device. No local roll, no local count."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes
+from mtp_jax.sharding import LOGICAL_AXES, make_mesh
+from tests.test_mistakes import rows, run_steps, tiny
+
+MESHES = [
+    {"data": 8},
+    {"context": 8},
+    {"fsdp": 2, "expert": 2, "context": 2},
+    {"data": 2, "tensor": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Kind -> (config, batches, final state, metrics) on one device."""
+    cache = {}
+
+    def get(kind):
+        if kind not in cache:
+            config = tiny(f"--config.mtp.kind={kind}", "--config.model.num_layers=4")
+            batches = [rows(config, seed, num_padding=2) for seed in range(3)]
+            cache[kind] = (config, batches, *run_steps(config, batches))
+        return cache[kind]
+
+    return get
+
+
+CASES = [("sequential", mesh) for mesh in MESHES] + [("parallel", MESHES[2]), ("none", MESHES[2])]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=lambda x: x if isinstance(x, str) else "_".join(x))
+def test_a_mesh_of_eight_equals_one_device(one_device, kind, sizes):
+    """Mistake 3: a roll on a shard of the sequence; packed documents cross the shards' borders here."""
+    config, batches, state, expected = one_device(kind)
+    mesh = MeshConfig(**{"data": 1, **sizes})
+    other, metrics = run_steps(replace(config, mesh=mesh), batches, num_devices=8)
+    for a, b in zip(expected, metrics, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state["biases"], other["biases"])
+
+
+def test_weights_and_moments_are_really_cut():
+    config = replace(tiny(), mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    mesh = make_mesh(config.mesh, jax.devices()[:8])
+    from mtp_jax.training.step import make_trainer
+
+    abstract = make_trainer(config, mesh).abstract_state
+    gate = abstract["params"]["trunk"]["blocks"]["ffn"]["gate"]  # [layers, experts, embed, ffn]
+    assert gate.sharding.shard_shape(gate.shape) == (gate.shape[0], *(n // 2 for n in gate.shape[1:]))
+    by_shape = {}
+    for leaf in jax.tree.leaves(abstract["opt_state"]):
+        by_shape.setdefault(leaf.shape, set()).add(leaf.sharding.shard_shape(leaf.shape))
+    assert by_shape[gate.shape] == {gate.sharding.shard_shape(gate.shape)}
+
+
+def test_every_logical_axis_goes_to_axes_of_the_mesh():
+    axes = set(mesh_sizes(MeshConfig(), 1))
+    assert all(set(mapped) <= axes for mapped in LOGICAL_AXES.values())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=-1, fsdp=-1), "only one axis may be -1"),
+        (MeshConfig(data=3), "takes 3 devices, there are 8"),
+        (MeshConfig(data=-1, fsdp=3), "takes 3 devices, there are 8"),
+        (MeshConfig(data=0), "mesh.data=0: an axis is at least 1"),
+    ],
+)
+def test_meshes_that_cannot_be(mesh, message):
+    with pytest.raises(UserError, match=message):
+        mesh_sizes(mesh, 8)
+
+
+def test_minus_one_is_the_rest():
+    assert mesh_sizes(MeshConfig(data=-1, fsdp=2), 8)["data"] == 4
+    config = load_config("configs/tiny.py")
+    assert mesh_sizes(config.mesh, 8)["data"] == 8

@@ -1,0 +1,334 @@
+"""Whole runs: the same numbers on any mesh and after any interruption, and what a run leaves behind."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import data
+from mtp_jax.config import MeshConfig, load_config, to_dict
+from mtp_jax.training import loop
+from mtp_jax.training.metrics import read_metrics
+from mtp_jax.training.workdir import read_config
+from tests.commands import ENVIRONMENT, ROOT, SMALL, command, one_device, run_process
+from tests.test_mistakes import rows, run_steps, tiny
+
+__all__ = ["one_device"]
+
+TINY = "configs/tiny.py"
+NUM_STEPS = 20
+MESH = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.mesh.context=2"]
+COMPARED = ("loss", "loss_main", "loss_mtp_1", "loss_mtp_2", "grad_norm")
+UNTIMED = ("tokens_per_second", "mfu")
+
+
+def metrics(workdir):
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+def assert_same_run(found, expected, rel):
+    """Each step once and in order, and the numbers of the reference run."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        for name in COMPARED:
+            assert row[name] == pytest.approx(wanted[name], rel=rel), (row["step"], name)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """(workdir, what was printed): configs/tiny.py on one device, a process of its own."""
+    workdir = tmp_path_factory.mktemp("reference") / "run"
+    done = run_process("train.py", f"--config={TINY}", f"--workdir={workdir}")
+    assert (done.returncode, done.stderr) == (0, "")
+    return workdir, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+
+def test_metrics_hold_every_step_and_every_key(reference):
+    lines = metrics(reference[0])
+    assert [row["step"] for row in lines] == list(range(1, NUM_STEPS + 1))
+    depths = [f"{name}_mtp_{k}" for name in ("loss", "accuracy", "agreement") for k in (1, 2)]
+    names = {"step", "tokens", "loss", "loss_main", "accuracy_main", *depths, "learning_rate", "mtp_lambda"}
+    names |= {"grad_norm", "tokens_per_second", "mfu", "moe_load_max_over_mean"}
+    for row in lines:
+        assert names <= set(row)
+        assert row["tokens"] == 8 * 64 * row["step"]
+        assert all(math.isfinite(row[name]) for name in names - set(UNTIMED))
+        assert all(0 <= row[name] <= 1 for name in names if name.startswith(("accuracy", "agreement")))
+    assert all(row["tokens_per_second"] > 0 for row in lines[1:])
+    assert lines[0]["loss"] == pytest.approx(1.3 * math.log(264), rel=0.01) and lines[-1]["loss"] < 5
+
+
+def test_config_json_is_the_resolved_config_and_there_are_events(reference):
+    workdir, _ = reference
+    config = loop.with_vocabulary(load_config(TINY), 261)
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(to_dict(config)))
+    assert read_config(workdir) == config and config.model.vocab_size == 264
+    (events,) = workdir.glob("events.out.tfevents.*")
+    assert events.stat().st_size > 1000
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()} == {"10", "20"}
+
+
+def closing_table(printed):
+    """Label -> the numbers of its row in a table of depths."""
+    found = re.findall(r"^(main|\+\d)\s+(.*)$", printed, re.MULTILINE)
+    return {label: [float(x.rstrip("%")) for x in row.replace(" -", "").split()] for label, row in found}
+
+
+def test_the_run_ends_with_a_table_and_a_sample(reference):
+    workdir, printed = reference
+    table = closing_table(printed)
+    assert list(table) == ["main", "+1", "+2"]
+    for loss, bits_per_byte, *_ in table.values():
+        assert 2 < loss < 5 and bits_per_byte == pytest.approx(loss / math.log(2), rel=0.01)
+    assert "sample, temperature 0.7" in printed and "\ndef " in printed
+    assert printed.splitlines()[-1].startswith(f"{workdir}: ")
+
+
+def test_eval_agrees_with_the_closing_table(reference, tmp_path):
+    workdir, printed = reference
+    output = tmp_path / "results.json"
+    done = run_process("eval.py", f"--workdir={workdir}", "--tasks=loss,acceptance", f"--output={output}")
+    assert (done.returncode, done.stderr) == (0, "")
+    table = closing_table(printed)
+    assert closing_table(done.stdout) == table
+    results = json.loads(output.read_text())
+    assert results["step"] == NUM_STEPS
+    for label, name in (("main", "main"), ("+1", "mtp_1"), ("+2", "mtp_2")):
+        loss, acceptance = results["loss"][name], results["acceptance"][name]
+        values = [loss["loss"], loss["bits_per_byte"], 100 * loss["accuracy"]]
+        values += [100 * acceptance["agreement"]] if label != "main" else []
+        assert [*values, acceptance["expected_tokens"]] == pytest.approx(table[label], abs=0.06)
+        assert loss["loss"] == pytest.approx(table[label][0], abs=6e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Interruptions and meshes
+
+
+def run_until(step, signal_number, argv):
+    """Start train.py and send it a signal when it shows `step`: (exit code, stdout, stderr)."""
+    process = subprocess.Popen(
+        command("train.py", *argv), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    shown = []
+    try:
+        for line in process.stdout:
+            shown.append(line)
+            if line.startswith(f"step {step}/"):
+                process.send_signal(signal_number)
+                break
+        rest, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, "".join(shown) + rest, errors
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """One command, three times: told to stop at step 5, killed at step 13, left alone."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "run"
+    argv = [f"--config={TINY}", f"--workdir={workdir}", "--config.checkpoint.every=4", "--config.training.sample_tokens=0"]
+    stopped = run_until(5, signal.SIGTERM, argv)
+    saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+    after_stop = metrics(workdir)
+    killed = run_until(13, signal.SIGKILL, argv)
+    after_kill = metrics(workdir)
+    last = run_process("train.py", *argv)
+    return {
+        **{"stopped": stopped, "saved": saved, "after_stop": after_stop},
+        **{"killed": killed, "after_kill": after_kill, "last": last, "metrics": metrics(workdir)},
+    }
+
+
+def test_a_run_that_is_told_to_stop_saves_its_state_and_goes_on(interrupted, reference):
+    code, _, errors = interrupted["stopped"]
+    assert code == 1
+    (line,) = errors.splitlines()
+    step = int(re.match(r"error: stopped by a signal at step (\d+), state saved; run the same command", line)[1])
+    assert step < NUM_STEPS and step == interrupted["saved"][-1]
+    assert_same_run(interrupted["after_stop"], metrics(reference[0])[:step], rel=1e-6)
+    assert f"resumed  from step {step}\n" in interrupted["killed"][1]
+
+
+def test_a_killed_run_continues_with_no_step_missing_or_repeated(interrupted, reference):
+    code, _, _ = interrupted["killed"]
+    assert code == -signal.SIGKILL
+    logged = interrupted["after_kill"][-1]["step"]
+    resumed = int(re.search(r"resumed  from step (\d+)\n", interrupted["last"].stdout)[1])
+    assert interrupted["last"].returncode == 0 and 8 <= resumed < logged < NUM_STEPS  # some steps come a second time
+    expected = metrics(reference[0])
+    assert_same_run(interrupted["metrics"], expected, rel=1e-6)
+    for row, wanted in zip(interrupted["metrics"], expected, strict=True):
+        for name in set(wanted) - set(UNTIMED):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-6), (row["step"], name)
+
+
+def test_eight_devices_train_as_one(reference, tmp_path):
+    loop.train(load_config(TINY, MESH), str(tmp_path))
+    assert_same_run(metrics(tmp_path), metrics(reference[0]), rel=1e-4)
+
+
+def test_a_run_of_one_device_goes_on_with_eight(reference, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(reference[0], workdir, ignore=shutil.ignore_patterns("20*", "events*"))
+    run = loop.train(load_config(TINY, MESH), str(workdir))
+    printed = capsys.readouterr().out
+    assert "mesh.fsdp 1 -> 2" in printed and "resumed  from step 10\n" in printed
+    assert run.step == NUM_STEPS and len(run.state["params"]["trunk"]["embed"].sharding.device_set) == 8
+    assert_same_run(metrics(workdir), metrics(reference[0]), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One switch: none, parallel, sequential
+
+
+def of_kind(kind, *overrides):
+    return loop.with_vocabulary(load_config(TINY, [f"--config.mtp.kind={kind}", *overrides]), 261)
+
+
+def test_every_kind_reads_the_same_batches(reference):
+    corpora = {kind: data.prepare(of_kind(kind)) for kind in ("none", "parallel", "sequential")}
+    length = 64 + 1
+    for split in ("train", "validation"):
+        for step in (0, 1, 7, 5000):
+            if split == "validation" and step > 1:
+                continue
+            batches = {kind: corpus.batches(split).batch_at(step) for kind, corpus in corpora.items()}
+            assert {kind: b["tokens"].shape[1] for kind, b in batches.items()} == {
+                "none": length,
+                "parallel": length + 2,
+                "sequential": length + 2,
+            }
+            for name in ("tokens", "segment_ids", "positions"):
+                for kind in ("parallel", "sequential"):
+                    np.testing.assert_array_equal(batches[kind][name][:, :length], batches["none"][name])
+
+
+@pytest.mark.parametrize("kind", ["none", "parallel"])
+def test_every_kind_learns(kind, reference):
+    """Sequential is the reference run. All start at the same loss: of the main head, ln V."""
+    config = replace(of_kind(kind), mesh=MeshConfig())
+    batches = data.prepare(config).batches("train")
+    _, found = run_steps(config, [batches.batch_at(step) for step in range(NUM_STEPS)])
+    names = ["loss_main"] if kind == "none" else ["loss_main", "loss_mtp_1", "loss_mtp_2"]
+    assert {name for name in found[0] if name.startswith("loss_")} == set(names)
+    for name in names:
+        assert found[0][name] == pytest.approx(metrics(reference[0])[0]["loss_main"], rel=0.02)
+        assert found[-1][name] < 0.75 * found[0][name]
+    weight = 0.0 if kind == "none" else 2.0  # parallel heads default to the plain sum
+    assert all(row["mtp_lambda"] == weight for row in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Heads on a trained model
+
+
+def small(*overrides):
+    return load_config(TINY, [*SMALL, *overrides])
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(one_device, tmp_path):
+    source, bolted = tmp_path / "source", tmp_path / "bolted"
+    loop.train(small("--config.mtp.kind=none", "--config.training.num_steps=4"), str(source))
+    overrides = ["--config.mtp.freeze_trunk=true", f"--config.init_from={source}", "--config.training.num_steps=3"]
+    config = small(*overrides, "--config.optimizer.weight_decay=0.5")
+    before = loop.restore(str(source)).state
+    fresh = loop.set_up(config).trainer.init()
+    after = loop.train(config, str(bolted)).state
+    for part in ("params", "biases"):
+        wanted = leaves(before[part]["trunk"])
+        assert any(np.abs(leaf).max() > 0 for leaf in wanted.values())
+        for name, leaf in leaves(after[part]["trunk"]).items():
+            np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+        changed = leaves(after[part]["mtp"])
+        for name, leaf in leaves(fresh[part]["mtp"]).items():
+            assert (leaf != changed[name]).any(), name
+    assert not any("trunk" in name for name in leaves(after["opt_state"]))  # no moments for what does not train
+    lines = metrics(bolted)
+    assert lines[0]["loss_main"] == pytest.approx(metrics(source)[-1]["loss_main"], rel=0.05)
+    assert lines[-1]["loss_mtp_1"] < lines[0]["loss_mtp_1"]
+
+
+# With eps = 1 an Adam step is g / (|g| + 1): it tells gradients apart, where the usual eps makes signs of them.
+ONE_PLAIN_STEP = [
+    *("--config.optimizer.learning_rate=1.0", "--config.optimizer.schedule=constant", "--config.optimizer.eps=1.0"),
+    *("--config.optimizer.warmup_steps=0", "--config.optimizer.weight_decay=0.0", "--config.optimizer.clip_norm=0.0"),
+]
+
+
+def trunk_after_a_step(*overrides):
+    config = tiny(*ONE_PLAIN_STEP, "--config.mtp.parameter_matched=false", *overrides)
+    batch = rows(tiny())
+    length = config.data.sequence_length + 1 + config.depth
+    state, _ = run_steps(config, [{name: array[:, :length] for name, array in batch.items()}])
+    return leaves(state["params"]["trunk"])
+
+
+@pytest.fixture(scope="module")
+def next_token_step():
+    return {tied: trunk_after_a_step("--config.mtp.kind=none", f"--config.model.tie_embeddings={tied}") for tied in TIED}
+
+
+TIED = ("false", "true")
+
+
+def compare_detached(next_token_step, kind, tied, is_compared):
+    heavy = [f"--config.mtp.kind={kind}", f"--config.model.tie_embeddings={tied}", "--config.mtp.weight=100.0"]
+    detached = trunk_after_a_step(*heavy, "--config.mtp.detach_trunk=true")
+    wanted = next_token_step[tied]
+    assert set(detached) == set(wanted)
+    return [
+        name
+        for name, leaf in detached.items()
+        if is_compared(name) and not np.allclose(leaf, wanted[name], rtol=1e-4, atol=1e-6)
+    ]
+
+
+def is_head(name, tied):
+    return name == ("['embed']" if tied == "true" else "['unembed']")
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_detached_heads_leave_the_gradients_of_the_trunk_alone(kind, next_token_step):
+    different = compare_detached(next_token_step, kind, "false", lambda name: not is_head(name, "false"))
+    assert not different, f"an MTP gradient reaches {different}"
+
+
+@pytest.mark.parametrize("tied", TIED)
+def test_detached_heads_leave_the_shared_output_head_alone(tied, next_token_step):
+    different = compare_detached(next_token_step, "sequential", tied, lambda name: is_head(name, tied))
+    assert not different, f"mtp.detach_trunk: no MTP gradient may reach the main model, and one reaches {different}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def test_lambda_and_the_curriculum_show_in_the_metrics(one_device, tmp_path):
+    config = small(
+        *("--config.training.num_steps=6", "--config.model.balance_loss_weight=0.0"),
+        *("--config.mtp.weight=0.5", "--config.mtp.weight_values=(0.1,)", "--config.mtp.weight_boundaries=(4,)"),
+        "--config.mtp.curriculum=forward",
+    )
+    loop.train(config, str(tmp_path))
+    lines = metrics(tmp_path)
+    assert [row["mtp_lambda"] for row in lines] == pytest.approx([0.5] * 4 + [0.1] * 2)
+    for row in lines:
+        active = row["loss_mtp_1"] + (row["loss_mtp_2"] if row["step"] > 3 else 0)  # depth 2 from half way on
+        assert row["loss"] == pytest.approx(row["loss_main"] + row["mtp_lambda"] * active / 2, rel=1e-5), row["step"]
