@@ -2,8 +2,8 @@
 
     python train.py --config=configs/dense_1b.py --workdir=/tmp/dense_1b
 
-Hardware: one GPU of 80 GB or more. Expected: a peer (transformers 5.17) trains it at 46.7 k tokens/s on an H200; our own figure
-is not measured yet.
+Hardware: one GPU of 80 GB or more. Expected: a peer (transformers 5.17) trains it at 46.7 k tokens/s on an
+H200; our own figure, untuned, is 22.4 k (docs/log.md).
 """
 
 from mtp_jax.config import default_config

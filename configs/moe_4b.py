@@ -2,8 +2,8 @@
 
     python train.py --config=configs/moe_4b.py --workdir=/tmp/moe_4b
 
-Hardware: one GPU of 140 GB. Expected: a peer (transformers 5.17, no MTP) trains it at 33.1 k tokens/s on an H200; our own figure
-is not measured yet.
+Hardware: one GPU of 140 GB. Expected: a peer (transformers 5.17, no MTP) trains it at 33.1 k tokens/s on
+an H200; our own figure is not measured yet.
 """
 
 from mtp_jax.config import default_config

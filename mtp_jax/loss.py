@@ -39,6 +39,7 @@ def head_loss(
     weight_K: jax.Array,
     z_weight: float = 0.0,
     chunk_tokens: int = 4096,
+    is_head_detached: bool = False,
 ) -> tuple[jax.Array, DepthSums]:
     """sum_k weight_k * (nll_k + z_weight * z_k), with the sums it is made of.
 
@@ -50,6 +51,7 @@ def head_loss(
       weight_K: float32; holds lambda, the depth weights and the divisor. Not differentiated.
       z_weight: of the z-loss, mean log^2 Z (2204.02311, section 5.1).
       chunk_tokens: positions whose logits exist at one time, a device.
+      is_head_detached: the head gets its gradient from depth 0 alone.
 
     Returns:
       the weighted loss (differentiable in hidden and head) and `DepthSums` (constants to differentiation).
@@ -57,13 +59,15 @@ def head_loss(
     num_chunks = _num_chunks(hidden_KBTD.shape, chunk_tokens)
     split = functools.partial(_split, num_chunks=num_chunks)
     cut = split(hidden_KBTD), split(targets_KBT), split(mask_KBT)
-    weights = jnp.repeat(weight_K, num_chunks)
-    total, (nll, z, correct, picks) = _chunked(*cut, head_DV, weights, z_weight)
     depth = hidden_KBTD.shape[0]
+    head_share_K = jnp.ones(depth).at[1:].set(0.0 if is_head_detached else 1.0)
+    weights = jnp.repeat(jnp.stack([weight_K, head_share_K], axis=1), num_chunks, axis=0)
+    total, (nll, z, correct, picks) = _chunked(*cut, head_DV, weights, z_weight)
     picks_KBT = jnp.moveaxis(picks.reshape(depth, num_chunks, *picks.shape[1:]), 1, -1).reshape(targets_KBT.shape)
     agree_K, num_compared_K = agreement(picks_KBT, mask_KBT)
-    by_depth = [x.reshape(depth, num_chunks).sum(1) for x in (nll, z, correct)]
-    return total, DepthSums(*by_depth, mask_KBT.sum((1, 2), dtype=jnp.float32), agree_K, num_compared_K)
+    nll_K, z_K, correct_K = (x.reshape(depth, num_chunks).sum(1) for x in (nll, z, correct))
+    num_K = mask_KBT.sum((1, 2), dtype=jnp.float32)
+    return total, DepthSums(nll_K, z_K, correct_K, num_K, agree_K, num_compared_K)
 
 
 def agreement(picks_KBT: jax.Array, mask_KBT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -133,11 +137,14 @@ def _chunk(hidden_BCD, targets_BC, mask_BC, head_DV):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _chunked(hidden, targets, mask, head_DV, weights, z_weight):
-    """Weighted loss and stacked sums of [K * N] chunks, without gradients."""
+    """Weighted loss and stacked sums of [K * N] chunks, without gradients.
+
+    weights: [K * N, 2], of the chunk's loss, and of its part in the head's gradient.
+    """
     head = _gathered(head_DV, hidden.dtype)
 
     def body(total, chunk):
-        hidden_BCD, targets_BC, mask_BC, weight = chunk
+        hidden_BCD, targets_BC, mask_BC, (weight, _) = chunk
         *_, sums = _chunk(hidden_BCD, targets_BC, mask_BC, head)
         return total + weight * (sums[0] + z_weight * sums[1]), sums
 
@@ -150,19 +157,20 @@ def _gathered(head_DV: jax.Array, dtype) -> jax.Array:
 
 
 def _forward(hidden, targets, mask, head_DV, weights, z_weight):
-    """The same sums, and the gradients for a cotangent of 1: the loss is their weighted sum, so any other only scales."""
+    """The same sums, and the gradients for a cotangent of 1: the loss is linear in them, so any other only scales."""
     head = _gathered(head_DV, hidden.dtype)
 
     def body(carry, chunk):
         total, grad_head_DV = carry
-        hidden_BCD, targets_BC, mask_BC, weight = chunk
+        hidden_BCD, targets_BC, mask_BC, (weight, head_share) = chunk
         logits_BCV, log_z_BC, is_target_BCV, sums = _chunk(hidden_BCD, targets_BC, mask_BC, head)
         probs_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
         grad_BCV = probs_BCV * (1.0 + 2.0 * z_weight * log_z_BC[..., None]) - is_target_BCV
         scale_BC1 = (weight * mask_BC)[..., None]
         grad_BCV = (grad_BCV * scale_BC1).astype(hidden_BCD.dtype)
         grad_hidden_BCD = jnp.einsum("bcv,dv->bcd", grad_BCV, head)
-        grad_head_DV += jnp.einsum("bcd,bcv->dv", hidden_BCD, grad_BCV, preferred_element_type=jnp.float32)
+        shared_BCD = hidden_BCD * head_share.astype(hidden_BCD.dtype)
+        grad_head_DV += jnp.einsum("bcd,bcv->dv", shared_BCD, grad_BCV, preferred_element_type=jnp.float32)
         return (total + weight * (sums[0] + z_weight * sums[1]), grad_head_DV), (sums, grad_hidden_BCD)
 
     zero_DV = constrain(jnp.zeros(head_DV.shape, jnp.float32), None, "vocab")
@@ -176,9 +184,13 @@ def _backward(z_weight, residuals, cotangents):
     del z_weight
     grad_hidden, grad_head_DV = residuals
     scale = cotangents[0]
-    return (grad_hidden * scale).astype(grad_hidden.dtype), None, None, (grad_head_DV * scale).astype(
-        grad_head_DV.dtype
-    ), None
+    return (
+        (grad_hidden * scale).astype(grad_hidden.dtype),
+        None,
+        None,
+        (grad_head_DV * scale).astype(grad_head_DV.dtype),
+        None,
+    )
 
 
 _chunked.defvjp(_forward, _backward)

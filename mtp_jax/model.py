@@ -70,8 +70,8 @@ class MTPModel(nnx.Module):
     @staticmethod
     def _detached(main: MainModel) -> MainModel:
         """The same values with no way back to the main model's weights."""
-        graph, norm = nnx.split(main.final_norm)
-        norm = nnx.merge(graph, jax.lax.stop_gradient(norm))
+        parts: Any = nnx.split(main.final_norm)
+        norm = nnx.merge(parts[0], jax.lax.stop_gradient(parts[1]))
         stop = jax.lax.stop_gradient
         return MainModel(stop(main.hidden), stop(main.branch), norm, lambda tokens: stop(main.look_up(tokens)))
 
@@ -115,15 +115,19 @@ def skeleton(config: Config) -> Skeleton:
     `config.model.vocab_size` must be set (`resolve_vocab_size`).
     """
     model = nnx.eval_shape(lambda: MTPModel(config, nnx.Rngs(params=jax.random.key(0))))
-    graph, params, biases = nnx.split(model, nnx.Param, RouterBias)
+    parts: Any = nnx.split(model, nnx.Param, RouterBias)
+    graph, params, biases = parts
     infos = jax.tree.map(lambda v: v.get_metadata()["info"], params, is_leaf=lambda x: isinstance(x, nnx.Param))
-    return Skeleton(graph, (params, biases), nnx.to_pure_dict(params), nnx.to_pure_dict(biases), nnx.to_pure_dict(infos))
+    return Skeleton(
+        graph, (params, biases), nnx.to_pure_dict(params), nnx.to_pure_dict(biases), nnx.to_pure_dict(infos)
+    )
 
 
 def init(config: Config, seed: int) -> tuple[Tree, Tree]:
     """Fresh params and biases as nested dicts; a pure function of (config, seed), whatever the mesh. Use inside jit."""
     model = MTPModel(config, nnx.Rngs(params=jax.random.key(seed)))
-    _, params, biases = nnx.split(model, nnx.Param, RouterBias)
+    parts: Any = nnx.split(model, nnx.Param, RouterBias)
+    _, params, biases = parts
     return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
 
 

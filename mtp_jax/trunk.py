@@ -34,6 +34,7 @@ class Trunk(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
+        assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.config = model
         num_dense = min(model.num_dense_layers, config.num_main_layers) if model.num_experts else 0
         num_rest = config.num_main_layers - num_dense

@@ -38,8 +38,12 @@ MODELS = {
     "mla_yarn": replace(BASE, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
     "mla_yarn_plain": replace(BASE, **YARN),
     "gqa": replace(BASE, attention="gqa", rope_interleaved=False),
-    "gqa_yarn": replace(BASE, attention="gqa", rope_interleaved=False, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
-    "gqa_qwen": replace(BASE, attention="gqa", rope_interleaved=False, qk_norm=True, qkv_bias=True, rotary_fraction=0.5),
+    "gqa_yarn": replace(
+        BASE, attention="gqa", rope_interleaved=False, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7
+    ),
+    "gqa_qwen": replace(
+        BASE, attention="gqa", rope_interleaved=False, qk_norm=True, qkv_bias=True, rotary_fraction=0.5
+    ),
     "tied": replace(BASE, tie_embeddings=True),
     "moe": MOE,
     "moe_ragged": replace(MOE, moe_dispatch="ragged"),
@@ -65,7 +69,9 @@ STRATEGIES = {
     "sequential_glm5": replace(SEQUENTIAL, family="glm5"),
     "sequential_mimo": replace(SEQUENTIAL, family="mimo"),
     "sequential_flash": replace(SEQUENTIAL, family="mimo_v2_flash"),
-    "sequential_paper": replace(SEQUENTIAL, concat_order="hidden_first", trunk_hidden="before_norm", output_norm="main"),
+    "sequential_paper": replace(
+        SEQUENTIAL, concat_order="hidden_first", trunk_hidden="before_norm", output_norm="main"
+    ),
     "parallel": MTPConfig(kind="parallel", depth=1),
     "parallel_unmatched": MTPConfig(kind="parallel", depth=3, parameter_matched=False),
 }
@@ -75,7 +81,9 @@ CASES = [(name, "sequential") for name in MODELS] + [("moe", name) for name in S
 @pytest.mark.parametrize(("model_name", "strategy_name"), CASES)
 def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
     config = Config(
-        model=MODELS[model_name], mtp=STRATEGIES[strategy_name], training=TrainingConfig(z_loss_weight=0.01, loss_chunk=7)
+        model=MODELS[model_name],
+        mtp=STRATEGIES[strategy_name],
+        training=TrainingConfig(z_loss_weight=0.01, loss_chunk=7),
     )
     ways = conventions(config.mtp)
     reference_params = random_params(config, config.num_main_layers, ways.output_norm)
@@ -88,7 +96,9 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
     built = skeleton(config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, built.params)
     inputs = step_inputs({"tokens": tokens, "segment_ids": segments, "positions": positions}, depth)
-    out = jax.jit(lambda p, b, i: built.merge(p, b)(i.inputs_KBT, i.segments_KBT, i.positions_BT))(params, biases, inputs)
+    out = jax.jit(lambda p, b, i: built.merge(p, b)(i.inputs_KBT, i.segments_KBT, i.positions_BT))(
+        params, biases, inputs
+    )
 
     valid = expected["targets"].valid
     np.testing.assert_array_equal(np.asarray(inputs.mask_KBT), valid)

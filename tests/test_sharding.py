@@ -1,4 +1,4 @@
-"""One model, any mesh: the same losses, gradient norms and router biases as one device. No local roll, no local count."""
+"""One model, any mesh: the same losses, gradient norms and router biases as on one device."""
 
 from dataclasses import replace
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.loss import expected_tokens_per_pass
@@ -41,7 +42,7 @@ def validate(run: Run, num_batches: int) -> list[DepthResult]:
     for i, batch in enumerate(global_batches(run, "validation")):
         if i == num_batches:
             break
-        sums = jax.device_get(run.trainer.evaluate(run.state, batch, token_bytes))
+        sums = jax.device_get(run.trainer.evaluate(run.state, batch, jnp.asarray(token_bytes)))
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     return _results(totals)
 

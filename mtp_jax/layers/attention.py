@@ -9,9 +9,7 @@ import jax.numpy as jnp
 QUERY_BLOCK = 512  # longer rows are attended in blocks of this many queries, each recomputed in the backward pass
 
 
-def attend(
-    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT: jax.Array, scale: float
-) -> jax.Array:
+def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT: jax.Array, scale: float) -> jax.Array:
     """softmax(scale * q k^T + mask) v, where query i sees key j iff j <= i and both have the same segment id.
 
     Padding is a segment like any other: its positions see only each other, and every query sees itself, so no row of

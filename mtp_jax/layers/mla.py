@@ -25,9 +25,7 @@ class MultiHeadLatentAttention(nnx.Module):
         if config.q_lora_rank:
             self.q_a = matrix(rngs, (dim, config.q_lora_rank), ("embed", None), 1, config)
             self.q_a_norm = RMSNorm(config.q_lora_rank, config)
-            self.q_b = matrix(
-                rngs, (config.q_lora_rank, heads, nope + rotary), ("embed", "heads", None), 1, config
-            )
+            self.q_b = matrix(rngs, (config.q_lora_rank, heads, nope + rotary), ("embed", "heads", None), 1, config)
         else:
             self.q = matrix(rngs, (dim, heads, nope + rotary), ("embed", "heads", None), 1, config)
         self.kv_a = matrix(rngs, (dim, config.kv_lora_rank + rotary), ("embed", None), 1, config)

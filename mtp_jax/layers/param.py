@@ -30,7 +30,9 @@ class RouterBias(nnx.Variable):
     """The load-balancing bias of a router: moved by a rule of its own, never by a gradient."""
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], in_dims: int, config: Any) -> nnx.Param:
+def matrix(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], in_dims: int, config: Any
+) -> nnx.Param:
     """A weight of N(0, init_std^2), fp32 or config.param_dtype.
 
     Args:

@@ -30,7 +30,9 @@ class SequentialModule(nnx.Module):
         if conventions(config.mtp).output_norm == "own":
             self.output_norm = RMSNorm(model.embed_dim, model)
 
-    def __call__(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array):
+    def __call__(
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+    ):
         """h_k [B, T, D] before the output norm, and the router's statistics."""
         halves = [self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
         joined = jnp.concatenate(halves if self.is_embedding_first else halves[::-1], axis=-1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
 
 
@@ -22,7 +23,7 @@ class MainModel(NamedTuple):
 
     hidden: jax.Array
     branch: jax.Array
-    final_norm: Callable[[jax.Array], jax.Array]
+    final_norm: RMSNorm
     look_up: Callable[[jax.Array], jax.Array]
 
 

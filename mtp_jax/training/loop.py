@@ -13,6 +13,7 @@ import numpy as np
 
 from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes, validate
+from mtp_jax.data.corpus import Split
 from mtp_jax.model import Tree, count_parameters
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
@@ -106,7 +107,7 @@ def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
     return replace(config, model=replace(config.model, vocab_size=-(-tokenizer_size // 8) * 8))
 
 
-def global_batches(run: Run, split: str, start_step: int = 0) -> Any:
+def global_batches(run: Run, split: Split, start_step: int = 0) -> Any:
     """An iterator over global device arrays; each process reads only the rows its devices hold."""
     config, where = run.config, run.trainer.batch_sharding
     shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
@@ -132,8 +133,11 @@ def _announce(run: Run) -> None:
     kind = "next-token only" if not run.config.depth else f"{mtp.kind} MTP, depth {mtp.depth}"
     tokens = run.corpus.num_tokens("train")
     extra = f" + {counts.mtp_total / 1e6:,.2f} M" if run.config.depth else ""
-    print(f"model    {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active a token; {kind}{extra}")
-    print(f"data     {run.config.data.source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {run.config.data.tokenizer}")
+    print(
+        f"model    {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active a token; {kind}{extra}"
+    )
+    source, tokenizer = run.config.data.source, run.config.data.tokenizer
+    print(f"data     {source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {tokenizer}")
     print(f"mesh     {axes} ({jax.devices()[0].device_kind}, {jax.process_count()} process(es))", flush=True)
 
 
@@ -241,7 +245,7 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self.is_set = False
-        self.previous = {}
+        self.previous: dict[int, Any] = {}
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous[number] = signal.signal(number, self._set)

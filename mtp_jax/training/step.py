@@ -123,9 +123,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
     )
 
 
-def state_shardings(
-    config: Config, built: Skeleton, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> Tree:
+def state_shardings(config: Config, built: Skeleton, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Tree:
     """Where each leaf of the state lives: optimizer moments with their weight, the rest everywhere."""
     params, biases = built.shardings(mesh)
     replicated = sharding.named(mesh, ())
@@ -185,6 +183,7 @@ def make_loss(config: Config, built: Skeleton):
             weight_K,
             config.training.z_loss_weight,
             config.training.loss_chunk,
+            config.mtp.detach_trunk,
         )
         total += config.model.balance_loss_weight * balance(out.trunk_stats, num_rows_K[:1])
         total += config.model.balance_loss_weight * balance(out.mtp_stats, num_rows_K[1:])
@@ -210,7 +209,9 @@ def _accumulate(micro: Callable, prepared: StepInputs, num: int):
         return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
 
     parts = StepInputs(*(cut(x, 1 if x.ndim == 3 else 0) for x in prepared))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts)))
+    zero = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts))
+    )
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zero, parts)[0]
 
 
@@ -236,7 +237,7 @@ def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], s
 
 
 def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) -> dict[str, jax.Array]:
-    """The step's numbers as they are logged. loss_mtp_k is L_k, divided as in the loss; accuracies by their own count."""
+    """The step's numbers as logged. loss_mtp_k is L_k, divided as in the loss; accuracies go by their own count."""
     sums = aux.sums
     own_K = jnp.maximum(sums.num, 1.0)
     divisor_K = own_K if config.mtp.normalize == "valid" else jnp.maximum(count_K[0], 1.0)

@@ -39,10 +39,12 @@ def load_from(workdir: str, state: Tree, abstract_state: Tree) -> tuple[Tree, st
       the new state, and a line that says what was taken.
     """
     with _open(workdir) as saved:
-        there = saved.saved_part(MODEL_PARTS)
+        there = saved.saved_part(MODEL_PARTS) or {}
         takes_mtp = "mtp" in state["params"] and _misfit(there, abstract_state, "mtp") is None
         parts = ("trunk", "mtp") if takes_mtp else ("trunk",)
-        wanted = {name: {p: abstract_state[name][p] for p in parts if p in abstract_state[name]} for name in MODEL_PARTS}
+        wanted = {
+            name: {p: abstract_state[name][p] for p in parts if p in abstract_state[name]} for name in MODEL_PARTS
+        }
         step, loaded = saved.restore_part(None, {name: tree for name, tree in wanted.items() if tree})
     merged = {name: {**state[name], **loaded.get(name, {})} for name in MODEL_PARTS}
     fresh = "" if takes_mtp or "mtp" not in state["params"] else "; the MTP modules start fresh"

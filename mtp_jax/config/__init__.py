@@ -1,0 +1,45 @@
+"""The configuration: frozen dataclasses, how a config file becomes one, and what is refused.
+
+`load_config` turns a file's ConfigDict and the command line's overrides once into a frozen `Config`; everything else
+sees only that.
+"""
+
+from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, validate
+from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict
+from mtp_jax.config.schema import (
+    CONVENTIONS,
+    CheckpointConfig,
+    Config,
+    Conventions,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MTPConfig,
+    OptimizerConfig,
+    TrainingConfig,
+    UserError,
+    conventions,
+)
+
+__all__ = [
+    "CONVENTIONS",
+    "MAX_DEPTH",
+    "CheckpointConfig",
+    "Config",
+    "Conventions",
+    "DataConfig",
+    "MTPConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "TrainingConfig",
+    "UserError",
+    "conventions",
+    "default_config",
+    "from_dict",
+    "load_config",
+    "mesh_sizes",
+    "to_config_dict",
+    "to_dict",
+    "validate",
+]

@@ -1,0 +1,229 @@
+"""The configuration as frozen dataclasses. Each section belongs to the component of its name."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UserError(ValueError):
+    """An input that cannot be used. The message is one line: the field, its value, the remedy. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The main model: DeepSeek-V3's architecture (2412.19437), every piece switchable.
+
+    Raises nothing itself: `validate` checks a whole `Config`.
+    """
+
+    vocab_size: int | None = None  # None: the tokenizer's own, rounded up to a multiple of 8
+    num_layers: int = 4  # blocks of the main model; parallel heads take theirs from these (mtp.parameter_matched)
+    embed_dim: int = 128
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"  # dots: keep matmul outputs, recompute the rest
+
+    attention: Literal["mla", "gqa"] = "mla"
+    num_heads: int = 4
+    # multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1)
+    q_lora_rank: int = 0  # 0: queries are projected directly
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    # grouped-query attention
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    rotary_fraction: float = 1.0  # of head_dim; the rest of the head is not rotated
+    # rotary positions; YaRN (2309.00071) is on when yarn_factor > 1
+    rope_theta: float = 10_000.0
+    rope_interleaved: bool = True  # pairs (2i, 2i+1) as DeepSeek; False: (i, i + n/2) as Llama
+    yarn_factor: float = 1.0
+    yarn_original_length: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 0.0  # 0: YaRN's own attention factor, 0.1 ln(factor) + 1
+
+    # feed-forward: dense SwiGLU, or DeepSeekMoE (2401.06066) from block num_dense_layers on
+    ffn_dim: int = 512
+    num_experts: int = 0  # 0: every block is dense
+    num_dense_layers: int = 1  # leading dense blocks of a mixture-of-experts model
+    num_experts_per_token: int = 2
+    num_shared_experts: int = 1
+    expert_dim: int = 128
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_num_groups: int = 1
+    router_groups_per_token: int = 1
+    router_group_score: Literal["top2_sum", "max"] = "top2_sum"  # V3: sum of the two best; V2: the best
+    router_renormalize: bool = True
+    routed_scaling_factor: float = 1.0
+    router_bias_rate: float = 1e-3  # gamma of the auxiliary-loss-free balancing; 0: off
+    router_bias_until: int = 0  # step after which gamma is 0; 0: never
+    balance_loss_weight: float = 1e-4  # alpha of the sequence-wise balance loss
+    moe_dispatch: Literal["auto", "dense", "ragged"] = "auto"
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction: which extra heads, how they are wired and how they are weighted."""
+
+    kind: Literal["none", "parallel", "sequential"] = "none"
+    depth: int = 1  # D extra tokens; ignored when kind is none
+    # lambda: L = L_0 + lambda * sum_k w_k L_k / sum_k w_k. None: 0.3 (sequential), or depth (parallel), which makes
+    # the plain sum of 2404.19737
+    weight: float | None = None
+    weight_values: tuple[float, ...] = ()  # lambda from each boundary on
+    weight_boundaries: tuple[int, ...] = ()
+    weight_unit: Literal["steps", "tokens"] = "steps"
+    depth_decay: float = 1.0  # beta: w_k = beta^(k-1)
+    normalize: Literal["paper", "valid"] = "paper"  # divide L_k by the valid depth-0 targets, or by depth k's own
+    curriculum: Literal["none", "forward", "reverse"] = "none"  # active depths 1 -> D or D -> 1, evenly over training
+    parameter_matched: bool = True  # parallel heads take their blocks from model.num_layers
+    shared_depths: bool = False  # one sequential module for every depth
+    detach_trunk: bool = False  # no MTP gradient reaches the main model
+    freeze_trunk: bool = False  # only the MTP modules train
+    # conventions of released checkpoints; "family" takes them from the preset, a non-empty value overrides it
+    family: Literal["deepseek_v3", "glm4_moe", "mimo", "qwen3_next", "mimo_v2_flash", "glm5"] = "deepseek_v3"
+    concat_order: Literal["", "embedding_first", "hidden_first"] = ""
+    trunk_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_0, seen from the main final norm
+    recycled_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_k, k >= 1, seen from its own output norm
+    output_norm: Literal["", "own", "main"] = ""
+    chain: Literal["", "previous", "trunk"] = ""  # what depth k + 1 receives
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is cut into rows."""
+
+    # python_source, text_files, synthetic, or the name of a TFDS dataset with a text feature
+    source: str = "python_source"
+    files: str = ""  # text_files: comma-separated globs of .txt, .md, .py ... or .jsonl
+    text_field: str = "text"  # jsonl field or TFDS feature
+    split: str = "train"  # TFDS split
+    tfds_dir: str = ""  # TFDS data_dir; empty: TFDS's own default
+    tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
+    sequence_length: int = 256  # T; a row carries T + 1 + D tokens
+    batch_size: int = 8  # rows a step over all devices
+    packing: Literal["packed", "contiguous"] = "packed"  # packed: documents do not see each other
+    shuffle: bool = True  # documents in the stream, and rows in the batches
+    validation_fraction: float = 0.02  # of the documents, by hash
+    max_document_chars: int = 32_768  # plain text files are cut at blank lines into documents of about this length
+    fim_rate: float = 0.0  # share of the training documents rearranged prefix, suffix, middle (2207.14255)
+    cache_dir: str = ""  # empty: $MTP_JAX_CACHE or ~/.cache/mtp_jax
+    num_workers: int = 0  # processes; 0: threads of this one
+    prefetch: int = 4  # batches ready ahead of the step
+    synthetic_documents: int = 2000
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """optax: AdamW or Muon, its schedule and its clip."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "wsd", "deepseek"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # of the peak, at the end of cosine and wsd
+    decay_fraction: float = 0.2  # wsd: share of the steps spent in the final decay
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # 0: off
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    muon_momentum: float = 0.95
+    muon_steps: int = 5  # Newton-Schulz iterations
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop: how long, how the batch is cut, what is reported when."""
+
+    num_steps: int = 1000
+    log_every: int = 10
+    accumulate_steps: int = 1  # micro-batches a step; the result does not depend on it
+    loss_chunk: int = 4096  # tokens whose logits exist at one time
+    z_loss_weight: float = 0.0
+    eval_batches: int = 16  # validation batches of the closing table
+    sample_prompt: str = "def "
+    sample_tokens: int = 200
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """orbax: how often, how many."""
+
+    every: int = 500
+    keep: int = 3
+    async_save: bool = True
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1, the rest of the devices."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    init_from: str = ""  # a workdir whose matching weights start this run
+
+    @property
+    def depth(self) -> int:
+        """D: extra tokens predicted at each position; 0 for next-token models."""
+        return 0 if self.mtp.kind == "none" else self.mtp.depth
+
+    @property
+    def num_main_layers(self) -> int:
+        """Blocks on the path to the next token. Matched parallel heads are taken out of model.num_layers."""
+        gives_up = self.depth if self.mtp.kind == "parallel" and self.mtp.parameter_matched else 0
+        return self.model.num_layers - gives_up
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """How one family of released checkpoints wires its sequential MTP modules."""
+
+    concat_order: str = "embedding_first"
+    trunk_hidden: str = "after_norm"
+    recycled_hidden: str = "before_norm"
+    output_norm: str = "own"
+    chain: str = "previous"
+
+
+CONVENTIONS = {
+    "deepseek_v3": Conventions(),
+    "glm4_moe": Conventions(),
+    "glm5": Conventions(recycled_hidden="after_norm"),
+    "mimo": Conventions(concat_order="hidden_first"),
+    "mimo_v2_flash": Conventions(chain="trunk"),
+    "qwen3_next": Conventions(),
+}
+
+
+def conventions(mtp: MTPConfig) -> Conventions:
+    """The family's preset with the explicit overrides of `mtp`."""
+    preset = CONVENTIONS[mtp.family]
+    names = [f.name for f in dataclasses.fields(Conventions)]
+    return dataclasses.replace(preset, **{n: getattr(mtp, n) for n in names if getattr(mtp, n)})
