@@ -4,10 +4,7 @@ import os
 import subprocess
 import sys
 
-import jax
-import pytest
-
-from mtp_jax import cli, sharding
+from mtp_jax import cli
 from tests.conftest import ROOT
 
 # Small enough to compile in seconds; the sample would be one more program.
@@ -15,22 +12,20 @@ SMALL = [
     *("--config.model.num_layers=3", "--config.model.embed_dim=32", "--config.model.num_experts=4"),
     *("--config.data.sequence_length=16", "--config.training.sample_tokens=0", "--config.training.eval_batches=1"),
 ]
-# What a newcomer's shell has, and the caches of this test run. No GPU, so that one device is one device.
-ENVIRONMENT = {
-    name: os.environ[name]
-    for name in ("PATH", "HOME", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "MTP_JAX_CACHE")
-    if name in os.environ
-} | {"CUDA_VISIBLE_DEVICES": ""}
+# What a newcomer's shell has, and the caches of this test run.
+CACHES = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "MTP_JAX_CACHE")
+PLAIN = {name: os.environ[name] for name in ("PATH", "HOME", *CACHES) if name in os.environ}
+CPU = {**PLAIN, "JAX_PLATFORMS": "cpu"}
 
 
 def command(script, *argv):
     return [sys.executable, script, *map(str, argv)]
 
 
-def run_process(script, *argv):
+def run_process(script, *argv, env=CPU):
     """The finished process of `python script argv...`, from the project's folder, on one device."""
     return subprocess.run(
-        command(script, *argv), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        command(script, *argv), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -43,10 +38,3 @@ def run_here(monkeypatch, main, *argv):
     except SystemExit as stop:
         return stop.code
     return 0
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs of this process use one of its eight devices; their configs say nothing of the mesh."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))

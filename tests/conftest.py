@@ -22,3 +22,24 @@ import pytest  # noqa: E402
 @pytest.fixture
 def project_root():
     return ROOT
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs in this process use one of its eight devices; their configs need say nothing of the mesh."""
+    import jax
+
+    from mtp_jax import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs that run for a few steps only: compiled in half the time, without the costly optimizations."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

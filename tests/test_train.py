@@ -17,10 +17,11 @@ from mtp_jax.config import MeshConfig, load_config, to_dict
 from mtp_jax.training import loop
 from mtp_jax.training.metrics import read_metrics
 from mtp_jax.training.workdir import read_config
-from tests.commands import ENVIRONMENT, ROOT, SMALL, command, one_device, run_process
+from tests.commands import CPU, SMALL, command, run_process
+from tests.conftest import ROOT
 from tests.test_mistakes import rows, run_steps, tiny
 
-__all__ = ["one_device"]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = "configs/tiny.py"
 NUM_STEPS = 20
@@ -119,7 +120,7 @@ def test_eval_agrees_with_the_closing_table(reference, tmp_path):
 def run_until(step, signal_number, argv):
     """Start train.py and send it a signal when it shows `step`: (exit code, stdout, stderr)."""
     process = subprocess.Popen(
-        command("train.py", *argv), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("train.py", *argv), cwd=ROOT, env=CPU, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     shown = []
     try:
@@ -139,7 +140,12 @@ def run_until(step, signal_number, argv):
 def interrupted(tmp_path_factory):
     """One command, three times: told to stop at step 5, killed at step 13, left alone."""
     workdir = tmp_path_factory.mktemp("interrupted") / "run"
-    argv = [f"--config={TINY}", f"--workdir={workdir}", "--config.checkpoint.every=4", "--config.training.sample_tokens=0"]
+    argv = [
+        f"--config={TINY}",
+        f"--workdir={workdir}",
+        "--config.checkpoint.every=4",
+        "--config.training.sample_tokens=0",
+    ]
     stopped = run_until(5, signal.SIGTERM, argv)
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     after_stop = metrics(workdir)
@@ -243,7 +249,8 @@ def leaves(tree):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(one_device, tmp_path):
+@pytest.mark.usefixtures("one_device")
+def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(tmp_path):
     source, bolted = tmp_path / "source", tmp_path / "bolted"
     loop.train(small("--config.mtp.kind=none", "--config.training.num_steps=4"), str(source))
     overrides = ["--config.mtp.freeze_trunk=true", f"--config.init_from={source}", "--config.training.num_steps=3"]
@@ -281,8 +288,10 @@ def trunk_after_a_step(*overrides):
 
 
 @pytest.fixture(scope="module")
-def next_token_step():
-    return {tied: trunk_after_a_step("--config.mtp.kind=none", f"--config.model.tie_embeddings={tied}") for tied in TIED}
+def next_token_step(quick_compilation):
+    return {
+        tied: trunk_after_a_step("--config.mtp.kind=none", f"--config.model.tie_embeddings={tied}") for tied in TIED
+    }
 
 
 TIED = ("false", "true")
@@ -320,7 +329,8 @@ def test_detached_heads_leave_the_shared_output_head_alone(tied, next_token_step
 # Schedules
 
 
-def test_lambda_and_the_curriculum_show_in_the_metrics(one_device, tmp_path):
+@pytest.mark.usefixtures("one_device")
+def test_lambda_and_the_curriculum_show_in_the_metrics(tmp_path):
     config = small(
         *("--config.training.num_steps=6", "--config.model.balance_loss_weight=0.0"),
         *("--config.mtp.weight=0.5", "--config.mtp.weight_values=(0.1,)", "--config.mtp.weight_boundaries=(4,)"),
