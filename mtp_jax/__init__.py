@@ -1,9 +1,9 @@
 """Train, measure and decode multi-token prediction models in JAX.
 
-    mtp_jax.targets.build(tokens, segment_ids, depth)    depth-k inputs, targets and validity
-    mtp_jax.config.load_config(path, overrides)          a config file as frozen dataclasses
-    mtp_jax.model                                        trunk and multi-token strategy as one module
-    mtp_jax.training.loop.train(config, workdir)         what train.py calls
+mtp_jax.targets.build(tokens, segment_ids, depth)    depth-k inputs, targets and validity
+mtp_jax.config.load_config(path, overrides)          a config file as frozen dataclasses
+mtp_jax.model                                        trunk and multi-token strategy as one module
+mtp_jax.training.loop.train(config, workdir)         what train.py calls
 """
 
 import importlib

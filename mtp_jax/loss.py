@@ -170,14 +170,15 @@ def _forward(hidden, targets, mask, head_DV, weights, z_weight):
         grad_BCV = (grad_BCV * scale_BC1).astype(hidden_BCD.dtype)
         grad_hidden_BCD = jnp.einsum("bcv,dv->bcd", grad_BCV, head)
         shared_BCD = hidden_BCD * head_share.astype(hidden_BCD.dtype)
-        grad_head_DV += jnp.einsum("bcd,bcv->dv", shared_BCD, grad_BCV, preferred_element_type=jnp.float32)
+        grad_chunk_DV = jnp.einsum("bcd,bcv->dv", shared_BCD, grad_BCV, preferred_element_type=jnp.float32)
+        grad_head_DV += constrain(grad_chunk_DV, "embed", "vocab")  # scattered, not collected, chunk by chunk
         return (total + weight * (sums[0] + z_weight * sums[1]), grad_head_DV), (sums, grad_hidden_BCD)
 
-    zero_DV = constrain(jnp.zeros(head_DV.shape, jnp.float32), None, "vocab")
+    zero_DV = constrain(jnp.zeros(head_DV.shape, jnp.float32), "embed", "vocab")
     (total, grad_head_DV), (sums, grad_hidden) = jax.lax.scan(
         body, (jnp.float32(0.0), zero_DV), (hidden, targets, mask, weights)
     )
-    return (total, sums), (grad_hidden, constrain(grad_head_DV.astype(head_DV.dtype), "embed", "vocab"))
+    return (total, sums), (grad_hidden, grad_head_DV.astype(head_DV.dtype))
 
 
 def _backward(z_weight, residuals, cotangents):

@@ -14,6 +14,7 @@ from mtp_jax.config import MeshConfig, mesh_sizes
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
+    "moe_batch": ("data", "fsdp"),  # inside the experts, where the expert axis holds experts and not rows
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

@@ -32,7 +32,7 @@ def one_device(monkeypatch):
     from mtp_jax import sharding
 
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

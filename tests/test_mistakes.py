@@ -14,6 +14,8 @@ from mtp_jax.model import skeleton
 from mtp_jax.training.step import make_trainer, step_inputs
 from tests.bridge import packed_rows
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = ["--config.model.vocab_size=40", "--config.model.num_layers=3", "--config.data.sequence_length=16"]
 
 
@@ -157,6 +159,17 @@ def test_recomputation_changes_neither_loss_nor_gradients(kind):
         for a, b in zip(results["none"][1], results[remat][1], strict=True):
             for name in a:
                 assert b[name] == pytest.approx(a[name], rel=1e-5), (remat, name)
+
+
+def test_a_depth_that_is_switched_off_balances_nothing_and_moves_no_bias():
+    config = tiny("--config.mtp.curriculum=forward", "--config.model.balance_loss_weight=0.1")
+    state, (metrics,) = run_steps(config, [rows(config)])
+    bias = state["biases"]["mtp"]["module"]["block"]["ffn"]["router"]["bias"]
+    assert np.abs(bias[0]).max() > 0 and np.abs(bias[1]).max() == 0
+    everything = tiny("--config.model.balance_loss_weight=0.1")
+    _, (other,) = run_steps(everything, [rows(config)])
+    extra = 0.15 * other["loss_mtp_2"] + 0.1 * 1.0  # a balanced router's balance loss is 1
+    assert other["loss"] - metrics["loss"] == pytest.approx(extra, rel=0.02)
 
 
 def _temporary_bytes(depth, chunk_tokens):

@@ -8,7 +8,10 @@ import pytest
 
 from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes
 from mtp_jax.sharding import LOGICAL_AXES, make_mesh
+from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, run_steps, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MESHES = [
     {"data": 8},
@@ -48,11 +51,33 @@ def test_a_mesh_of_eight_equals_one_device(one_device, kind, sizes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state["biases"], other["biases"])
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "context": 2}, {"data": 4, "tensor": 2}], ids="_".join)
+def test_grouped_experts_stay_with_their_tokens(one_device, sizes):
+    """moe_dispatch="ragged" gives the same losses on a mesh, and no device holds every device's tokens."""
+    config, batches, _, expected = one_device("sequential")
+    ragged = replace(
+        config, model=replace(config.model, moe_dispatch="ragged"), mesh=MeshConfig(**{"data": 1, **sizes})
+    )
+    _, metrics = run_steps(ragged, batches, num_devices=8)
+    for a, b in zip(expected, metrics, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), name
+    mesh = make_mesh(ragged.mesh, jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(ragged, mesh)
+        batch = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in batches[0].items()}
+        text = trainer.step.lower(trainer.abstract_state, batch).compile().as_text()
+    # What was sent to an expert is as long as the tokens times the experts each has chosen.
+    routed = config.data.batch_size * config.data.sequence_length * config.model.num_experts_per_token
+    shards = int(np.prod([n for axis, n in sizes.items() if axis != "tensor"]))
+    sorts = [line for line in text.splitlines() if " sort(" in line]
+    assert any(f"s32[{routed // shards}]" in line for line in sorts)
+    assert not any(f"s32[{routed}]" in line for line in sorts)
+
+
 def test_weights_and_moments_are_really_cut():
     config = replace(tiny(), mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     mesh = make_mesh(config.mesh, jax.devices()[:8])
-    from mtp_jax.training.step import make_trainer
-
     abstract = make_trainer(config, mesh).abstract_state
     gate = abstract["params"]["trunk"]["blocks"]["ffn"]["gate"]  # [layers, experts, embed, ffn]
     assert gate.sharding.shard_shape(gate.shape) == (gate.shape[0], *(n // 2 for n in gate.shape[1:]))

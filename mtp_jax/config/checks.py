@@ -1,8 +1,10 @@
 """Checks that need more than one field: what cannot run is refused before anything is built."""
 
 import dataclasses
+import math
+from typing import Any
 
-from mtp_jax.config.schema import Config, MeshConfig, UserError
+from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, UserError
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
@@ -16,7 +18,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     Raises:
       UserError: on the first problem, naming field, value and remedy.
     """
-    _check_positive(config)
+    _check_numbers(config)
     _check_mtp(config)
     _check_experts(config)
     sizes = mesh_sizes(config.mesh, num_devices)
@@ -53,30 +55,84 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def _check_positive(config: Config) -> None:
-    keys = [
-        *("model.num_layers", "model.embed_dim", "model.num_heads", "model.ffn_dim", "model.kv_lora_rank"),
+AT_LEAST = {
+    1: (
+        *("model.num_layers", "model.embed_dim", "model.num_heads", "model.ffn_dim", "model.vocab_size"),
         *("data.sequence_length", "data.batch_size", "data.prefetch", "data.max_document_chars"),
         *("training.num_steps", "training.log_every", "training.accumulate_steps", "training.loss_chunk"),
-        *("checkpoint.every", "checkpoint.keep", "training.eval_batches"),
-    ]
-    for key in keys:
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value < 1:
-            raise UserError(f"{key}={value}: must be at least 1")
-    for key in ("data.validation_fraction", "data.fim_rate", "optimizer.final_fraction", "optimizer.decay_fraction"):
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if not 0.0 <= value <= 1.0:
-            raise UserError(f"{key}={value}: must lie between 0 and 1")
-    rope_dim = config.model.qk_rope_head_dim
-    if config.model.attention == "mla" and (rope_dim % 2 or rope_dim < 2):
-        raise UserError(f"model.qk_rope_head_dim={rope_dim}: rotary dimensions come in pairs; use an even number")
-    if config.model.attention == "gqa" and config.model.num_heads % config.model.num_kv_heads:
+        *("training.eval_batches", "checkpoint.every", "checkpoint.keep", "optimizer.muon_steps"),
+    ),
+    0: (
+        *("model.q_lora_rank", "model.num_experts", "model.num_dense_layers", "model.num_shared_experts"),
+        *("model.router_bias_rate", "model.router_bias_until", "model.balance_loss_weight", "model.init_std"),
+        *("mtp.weight", "training.z_loss_weight", "training.sample_tokens", "data.num_workers"),
+        *("optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.learning_rate", "optimizer.weight_decay"),
+        *("data.synthetic_documents", "seed"),
+    ),
+}
+AT_LEAST_ONE_WITH = {
+    "mla": ("model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim"),
+    "gqa": ("model.num_kv_heads", "model.head_dim"),
+    "moe": ("model.num_experts_per_token", "model.expert_dim", "model.router_num_groups"),
+}
+FRACTIONS = (
+    *("data.validation_fraction", "data.fim_rate", "optimizer.final_fraction", "optimizer.decay_fraction"),
+    *("model.rotary_fraction",),
+)
+BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "optimizer.muon_momentum")
+STEPS = ("model.router_bias_until", "training.num_steps", "optimizer.warmup_steps")  # int32 on the device
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check_numbers(config: Config) -> None:
+    model = config.model
+    lowest = {key: low for low, keys in AT_LEAST.items() for key in keys}
+    for kind in (model.attention, *(("moe",) if model.num_experts > 0 else ())):
+        lowest |= dict.fromkeys(AT_LEAST_ONE_WITH[kind], 1)
+    for key, low in lowest.items():
+        value = _value(config, key)
+        if value is not None and not value >= low:
+            raise UserError(f"{key}={value}: must be at least {low}")
+    for key in FRACTIONS:
+        if not 0.0 <= _value(config, key) <= 1.0:
+            raise UserError(f"{key}={_value(config, key)}: must lie between 0 and 1")
+    for key in BELOW_ONE:
+        if not 0.0 <= _value(config, key) < 1.0:
+            raise UserError(f"{key}={_value(config, key)}: must be at least 0 and below 1")
+    for section, values in dataclasses.asdict(config).items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{section}.{name}={value}: must be finite")
+    if config.seed >= 2**31:
+        raise UserError(f"seed={config.seed}: must stay below 2^31")
+    for key in STEPS:
+        if _value(config, key) >= 2**31:
+            raise UserError(f"{key}={_value(config, key)}: steps must stay below 2^31")
+    _check_attention(model)
+
+
+def _check_attention(model: ModelConfig) -> None:
+    if model.attention == "mla" and model.qk_rope_head_dim % 2:
         raise UserError(
-            f"model.num_kv_heads={config.model.num_kv_heads}: does not divide model.num_heads={config.model.num_heads}"
+            f"model.qk_rope_head_dim={model.qk_rope_head_dim}: rotary dimensions come in pairs; use an even number"
         )
+    if model.attention == "gqa":
+        rotary = model.rotary_fraction * model.head_dim
+        if rotary != round(rotary) or rotary % 2:
+            raise UserError(
+                f"model.rotary_fraction={model.rotary_fraction}: rotates {rotary:g} of model.head_dim={model.head_dim} "
+                "dimensions; they come in pairs, use a fraction that gives an even number"
+            )
+        if model.num_heads % model.num_kv_heads:
+            raise UserError(
+                f"model.num_kv_heads={model.num_kv_heads}: does not divide model.num_heads={model.num_heads}"
+            )
 
 
 MAX_DEPTH = 16
@@ -85,19 +141,22 @@ MAX_DEPTH = 16
 def _check_mtp(config: Config) -> None:
     mtp = config.mtp
     if mtp.kind == "none":
+        for key in ("freeze_trunk", "detach_trunk"):
+            if getattr(mtp, key):
+                raise UserError(f"mtp.{key}=true: there are no MTP modules to train; set mtp.kind, or mtp.{key}=false")
         return
     if not 1 <= mtp.depth <= MAX_DEPTH:
         raise UserError(f"mtp.depth={mtp.depth}: must lie between 1 and {MAX_DEPTH}; for no MTP set mtp.kind=none")
-    if config.num_main_layers < 2 and mtp.kind == "parallel":
-        raise UserError(
-            f"mtp.depth={mtp.depth}: parallel heads take {mtp.depth} of model.num_layers={config.model.num_layers} and "
-            f"leave no trunk; use a depth of at most {config.model.num_layers - 2}, more layers, or "
-            "mtp.parameter_matched=false"
-        )
+    if mtp.kind == "parallel":
+        _check_trunk_left(config)
     if len(mtp.weight_values) != len(mtp.weight_boundaries):
         raise UserError(
             f"mtp.weight_values={mtp.weight_values}: needs one value a boundary, "
             f"mtp.weight_boundaries={mtp.weight_boundaries}"
+        )
+    if mtp.weight_unit == "steps" and max(mtp.weight_boundaries, default=0) >= 2**31:
+        raise UserError(
+            f"mtp.weight_boundaries={mtp.weight_boundaries}: steps must stay below 2^31; use weight_unit=tokens"
         )
     if list(mtp.weight_boundaries) != sorted(set(mtp.weight_boundaries)):
         raise UserError(f"mtp.weight_boundaries={mtp.weight_boundaries}: must increase")
@@ -107,6 +166,27 @@ def _check_mtp(config: Config) -> None:
         raise UserError(
             "mtp.shared_depths=true: parallel heads that share weights are one head; use mtp.kind=sequential"
         )
+
+
+def _check_trunk_left(config: Config) -> None:
+    """Parallel heads start at the input of the main model's last block, and a block must come before it."""
+    mtp, model = config.mtp, config.model
+    if config.num_main_layers >= 2:
+        dense = model.num_dense_layers if model.num_experts else 0
+        if config.num_main_layers < dense:
+            raise UserError(
+                f"mtp.depth={mtp.depth}: leaves {config.num_main_layers} of model.num_layers={model.num_layers} to the "
+                f"main model, fewer than model.num_dense_layers={dense}; use mtp.parameter_matched=false"
+            )
+        return
+    if not mtp.parameter_matched:
+        raise UserError(f"model.num_layers={model.num_layers}: parallel heads need at least 2")
+    deepest = model.num_layers - 2
+    shallower = f"a depth of at most {deepest}, " if deepest > 0 else ""
+    raise UserError(
+        f"mtp.depth={mtp.depth}: parallel heads take {mtp.depth} of model.num_layers={model.num_layers} and leave no "
+        f"trunk; use {shallower}more layers, or mtp.parameter_matched=false"
+    )
 
 
 def _check_experts(config: Config) -> None:
@@ -133,8 +213,11 @@ def _check_experts(config: Config) -> None:
             f"model.num_experts_per_token={m.num_experts_per_token}: the chosen groups hold only {reachable} experts; "
             "raise model.router_groups_per_token"
         )
-    if m.num_dense_layers < 0:
-        raise UserError(f"model.num_dense_layers={m.num_dense_layers}: must be at least 0")
+    if m.num_dense_layers >= m.num_layers:
+        raise UserError(
+            f"model.num_dense_layers={m.num_dense_layers}: leaves no layer of model.num_layers={m.num_layers} to the "
+            "experts; lower it, or set model.num_experts=0"
+        )
 
 
 def _check_mesh(config: Config, sizes: dict[str, int]) -> None:

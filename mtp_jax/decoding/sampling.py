@@ -12,6 +12,7 @@ import numpy as np
 from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.model import Tree, skeleton
+from mtp_jax.sharding import constrain
 
 
 def sample(
@@ -57,4 +58,5 @@ def _fill(config: Config, params: Tree, biases: Tree, buffer_BN, start, stop, te
         token_B = jnp.argmax(logits_BV + temperature * noise_V, axis=-1)
         return buffer_BN.at[:, n].set(token_B.astype(buffer_BN.dtype))
 
-    return jax.lax.fori_loop(start, stop, one, jnp.asarray(buffer_BN))
+    filled_BN = jax.lax.fori_loop(start, stop, one, jnp.asarray(buffer_BN))
+    return constrain(filled_BN, None, None)  # every process can read it

@@ -52,20 +52,25 @@ def _results(totals: dict[str, np.ndarray]) -> list[DepthResult]:
     rates: list[float] = []
     for k in range(len(totals["num"])):
         at = {name: float(value[k]) for name, value in totals.items()}
-        agreement = at["agree"] / max(at["num_compared"], 1.0)
+        agreement = _ratio(at["agree"], at["num_compared"])
         rates += [agreement] if k else []
         out.append(
             DepthResult(
                 depth=k,
-                loss=at["nll"] / max(at["num"], 1.0),
-                bits_per_byte=at["nll"] / math.log(2) / max(at["bytes"], 1.0),
-                accuracy=at["correct"] / max(at["num"], 1.0),
+                loss=_ratio(at["nll"], at["num"]),
+                bits_per_byte=_ratio(at["nll"] / math.log(2), at["bytes"]),
+                accuracy=_ratio(at["correct"], at["num"]),
                 agreement=agreement,
                 expected_tokens=expected_tokens_per_pass(rates),
                 num_targets=int(at["num"]),
             )
         )
     return out
+
+
+def _ratio(total: float, count: float) -> float:
+    """NaN where nothing was counted: a depth without targets is not a perfect one."""
+    return total / count if count else math.nan
 
 
 def table(results: list[DepthResult]) -> str:
@@ -86,7 +91,9 @@ FIELDS = {
 
 
 def as_json(results: list[DepthResult], task: str) -> dict[str, Any]:
-    """The fields of a task: {"main": {...}, "mtp_1": {...}, ...}."""
-    return {
-        "main" if r.depth == 0 else f"mtp_{r.depth}": {name: getattr(r, name) for name in FIELDS[task]} for r in results
-    }
+    """The fields of a task: {"main": {...}, "mtp_1": {...}, ...}; None where a depth had no targets."""
+    out: dict[str, Any] = {}
+    for r in results:
+        values = {name: getattr(r, name) for name in FIELDS[task]}
+        out[f"mtp_{r.depth}" if r.depth else "main"] = {n: None if math.isnan(v) else v for n, v in values.items()}
+    return out

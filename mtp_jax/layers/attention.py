@@ -6,7 +6,8 @@ Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M)
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 512  # longer rows are attended in blocks of this many queries, each recomputed in the backward pass
+# Longer rows are attended in equal blocks of at most this many queries, each recomputed in the backward pass.
+QUERY_BLOCK = 512
 
 
 def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT: jax.Array, scale: float) -> jax.Array:
@@ -29,8 +30,8 @@ def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT:
         probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BGMTS, -jnp.inf), axis=-1)
         return jnp.einsum("bgmts,bsgv->btgmv", probs.astype(v_BSGV.dtype), v_BSGV)
 
-    num_blocks = length // QUERY_BLOCK
-    if num_blocks <= 1 or length % QUERY_BLOCK:
+    num_blocks = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= QUERY_BLOCK)
+    if num_blocks == 1:
         out = block(q_BTGMQ, segments_BT, index_T)
     else:
         # Block j holds the queries a * num_blocks + j: cut this way, each block takes its share of every device's

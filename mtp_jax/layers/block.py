@@ -51,23 +51,27 @@ def stacked(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) ->
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), num))
 
 
-def scan_over(module: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any, remat: str) -> tuple[Any, Any]:
+def scan_over(
+    module: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any, remat: str, is_shared: bool = False
+) -> tuple[Any, Any]:
     """`carry, y = body(one module, carry, x)` over the stack of `module` and the leading dim of `xs`.
 
     One layer is compiled, whatever the number of layers. The body's activations are kept, recomputed ("full") or
-    recomputed but for the matmuls ("dots") in the backward pass.
+    recomputed but for the matmuls ("dots") in the backward pass. With is_shared the stack is of one module, which
+    every x goes through.
 
     Returns:
       the last carry and the stacked y.
     """
     graph, state = nnx.split(module)
+    shared = jax.tree.map(lambda w: w[0], state) if is_shared else None
 
     def step(carry, scanned):
         layer_state, x = scanned
-        return body(nnx.merge(graph, layer_state), carry, x)
+        return body(nnx.merge(graph, shared if is_shared else layer_state), carry, x)
 
     if remat == "dots":
         step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     elif remat == "full":
         step = jax.checkpoint(step)
-    return jax.lax.scan(step, carry, (state, xs))
+    return jax.lax.scan(step, carry, (None if is_shared else state, xs))

@@ -11,7 +11,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, spec
 
 
 class MixtureOfExperts(nnx.Module):
@@ -40,26 +40,44 @@ class MixtureOfExperts(nnx.Module):
         """Every expert runs on every token and the gate is zero where it was not chosen: E / K times the work, but
         plain matmuls that any mesh can cut."""
         dtype = x_BTD.dtype
+        # The expert axis holds rows outside this layer and experts inside it: each device gathers its neighbours' rows,
+        # runs its own experts on them, and the sums over experts are scattered back.
         gates_BTE = (jax.nn.one_hot(chosen_BTK, self.config.num_experts, dtype=dtype) * gates_BTK[..., None]).sum(-2)
-        # The expert axis holds rows outside this layer and experts inside it.
-        x_BTD = constrain(x_BTD, "batch", "length", None)
+        gates_BTE = constrain(gates_BTE, "moe_batch", "length", "experts")
+        x_BTD = constrain(x_BTD, "moe_batch", "length", None)
         gate_BTEF = jnp.einsum("btd,edf->btef", x_BTD, self.gate[...].astype(dtype))
         up_BTEF = jnp.einsum("btd,edf->btef", x_BTD, self.up[...].astype(dtype))
-        h_BTEF = jax.nn.silu(gate_BTEF) * up_BTEF * gates_BTE[..., None]
+        h_BTEF = constrain(jax.nn.silu(gate_BTEF) * up_BTEF, "moe_batch", "length", "experts", "ffn")
+        h_BTEF = h_BTEF * gates_BTE[..., None]
         return jnp.einsum("btef,efd->btd", h_BTEF, self.down[...].astype(dtype))
 
     def _ragged(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
-        """Tokens sorted by expert, one grouped matmul over the groups as long as they are."""
-        dtype, num_chosen = x_BTD.dtype, chosen_BTK.shape[-1]
-        expert_N = chosen_BTK.reshape(-1)
-        order_N = jnp.argsort(expert_N, stable=True)
-        sizes_E = jnp.bincount(expert_N, length=self.config.num_experts).astype(jnp.int32)
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[order_N // num_chosen]
-        gate_NF = jax.lax.ragged_dot(x_ND, self.gate[...].astype(dtype), sizes_E)
-        up_NF = jax.lax.ragged_dot(x_ND, self.up[...].astype(dtype), sizes_E)
-        y_ND = jax.lax.ragged_dot(jax.nn.silu(gate_NF) * up_NF, self.down[...].astype(dtype), sizes_E)
-        y_BTKD = y_ND[jnp.argsort(order_N)].reshape(*chosen_BTK.shape, x_BTD.shape[-1])
-        return (y_BTKD * gates_BTK[..., None]).sum(axis=-2)
+        """Tokens sorted by expert, one grouped matmul over the groups as long as they are.
+
+        On a mesh each device sorts and runs its own tokens and collects the experts' weights (but for its part of
+        their width): a sort over all devices' tokens would gather every token on every one of them.
+        """
+        weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+        arguments = (x_BTD, gates_BTK, chosen_BTK, *weights)
+        if num_shards("batch") * num_shards("length") * num_shards("ffn") == 1:
+            return _grouped(*arguments)
+        tokens, wide = spec(("batch", "length", None)), spec((None, None, "ffn"))
+        specs = (tokens, tokens, tokens, wide, wide, spec((None, "ffn", None)))
+        run = lambda *parts: jax.lax.psum(_grouped(*parts), LOGICAL_AXES["ffn"])  # noqa: E731
+        return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(*arguments)
+
+
+def _grouped(x_BTD, gates_BTK, chosen_BTK, gate_EDF, up_EDF, down_EFD):
+    """sum_k gate_k * expert_k(x) by ragged_dot, on one device's tokens."""
+    num_chosen = chosen_BTK.shape[-1]
+    expert_N = chosen_BTK.reshape(-1)
+    order_N = jnp.argsort(expert_N, stable=True)
+    sizes_E = jnp.bincount(expert_N, length=gate_EDF.shape[0]).astype(jnp.int32)
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[order_N // num_chosen]
+    h_NF = jax.nn.silu(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
+    y_ND = jax.lax.ragged_dot(h_NF, down_EFD, sizes_E)
+    y_BTKD = y_ND[jnp.argsort(order_N)].reshape(*chosen_BTK.shape, x_BTD.shape[-1])
+    return (y_BTKD * gates_BTK[..., None]).sum(axis=-2)
 
 
 def uses_ragged(config: ModelConfig) -> bool:

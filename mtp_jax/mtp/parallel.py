@@ -18,7 +18,7 @@ class ParallelHeads(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
         self.remat = model.remat
-        is_moe = bool(model.num_experts) and config.num_main_layers > model.num_dense_layers
+        is_moe = bool(model.num_experts) and model.num_layers > model.num_dense_layers  # as the blocks it takes over
         self.block = stacked(lambda r: Block(model, r, is_moe), config.depth, rngs)
 
     def __call__(

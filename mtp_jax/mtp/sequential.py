@@ -62,10 +62,6 @@ class SequentialModules(nnx.Module):
             onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
             return h_0 if ways.chain == "trunk" else onward_BTD, (normed_BTD, stats)
 
-        modules = self.module
-        if self.is_shared:
-            graph, state = nnx.split(modules)
-            depth = inputs_NBT.shape[0]
-            modules = nnx.merge(graph, jax.tree.map(lambda w: jnp.broadcast_to(w, (depth, *w.shape[1:])), state))
-        _, (hidden_NBTD, stats) = scan_over(modules, body, h_0, (inputs_NBT, segments_NBT), self.remat)
+        xs = inputs_NBT, segments_NBT
+        _, (hidden_NBTD, stats) = scan_over(self.module, body, h_0, xs, self.remat, is_shared=self.is_shared)
         return Extra(hidden_NBTD, stats)

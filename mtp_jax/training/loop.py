@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mtp_jax import data, sharding
-from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes, validate
+from mtp_jax.config import Config, MeshConfig, UserError, validate
 from mtp_jax.data.corpus import Split
 from mtp_jax.model import Tree, count_parameters
 from mtp_jax.training import workdir as workdirs
@@ -53,6 +53,7 @@ def train(config: Config, workdir: str) -> Run:
     started = _process_start()
     run = set_up(config)
     is_main = jax.process_index() == 0
+    _check_start(run, workdir)
     workdirs.open_workdir(workdir, run.config, is_main)
     if is_main:
         _announce(run)
@@ -63,19 +64,35 @@ def train(config: Config, workdir: str) -> Run:
             return replace(run, state=_steps(run, first_step, saved, writer, started))
 
 
+def _check_start(run: Run, workdir: str) -> None:
+    """Refuse what could only fail later: a shorter run than there is already, weights to start from that do not fit."""
+    steps = Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS).steps()
+    num_steps = run.config.training.num_steps
+    if steps and steps[-1] > num_steps:
+        raise UserError(
+            f"training.num_steps={num_steps}: the run in {workdir} is at step {steps[-1]} already; "
+            f"use at least {steps[-1]}, or another --workdir"
+        )
+    if run.config.init_from and not steps:
+        check_source(run.config.init_from, run.trainer.abstract_state)
+
+
 def restore(workdir: str) -> Run:
-    """The run in `workdir` at its newest sound checkpoint, to be measured; it need not fit the mesh it was trained on.
+    """The run in `workdir` at its newest sound checkpoint, to be measured, on any number of devices: where the mesh it
+    was trained on does not fit, its rows are cut over as many of the devices as divide them.
 
     Raises:
       UserError: no run there, or one that has saved nothing yet.
       CheckpointError: none of its checkpoints is sound.
     """
-    config = workdirs.read_config(workdir)
+    config, num_devices = workdirs.read_config(workdir), jax.device_count()
     try:
-        mesh_sizes(config.mesh, jax.device_count())
+        validate(config, num_devices)
     except UserError:
-        config = replace(config, mesh=MeshConfig())
-    run = set_up(config)
+        parts = replace(config.training, accumulate_steps=1)
+        num_devices = next(n for n in range(num_devices, 0, -1) if config.data.batch_size % n == 0)
+        config = replace(config, mesh=MeshConfig(), training=parts)
+    run = set_up(config, num_devices)
     with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
             raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
@@ -83,21 +100,22 @@ def restore(workdir: str) -> Run:
     return replace(run, state=state | {"step": np.int32(step)})
 
 
-def set_up(config: Config) -> Run:
+def set_up(config: Config, num_devices: int | None = None) -> Run:
     """Check the config, prepare the data, build the mesh and the step; allocate no weights.
+
+    Args:
+      num_devices: how many of the devices to use; None: all.
 
     Raises:
       UserError: something that cannot be used.
     """
-    validate(config, jax.device_count())
+    devices = jax.devices()[:num_devices]
+    validate(config, len(devices))
     corpus = data.prepare(config)
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
-    validate(config, jax.device_count(), corpus.tokenizer.vocab_size)
-    mesh = sharding.make_mesh(config.mesh)
-    trainer = make_trainer(config, mesh)
-    if config.init_from:
-        check_source(config.init_from, trainer.abstract_state)
-    return Run(config, corpus, mesh, trainer, state={})
+    validate(config, len(devices), corpus.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    return Run(config, corpus, mesh, make_trainer(config, mesh), state={})
 
 
 def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
@@ -188,6 +206,9 @@ def _steps(run: Run, first_step: int, saved: Checkpoints, writer: MetricsWriter,
     return state
 
 
+MAX_WAITING = 256  # steps whose metrics stay on the device between two log points
+
+
 class _Log:
     """Metrics on the device until a log point, then checked, written and shown."""
 
@@ -196,25 +217,28 @@ class _Log:
         self.progress = Progress(config.training.num_steps)
         self.waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         self.newest: dict[str, float] = {}
-        self.timed_step, self.timed_at, self.paused = first_step, time.perf_counter(), 0.0
+        self.timed_step, self.timed_at, self.first_seconds = first_step, time.perf_counter(), 0.0
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak = peak * jax.device_count() if peak else None
         self.tokens_per_step = config.data.batch_size * config.data.sequence_length
         self.flops_per_token = train_flops_per_token(config)
 
     def started(self, note: str) -> None:
-        """The first step is compilation: the clock starts behind it."""
+        """The first step is mostly compilation: the clock starts behind it."""
+        self.first_seconds = time.perf_counter() - self.timed_at
         self.timed_step, self.timed_at = self.timed_step + 1, time.perf_counter()
         if jax.process_index() == 0:
             print(note, flush=True)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.waiting.append((step, metrics))
+        if len(self.waiting) > MAX_WAITING:  # the older half is long done: fetching it waits for nothing
+            self.check(len(self.waiting) // 2)
 
-    def check(self) -> None:
-        """Fetch what waits and stop at the first loss that is not finite, naming step and term."""
-        fetched = jax.device_get(list(self.waiting))
-        self.waiting.clear()
+    def check(self, num: int | None = None) -> None:
+        """Fetch what waits (the `num` oldest) and stop at the first loss that is not finite, naming step and term."""
+        count = len(self.waiting) if num is None else num
+        fetched = jax.device_get([self.waiting.popleft() for _ in range(count)])
         for step, metrics in fetched:
             self.newest = {name: float(value) for name, value in metrics.items()}
             self.newest_step = step
@@ -225,11 +249,13 @@ class _Log:
         self.check()
         step, now = self.newest_step, time.perf_counter()
         seconds, steps = now - self.timed_at, step - self.timed_step
-        rate = steps * self.tokens_per_step / seconds if steps and seconds > 0 else None
+        if steps == 0:  # the very first step is a log point, or a checkpoint came between
+            steps, seconds = 1, self.first_seconds
+        rate = steps * self.tokens_per_step / seconds
         self.timed_step, self.timed_at = step, now
         record: dict[str, Any] = {"tokens": step * self.tokens_per_step} | self.newest
         record["tokens_per_second"] = rate
-        record["mfu"] = rate * self.flops_per_token / self.peak if rate and self.peak else None
+        record["mfu"] = rate * self.flops_per_token / self.peak if self.peak else None
         if on_grid:
             self.writer.write(step, record)
         if jax.process_index() == 0:
@@ -246,8 +272,10 @@ class _StopSignal:
     def __init__(self) -> None:
         self.is_set = False
         self.previous: dict[int, Any] = {}
+        # With several processes jax.distributed has its own handler, which agrees with the others on a step.
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 self.previous[number] = signal.signal(number, self._set)
         except ValueError:  # not the main thread (a notebook's): signals stay as they are
             pass
@@ -255,7 +283,11 @@ class _StopSignal:
     def _set(self, number: int, frame: Any) -> None:
         del frame
         self.is_set = True
-        signal.signal(number, self.previous[number])
+        self._give_back(number)
+
+    def _give_back(self, number: int) -> None:
+        before = self.previous[number]
+        signal.signal(number, signal.SIG_DFL if before is None else before)  # None: a handler not made in Python
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; the same answer on every process."""
@@ -266,8 +298,8 @@ class _StopSignal:
         return bool(multihost_utils.reached_preemption_sync_point(step))
 
     def restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for number in self.previous:
+            self._give_back(number)
 
 
 def _process_start() -> float:

@@ -147,7 +147,7 @@ def make_step(config: Config, built: Skeleton, tx: optax.GradientTransformation)
         prepared = step_inputs(batch, config.depth)
         # Counted over the whole global batch before it is cut: the divisor depends neither on the number of devices
         # nor on the number of micro-batches.
-        count_K = prepared.mask_KBT.sum((1, 2), dtype=jnp.float32)
+        count_K = prepared.mask_KBT.sum((1, 2), dtype=jnp.int32).astype(jnp.float32)
         weight_K, lambda_ = loss_weights(config, count_K, state["step"])
         num_rows = jnp.maximum(prepared.mask_KBT.any(2).sum(1).astype(jnp.float32), 1.0)
         trained, frozen = trained_part(config, state["params"])
@@ -185,11 +185,20 @@ def make_loss(config: Config, built: Skeleton):
             config.training.loss_chunk,
             config.mtp.detach_trunk,
         )
+        mtp_stats = _active(out.mtp_stats, weight_K[1:])
         total += config.model.balance_loss_weight * balance(out.trunk_stats, num_rows_K[:1])
-        total += config.model.balance_loss_weight * balance(out.mtp_stats, num_rows_K[1:])
-        return total, Aux(sums, jax.lax.stop_gradient([out.trunk_stats, out.mtp_stats]))
+        total += config.model.balance_loss_weight * balance(mtp_stats, num_rows_K[1:])
+        return total, Aux(sums, jax.lax.stop_gradient([out.trunk_stats, mtp_stats]))
 
     return loss
+
+
+def _active(stats: RouterStats | None, weight_D: jax.Array) -> RouterStats | None:
+    """The statistics of depths that take part in the loss; a depth of weight 0 balances nothing and moves no bias."""
+    if stats is None:
+        return None
+    on_D = (weight_D != 0).astype(jnp.float32)
+    return RouterStats(stats.load_E * on_D[:, None], stats.balance * on_D, stats.num_rows * on_D)
 
 
 def balance(stats: RouterStats | None, num_rows: jax.Array) -> jax.Array:
@@ -203,7 +212,6 @@ def _accumulate(micro: Callable, prepared: StepInputs, num: int):
         return micro(prepared)
 
     def cut(x, axis):
-        shape = (*x.shape[:axis], num, x.shape[axis] // num, *x.shape[axis + 1 :])
         # Part m takes rows r with r % num == m from each device, so no row moves.
         shape = (*x.shape[:axis], x.shape[axis] // num, num, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis + 1, 0)

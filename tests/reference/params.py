@@ -19,7 +19,7 @@ def random_params(config, num_main_layers, output_norm="own", seed=0):
         is_moe = make.is_moe(num_main_layers - 1)
         params["mtp"] = stack([make.module(is_moe, output_norm) for _ in range(count)])
     elif mtp.kind == "parallel":
-        is_moe = make.is_moe(num_main_layers - 1)
+        is_moe = make.is_moe(config.model.num_layers - 1)
         params["mtp"] = {"block": stack([make.block(is_moe) for _ in range(mtp.depth)])}
     return params
 
