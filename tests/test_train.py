@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from mtp_jax import data
-from mtp_jax.config import MeshConfig, load_config, to_dict
+from mtp_jax.config import MeshConfig, UserError, load_config, to_dict
 from mtp_jax.training import loop
+from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
-from mtp_jax.training.workdir import read_config
+from mtp_jax.training.workdir import open_workdir, read_config
 from tests.commands import CPU, SMALL, command, run_process
 from tests.conftest import ROOT
 from tests.test_mistakes import rows, run_steps, tiny
@@ -270,6 +271,25 @@ def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(tmp_path):
     lines = metrics(bolted)
     assert lines[0]["loss_main"] == pytest.approx(metrics(source)[-1]["loss_main"], rel=0.05)
     assert lines[-1]["loss_mtp_1"] < lines[0]["loss_mtp_1"]
+
+    source.rename(tmp_path / "moved")  # it was read once; a run that has checkpoints of its own needs it no more
+    assert loop.restore(str(bolted)).step == 3
+    assert loop.train(config, str(bolted)).step == 3
+    shorter = replace(config, training=replace(config.training, num_steps=2))
+    with pytest.raises(UserError, match="training.num_steps=2: the run in .* is at step 3 already"):
+        loop.train(shorter, str(bolted))
+
+
+def test_a_run_is_measured_on_devices_that_do_not_divide_its_batch(tmp_path):
+    config = small("--config.training.num_steps=1", "--config.data.batch_size=6", "--config.mesh.data=2")
+    with pytest.raises(UserError, match="takes 2 devices, there are 8"):
+        loop.train(config, str(tmp_path / "run"))
+    open_workdir(tmp_path / "run", loop.with_vocabulary(config, 261))
+    run = loop.set_up(config, num_devices=2)
+    with jax.set_mesh(run.mesh), Checkpoints(tmp_path / "run" / "checkpoints", config.checkpoint) as saved:
+        saved.save(1, run.trainer.init())
+    restored = loop.restore(str(tmp_path / "run"))
+    assert (restored.step, restored.mesh.size) == (1, 6)
 
 
 # With eps = 1 an Adam step is g / (|g| + 1): it tells gradients apart, where the usual eps makes signs of them.

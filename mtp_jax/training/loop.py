@@ -150,7 +150,7 @@ def _announce(run: Run) -> None:
     mtp = run.config.mtp
     kind = "next-token only" if not run.config.depth else f"{mtp.kind} MTP, depth {mtp.depth}"
     tokens = run.corpus.num_tokens("train")
-    extra = f" + {counts.mtp_total / 1e6:,.2f} M" if run.config.depth else ""
+    extra = f" (+ {counts.mtp_total / 1e6:,.2f} M)" if run.config.depth else ""
     print(
         f"model    {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active a token; {kind}{extra}"
     )

@@ -1,0 +1,37 @@
+"""From sums over validation batches to the table."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mtp_jax.evaluation import validation
+
+SUMS = {
+    "nll": [80.0, 60.0, 0.0],
+    "correct": [50.0, 20.0, 0.0],
+    "num": [100.0, 80.0, 0.0],
+    "agree": [100.0, 40.0, 0.0],
+    "num_compared": [100.0, 50.0, 0.0],
+    "bytes": [50.0, 40.0, 0.0],
+}
+
+
+@pytest.fixture
+def results():
+    return validation._results({name: np.array(values) for name, values in SUMS.items()})
+
+
+def test_rates_go_by_their_own_counts(results):
+    main, first, _ = results
+    assert (main.loss, main.accuracy, main.expected_tokens) == (0.8, 0.5, 1.0)
+    assert main.bits_per_byte == pytest.approx(0.8 / math.log(2) * 100 / 50)
+    assert (first.loss, first.accuracy, first.agreement, first.expected_tokens) == (0.75, 0.25, 0.8, 1.8)
+
+
+def test_a_depth_without_targets_is_not_a_perfect_one(results):
+    assert math.isnan(results[2].loss) and math.isnan(results[2].agreement)
+    assert "nan" in validation.table(results).splitlines()[3]
+    values = json.loads(json.dumps(validation.as_json(results, "loss"), allow_nan=False))
+    assert values["mtp_2"] == {"loss": None, "bits_per_byte": None, "accuracy": None, "num_targets": 0}
