@@ -3,9 +3,9 @@
     make train
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, about 5 minutes with the installation. Expected: validation bits per byte of the main head below 2.0, and more than 2
-tokens to expect from a forward pass that drafts with both depths. `--config.mtp.kind=none` or `parallel` trains on the
-same batches.
+Hardware: 2 CPU cores, about 5 minutes with the installation. Expected: validation bits per byte of the main head below
+2.0, and more than 2 tokens to expect from a forward pass that drafts with both depths. `--config.mtp.kind=none` or
+`parallel` trains on the same batches.
 """
 
 from mtp_jax.config import default_config

@@ -5,10 +5,8 @@
 Exit code 2 with one line where a workdir has no metrics.
 """
 
-import argparse
 import pathlib
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import matplotlib
 
@@ -16,6 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
 
+from mtp_jax import cli  # noqa: E402
 from mtp_jax.config import UserError  # noqa: E402
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics  # noqa: E402
 
@@ -34,24 +33,26 @@ COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a
 STYLES: tuple[Any, ...] = ("solid", "dashed", "dotted", "dashdot")  # main, depths 1, 2, 3; then from the start again
 
 
-def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
+def main(argv: list[str]) -> None:
+    """The command line.
+
+    Raises:
+      UserError: a workdir without metrics, or an output that cannot be written.
+    """
+    flags = cli.parser(__doc__)
+    flags.add_argument("--workdir", action="append", required=True, help="folder of a run; may be given repeatedly")
+    flags.add_argument("--output", help="the PNG to write; default: report.png in the first workdir")
+    args = flags.parse_args(argv)
+    runs = load_runs(args.workdir)
+    output = pathlib.Path(args.output or pathlib.Path(args.workdir[0]) / "report.png")
+    if output.suffix != ".png":
+        raise UserError(f"--output={output}: must end in .png")
+    print(table(runs))
     try:
-        args = _parse(argv)
-        runs = load_runs(args.workdir)
-        output = pathlib.Path(args.output or pathlib.Path(args.workdir[0]) / "report.png")
-        if output.suffix != ".png":
-            raise UserError(f"--output={output}: must end in .png")
-        print(table(runs))
         draw(runs, output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"--output={output}: cannot be written ({error.strerror})", file=sys.stderr)
-        return 2
+        raise UserError(f"--output={output}: cannot be written ({error.strerror})") from error
     print(f"curves: {output}")
-    return 0
 
 
 def load_runs(workdirs: list[str]) -> dict[str, Rows]:
@@ -191,17 +192,5 @@ def _short_names(paths: list[str]) -> list[str]:
     return paths
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: {self.format_usage().removeprefix('usage: ').strip()}")
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m mtp_jax.tools.report", description="A table and curves of runs' metrics.")
-    parser.add_argument("--workdir", action="append", required=True, help="folder of a run; may be given repeatedly")
-    parser.add_argument("--output", help="the PNG to write; default: report.png in the first workdir")
-    return parser.parse_args(argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.run(main)

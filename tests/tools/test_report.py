@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from mtp_jax import cli
 from mtp_jax.tools import report
 
 
@@ -31,15 +32,25 @@ def make_run(folder, depth=2, num_steps=60, moe=True, seed=0.0):
     return folder
 
 
-def run(capsys, *argv):
-    code = report.main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return code, out, err
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command: exit code, stdout, stderr."""
+
+    def command(*argv):
+        monkeypatch.setattr("sys.argv", ["report", *map(str, argv)])
+        code = 0
+        try:
+            cli.run(report.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return command
 
 
-def test_table_and_picture(tmp_path, capsys):
+def test_table_and_picture(tmp_path, run):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", depth=0, moe=False)
-    code, out, err = run(capsys, f"--workdir={a}", f"--workdir={b}", f"--output={tmp_path / 'x' / 'out.png'}")
+    code, out, err = run(f"--workdir={a}", f"--workdir={b}", f"--output={tmp_path / 'x' / 'out.png'}")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].split() == ["run", "step", "loss", "by", "depth", "accuracy", "agreement", "tokens/s"]
@@ -57,11 +68,11 @@ def test_panels_follow_what_was_logged():
     assert report._curves(rows, ("grad_norm",)) == {}
 
 
-def test_single_run_writes_into_its_workdir_and_passes_over_a_torn_line(tmp_path, capsys):
+def test_single_run_writes_into_its_workdir_and_passes_over_a_torn_line(tmp_path, run):
     folder = make_run(tmp_path / "a", depth=0, moe=False, num_steps=3)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4')
-    code, out, _ = run(capsys, f"--workdir={folder}")
+    code, out, _ = run(f"--workdir={folder}")
     assert code == 0 and out.splitlines()[1].split()[1] == "3"
     assert (folder / "report.png").exists()
 
@@ -71,7 +82,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert report._short_names(paths) == ["x/run", "y/run"]
 
 
-def test_unusable_arguments_are_one_line_and_exit_code_2(tmp_path, capsys):
+def test_unusable_arguments_are_one_line_and_exit_code_2(tmp_path, run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "metrics.jsonl").write_text("")
@@ -88,13 +99,13 @@ def test_unusable_arguments_are_one_line_and_exit_code_2(tmp_path, capsys):
         ([f"--workdir={good}", f"--output={good / 'metrics.jsonl' / 'x.png'}"], "cannot be written (File exists)"),
     ]
     for argv, message in cases:
-        code, _, err = run(capsys, *argv)
+        code, _, err = run(*argv)
         assert code == 2 and message in err and err.count("\n") == 1, (argv, err)
 
 
-def test_output_with_an_unknown_ending(tmp_path, capsys):
+def test_output_with_an_unknown_ending(tmp_path, run):
     folder = make_run(tmp_path / "a", num_steps=2)
-    code, _, err = run(capsys, f"--workdir={folder}", f"--output={tmp_path / 'out.txt'}")
+    code, _, err = run(f"--workdir={folder}", f"--output={tmp_path / 'out.txt'}")
     assert code == 2 and err.endswith("must end in .png\n")
 
 
