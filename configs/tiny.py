@@ -25,6 +25,7 @@ def get_config():
     config.model.expert_dim = 32
     config.model.router_num_groups = 4
     config.model.router_groups_per_token = 2
+    config.model.router_bias_rate = 1e-2
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 2
