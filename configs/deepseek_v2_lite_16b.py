@@ -1,6 +1,8 @@
 """DeepSeek-V2-Lite (2405.04434, appendix B): 15.7 B parameters, 2.4 B active a token; here with one MTP module on top.
 
-    python train.py --config=configs/deepseek_v2_lite_16b.py --workdir=gs://... --config.data.source=c4/en
+    python train.py --config=configs/deepseek_v2_lite_16b.py --workdir=/mnt/runs/v2_lite --config.data.tokenizer=tokenizer.json
+
+The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
 
 Hardware: 16 or more chips of 95 GB. Expected: the report trains 5.7 T tokens; nobody has run this config to its end
 here. `--config.mtp.kind=none` is the model as released.

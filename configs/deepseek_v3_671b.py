@@ -1,6 +1,8 @@
 """DeepSeek-V3 (2412.19437) with its one MTP module: 671 B parameters, 37 B active a token, without the module.
 
-    python train.py --config=configs/deepseek_v3_671b.py --workdir=gs://... --config.data.source=c4/en
+    python train.py --config=configs/deepseek_v3_671b.py --workdir=/mnt/runs/v3 --config.data.tokenizer=tokenizer.json
+
+The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
 
 Hardware: a pod; every number below is the paper's or of the released config.json, the batch and mesh excepted, which
 belong to the pod. Expected: the paper reports 14.8 T tokens and 2.664 M H800 hours of pretraining; nobody has run this
