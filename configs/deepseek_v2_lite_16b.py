@@ -1,6 +1,6 @@
 """DeepSeek-V2-Lite (2405.04434, appendix B): 15.7 B parameters, 2.4 B active a token; here with one MTP module on top.
 
-    python train.py --config=configs/deepseek_v2_lite_16b.py --workdir=/mnt/runs/v2_lite --config.data.tokenizer=tokenizer.json
+    python train.py --config=configs/deepseek_v2_lite_16b.py --workdir=DIR --config.data.tokenizer=tokenizer.json
 
 The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
 

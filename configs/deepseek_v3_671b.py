@@ -1,6 +1,6 @@
 """DeepSeek-V3 (2412.19437) with its one MTP module: 671 B parameters, 37 B active a token, without the module.
 
-    python train.py --config=configs/deepseek_v3_671b.py --workdir=/mnt/runs/v3 --config.data.tokenizer=tokenizer.json
+    python train.py --config=configs/deepseek_v3_671b.py --workdir=DIR --config.data.tokenizer=tokenizer.json
 
 The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
 
