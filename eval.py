@@ -30,6 +30,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{overrides[0]}: eval.py takes the config of the workdir")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit={args.limit}: must be at least 1")
+    if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output={args.output}: its folder does not exist; make it first")
 
     import jax
 

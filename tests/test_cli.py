@@ -222,6 +222,7 @@ def test_init_from_another_main_model_names_the_weight_and_both_shapes(refused, 
         (["--workdir=RUN", "--limit=few"], "--limit"),
         (["--workdir=RUN", "--config.seed=1"], "--config.seed=1: eval.py takes the config of the workdir"),
         (["--workdir=RUN", "--out=x.json"], "--out=x.json"),
+        (["--workdir=RUN", "--output=RUN/none/out.json"], "its folder does not exist"),
     ],
 )
 def test_eval_refuses_what_it_cannot_measure(argv, expected, refused, tmp_path):
