@@ -46,6 +46,11 @@ MODELS = {
     "gqa_qwen": replace(
         BASE, attention="gqa", rope_interleaved=False, qk_norm=True, qkv_bias=True, rotary_fraction=0.5
     ),
+    "gqa_llama3": replace(
+        BASE, attention="gqa", rope_interleaved=False, llama3_factor=8.0, llama3_original_length=24, rope_theta=50.0
+    ),
+    "gqa_linear": replace(BASE, attention="gqa", rope_interleaved=False, rope_linear_factor=4.0),
+    "mla_two_eps": replace(BASE, norm_eps=1e-2, latent_norm_eps=1e-4),
     "tied": replace(BASE, tie_embeddings=True),
     "moe": MOE,
     "moe_ragged": replace(MOE, moe_dispatch="ragged"),

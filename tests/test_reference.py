@@ -189,7 +189,7 @@ def test_mla_absorbed_is_mla():
 
 
 def test_mla_norms_both_latents_and_not_the_rope_key():
-    attention, params, model = _attention("mla", q_lora_rank=4, norm_eps=0.0)
+    attention, params, model = _attention("mla", q_lora_rank=4, norm_eps=0.0, latent_norm_eps=0.0)
     arguments = (model, RNG.standard_normal((1, 4, 6)), np.ones((1, 4), int), np.arange(4)[None])
     out = attention(params, *arguments)
     np.testing.assert_allclose(attention({**params, "q_a": 7 * params["q_a"]}, *arguments), out)

@@ -115,6 +115,7 @@ def _check_numbers(config: Config) -> None:
         if _value(config, key) >= 2**31:
             raise UserError(f"{key}={_value(config, key)}: steps must stay below 2^31")
     _check_attention(model)
+    _check_rope(model)
 
 
 def _check_attention(model: ModelConfig) -> None:
@@ -133,6 +134,20 @@ def _check_attention(model: ModelConfig) -> None:
             raise UserError(
                 f"model.num_kv_heads={model.num_kv_heads}: does not divide model.num_heads={model.num_heads}"
             )
+
+
+def _check_rope(model: ModelConfig) -> None:
+    stretched = [k for k in ("rope_linear_factor", "llama3_factor", "yarn_factor") if getattr(model, k) > 1]
+    if len(stretched) > 1:
+        raise UserError(f"model.{stretched[0]} and model.{stretched[1]}: both above 1; positions are stretched one way")
+    for key in ("rope_linear_factor", "llama3_factor", "yarn_factor"):
+        if getattr(model, key) < 1:
+            raise UserError(f"model.{key}={getattr(model, key)}: must be at least 1; 1 is off")
+    if model.llama3_factor > 1 and not 0 < model.llama3_low_frequency < model.llama3_high_frequency:
+        raise UserError(
+            f"model.llama3_low_frequency={model.llama3_low_frequency}: must lie between 0 and "
+            f"model.llama3_high_frequency={model.llama3_high_frequency}"
+        )
 
 
 MAX_DEPTH = 16

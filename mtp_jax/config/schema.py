@@ -20,6 +20,7 @@ class ModelConfig:
     num_layers: int = 4  # blocks of the main model; parallel heads take theirs from these (mtp.parameter_matched)
     embed_dim: int = 128
     norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # of the norms inside multi-head latent attention, as DeepSeek's released code
     tie_embeddings: bool = False
     init_std: float = 0.02
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -40,10 +41,15 @@ class ModelConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
     rotary_fraction: float = 1.0  # of head_dim; the rest of the head is not rotated
-    # rotary positions; YaRN (2309.00071) is on when yarn_factor > 1
+    # rotary positions, and how they are stretched to longer texts than the model was first trained on
     rope_theta: float = 10_000.0
     rope_interleaved: bool = True  # pairs (2i, 2i+1) as DeepSeek; False: (i, i + n/2) as Llama
-    yarn_factor: float = 1.0
+    rope_linear_factor: float = 1.0  # positions are divided by it (2306.15595)
+    llama3_factor: float = 1.0  # Llama 3.1's stretching is on above 1
+    llama3_low_frequency: float = 1.0
+    llama3_high_frequency: float = 4.0
+    llama3_original_length: int = 8192
+    yarn_factor: float = 1.0  # YaRN (2309.00071) is on above 1
     yarn_original_length: int = 4096
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0

@@ -24,12 +24,12 @@ class MultiHeadLatentAttention(nnx.Module):
         nope, rotary, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         if config.q_lora_rank:
             self.q_a = matrix(rngs, (dim, config.q_lora_rank), ("embed", None), 1, config)
-            self.q_a_norm = RMSNorm(config.q_lora_rank, config)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, config, eps=config.latent_norm_eps)
             self.q_b = matrix(rngs, (config.q_lora_rank, heads, nope + rotary), ("embed", "heads", None), 1, config)
         else:
             self.q = matrix(rngs, (dim, heads, nope + rotary), ("embed", "heads", None), 1, config)
         self.kv_a = matrix(rngs, (dim, config.kv_lora_rank + rotary), ("embed", None), 1, config)
-        self.kv_a_norm = RMSNorm(config.kv_lora_rank, config)
+        self.kv_a_norm = RMSNorm(config.kv_lora_rank, config, eps=config.latent_norm_eps)
         self.kv_b = matrix(rngs, (config.kv_lora_rank, heads, nope + value), ("embed", "heads", None), 1, config)
         self.o = matrix(rngs, (heads, value, dim), ("heads", None, "embed"), 2, config)
 

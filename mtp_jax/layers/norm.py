@@ -11,9 +11,9 @@ from mtp_jax.layers.param import vector
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last dim; computed in float32, returned in the input's dtype."""
 
-    def __init__(self, dim: int, config: ModelConfig, axis: str | None = None):
+    def __init__(self, dim: int, config: ModelConfig, axis: str | None = None, eps: float | None = None):
         self.scale = vector((dim,), (axis,), 1.0, config)
-        self.eps = config.norm_eps
+        self.eps = config.norm_eps if eps is None else eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)

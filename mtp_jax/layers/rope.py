@@ -13,12 +13,20 @@ from mtp_jax.config import ModelConfig
 
 
 def inverse_frequencies(dim: int, config: ModelConfig) -> np.ndarray:
-    """float64[dim / 2] of 1 / theta^(2i / dim), stretched by YaRN where yarn_factor > 1.
+    """float64[dim / 2] of 1 / theta^(2i / dim), stretched as the config says.
 
+    Linear (2306.15595): all slowed by rope_linear_factor. Llama 3.1 (2407.21783, as released): wavelengths longer than
+    original / low_frequency are slowed by the factor, those shorter than original / high_frequency are kept, with a
+    ramp in the inverse wavelength between.
     YaRN: dims that turn more than beta_fast times in the original length keep their frequency, those that turn less
     than beta_slow times are slowed by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
     """
-    frequency = config.rope_theta ** -(np.arange(0, dim, 2) / dim)
+    frequency = config.rope_theta ** -(np.arange(0, dim, 2) / dim) / config.rope_linear_factor
+    if config.llama3_factor > 1:
+        low, high = config.llama3_low_frequency, config.llama3_high_frequency
+        turns = config.llama3_original_length * frequency / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        return frequency * (kept + (1 - kept) / config.llama3_factor)
     if config.yarn_factor <= 1:
         return frequency
 

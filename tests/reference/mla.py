@@ -38,11 +38,11 @@ def _one_position(params, model, x, position):
     """Query [H, N + R], key [H, N + R] and value [H, V_h] of one position (eqs. 10-17)."""
     H, N, C = model.num_heads, model.qk_nope_head_dim, model.kv_lora_rank
     if "q_a" in params:
-        latent_q, w_q = rms_norm(params["q_a_norm"], x @ params["q_a"], model.norm_eps), params["q_b"]
+        latent_q, w_q = rms_norm(params["q_a_norm"], x @ params["q_a"], model.latent_norm_eps), params["q_b"]
     else:
         latent_q, w_q = x, params["q"]
     compressed = x @ params["kv_a"]
-    latent = rms_norm(params["kv_a_norm"], compressed[:C], model.norm_eps)
+    latent = rms_norm(params["kv_a_norm"], compressed[:C], model.latent_norm_eps)
     shared_rope_key = rotate(compressed[C:], position, model)  # one for all heads, not normed
     queries, keys, values = [], [], []
     for h in range(H):

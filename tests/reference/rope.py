@@ -11,12 +11,16 @@ def get_mscale(factor, m):
 
 
 def inverse_frequencies(dim, model):
-    """Angle per position of each of the dim / 2 pairs: theta^(-2i / dim), or YaRN's blend when yarn_factor > 1.
+    """Angle per position of each of the dim / 2 pairs: theta^(-2i / dim), stretched where a factor is above 1.
+
+    Llama 3.1 (as Meta released it): by wavelength against two bounds of the original length.
 
     YaRN: a pair that turns more than beta_fast times over the original length keeps its frequency, one that turns less
     than beta_slow times is divided by the factor, and a linear ramp over the pair index lies between.
     """
-    plain = [model.rope_theta ** (-2.0 * i / dim) for i in range(dim // 2)]
+    plain = [model.rope_theta ** (-2.0 * i / dim) / model.rope_linear_factor for i in range(dim // 2)]
+    if model.llama3_factor > 1:
+        return [llama3(f, model) for f in plain]
     if model.yarn_factor <= 1:
         return plain
     low, high = correction_range(dim, model)
@@ -25,6 +29,18 @@ def inverse_frequencies(dim, model):
         ramp = min(max((i - low) / (high - low), 0.0), 1.0)  # 0: keep, 1: interpolate
         out.append(plain[i] * (1.0 - ramp) + plain[i] / model.yarn_factor * ramp)
     return out
+
+
+def llama3(frequency, model):
+    """One frequency after Llama 3.1's stretching."""
+    wavelength = 2 * math.pi / frequency
+    if wavelength < model.llama3_original_length / model.llama3_high_frequency:
+        return frequency
+    if wavelength > model.llama3_original_length / model.llama3_low_frequency:
+        return frequency / model.llama3_factor
+    span = model.llama3_high_frequency - model.llama3_low_frequency
+    smooth = (model.llama3_original_length / wavelength - model.llama3_low_frequency) / span
+    return (1 - smooth) * frequency / model.llama3_factor + smooth * frequency
 
 
 def correction_range(dim, model):
