@@ -1,5 +1,6 @@
 """Train, measure and decode multi-token prediction models in JAX.
 
+mtp_jax.load(path)                                   a trained model, or a Hugging Face folder: logits
 mtp_jax.targets.build(tokens, segment_ids, depth)    depth-k inputs, targets and validity
 mtp_jax.config.load_config(path, overrides)          a config file as frozen dataclasses
 mtp_jax.model                                        trunk and multi-token strategy as one module
@@ -11,15 +12,20 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("config", "data", "decoding", "evaluation", "loss", "model", "sharding", "targets", "training")
+_MODULES = (
+    *("config", "data", "decoding", "evaluation", "interop", "language_model", "loss", "model", "sharding", "targets"),
+    "training",
+)
 
 
 def __getattr__(name: str) -> Any:
     """Submodules on first use: `import mtp_jax` alone starts neither jax nor anything else."""
+    if name == "load":
+        return importlib.import_module("mtp_jax.language_model").load
     if name in _MODULES:
         return importlib.import_module(f"mtp_jax.{name}")
     raise AttributeError(f"module 'mtp_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_MODULES, "load"])

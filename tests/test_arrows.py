@@ -17,7 +17,8 @@ LINES = [
     ["mtp_jax.decoding", "mtp_jax.loss", "mtp_jax.interop"],
     ["mtp_jax.training"],
     ["mtp_jax.language_model", "mtp_jax.cli"],
-    ["mtp_jax.evaluation", "mtp_jax.tools", "mtp_jax"],  # mtp_jax itself: what its __init__ offers
+    ["mtp_jax.evaluation", "mtp_jax"],  # mtp_jax itself: what its __init__ offers
+    ["mtp_jax.tools"],  # command lines over all of it
     ["configs"],
     ["train", "eval"],
 ]

@@ -1,13 +1,14 @@
 """From a config file and the command line to a `Config`: what is unknown or ill-typed is refused by name.
 
 A config file is Python with a `get_config()` that returns an `ml_collections.ConfigDict`; `default_config()` gives it
-one to start from. ConfigDict ends here.
+one to start from. ConfigDict ends here. The config.json of a workdir is a config file as well.
 """
 
 import ast
 import dataclasses
 import difflib
 import importlib.util
+import json
 import pathlib
 import traceback
 import types
@@ -67,7 +68,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """Run a config file and apply command-line overrides.
 
     Args:
-      path: a Python file with `get_config()`.
+      path: a Python file with `get_config()`, or the config.json of a workdir.
       overrides: strings `--config.section.key=value`; tuples in Python syntax, `true`/`false` for booleans.
 
     Raises:
@@ -87,6 +88,8 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def _run_config_file(path: str) -> dict[str, Any]:
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config={path}: no such file; give a Python file with get_config(), as in configs/")
+    if path.endswith(".json"):
+        return _read_json(path)
     spec = importlib.util.spec_from_file_location("config_file", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: not a Python file; its name must end in .py")
@@ -108,6 +111,16 @@ def _run_config_file(path: str) -> dict[str, Any]:
     if isinstance(config, dict):
         return config
     raise UserError(f"{path}: get_config() returned {type(config).__name__}; return a ml_collections.ConfigDict")
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--config={path}: not JSON ({error}); give the config.json of a workdir") from error
+    if not isinstance(values, dict) or "model_type" in values:
+        raise UserError(f"--config={path}: not a config of a run; give the config.json of a workdir")
+    return values
 
 
 def _parse_override(override: str) -> tuple[str, str]:

@@ -12,8 +12,10 @@ The folder must be one that every process sees (a local disk for one host; NFS, 
 
 import os
 import pathlib
+import re
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mtp_jax.config import CheckpointConfig
-from mtp_jax.training import checksums
+from mtp_jax.training import checksums, streaming
 
 Tree = Any
 
@@ -128,6 +130,22 @@ class Checkpoints:
             wanted = "has no checkpoints" if step is None else f"has no step {step}; it has {found or 'none'}"
             raise CheckpointError(f"{self.directory}: {wanted}")
         return self._restore_newest(abstract, partial=True, steps=None if step is None else [step])[:2]
+
+    def open_part(self, names: tuple[str, ...]) -> tuple[int, dict[str, Tree]]:
+        """(step, named parts) of the newest sound step as `streaming.StoredArray`s: read where they are indexed.
+
+        Raises:
+          CheckpointError: no step, or none that is sound.
+        """
+        self.wait()
+        for step in reversed(self.steps()):
+            problem, _ = self._problem(step)
+            if problem is None:
+                saved = self._saved_tree(step)
+                wanted = {name: saved[name] for name in names if saved.get(name)}
+                opened = streaming.open_arrays(self.directory / str(step) / ITEM, wanted)
+                return step, {name: opened.get(name, {}) for name in names}
+        raise CheckpointError(f"{self.directory}: has no sound checkpoint; it has steps {self.steps() or 'none'}")
 
     def saved_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, Tree] | None:
         """Shapes and dtypes of the named parts of what is saved, as nested dicts of ShapeDtypeStructs.
@@ -267,6 +285,27 @@ class Checkpoints:
             self._last_saved = None
             if self._manager is not None:
                 self._manager.reload()
+
+
+def write_streamed(
+    directory: pathlib.Path,
+    step: int,
+    state: dict[str, Tree],
+    progress: Callable[[int], None] = lambda num_elements: None,
+) -> None:
+    """A checkpoint of leaves that are read in parts (`streaming.save`), with its checksums; one process alone.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    directory = pathlib.Path(directory).absolute()
+    try:
+        streaming.save(directory / str(step) / ITEM, state, progress)
+        checksums.write(directory, step, 0, 1)
+    except (OSError, ValueError) as error:
+        told = re.search(r"OS error \d+: \w+ ([^\]]+)", str(error))  # by the file system, at the end of a long line
+        reason = told[1] if told else _first_line(error)
+        raise CheckpointError(f"{directory}: cannot save step {step}: {reason}") from error
 
 
 class _Hashing(threading.Thread):

@@ -20,7 +20,7 @@ from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.flops import peak_flops, train_flops_per_token
 from mtp_jax.training.metrics import MetricsWriter, Progress, check_finite
 from mtp_jax.training.step import Trainer, make_trainer
-from mtp_jax.training.transfer import MODEL_PARTS, check_source, load_from
+from mtp_jax.training.transfer import MODEL_PARTS, check_source, copy_sides, load_from
 
 
 class Preempted(RuntimeError):
@@ -56,6 +56,8 @@ def train(config: Config, workdir: str) -> Run:
     _check_start(run, workdir)
     workdirs.open_workdir(workdir, run.config, is_main)
     if is_main:
+        if config.init_from:
+            copy_sides(config.init_from, workdir)
         _announce(run)
     with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS, config.checkpoint) as saved:
         first_step, state = _first_state(run, saved, is_main)
@@ -66,8 +68,14 @@ def train(config: Config, workdir: str) -> Run:
 
 def _check_start(run: Run, workdir: str) -> None:
     """Refuse what could only fail later: a shorter run than there is already, weights to start from that do not fit."""
-    steps = Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS).steps()
-    num_steps = run.config.training.num_steps
+    saved = Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS)
+    steps, num_steps = saved.steps(), run.config.training.num_steps
+    there = saved.saved_part(("params", "opt_state")) if steps else None
+    if there and there["params"] and not there["opt_state"]:
+        raise UserError(
+            f"--workdir={workdir}: holds imported weights and no training state; start a run in another folder with "
+            f"--config.init_from={workdir}"
+        )
     if steps and steps[-1] > num_steps:
         raise UserError(
             f"training.num_steps={num_steps}: the run in {workdir} is at step {steps[-1]} already; "
@@ -168,7 +176,7 @@ def _first_state(run: Run, saved: Checkpoints, is_main: bool) -> tuple[int, Tree
         return restored
     state = run.trainer.init()
     if run.config.init_from:
-        state, note = load_from(run.config.init_from, state, run.trainer.abstract_state)
+        state, note = load_from(run.config.init_from, run.config, state, run.trainer.abstract_state)
         if is_main:
             print(f"weights  {note}", flush=True)
     return 0, state

@@ -1,61 +1,145 @@
-"""Starting a run from another run's weights (`init_from`): the main model must match, MTP modules may be new."""
+"""Starting a run from trained weights (`init_from`): a run's workdir, or a Hugging Face folder read straight into the
+shards of the mesh. The main model must match; MTP modules may be new."""
 
+import dataclasses
 import pathlib
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import jax
 
-from mtp_jax.config import UserError
+from mtp_jax.config import Config, UserError, conventions
+from mtp_jax.interop import folder as hf_folder
+from mtp_jax.interop.weights import place
 from mtp_jax.training.checkpoint import Checkpoints
-from mtp_jax.training.workdir import CHECKPOINTS
+from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config
 
 Tree = dict[str, Any]
 
 MODEL_PARTS = ("params", "biases")  # of the state: what makes the model, without optimizer and step
 
+# Keys of the model that the same weights may be used with, whatever they are.
+_FREE = (
+    *("param_dtype", "compute_dtype", "remat", "init_std", "router_bias_rate", "router_bias_until"),
+    *("balance_loss_weight", "moe_dispatch", "ffn_dim", "num_layers", "num_dense_layers", "vocab_size"),
+)
 
-def check_source(workdir: str, abstract_state: Tree) -> None:
-    """Whether `load_from` will be able to start from `workdir`.
+
+class Source(Protocol):
+    """Weights to start from.
+
+    Attributes:
+      config: of the model they are of; None where it is not known.
+      name: for people, with the step.
+      shapes: `MODEL_PARTS` as nested dicts of leaves with shape and dtype.
+    """
+
+    config: Config | None
+    name: str
+    shapes: Tree
+
+    def read(self, wanted: Tree) -> Tree:
+        """The leaves of `wanted`, ShapeDtypeStructs with shardings, as jax arrays there."""
+        ...
+
+
+def check_source(path: str, abstract_state: Tree) -> None:
+    """Whether `load_from` will be able to start from `path`.
 
     Raises:
-      UserError: no checkpoints there, or a main model of another shape, with the first weight that differs.
+      UserError: no weights there, or a main model of another shape, with the first weight that differs.
     """
-    with _open(workdir) as saved:
-        there = saved.saved_part(MODEL_PARTS)
-    if there is None:
-        raise UserError(f"init_from={workdir}: has no checkpoint that can be read; give the workdir of a trained run")
-    problem = _misfit(there, abstract_state, "trunk")
+    with _opened(path) as source:
+        problem = _misfit(source.shapes, abstract_state, "trunk")
     if problem:
-        raise UserError(f"init_from={workdir}: its main model is another one: {problem}")
+        raise UserError(f"init_from={path}: its main model is another one: {problem}")
 
 
-def load_from(workdir: str, state: Tree, abstract_state: Tree) -> tuple[Tree, str]:
-    """`state` with the weights and router biases of `workdir`'s newest sound checkpoint.
+def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> tuple[Tree, str]:
+    """`state` with the weights and router biases of `path`: a workdir's newest sound checkpoint, or a Hugging Face
+    folder.
 
     Every weight of the main model must be there in its shape (`check_source`). The MTP modules are taken over where
     all of them fit and keep their fresh weights otherwise: that is how heads are bolted on to a trained model.
 
     Returns:
-      the new state, and a line that says what was taken.
+      the new state, and lines that say what was taken and which settings differ from those it was trained with.
     """
-    with _open(workdir) as saved:
-        there = saved.saved_part(MODEL_PARTS) or {}
-        takes_mtp = "mtp" in state["params"] and _misfit(there, abstract_state, "mtp") is None
+    with _opened(path) as source:
+        takes_mtp = "mtp" in state["params"] and _misfit(source.shapes, abstract_state, "mtp") is None
         parts = ("trunk", "mtp") if takes_mtp else ("trunk",)
         wanted = {
             name: {p: abstract_state[name][p] for p in parts if p in abstract_state[name]} for name in MODEL_PARTS
         }
-        step, loaded = saved.restore_part(None, {name: tree for name, tree in wanted.items() if tree})
+        loaded = source.read({name: tree for name, tree in wanted.items() if tree})
+        notes = _differences(source.config, config, takes_mtp)
+        taken = f"{' and '.join(parts)} of {source.name}"
     merged = {name: {**state[name], **loaded.get(name, {})} for name in MODEL_PARTS}
     fresh = "" if takes_mtp or "mtp" not in state["params"] else "; the MTP modules start fresh"
-    return {**state, **merged}, f"{' and '.join(parts)} of {workdir}, step {step}{fresh}"
+    return {**state, **merged}, "\n         ".join([taken + fresh, *notes])
 
 
-def _open(workdir: str) -> Checkpoints:
-    folder = pathlib.Path(workdir) / CHECKPOINTS
-    if not folder.is_dir():
-        raise UserError(f"init_from={workdir}: has no {CHECKPOINTS}/ folder; give the workdir of a trained run")
-    return Checkpoints(folder)
+def copy_sides(path: str, workdir: str) -> None:
+    """What travels with an imported model (tokenizer, config.json of its family) into the new run's workdir."""
+    if (pathlib.Path(workdir) / hf_folder.SIDE_FOLDER).exists():
+        return
+    if hf_folder.is_hf_folder(path):
+        with hf_folder.open_model(path) as model:
+            hf_folder.save_sides(model, workdir)
+    else:
+        hf_folder.save_sides(pathlib.Path(path) / hf_folder.SIDE_FOLDER, workdir)
+
+
+@contextmanager
+def _opened(path: str):
+    if hf_folder.is_hf_folder(path):
+        with hf_folder.open_model(path) as model:
+            yield _Folder(path, model)
+        return
+    checkpoints = pathlib.Path(path) / CHECKPOINTS
+    if not checkpoints.is_dir():
+        raise UserError(
+            f"init_from={path}: has no {CHECKPOINTS}/ folder and is no Hugging Face folder; give the workdir of a "
+            "trained run, or a folder with config.json and safetensors"
+        )
+    with Checkpoints(checkpoints) as saved:
+        yield _Workdir(path, saved)
+
+
+class _Folder:
+    def __init__(self, path: str, model: hf_folder.HFModel):
+        self.config, self.name, self.shapes = model.config, path, model.arrays
+
+    def read(self, wanted: Tree) -> Tree:
+        return place(self.shapes, wanted)
+
+
+class _Workdir:
+    def __init__(self, path: str, saved: Checkpoints):
+        self.config = read_config(path) if (pathlib.Path(path) / CONFIG_FILE).is_file() else None
+        self.name, self._saved = path, saved
+        shapes = saved.saved_part(MODEL_PARTS)
+        if shapes is None:
+            raise UserError(f"init_from={path}: has no checkpoint that can be read; give the workdir of a trained run")
+        self.shapes = shapes
+
+    def read(self, wanted: Tree) -> Tree:
+        step, loaded = self._saved.restore_part(None, wanted)
+        self.name += f", step {step}"
+        return loaded
+
+
+def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[str]:
+    """Settings that decide what the weights compute and are not seen in their shapes."""
+    if there is None:
+        return []
+    old, new = dataclasses.asdict(there.model), dataclasses.asdict(here.model)
+    pairs = [(f"model.{key}", old[key], new[key]) for key in old if key not in _FREE]
+    if takes_mtp:
+        ways = (dataclasses.asdict(conventions(c.mtp)) for c in (there, here))
+        was, now = ways
+        pairs += [(f"mtp.{key}", was[key], now[key]) for key in was]
+    return [f"{key} is {now!r} here and was {was!r} there" for key, was, now in pairs if was != now]
 
 
 def _misfit(there: Tree, wanted: Tree, part: str) -> str | None:

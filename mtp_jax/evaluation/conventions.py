@@ -1,0 +1,147 @@
+"""Which conventions do these MTP weights follow? Every combination tried on a text (DESIGN: released layouts differ).
+
+A wrong concatenation order or a missing norm is not seen in any shape; it shows as a loss near ln V.
+
+Shape letters: B rows, N tokens, K depths.
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import language_model, targets
+from mtp_jax.config import Config, MeshConfig, UserError, conventions
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.loss import head_loss
+from mtp_jax.model import Tree, skeleton
+from mtp_jax.training import workdir as workdirs
+
+ROWS, LENGTH = 8, 256  # of the text that is read
+
+CHOICES = {
+    "concat_order": ("embedding_first", "hidden_first"),
+    "trunk_hidden": ("after_norm", "before_norm"),
+    "output_norm": ("own", "main"),
+    "recycled_hidden": ("before_norm", "after_norm"),
+    "chain": ("previous", "trunk"),
+}
+BEYOND_DEPTH_1 = ("recycled_hidden", "chain")  # at depth 1 nothing is handed on
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """ways: the conventions that were tried. losses: nats a token of depths 0..D."""
+
+    ways: dict[str, str]
+    losses: tuple[float, ...]
+
+    @property
+    def mtp_loss(self) -> float:
+        """Mean over the depths 1..D."""
+        return float(np.mean(self.losses[1:]))
+
+
+def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
+    """Losses on `tokens_BN` under every combination of conventions, the configured one first.
+
+    Raises:
+      UserError: a model without sequential MTP modules.
+    """
+    config = lm.config
+    if config.mtp.kind != "sequential":
+        raise UserError("--check: the model has no MTP layers, so there are no conventions to compare")
+    own = dataclasses.asdict(conventions(config.mtp))
+    free = [name for name in CHOICES if config.depth > 1 or name not in BEYOND_DEPTH_1]
+    if own["output_norm"] == "main":  # there are no weights for another
+        free.remove("output_norm")
+    tried = [own | dict(zip(free, choice, strict=True)) for choice in itertools.product(*(CHOICES[n] for n in free))]
+    tried.sort(key=lambda ways: ways != own)
+    return [Outcome(ways, _losses(lm, ways, tokens_BN)) for ways in tried]
+
+
+def _losses(lm: LanguageModel, ways: dict[str, str], tokens_BN: np.ndarray) -> tuple[float, ...]:
+    changes: dict[str, Any] = dict(ways)
+    config = dataclasses.replace(lm.config, mtp=dataclasses.replace(lm.config.mtp, **changes))
+    params = lm.params
+    if ways["output_norm"] == "main":
+        module = {name: value for name, value in params["mtp"]["module"].items() if name != "output_norm"}
+        params = {**params, "mtp": {"module": module}}
+    with jax.set_mesh(lm.mesh):
+        nll_K, num_K = jax.device_get(_sums(config, params, lm.biases, jnp.asarray(tokens_BN)))
+    return tuple(float(x) for x in nll_K / num_K)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(config: Config, params: Tree, biases: Tree, tokens_BN: jax.Array) -> tuple[Any, Any]:
+    """(nll, positions), float32[K]."""
+    model = skeleton(config).merge(params, biases)
+    built = targets.build(tokens_BN, jnp.ones_like(tokens_BN), config.depth)
+    positions = jnp.broadcast_to(jnp.arange(built.inputs.shape[-1]), built.inputs.shape[1:])
+    hidden = model(built.inputs, jnp.ones_like(built.inputs), positions).hidden
+    zeros = jnp.zeros(config.depth + 1)
+    sums = head_loss(hidden, model.head(), built.targets, built.valid, zeros, chunk_tokens=1024)[1]
+    return sums.nll, sums.num
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Lowest MTP loss first, and what follows from it."""
+    configured, best = outcomes[0], min(outcomes, key=lambda o: o.mtp_loss)
+    names = [name for name in configured.ways if len({o.ways[name] for o in outcomes}) > 1]
+    head = "".join(f"{name:<18}" for name in names) + f"{'MTP loss':>9}"
+    rows = [
+        "".join(f"{o.ways[name]:<18}" for name in names)
+        + f"{o.mtp_loss:>9.3f}{'  <- configured' if o is configured else ''}"
+        for o in sorted(outcomes, key=lambda o: o.mtp_loss)
+    ]
+    if best is configured:
+        verdict = f"the configured conventions have the lowest MTP loss (main model {configured.losses[0]:.3f})"
+    else:
+        other = ", ".join(f"mtp.{n}={best.ways[n]}" for n in names if best.ways[n] != configured.ways[n])
+        verdict = (
+            f"warning: the configured conventions have an MTP loss of {configured.mtp_loss:.3f}, {best.mtp_loss:.3f} "
+            f"with {other}; the weights may follow those (set them in the config)"
+        )
+    return "\n".join([head, *rows, verdict])
+
+
+def report(path: str, text_file: str) -> str:
+    """`table` for a workdir.
+
+    Args:
+      text_file: what to read; empty: some of Python's own source.
+
+    Raises:
+      UserError: no such file, or a text or tokenizer that cannot be used.
+    """
+    # Weights over all devices where they can be; a row for each device, so that no device is without one.
+    fits = workdirs.read_config(path).model.embed_dim % jax.device_count() == 0 and jax.device_count() <= ROWS
+    lm = language_model.load(path, mesh=MeshConfig(data=1, fsdp=-1) if fits else None)
+    return table(compare(lm, _tokens(lm, text_file)))
+
+
+def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
+    """The beginning of the text as rows; int32[B, N]."""
+    if lm.tokenizer is None:
+        raise UserError("--check: the folder has no tokenizer.json, so no text can be read")
+    if text_file:
+        try:
+            text = pathlib.Path(text_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--check={text_file}: cannot be read ({error}); give a text file") from error
+    else:
+        import argparse
+
+        text = inspect.getsource(argparse)
+    ids = lm.tokenizer.encode(text[: ROWS * LENGTH * 16])
+    length = min(LENGTH, len(ids) // ROWS)
+    if length < 8 * (1 + lm.config.depth):
+        raise UserError(f"--check={text_file}: has {len(ids)} tokens, too few to tell; give a longer text")
+    return ids[: ROWS * length].reshape(ROWS, length)

@@ -1,0 +1,318 @@
+"""A Hugging Face folder as a model: opened and checked, and written.
+
+What a folder holds beside weights travels with the model, in `hf/` of a workdir: config.json, the tokenizer, remote
+code, and in mtp_jax.json (`Origin`) what the files were like, so that an export can be what was imported.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import Config, UserError
+from mtp_jax.interop import hf_config, weights
+from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS
+from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
+from mtp_jax.interop.weights import BIAS_DTYPE, Tensor, Tree
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "deepseek_v3": ("deepseek_v3", "deepseek_v2"),
+    **{name: (name,) for name in LAYOUTS if not name.startswith("deepseek_v3")},
+}
+SIDE_FOLDER = "hf"  # in a workdir
+ORIGIN_FILE = "mtp_jax.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_LARGEST_SIDE_FILE = 128 * 2**20
+EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the files of an imported model were like.
+
+    depth: MTP layers taken. dtype: of most of the bytes (fp8 counts as BF16, which it becomes). others: tensors of
+      another one. repeated: the repetitions of embedding and head that the files held.
+    """
+
+    model_type: str
+    depth: int
+    dtype: str
+    others: dict[str, str]
+    repeated: list[str]
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """An opened folder. Close it after use, or use it as a context manager.
+
+    arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
+    num_bytes: of the tensors in the files.
+    """
+
+    path: pathlib.Path
+    config: Config
+    hf_config: dict[str, Any]
+    origin: Origin
+    arrays: Tree
+    files: TensorFolder
+
+    def __enter__(self) -> "HFModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.files.close()
+
+
+def is_hf_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether config.json is Hugging Face's: it names a model_type, ours does not."""
+    try:
+        values = json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    family: str | None = None,
+    ignore: tuple[str, ...] = (),
+    depth: int | None = None,
+    param_dtype: str | None = None,
+) -> HFModel:
+    """Check a folder and open it; only headers are read, and tensors that should repeat others.
+
+    Args:
+      family: one of FAMILIES that it must be of; None: as config.json says.
+      ignore: fields of config.json that are known not to matter.
+      depth: 0 leaves the MTP layers out; None takes what is there.
+      param_dtype: "float32" or "bfloat16"; None: float32 where any weight has more than bfloat16, else bfloat16.
+
+    Raises:
+      UserError: a folder that is not a model of a known family: the file, tensor or field, and the remedy.
+    """
+    folder = pathlib.Path(path)
+    values = hf_config.read_config(folder)
+    model_type = values["model_type"]
+    if family is not None and model_type not in FAMILIES.get(family, ()):
+        known = "" if family in FAMILIES else f"; there are {', '.join(FAMILIES)}"
+        raise UserError(f"--family={family}: {folder / 'config.json'} has model_type={model_type}{known}")
+    config = hf_config.to_config(values, str(folder / "config.json"), ignore, depth)
+    files = TensorFolder(folder)
+    try:
+        listed = weights.tensors(config, model_type)
+        weights.check_folder(files, listed, str(folder), _left_out(config, model_type) if depth == 0 else ())
+        origin = _origin(files, listed, config, model_type)
+        dtype: Any = param_dtype or ("bfloat16" if _is_bfloat16(files, listed) else "float32")
+        model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
+        config = dataclasses.replace(config, model=model)
+        arrays = weights.lazy_arrays(files, config, listed)
+    except BaseException:
+        files.close()
+        raise
+    return HFModel(folder, config, values, origin, arrays, files)
+
+
+def _left_out(config: Config, model_type: str) -> tuple[str, ...]:
+    """Prefixes of MTP layers of any depth."""
+    layout, after = LAYOUTS[model_type], config.model.num_layers
+    return tuple(layout.module_layer.format(layer=after + k, depth=k) for k in range(16))
+
+
+def _trained(listed: list[Tensor]) -> Iterator[Tensor]:
+    return (t for t in listed if t.path[0] == "params" and not t.repeats)
+
+
+def _is_bfloat16(files: TensorFolder, listed: list[Tensor]) -> bool:
+    return all(files.infos[t.name].dtype in ("BF16", "F8_E4M3") for t in _trained(listed))
+
+
+def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:
+    dtypes = {t.name: files.infos[t.name].dtype for t in listed if t.name in files.infos}
+    dtypes = {name: "BF16" if dtype == "F8_E4M3" else dtype for name, dtype in dtypes.items()}
+    num_bytes: collections.Counter[str] = collections.Counter()
+    for name, dtype in dtypes.items():
+        num_bytes[dtype] += files.infos[name].stop - files.infos[name].start
+    main = num_bytes.most_common(1)[0][0]
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != main}
+    repeated = [t.name for t in listed if t.repeats and t.name in files.infos]
+    return Origin(model_type, config.depth, main, others, repeated)
+
+
+def write_model(
+    target: str | os.PathLike[str],
+    config: Config,
+    arrays: Tree,
+    sides: pathlib.Path | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    progress: Callable[[int], None] = lambda num_elements: None,
+) -> str:
+    """Write a model as a Hugging Face folder, which appears complete or not at all.
+
+    Args:
+      target: the folder to make.
+      arrays: {"params": ..., "biases": ...} of arrays that are read by indexing.
+      sides: the `hf/` of a workdir, where the model was imported or given a tokenizer.
+      family: one of FAMILIES; None: the layout it came in, or the one that holds it.
+      dtype: of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
+      progress: called with the elements of each tensor written.
+
+    Returns:
+      the model_type written.
+
+    Raises:
+      UserError: a model that no layout holds, a target that is there already or cannot be written, too little space.
+    """
+    base, origin = _read_sides(sides)
+    model_type, values, origin = _laid_out(config, base, origin, family)
+    listed = [t for t in weights.tensors(config, model_type) if _is_written(t, origin)]
+    _refuse_lost_biases(arrays["biases"], listed, model_type)
+    dtypes = _export_dtypes(listed, config, origin, dtype)
+    _set_dtype(values, dtypes, base if origin else None)
+    specs = {t.name: (dtypes[t.name], t.shape) for t in listed}
+    num_bytes = sum(math.prod(shape) * DTYPES[kind].itemsize for kind, shape in specs.values())
+    with fresh_folder(target, num_bytes) as partial:
+        _copy_sides(sides, partial)
+        (partial / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+        def counted() -> Iterator[tuple[str, np.ndarray]]:
+            written = weights.their_arrays(arrays, listed, {n: DTYPES[d] for n, d in dtypes.items()})
+            for tensor, (name, array) in zip(listed, written, strict=True):
+                yield name, array
+                progress(0 if tensor.repeats else array.size)
+
+        write_folder(partial, specs, counted())
+    return model_type
+
+
+def _laid_out(
+    config: Config, base: dict[str, Any] | None, origin: Origin | None, family: str | None
+) -> tuple[str, dict[str, Any], Origin | None]:
+    """(model_type, config.json, origin where it is of that type). What was imported keeps its layout while that holds
+    the model: a MiMo without its MTP layer is still one."""
+    if origin is not None and family in (None, origin.model_type):
+        try:
+            return origin.model_type, hf_config.from_config(config, origin.model_type, base), origin
+        except UserError:  # changed since, by heads or training, beyond what that layout can say
+            if family is not None:
+                raise
+    model_type = hf_config.layout_of(config)
+    if family is not None and model_type not in FAMILIES.get(family, ()):
+        known = "" if family in FAMILIES else f"; there are {', '.join(FAMILIES)}"
+        raise UserError(f"--family={family}: this model is laid out as {model_type}{known}")
+    return model_type, hf_config.from_config(config, model_type), None
+
+
+def _is_written(tensor: Tensor, origin: Origin | None) -> bool:
+    """Repetitions as they were imported. Otherwise an MTP layer has them, and a tied head is left to its reader."""
+    if not tensor.repeats:
+        return True
+    is_of_mtp = tensor.name != OUTSIDE_BLOCKS["unembed"]
+    if origin is None or (is_of_mtp and not origin.depth):
+        return is_of_mtp
+    return tensor.name in origin.repeated
+
+
+def _refuse_lost_biases(biases: Tree, listed: list[Tensor], model_type: str) -> None:
+    named = {t.path for t in listed}
+    for path, leaf in weights.flat(biases, "biases").items():
+        if path not in named and np.any(np.asarray(leaf[...])):
+            raise UserError(
+                f"{'.'.join(path)}: is not zero and the {model_type} layout has no place for it; "
+                "train with model.router_bias_rate=0, or with model.router_score=sigmoid for deepseek_v3"
+            )
+
+
+def _export_dtypes(listed: list[Tensor], config: Config, origin: Origin | None, dtype: str | None) -> dict[str, str]:
+    out = {}
+    for t in listed:
+        if dtype is None and origin is not None:
+            out[t.name] = origin.others.get(t.name, origin.dtype)
+        else:
+            out[t.name] = BIAS_DTYPE if t.path[0] == "biases" else EXPORT_DTYPES[dtype or config.model.param_dtype]
+    return out
+
+
+def _set_dtype(values: dict[str, Any], dtypes: dict[str, str], base: dict[str, Any] | None) -> None:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    key = "dtype" if base is not None and "dtype" in base else "torch_dtype"
+    main = collections.Counter(dtypes.values()).most_common(1)[0][0]
+    if base is None or values.get(key) is not None:
+        values[key] = names[main]
+
+
+def _read_sides(sides: pathlib.Path | None) -> tuple[dict[str, Any] | None, Origin | None]:
+    """The config.json a model was imported with, and its Origin; None where it was not."""
+    if sides is None or not (sides / ORIGIN_FILE).is_file():
+        return None, None
+    try:
+        origin = Origin(**json.loads((sides / ORIGIN_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{sides / ORIGIN_FILE}: cannot be read ({error}); restore it, or remove the folder") from error
+    return hf_config.read_config(sides), origin
+
+
+def save_sides(source: HFModel | pathlib.Path, workdir: str | os.PathLike[str]) -> None:
+    """Into `hf/` of a workdir: what travels with an opened folder's model, or another workdir's `hf/` as it is."""
+    target = pathlib.Path(workdir) / SIDE_FOLDER
+    if isinstance(source, pathlib.Path):
+        if source.is_dir() and not target.exists():
+            _copy_sides(source, target, with_origin=True)
+        return
+    _copy_sides(source.path, target)
+    shutil.copyfile(source.path / "config.json", target / "config.json")
+    text = json.dumps(dataclasses.asdict(source.origin), indent=1)
+    (target / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _copy_sides(source: pathlib.Path | None, target: pathlib.Path, with_origin: bool = False) -> None:
+    """Tokenizer, generation settings, remote code, licence: the folder's own files but weights and config.json."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()) if source is not None and source.is_dir() else ():
+        is_weights = path.name.endswith((*_WEIGHTS, ".index.json")) or path.stat().st_size > _LARGEST_SIDE_FILE
+        is_ours = path.name in (ORIGIN_FILE, "config.json") and not with_origin
+        if path.is_file() and not is_weights and not is_ours and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes the name `target` when the block ends and is removed where it fails.
+
+    Args:
+      num_bytes: what will be written; refused at once where the disk has less.
+
+    Raises:
+      UserError: target exists and is not empty, its parent cannot be written, or the disk is full.
+    """
+    final = pathlib.Path(target).absolute()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{target}: exists already; give a folder that does not")
+    partial = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        if num_bytes > free:
+            raise UserError(
+                f"{target}: needs {num_bytes / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}; free some or give "
+                "another folder"
+            )
+        partial.mkdir()
+        yield partial
+        if final.exists():
+            final.rmdir()
+        os.replace(partial, final)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

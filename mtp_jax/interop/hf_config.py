@@ -1,0 +1,422 @@
+"""config.json of released layouts <-> our `Config`, in both directions from the tables of `hf_fields`.
+
+A key that nobody here knows is refused: it may change what the model computes. Sources: transformers' configuration and
+modelling code; MTP layers as serving engines read them.
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import typing
+from typing import Any
+
+from mtp_jax.config import CONVENTIONS, Config, Conventions, ModelConfig, MTPConfig, UserError, conventions, validate
+from mtp_jax.interop.hf_fields import (
+    ALIASES,
+    EXPERTS,
+    IGNORED,
+    KINDS,
+    LAYOUTS,
+    MTP_KEY,
+    NO_EXPERTS,
+    NOT_HELD,
+    NULLS,
+    ROPE_COMMON,
+    ROPE_FIXED,
+    ROPE_TYPES,
+    WINDOW_KEYS,
+    WIRING_KEY,
+    WRITTEN_NULL,
+    Layout,
+    Values,
+    bad,
+    check_quantization,
+    short,
+    typed,
+    without_aliases,
+)
+
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "glm4_moe", "mimo", "llama", "qwen2", "qwen3")
+ORIGINAL = "original_max_position_embeddings"
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
+def read_config(folder: str | pathlib.Path) -> Values:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+      UserError: no such folder, no config.json in it, not a JSON object, no model_type.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors files")
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no config.json; give the folder of a Hugging Face model")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not text at all
+        raise UserError(f"{path}: cannot be read as JSON ({error}); fetch the file again".replace("\n", " ")) from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, not an object; fetch the file again")
+    if "model_type" not in values:
+        raise UserError(f"{path}: field 'model_type' is missing; it names the layout, one of {', '.join(MODEL_TYPES)}")
+    return values
+
+
+def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int | None = None) -> Config:
+    """The `Config` that a config.json describes; only its `model` and `mtp` differ from the defaults.
+
+    Args:
+      hf: the file's values. Absent keys take the defaults of transformers' class.
+      where: the file, named in errors.
+      ignore: unknown keys to accept; keys inside rope_scaling as "rope_scaling.NAME".
+      depth: MTP depth to keep; 0 leaves the MTP layers out, None keeps what the file has.
+
+    Raises:
+      UserError: an unknown layout or key, a value that our model cannot hold or of the wrong type.
+    """
+    layout = _layout(hf.get("model_type"), where)
+    values = without_aliases(hf, layout, where)
+    _check_known(hf, layout, where, ignore)
+    config = _read(values, layout, where, depth)
+    try:
+        validate(config, 1)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return config
+
+
+def from_config(config: Config, layout: str, base: Values | None = None) -> Values:
+    """config.json for a model in a layout.
+
+    Args:
+      config: the model; what belongs to training does not matter.
+      layout: a model_type.
+      base: the config.json that the model was imported from. The result is then `base` but for what differs from what
+        it said of the model. Without it the file is complete but for the dtype and the tokenizer's ids.
+
+    Raises:
+      UserError: the layout cannot hold the model (see `layout_of`), or `base` has another layout.
+    """
+    table = _layout(layout, "the layout asked for")
+    _check_held(config, layout)
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size=None: config.json states a size; set it to that of the trained embedding")
+    if base is None:
+        new = _write(config, table, {})
+        return _read_back(_scaffold(config, layout) | table.fixed | new, table, new, {})
+    if base.get("model_type") != layout:
+        raise UserError(f"model_type={base.get('model_type')!r}: the model is exported as {layout}; leave base out")
+    old = _write(_read(without_aliases(base, table, "base"), table, "base", None), table, base)
+    new = _write(config, table, base)
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    gone = (old.keys() - new.keys()) | {"quantization_config"}
+    result = {key: copy.deepcopy(value) for key, value in base.items() if ALIASES.get(key, key) not in gone}
+    for key, value in changed.items():
+        names = [name for name in result if ALIASES.get(name, name) == key] or [key]
+        result |= dict.fromkeys(names, value)
+    return _read_back(result, table, new, base)
+
+
+def _read_back(result: Values, table: Layout, new: Values, base: Values) -> Values:
+    """`result`, once it is sure to say of the model what `new` says."""
+    where = "the config.json to write"
+    back = _write(_read(without_aliases(result, table, where), table, where, None), table, base)
+    for key, value in new.items():
+        if back.get(key) != value:
+            raise bad(where, key, value, f"would be read back as {short(back.get(key))}; train the model with that")
+    return result
+
+
+def layout_of(config: Config) -> str:
+    """The model_type whose layout holds the model.
+
+    Raises:
+      UserError: naming the first key that no layout can hold.
+    """
+    model, mtp = config.model, config.mtp
+    if model.attention == "mla":
+        layout = "deepseek_v2" if model.num_experts and model.router_score == "softmax" else "deepseek_v3"
+    elif model.num_experts:
+        layout = "glm4_moe"
+    elif model.qkv_bias and model.qk_norm:
+        raise UserError(
+            "model.qk_norm=True: no released layout of dense blocks has it together with model.qkv_bias=True; "
+            "set one of them to False"
+        )
+    elif model.qkv_bias:
+        layout = "mimo" if mtp.kind == "sequential" and mtp.family == "mimo" else "qwen2"
+    else:
+        layout = "qwen3" if model.qk_norm else "llama"
+    _check_held(config, layout)
+    return layout
+
+
+def _layout(model_type: Any, where: str) -> Layout:
+    if isinstance(model_type, str) and model_type in LAYOUTS:
+        return LAYOUTS[model_type]
+    known = ", ".join(MODEL_TYPES)
+    reason = NOT_HELD.get(model_type, "") if isinstance(model_type, str) else ""
+    if reason:
+        reason += ", which mtp_jax does not have; "
+    raise UserError(f"{where}: field 'model_type'={short(model_type)} is not supported; {reason}use one of {known}")
+
+
+def _check_known(hf: Values, layout: Layout, where: str, ignore: tuple[str, ...]) -> None:
+    known = IGNORED | layout.fields.keys() | layout.mixture.keys() | layout.fixed.keys() | layout.tolerated.keys()
+    known |= {MTP_KEY, WIRING_KEY, "quantization_config", "layer_types", *ROPE_KEYS, *ignore}
+    known |= {alias for alias, key in ALIASES.items() if key in known}
+    known |= set(WINDOW_KEYS) if "use_sliding_window" in layout.fixed else set()
+    known |= {"num_key_value_heads", "head_dim", "qk_head_dim"} if layout.implied["attention"] == "mla" else set()
+    known |= {"topk_method"} if layout.groups_by_method else set()
+    remedy = f"is not one that mtp_jax knows for {hf['model_type']} and may change what the model computes; "
+    for key, value in hf.items():
+        if key not in known:
+            raise bad(where, key, value, f"{remedy}if it does not, pass ignore={key}")
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name)
+        if not isinstance(rope, dict):
+            continue
+        kind = str(rope.get("rope_type", rope.get("type", "default")))
+        rope_known = {*ROPE_COMMON, *ROPE_TYPES.get(kind, rope), *ROPE_FIXED.get(kind, {})}
+        for key in sorted(rope.keys() - rope_known):
+            if f"{name}.{key}" not in ignore:
+                raise bad(where, f"{name}.{key}", rope[key], f"{remedy}if it does not, pass ignore={name}.{key}")
+
+
+def _read(values: Values, layout: Layout, where: str, depth: int | None) -> Config:
+    for key, wanted in (layout.fixed | layout.tolerated).items():
+        if values.get(key, wanted) != wanted:
+            raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
+    check_quantization(values.get("quantization_config"), where)
+    fields = _read_fields(values, layout, where) | _read_rope(values, layout, where)
+    model = ModelConfig(**fields)
+    implied = {name: value for name, value in layout.implied.items() if _counts(name, model)}
+    model = dataclasses.replace(model, **implied)
+    for key, wanted in _derived(model).items():
+        if values.get(key) is not None and values[key] != wanted:
+            raise bad(where, key, values[key], f"is not supported; the other fields make it {short(wanted)}")
+    return Config(model=model, mtp=_read_mtp(values, layout, where, depth))
+
+
+def _read_fields(values: Values, layout: Layout, where: str) -> Values:
+    out: Values = {}
+    fields = dict(layout.fields)
+    if layout.mixture:
+        first, layers, experts = (
+            _field(values, layout, where, key, int)
+            for key in ("first_k_dense_replace", "num_hidden_layers", "n_routed_experts")
+        )
+        if experts and first < layers:
+            fields |= layout.mixture
+        else:
+            out["num_experts"] = 0
+    for key, name in fields.items():
+        if name in ("num_kv_heads", "head_dim") and values.get(key, layout.defaults[key]) is None:
+            out[name] = out["num_heads"] if name == "num_kv_heads" else out["embed_dim"] // max(1, out["num_heads"])
+        else:
+            out[name] = _field(values, layout, where, key, KINDS[name])
+    if layout.groups_by_method:
+        method = values.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise bad(where, "topk_method", method, "is not supported; mtp_jax has greedy and group_limited_greedy")
+        if method == "greedy" and "router_num_groups" in out:
+            out |= {"router_num_groups": 1, "router_groups_per_token": 1}
+    return out
+
+
+def _field(values: Values, layout: Layout, where: str, key: str, kind: type) -> Any:
+    if key not in values and key not in layout.defaults:
+        raise UserError(f"{where}: field {key!r} is missing; add it")
+    value = values.get(key, layout.defaults.get(key))
+    return typed(where, key, NULLS[key] if value is None and key in NULLS else value, kind)
+
+
+def _read_rope(values: Values, layout: Layout, where: str) -> Values:
+    """Our rope fields, as transformers reads `rope_scaling` (first) or `rope_parameters`, what is inside them first."""
+    name = _rope_key(values)
+    rope = typed(where, name, values.get(name) or {}, dict)
+    outer = {"rope_theta": 10_000.0, "partial_rotary_factor": layout.rotary_fraction or 1.0} | values | rope
+    out = {"rope_theta": typed(where, "rope_theta", outer["rope_theta"], float)}
+    fraction = typed(where, "partial_rotary_factor", outer["partial_rotary_factor"], float)
+    if layout.rotary_fraction is not None:
+        out["rotary_fraction"] = fraction
+    elif fraction != 1.0:
+        raise bad(where, "partial_rotary_factor", fraction, "is not supported; this layout rotates whole heads, 1.0")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise bad(where, f"{name}.rope_type", kind, f"is not supported; mtp_jax has {', '.join(ROPE_TYPES)}")
+    for key, wanted in ROPE_FIXED.get(kind, {}).items():
+        if rope.get(key, wanted) != wanted:
+            raise bad(where, f"{name}.{key}", rope[key], f"is not supported; mtp_jax has {wanted!r} there")
+    if kind == "default":
+        return out
+    scaling = _read_scaling(rope | {"rope_type": kind}, values, layout, where, name)
+    factor = scaling[ROPE_TYPES[kind]["factor"]]
+    if factor < 1:
+        raise bad(where, f"{name}.factor", rope.get("factor"), f"stretches by {factor:g}; must be at least 1")
+    return out | scaling if factor > 1 else out
+
+
+def _read_scaling(rope: Values, values: Values, layout: Layout, where: str, name: str) -> Values:
+    """Fields of one rope type, with transformers' own completion of what is absent."""
+    kind = rope["rope_type"]
+    rope = {key: value for key, value in rope.items() if value is not None}
+    longest = values.get("max_position_embeddings", layout.defaults["max_position_embeddings"])
+    if kind != "linear":
+        rope.setdefault(ORIGINAL, longest)
+    if kind == "yarn":
+        if "factor" not in rope:
+            original = typed(where, f"{name}.{ORIGINAL}", rope[ORIGINAL], int)
+            rope["factor"] = typed(where, "max_position_embeddings", longest, int) / max(1, original)
+        # zero counts as absent there
+        rope = {k: v for k, v in rope.items() if v or k not in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        if "mscale_all_dim" in rope and "mscale" not in rope:
+            remedy = f"without {name}.mscale is not supported; give both or neither"
+            raise bad(where, f"{name}.mscale_all_dim", rope["mscale_all_dim"], remedy)
+    out = {}
+    for key, ours in ROPE_TYPES[kind].items():
+        if key not in rope and kind != "yarn":
+            raise UserError(f"{where}: field '{name}.{key}' is missing; add it")
+        if key in rope:
+            out[ours] = typed(where, f"{name}.{key}", rope[key], KINDS[ours])
+    return out
+
+
+def _read_mtp(values: Values, layout: Layout, where: str, depth: int | None) -> MTPConfig:
+    modules = typed(where, MTP_KEY, values.get(MTP_KEY) or 0, int)
+    wiring = typed(where, WIRING_KEY, values.get(WIRING_KEY) or {}, dict)
+    preset = dataclasses.asdict(CONVENTIONS[layout.family])
+    hints = typing.get_type_hints(MTPConfig)
+    wired = {}
+    for key, value in wiring.items():
+        choices = [c for c in typing.get_args(hints.get(key)) if c] if key in preset else []
+        if key not in (*preset, "shared_depths", "depth") or (choices and value not in choices):
+            allowed = " or ".join(choices) or "no such key; one of " + ", ".join((*preset, "shared_depths", "depth"))
+            raise bad(where, f"{WIRING_KEY}.{key}", value, f"is not known ({allowed}); correct the file")
+        if choices and value != preset[key]:
+            wired[key] = value
+    shared = typed(where, f"{WIRING_KEY}.shared_depths", wiring.get("shared_depths", False), bool)
+    stored = typed(where, f"{WIRING_KEY}.depth", wiring.get("depth", modules), int)
+    if (stored != modules and not shared) or (shared and modules != 1):
+        remedy = f"does not fit {WIRING_KEY}={short(wiring)}; shared depths are one module, others one a depth"
+        raise bad(where, MTP_KEY, modules, remedy)
+    if depth is not None and not (0 <= depth <= stored or (shared and depth > 0)):
+        raise UserError(f"depth={depth}: {where} has {stored} MTP layers; ask for 0 to {stored}")
+    wanted = stored if depth is None else depth
+    out: Values = {"family": layout.family}
+    if wanted:
+        out |= {"kind": "sequential", "depth": wanted, "shared_depths": shared} | wired
+    return MTPConfig(**out)
+
+
+def _counts(name: str, model: ModelConfig) -> bool:
+    """Whether the field changes what this model computes."""
+    if name == "router_group_score":
+        return model.num_experts > 0 and model.router_groups_per_token < model.router_num_groups
+    return model.num_experts > 0 or name not in ("router_score", "router_renormalize")
+
+
+def _check_held(config: Config, layout: str) -> None:
+    """Refuse, by our key, what the layout cannot say."""
+    table, model = LAYOUTS[layout], config.model
+    if config.mtp.kind == "parallel":
+        raise UserError(
+            "mtp.kind='parallel': no released layout holds parallel heads; export the main model alone, with depth=0"
+        )
+    for name, wanted in table.implied.items():
+        value = getattr(model, name)
+        if value != wanted and _counts(name, model):
+            raise UserError(
+                f"model.{name}={value!r}: the {layout} layout cannot hold it, it has {wanted!r} there; train the model "
+                f"with model.{name}={wanted!r} to export it"
+            )
+    if table.heads_divide and model.embed_dim % model.num_heads:
+        raise UserError(
+            f"model.num_heads={model.num_heads}: does not divide model.embed_dim={model.embed_dim}, which transformers "
+            f"asks of {layout}; train the model with a divisor to export it"
+        )
+
+
+def _derived(model: ModelConfig) -> Values:
+    """Keys that follow from others."""
+    out: Values = {"layer_types": ["full_attention"] * model.num_layers}
+    if model.attention == "mla":
+        out["num_key_value_heads"] = model.num_heads
+        out["head_dim"] = model.qk_rope_head_dim  # as transformers writes it
+        out["qk_head_dim"] = model.qk_nope_head_dim + model.qk_rope_head_dim
+    return out
+
+
+def _write(config: Config, layout: Layout, base: Values) -> Values:
+    """What the file says of the model. base: whose way of writing the rope, and whose derived keys, are kept."""
+    model = config.model
+    mtp = _write_mtp(config, layout)
+    fields = layout.fields | (layout.mixture if model.num_experts else {})
+    out = {key: getattr(model, name) for key, name in fields.items()}
+    out |= {key: None for key in WRITTEN_NULL if out.get(key) == 0}
+    if layout.mixture and not model.num_experts:
+        # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
+        # ours is. (transformers' own MTP loader gives every module experts and cannot hold this one.)
+        out |= NO_EXPERTS | {"first_k_dense_replace": model.num_layers + mtp.get(MTP_KEY, 0)}
+        out |= {key: True for key in layout.mixture.keys() - EXPERTS.keys()}
+    if layout.groups_by_method:
+        out["topk_method"] = "group_limited_greedy" if out["n_group"] > 1 else "greedy"
+    out |= {k: v for k, v in _derived(model).items() if k in base or k == "num_key_value_heads"}
+    return out | _write_rope(model, layout, base) | mtp
+
+
+def _rope_key(values: Values) -> str:
+    """Where the file describes its rope: transformers looks into rope_scaling first."""
+    return "rope_parameters" if values.get("rope_parameters") and not values.get("rope_scaling") else "rope_scaling"
+
+
+def _write_rope(model: ModelConfig, layout: Layout, base: Values) -> Values:
+    kind = next((k for k, f in ROPE_TYPES.items() if f and getattr(model, f["factor"]) > 1), "default")
+    scaling = {key: getattr(model, name) for key, name in ROPE_TYPES[kind].items()}
+    if kind == "yarn" and not model.yarn_mscale_all_dim:
+        del scaling["mscale_all_dim"]
+        if model.yarn_mscale == 1.0:
+            del scaling["mscale"]
+    outer: Values = {"rope_theta": model.rope_theta}
+    if layout.rotary_fraction is not None:
+        outer["partial_rotary_factor"] = model.rotary_fraction
+    name = _rope_key(base)
+    if name == "rope_parameters" or outer.keys() & (base.get(name) or {}).keys():
+        return {name: outer | {"rope_type": kind} | scaling}
+    # Older code reads "type", newer "rope_type".
+    return outer | {"rope_scaling": {"type": kind, "rope_type": kind} | scaling if scaling else None}
+
+
+def _write_mtp(config: Config, layout: Layout) -> Values:
+    if not config.depth:
+        return {MTP_KEY: 0} if layout.always_depth else {}
+    preset = CONVENTIONS[layout.family]
+    ours = conventions(config.mtp)
+    names = [f.name for f in dataclasses.fields(Conventions)]
+    wiring: Values = {n: getattr(ours, n) for n in names if getattr(ours, n) != getattr(preset, n)}
+    if config.mtp.shared_depths:
+        wiring |= {"shared_depths": True, "depth": config.depth}
+    modules = 1 if config.mtp.shared_depths else config.depth
+    return {MTP_KEY: modules} | ({WIRING_KEY: wiring} if wiring else {})
+
+
+def _scaffold(config: Config, layout: str) -> Values:
+    """What a complete file holds besides the model."""
+    model = config.model
+    longest = config.data.sequence_length
+    for factor, original in (("yarn_factor", "yarn_original_length"), ("llama3_factor", "llama3_original_length")):
+        if getattr(model, factor) > 1:
+            longest = max(longest, int(getattr(model, factor) * getattr(model, original)))
+    return {
+        "architectures": [LAYOUTS[layout].architecture],
+        "model_type": layout,
+        "max_position_embeddings": longest,
+        "initializer_range": model.init_std,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        # The classes' own ids belong to another tokenizer: absent, they would end a text at any word.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

@@ -1,0 +1,359 @@
+"""Tables and shapes together: a folder's tensors as our stacked arrays, and our arrays as a folder's tensors.
+
+`tensors(config, layout)` lists every tensor once, with its place in ours; both directions walk that list.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from mtp_jax.config import Config, UserError
+from mtp_jax.interop import fp8
+from mtp_jax.interop.families import DERIVED_SUFFIXES, LAYOUTS, OUTSIDE_BLOCKS, Layout, Names
+from mtp_jax.interop.tensorfiles import TensorFolder
+from mtp_jax.layers.param import ParamInfo
+from mtp_jax.model import skeleton
+
+Tree = dict[str, Any]
+Path = tuple[str, ...]
+
+SCALE = "_scale_inv"
+BIAS_DTYPE = "F32"  # of router biases, in ours and in released files
+
+
+class Array(Protocol):
+    """What has a shape and a dtype and is read by indexing: a numpy or jax array, a lazy one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+    def __getitem__(self, index: Any) -> Any: ...
+
+
+class Tensor(NamedTuple):
+    """One tensor of a layout and its place in ours.
+
+    name, shape: theirs. path: of our leaf, from "params" or "biases" on. at: which layer (and expert) of that leaf.
+    info: of our leaf. repeats: it is written once more, the leaf's own tensor stands elsewhere in the list.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: Path
+    at: tuple[int, ...]
+    info: ParamInfo
+    repeats: bool = False
+
+
+def tensors(config: Config, model_type: str) -> list[Tensor]:
+    """Every tensor of `config`'s model in the layout of `model_type`: outside the blocks, blocks, MTP modules.
+
+    Raises:
+      UserError: a weight the layout has no name for.
+    """
+    layout, built = LAYOUTS[model_type], skeleton(config)
+    leaves = flat(built.params, "params") | flat(built.biases, "biases")
+    infos = flat(built.infos, "params")
+    out: list[Tensor] = []
+    used: set[Path] = set()
+
+    def add(prefix: str, path: Path, names: Names, index: tuple[int, ...]) -> None:
+        for ours, theirs in names.items():
+            for kind in ("params", "biases"):
+                full = (kind, *path, *ours.split("."))
+                if full in leaves:
+                    info = infos.get(full, ParamInfo((None,)))
+                    out.extend(_of_leaf(prefix + theirs, full, index, info, leaves[full].shape))
+                    used.add(full)
+
+    add("", ("trunk",), OUTSIDE_BLOCKS, ())
+    if config.model.tie_embeddings:  # some files write the tied head as well
+        out.append(out[0]._replace(name=OUTSIDE_BLOCKS["unembed"], repeats=True))
+    layer = 0
+    for group in ("dense_blocks", "blocks"):
+        for i in range(_num_stacked(leaves, ("params", "trunk", group))):
+            names = layout.expert_block if _has_experts(leaves, ("params", "trunk", group)) else layout.block
+            add(layout.layer.format(layer=layer), ("trunk", group), names, (i,))
+            layer += 1
+    for depth in range(_num_stacked(leaves, ("params", "mtp", "module"))):
+        prefix = layout.module_layer.format(layer=layer + depth, depth=depth)
+        add(prefix, ("mtp", "module"), layout.module, (depth,))
+        names = layout.expert_block if _has_experts(leaves, ("params", "mtp", "module", "block")) else layout.block
+        add(prefix, ("mtp", "module", "block"), names, (depth,))
+        out.extend(_again(prefix, layout, out))
+    _refuse_unnamed(set(leaves) - used, model_type)
+    return out
+
+
+def _of_leaf(
+    name: str, path: Path, index: tuple[int, ...], info: ParamInfo, shape: tuple[int, ...]
+) -> Iterator[Tensor]:
+    """The tensors of one layer of a leaf: one, or one an expert."""
+    inner = shape[len(index) :]
+    if "{expert}" not in name:
+        yield Tensor(name, _their_shape(info, inner), path, index, info)
+        return
+    for expert in range(inner[0]):
+        yield Tensor(name.format(expert=expert), _their_shape(info, inner[1:]), path, (*index, expert), info)
+
+
+def _again(prefix: str, layout: Layout, listed: list[Tensor]) -> list[Tensor]:
+    """What an MTP layer repeats of the main model; a tied head is the embedding."""
+    by_path = {t.path[-1]: t for t in listed if len(t.path) == 3 and not t.repeats}
+    return [
+        by_path.get(ours, by_path["embed"])._replace(name=prefix + theirs, repeats=True)
+        for theirs, ours in layout.repeated.items()
+    ]
+
+
+def _refuse_unnamed(paths: set[Path], model_type: str) -> None:
+    # The table of a layout without router biases is right while they are zero, which export checks.
+    unnamed = sorted(".".join(path) for path in paths if path[0] != "biases")
+    if unnamed:
+        raise UserError(f"{unnamed[0]}: the {model_type} layout has no name for it; choose another --family")
+
+
+def _their_shape(info: ParamInfo, inner: tuple[int, ...]) -> tuple[int, ...]:
+    """[out, in] of a matrix, flat over heads; the embedding table as it is; vectors flat."""
+    if info.is_matrix:
+        ins = math.prod(inner[d] for d in info.in_dims)
+        return math.prod(inner) // ins, ins
+    return inner if info.axes == ("vocab", "embed") else (math.prod(inner),)
+
+
+def to_theirs(array: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """One layer (and expert) of ours as their tensor."""
+    if tensor.info.is_matrix:
+        out, ins = tensor.shape
+        return array.reshape(ins, out).T
+    return array.reshape(tensor.shape)
+
+
+class FolderArray:
+    """One of our leaves, read from a folder where it is indexed.
+
+    Attributes:
+      shape, dtype: of the whole leaf.
+    """
+
+    def __init__(self, folder: TensorFolder, parts: Mapping[tuple[int, ...], Tensor], shape: tuple[int, ...], dtype):
+        """parts: the tensors by their index, one for every layer (and expert)."""
+        self._folder, self._parts = folder, parts
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self._num_lead = len(next(iter(parts)))
+
+    @property
+    def cut_order(self) -> list[int]:
+        """Dims in the order a reader in parts should cut: layers and experts, then what lies in rows of the files."""
+        info = next(iter(self._parts.values())).info
+        lead = list(range(self._num_lead))
+        first = self._num_lead + len(info.in_dims)
+        return [*lead, *range(first, len(self.shape)), *range(self._num_lead, first)]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A block of the leaf; only the tensors and rows that it needs are read.
+
+        Args:
+          index: a slice (step 1) or int for each of the first dims, as `jax.make_array_from_callback` passes them. An
+            int keeps its dim out of the result.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        full = [*index, *[slice(None)] * (len(self.shape) - len(index))]
+        ranges = [
+            range(*i.indices(n)) if isinstance(i, slice) else range(i, i + 1)
+            for i, n in zip(full, self.shape, strict=True)
+        ]
+        out = np.empty([len(r) for r in ranges], self.dtype)
+        lead, inner = ranges[: self._num_lead], ranges[self._num_lead :]
+        for at in itertools.product(*(range(len(r)) for r in lead)):
+            out[at] = self._part(self._parts[tuple(r[i] for r, i in zip(lead, at, strict=True))], inner)
+        return out.reshape([len(r) for r, i in zip(ranges, full, strict=True) if isinstance(i, slice)])
+
+    def _part(self, tensor: Tensor, inner: list[range]) -> np.ndarray:
+        """The block of one tensor in our dims: of the rows it lies in, no others are read."""
+        shape = self.shape[self._num_lead :]
+        if not tensor.info.is_matrix:
+            whole = read(self._folder, tensor, slice(inner[0].start, inner[0].stop) if len(tensor.shape) > 1 else None)
+            first = slice(None) if len(tensor.shape) > 1 else slice(inner[0].start, inner[0].stop)
+            kept = whole.reshape(-1, *shape[1:])
+            return kept[(first, *(slice(r.start, r.stop) for r in inner[1:]))].astype(self.dtype)
+        num_in = len(tensor.info.in_dims)
+        outer = inner[num_in]
+        width = math.prod(shape[num_in + 1 :])
+        rows = read(self._folder, tensor, slice(outer.start * width, outer.stop * width))
+        kept = rows.T.reshape(*shape[:num_in], len(outer), *shape[num_in + 1 :])
+        where = [slice(r.start, r.stop) for r in inner]
+        where[num_in] = slice(None)
+        return kept[tuple(where)].astype(self.dtype)
+
+
+class Zeros:
+    """A leaf the layout has no tensor for."""
+
+    def __init__(self, shape: tuple[int, ...], dtype):
+        self.shape, self.dtype = shape, np.dtype(dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), self.dtype), self.shape)[index].copy()
+
+
+def read(folder: TensorFolder, tensor: Tensor, rows: slice | None = None) -> np.ndarray:
+    """A tensor, or some of its rows; block-wise fp8 comes back multiplied with its scales, float32."""
+    rows = slice(None) if rows is None else rows
+    raw = folder.read(tensor.name, rows)
+    if folder.infos[tensor.name].dtype != "F8_E4M3":
+        return raw
+    return fp8.dequantize(raw, folder.read(tensor.name + SCALE), first_row=rows.indices(tensor.shape[0])[0])
+
+
+def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> Tree:
+    """{"params": ..., "biases": ...} of our model, with lazy leaves in the config's param_dtype.
+
+    Args:
+      listed: `tensors(config, layout)`, all of which the folder has in their shapes (`check_folder`).
+    """
+    built = skeleton(config)
+    parts: dict[Path, dict[tuple[int, ...], Tensor]] = {}
+    for tensor in listed:
+        if not tensor.repeats:
+            parts.setdefault(tensor.path, {})[tensor.at] = tensor
+    leaves: dict[Path, Any] = {}
+    for path, leaf in (flat(built.params, "params") | flat(built.biases, "biases")).items():
+        dtype = ml_dtypes.bfloat16 if leaf.dtype == "bfloat16" else leaf.dtype
+        has_tensors = path in parts
+        leaves[path] = FolderArray(folder, parts[path], leaf.shape, dtype) if has_tensors else Zeros(leaf.shape, dtype)
+    return {"params": {}, "biases": {}} | nested(leaves)
+
+
+def place(arrays: Tree, abstract: Tree) -> Tree:
+    """Lazy arrays as jax arrays: each device's shard is read on its own, by the process that has the device.
+
+    Args:
+      abstract: ShapeDtypeStructs with shardings, of some of the leaves.
+    """
+    out = {}
+    leaves = flat(arrays)
+    for path, want in flat(abstract).items():
+        leaf, dtype = leaves[path], want.dtype
+
+        def block(index: Any, leaf: Array = leaf, dtype: Any = dtype) -> np.ndarray:
+            return np.asarray(leaf[index]).astype(dtype)
+
+        out[path] = jax.make_array_from_callback(want.shape, want.sharding, block)
+    return {name: {} for name in abstract} | nested(out)
+
+
+def check_folder(folder: TensorFolder, listed: list[Tensor], where: str, left_out: tuple[str, ...] = ()) -> None:
+    """Refuse a folder that is not the model.
+
+    Args:
+      listed: what must be there; repetitions may be missing.
+      left_out: prefixes of tensors that are not wanted.
+
+    Raises:
+      UserError: a missing tensor, one of another shape, one too many, a repetition with other values.
+    """
+    missing = [t.name for t in listed if t.name not in folder.infos and not t.repeats]
+    if missing:
+        hint = "; depth 0 (--depth=0) takes the main model alone" if "mtp" in _path_of(listed, missing[0]) else ""
+        raise UserError(f"{where}: has no tensor {missing[0]}{_more(missing)}, which its config.json asks for{hint}")
+    for t in listed:
+        if t.name in folder.infos and folder.infos[t.name].shape != t.shape:
+            shape = folder.infos[t.name].shape
+            raise UserError(
+                f"{where}: tensor {t.name} is {shape}, its config.json asks for {t.shape}; one is of another model"
+            )
+    known = {t.name for t in listed}
+    for t in listed:
+        if t.name in folder.infos and folder.infos[t.name].dtype == "F8_E4M3":
+            wanted, scale = fp8.scale_shape(t.shape), folder.infos.get(t.name + SCALE)
+            if scale is None or scale.shape != wanted:
+                has = "is missing" if scale is None else f"is {scale.shape}"
+                raise UserError(f"{where}: tensor {t.name + SCALE} {has}; fp8 {t.name} {t.shape} needs {wanted}")
+            known.add(t.name + SCALE)
+    extra = [
+        n for n in folder.infos if n not in known and not n.endswith(DERIVED_SUFFIXES) and not n.startswith(left_out)
+    ]
+    if extra:
+        raise UserError(f"{where}: has tensor {extra[0]}{_more(extra)}, which its config.json does not ask for")
+    _check_repeated(folder, listed, where)
+
+
+_ROWS = 4096  # compared at a time
+
+
+def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> None:
+    """A repetition that differs would be lost: ours has one embedding and one head."""
+    own = {t.path: t for t in listed if not t.repeats}
+    for t in listed:
+        if not t.repeats or t.name not in folder.infos:
+            continue
+        original = own[t.path]
+        for first in range(0, t.shape[0], _ROWS):
+            rows = slice(first, first + _ROWS)
+            if not np.array_equal(read(folder, t, rows), read(folder, original, rows)):
+                raise UserError(
+                    f"{where}: tensor {t.name} differs from {original.name}, which it should repeat; models with an "
+                    "embedding or head of their own for MTP are not supported"
+                )
+
+
+def their_arrays(arrays: Tree, listed: list[Tensor], dtypes: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every tensor of the list, in its order; of each leaf one layer is in memory at a time.
+
+    Args:
+      arrays: {"params": ..., "biases": ...} of `Array`s.
+      dtypes: numpy dtype by name.
+    """
+    leaves = flat(arrays["params"], "params") | flat(arrays["biases"], "biases")
+    slabs: dict[Path, tuple[int, np.ndarray]] = {}
+    for t in listed:
+        if not t.at:
+            array = np.asarray(leaves[t.path][...])
+        else:
+            if slabs.get(t.path, (-1,))[0] != t.at[0]:
+                slabs.pop(t.path, None)
+                slabs[t.path] = t.at[0], np.asarray(leaves[t.path][t.at[0]])
+            array = slabs[t.path][1][t.at[1:]]
+        yield t.name, np.ascontiguousarray(to_theirs(array, t).astype(dtypes[t.name]))
+
+
+def flat(tree: Tree, *prefix: str) -> dict[Path, Any]:
+    """Leaves by their path; `prefix` comes first."""
+    out: dict[Path, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, *prefix, key) if isinstance(value, dict) else {(*prefix, key): value}
+    return out
+
+
+def nested(leaves: Mapping[Path, Any]) -> Tree:
+    """The dicts that `flat` took apart."""
+    out: Tree = {}
+    for path, leaf in leaves.items():
+        inner = out
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[path[-1]] = leaf
+    return out
+
+
+def _num_stacked(leaves: Mapping[Path, Any], prefix: Path) -> int:
+    return next((leaf.shape[0] for path, leaf in leaves.items() if path[: len(prefix)] == prefix), 0)
+
+
+def _has_experts(leaves: Mapping[Path, Any], prefix: Path) -> bool:
+    return (*prefix, "ffn", "router", "weight") in leaves
+
+
+def _path_of(listed: list[Tensor], name: str) -> Path:
+    return next(t.path for t in listed if t.name == name)
+
+
+def _more(items: list[str]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

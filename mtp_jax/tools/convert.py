@@ -1,0 +1,179 @@
+"""Hugging Face weights in and out.
+
+    python -m mtp_jax.tools.convert import --hf=DIR --workdir=DIR [--family=NAME] [--check[=TEXTFILE]]
+    python -m mtp_jax.tools.convert export --workdir=DIR --hf=DIR [--family=NAME] [--dtype=bfloat16]
+
+import makes a workdir that eval.py measures, mtp_jax.load opens and a training run starts from:
+    python train.py --config=DIR/config.json --config.init_from=DIR --workdir=OTHER --config.data.source=...
+export writes the newest checkpoint. Both appear complete or not at all, and keep in memory no more than one layer.
+Exit codes: 0 done, 1 failed, 2 unusable arguments or files.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tqdm
+
+from mtp_jax import cli
+from mtp_jax.config import Config, UserError, to_dict
+
+
+def main(argv: list[str]) -> None:
+    flags = cli.parser(__doc__ or "")
+    actions = flags.add_subparsers(dest="action", required=True, parser_class=type(flags))
+    _import_flags(actions.add_parser("import", help="from a Hugging Face folder"))
+    _export_flags(actions.add_parser("export", help="to a Hugging Face folder"))
+    args, overrides = cli.parse(flags, argv)
+    if overrides:
+        raise UserError(f"{overrides[0]}: convert takes the config of the folder or workdir")
+    (import_ if args.action == "import" else export)(args)
+
+
+def _import_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--hf", required=True, help="the Hugging Face folder")
+    flags.add_argument("--workdir", required=True, help="the folder to make")
+    flags.add_argument("--family", help="that the folder must be of; default: as its config.json says")
+    flags.add_argument("--depth", type=int, choices=[0], help="0: leave the MTP layers out")
+    flags.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the checkpoint; default: as the files are")
+    flags.add_argument("--ignore", default="", help="comma-separated fields of config.json that do not matter")
+    flags.add_argument(
+        "--check", nargs="?", const="", metavar="TEXTFILE", help="compare the MTP conventions on a text (default: code)"
+    )
+    flags.add_argument("--debug", action="store_true", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+
+
+def _export_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--workdir", required=True, help="of a run, or of an import")
+    flags.add_argument("--hf", required=True, help="the folder to make")
+    flags.add_argument("--family", help="layout to write; default: the one that holds the model")
+    flags.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as imported, or as trained")
+    flags.add_argument("--depth", type=int, choices=[0], help="0: leave the MTP layers or heads out")
+    flags.add_argument("--debug", action="store_true", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+
+
+def import_(args: argparse.Namespace) -> None:
+    """A Hugging Face folder as a workdir with one checkpoint, step 0, of weights alone."""
+    from mtp_jax.interop import folder
+    from mtp_jax.interop.weights import flat
+    from mtp_jax.training import workdir as workdirs
+    from mtp_jax.training.checkpoint import CheckpointError, write_streamed
+
+    ignore = tuple(name for name in args.ignore.split(",") if name)
+    with folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype) as model:
+        leaves = list(flat(model.arrays).values())
+        num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
+        print(f"{args.hf}: {describe(model.config)}")
+        with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as progress:
+            try:
+                write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, progress)
+            except CheckpointError as error:
+                raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
+            folder.save_sides(model, partial)
+            config = _with_tokenizer(model.config, pathlib.Path(args.hf), pathlib.Path(args.workdir))
+            text = json.dumps(to_dict(config), indent=2) + "\n"
+            (partial / workdirs.CONFIG_FILE).write_text(text)
+    print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
+    if args.check is not None:
+        check(args.workdir, args.check)
+
+
+def _with_tokenizer(config: Config, source: pathlib.Path, workdir: pathlib.Path) -> Config:
+    """data.tokenizer set to the copy in the workdir; without a tokenizer.json, bytes."""
+    if not (source / "tokenizer.json").is_file():
+        return config
+    path = str(workdir.absolute() / "hf" / "tokenizer.json")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
+
+
+def export(args: argparse.Namespace) -> None:
+    """The newest sound checkpoint as a Hugging Face folder."""
+    from mtp_jax.interop import folder
+    from mtp_jax.interop.weights import flat
+    from mtp_jax.training import workdir as workdirs
+    from mtp_jax.training.checkpoint import Checkpoints
+    from mtp_jax.training.transfer import MODEL_PARTS
+
+    workdir = pathlib.Path(args.workdir)
+    config = workdirs.read_config(workdir)
+    with Checkpoints(workdir / workdirs.CHECKPOINTS) as saved:
+        if not saved.steps():
+            raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
+        step, arrays = saved.open_part(MODEL_PARTS)
+        if args.depth == 0 and config.depth:
+            config = _main_alone(config)
+            arrays = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in arrays.items()}
+        sides = workdir / folder.SIDE_FOLDER
+        with _bar(flat(arrays).values(), "export") as progress:
+            layout = folder.write_model(args.hf, config, arrays, sides, args.family, args.dtype, progress)
+    print(f"{args.hf}: step {step} as {layout}, {describe(config)}")
+    for note in notes(config, layout):
+        print(f"note: {note}")
+
+
+def _main_alone(config: Config) -> Config:
+    """The next-token model; a matched parallel model keeps the blocks its trunk has."""
+    model = dataclasses.replace(config.model, num_layers=config.num_main_layers)
+    return dataclasses.replace(config, model=model, mtp=dataclasses.replace(config.mtp, kind="none"))
+
+
+def notes(config: Config, layout: str) -> list[str]:
+    """What somebody who serves the export should know."""
+    from mtp_jax.config import conventions
+
+    out = []
+    if config.depth and layout in ("llama", "qwen2", "qwen3"):
+        out.append(
+            f"{layout} has no MTP layers of its own; they are behind the last layer, where transformers skips them"
+        )
+    if config.depth > 1 and conventions(config.mtp).recycled_hidden == "before_norm":
+        out.append(
+            "serving engines normalise the hidden state between depths, this model was trained without "
+            "(mtp.recycled_hidden=before_norm): depths beyond 1 may draft worse there than eval.py says"
+        )
+    return out
+
+
+def check(workdir: str, text_file: str) -> None:
+    """Print the MTP loss of every combination of conventions, and warn where the configured one is not the lowest."""
+    from mtp_jax.evaluation import conventions
+
+    print(conventions.report(workdir, text_file))
+
+
+def describe(config: Config) -> str:
+    """The model in a few words."""
+    from mtp_jax.model import count_parameters
+
+    counts = count_parameters(config)
+    extra = f" + {counts.mtp_total / 1e6:,.1f} M in {config.depth} MTP layer(s)" if config.depth else ""
+    return f"{counts.total / 1e6:,.1f} M parameters{extra}, {config.model.num_layers} layers"
+
+
+@contextmanager
+def _bar(leaves: Iterable[Any], what: str) -> Iterator[Callable[[int], None]]:
+    """Progress over weights; nothing is shown before the first of them, so that a refusal stays one line."""
+    bar: tqdm.tqdm | None = None
+
+    def update(num_elements: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm.tqdm(
+                total=sum(math.prod(leaf.shape) for leaf in leaves), desc=what, unit=" weights", unit_scale=True
+            )
+        bar.update(num_elements)
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,148 @@
+"""Checkpoints larger than the memory: orbax's own format, written and read a chunk at a time.
+
+orbax calls the handler of a leaf's type. These two handle leaves that are not arrays but know how to be read in parts:
+on saving, chunk after chunk is read and handed to tensorstore; on restoring, the stored array is opened and not read.
+What is written is an ordinary checkpoint, which any other code restores as arrays.
+"""
+
+import asyncio
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from orbax.checkpoint import type_handlers
+
+Tree = Any
+
+CHUNK_BYTES = 64 * 2**20
+_IN_FLIGHT = 2  # chunks read and not yet written
+
+
+class StoredArray:
+    """An array of a checkpoint, read where it is indexed (ints, slices, ...)."""
+
+    def __init__(self, store: ts.TensorStore):
+        self._store = store
+        self.shape: tuple[int, ...] = tuple(store.shape)
+        self.dtype = store.dtype.numpy_dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._store[index].read().result()
+
+
+def save(directory: pathlib.Path, tree: Tree, progress: Callable[[int], None] = lambda num_elements: None) -> None:
+    """Write `tree` into `directory` in orbax's format.
+
+    Args:
+      tree: nested dicts of leaves with `shape`, `dtype` and `[slices] -> array`; numpy arrays too. A leaf may have
+        `cut_order`, the dims in the order they should be cut into chunks (default: from the first on).
+      progress: called with the elements of each chunk written.
+
+    Raises:
+      what tensorstore raises where the disk is full or refuses.
+    """
+    leaves = jax.tree.map(lambda leaf: _Source(leaf), tree, is_leaf=_is_array)
+    writer = _Writer(progress)
+    with ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(_Source, writer))
+    ) as checkpointer:
+        checkpointer.save(epath.Path(directory), args=ocp.args.PyTreeSave(leaves))
+    if writer.error is not None:
+        shutil.rmtree(directory)
+        raise writer.error
+
+
+def open_arrays(directory: pathlib.Path, abstract: Tree) -> Tree:
+    """The stored arrays under the names of `abstract`, as `StoredArray`s.
+
+    Args:
+      directory: a checkpoint in orbax's format.
+      abstract: nested dicts, with any leaves: which of the arrays to open.
+    """
+    arguments = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=StoredArray), abstract),
+        partial_restore=True,
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(StoredArray, _Opener())).restore(
+        epath.Path(directory), args=arguments
+    )
+
+
+def _registry(kind: type, handler: type_handlers.TypeHandler) -> type_handlers.TypeHandlerRegistry:
+    """orbax warns of a registry that cannot handle jax arrays."""
+    return type_handlers.create_type_handler_registry((kind, handler), (jax.Array, type_handlers.ArrayHandler()))
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
+class _Source:
+    """A leaf to be saved, of any kind that can be indexed."""
+
+    def __init__(self, array: Any):
+        self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
+        self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
+        self.nbytes = self.size * self.dtype.itemsize
+        self.chunk = _chunk_shape(self.shape, self.dtype.itemsize, getattr(array, "cut_order", range(self.ndim)))
+
+    def blocks(self):
+        """The slices of every chunk."""
+        for corner in np.ndindex(*(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))):
+            starts = [i * c for i, c in zip(corner, self.chunk, strict=True)]
+            yield tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, self.chunk, self.shape, strict=True))
+
+
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, cut_order: Any) -> list[int]:
+    """The largest block within CHUNK_BYTES that is cut along as few dims as possible."""
+    chunk = [max(n, 1) for n in shape]
+    for dim in cut_order:
+        rest = itemsize * int(np.prod(chunk)) // chunk[dim]
+        if rest * chunk[dim] <= CHUNK_BYTES:
+            break
+        chunk[dim] = max(1, CHUNK_BYTES // rest)
+    return chunk
+
+
+class _Writer(type_handlers.NumpyHandler):
+    """Saves `_Source`s; on disk they are arrays like any other."""
+
+    def __init__(self, progress: Callable[[int], None]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._progress = progress
+        self.error: Exception | None = None  # raised after orbax is done, whose thread would print it with a traceback
+        self._free: asyncio.Semaphore | None = None
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        try:
+            await self._write(value, tspec, ts_context)
+        except Exception as error:
+            self.error = self.error or error
+
+    async def _write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        self._free = self._free or asyncio.Semaphore(_IN_FLIGHT)
+        tspec["metadata"]["chunks"] = value.chunk
+        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        for block in value.blocks():
+            async with self._free:
+                if self.error is not None:
+                    return
+                part = np.asarray(value.array[block])
+                await store[block].write(part, can_reference_source_data_indefinitely=True)
+                self._progress(part.size)
+
+
+class _Opener(type_handlers.NumpyHandler):
+    """Restores leaves as `StoredArray`s."""
+
+    async def deserialize(self, infos, args=None):
+        specs = [ts.Spec(type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)) for info in infos]
+        opening = [ts.open(s, open=True, context=info.ts_context) for s, info in zip(specs, infos, strict=True)]
+        return [StoredArray(store) for store in await asyncio.gather(*opening)]

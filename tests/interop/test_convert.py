@@ -1,0 +1,436 @@
+"""Import and export through the command line: bit-equal round trips, what transformers says, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax import data, language_model
+from mtp_jax.config import MeshConfig, UserError, load_config
+from mtp_jax.evaluation import conventions
+from mtp_jax.interop import folder as hf_folder
+from mtp_jax.interop import fp8
+from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
+from mtp_jax.model import skeleton
+from mtp_jax.tools import convert
+from mtp_jax.training import loop
+from mtp_jax.training.checkpoint import Checkpoints, write_streamed
+from mtp_jax.training.workdir import open_workdir
+from tests.commands import CPU, SMALL, run_here
+from tests.conftest import ROOT
+from tests.interop import hf_models
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TINY = "configs/tiny.py"
+ROUND_TRIPS = [
+    *(
+        ("deepseek_v3", "float32", "new", 1),
+        ("deepseek_v3", "bfloat16", "released", 3),
+        ("moonlight", "bfloat16", "new", 1),
+    ),
+    *(
+        ("deepseek_v2", "float32", "released", 1),
+        ("glm4_moe", "bfloat16", "released", 2),
+        ("mimo", "bfloat16", "new", 1),
+    ),
+    *(("llama3_tied", "float32", "released", 1), ("qwen2_tied", "bfloat16", "new", 1), ("qwen3", "float32", "new", 1)),
+]
+
+
+def tensors_of(path):
+    """name -> (dtype, shape, bytes)."""
+    with TensorFolder(path) as files:
+        return {n: (i.dtype, i.shape, files.read(n).tobytes()) for n, i in files.infos.items()}
+
+
+def convert_here(monkeypatch, *argv):
+    assert run_here(monkeypatch, convert.main, *argv) == 0
+
+
+@pytest.mark.parametrize(("name", "dtype", "style", "shards"), ROUND_TRIPS)
+def test_import_then_export_is_the_same_folder(monkeypatch, tmp_path, name, dtype, style, shards):
+    hf, workdir, back = tmp_path / "hf", tmp_path / "run", tmp_path / "back"
+    hf_models.build(name, hf, dtype=dtype, style=style, shards=shards)
+    (hf / "tokenizer_config.json").write_text("{}")
+    convert_here(monkeypatch, "import", f"--hf={hf}", f"--workdir={workdir}")
+    convert_here(monkeypatch, "export", f"--workdir={workdir}", f"--hf={back}")
+    assert tensors_of(back) == tensors_of(hf)
+    assert json.loads((back / "config.json").read_text()) == json.loads((hf / "config.json").read_text())
+    assert (back / "tokenizer_config.json").read_text() == "{}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "run"]  # no temporary folder is left
+    rows = hf_models.tokens_of(name)
+    np.testing.assert_array_equal(mtp_jax.load(workdir).logits(rows), mtp_jax.load(hf).logits(rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models of our own
+
+
+def trained(workdir, *overrides, seed=0):
+    """A workdir with random weights in every leaf, router biases too, as if trained."""
+    config = loop.with_vocabulary(load_config(TINY, [*SMALL, "--config.mesh.data=1", *overrides]), 261)
+    built, rng = skeleton(config), np.random.default_rng(seed)
+
+    def values(path, leaf):
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return (mean + 0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    open_workdir(workdir, config)
+    state = {"params": built.params, "biases": built.biases}
+    write_streamed(workdir / "checkpoints", 7, jax.tree_util.tree_map_with_path(values, state))
+    return config
+
+
+NATIVE = {
+    "deepseek_v3": (),
+    "deepseek_v3 dense": ("--config.model.num_experts=0", "--config.mtp.depth=1"),
+    "deepseek_v3 shared depths": ("--config.mtp.shared_depths=true", "--config.mtp.depth=3"),
+    "deepseek_v3 other ways": ("--config.mtp.concat_order=hidden_first", "--config.mtp.output_norm=main"),
+    "deepseek_v2": (
+        *("--config.model.router_score=softmax", "--config.model.router_renormalize=false"),
+        *("--config.model.router_group_score=max", "--config.mtp.kind=none"),
+    ),
+    "llama": (
+        *("--config.model.attention=gqa", "--config.model.rope_interleaved=false", "--config.model.num_experts=0"),
+        *("--config.model.num_kv_heads=2", "--config.model.head_dim=8"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_model_of_ours_comes_back_as_it_went_out(monkeypatch, tmp_path, name):
+    overrides = NATIVE[name]
+    if name == "deepseek_v2":
+        overrides = (*overrides, "--config.model.router_bias_rate=0")
+    config = trained(tmp_path / "run", *overrides)
+    if name == "deepseek_v2":  # its layout has no router biases; zero ones are not lost
+        with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+            _, state = saved.open_part(("params", "biases"))
+            state = jax.tree.map(lambda leaf: leaf[...], state)
+        state["biases"] = jax.tree.map(np.zeros_like, state["biases"])
+        write_streamed(tmp_path / "run" / "checkpoints", 8, state)
+    convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
+    convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'again'}")
+    rows = np.random.default_rng(0).integers(0, 261, (2, 12))
+    ours, again = mtp_jax.load(tmp_path / "run"), mtp_jax.load(tmp_path / "again")
+    assert again.config.depth == config.depth
+    np.testing.assert_array_equal(again.logits(rows), ours.logits(rows))
+
+
+def test_router_biases_are_not_dropped_in_silence(monkeypatch, tmp_path, capfd):
+    trained(tmp_path / "run", *NATIVE["deepseek_v2"])
+    assert (
+        run_here(monkeypatch, convert.main, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}") == 2
+    )
+    assert "router.bias: is not zero and the deepseek_v2 layout has no place" in capfd.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("deepseek_v3", 61), ("glm4_moe", 46)])
+def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypatch, tmp_path, kind, layers):
+    """With as many layers as released, for transformers knows the MTP layer by its number."""
+    hf_models.needs_torch()
+    import torch
+    import transformers
+
+    small = ["--config.model.num_experts=8", "--config.model.router_num_groups=4"]  # transformers' groups have two
+    small += [f"--config.model.num_layers={layers}", "--config.mtp.depth=1", "--config.model.expert_dim=8"]
+    if kind == "glm4_moe":
+        small += [
+            "--config.model.attention=gqa",
+            "--config.model.rope_interleaved=false",
+            "--config.mtp.family=glm4_moe",
+        ]
+        small += ["--config.model.num_kv_heads=2", "--config.model.head_dim=8", "--config.model.rotary_fraction=0.5"]
+    trained(tmp_path / "run", *small)
+    convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    rows = np.random.default_rng(0).integers(0, 261, (1, 10))
+    with torch.no_grad():
+        expected = model(torch.tensor(rows), use_cache=False).logits.numpy()
+    ours = mtp_jax.load(tmp_path / "run").logits(rows)
+    np.testing.assert_allclose(ours[:, :, 0], expected[:, : ours.shape[1]], atol=1e-4)
+
+
+def test_training_continues_from_an_imported_model(monkeypatch, tmp_path):
+    """The first step's losses are those that evaluation finds, from a workdir and straight from the folder alike."""
+    trained(tmp_path / "run")
+    convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}", "--dtype=bfloat16")
+    convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'imported'}")
+    lines = {}
+    for source in ("imported", "hf"):
+        base = load_config(str(tmp_path / "imported" / "config.json"), [f"--config.init_from={tmp_path / source}"])
+        tiny = load_config(TINY, SMALL)
+        model = replace(base.model, param_dtype="float32", compute_dtype="float32")
+        training = replace(tiny.training, num_steps=2)
+        mesh = MeshConfig(data=1, fsdp=2, expert=2, context=2)  # read straight into the shards
+        optimizer = replace(tiny.optimizer, learning_rate=0.0)
+        config = replace(base, model=model, training=training, mesh=mesh, optimizer=optimizer, data=tiny.data)
+        run = loop.train(config, str(tmp_path / f"from_{source}"))
+        metrics = (tmp_path / f"from_{source}" / "metrics.jsonl").read_text()
+        lines[source] = [json.loads(line) for line in metrics.splitlines()]
+        assert (tmp_path / f"from_{source}" / "hf" / "mtp_jax.json").is_file()  # travels on to the next export
+    batch = next(iter(run.corpus.batches("train", 0)))
+    lm = mtp_jax.load(tmp_path / "hf", compute_dtype="float32")
+    depth, rows = lm.config.depth, batch["tokens"]
+    expected = expected_losses(lm, rows, batch["segment_ids"], batch["positions"], run.config)
+    for found in lines.values():
+        got = [found[0]["loss_main"], *(found[0][f"loss_mtp_{k}"] for k in range(1, depth + 1))]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def expected_losses(lm, rows, segments, positions, config):
+    """Losses of a batch from `LanguageModel.logits`, document by document: each alone, as the mask makes it."""
+    depth, length = config.depth, config.data.sequence_length
+    sums, count = np.zeros(depth + 1), 0
+    for row, segment in zip(rows, segments, strict=True):
+        for document in np.unique(segment[segment != 0]):
+            at = np.flatnonzero(segment == document)
+            at = at[at <= length + depth]
+            tokens = row[at]
+            for k in range(depth + 1):
+                # Depth k at i reads to i + k and predicts i + 1 + k; rows end at `length`, the lookahead is beyond.
+                keep = [i for i in range(len(tokens) - 1 - k) if at[i] < length]
+                if not keep:
+                    continue
+                padded = np.concatenate([tokens, np.zeros(length + 1 + 2 * depth - len(tokens), int)])
+                logits = lm.logits(padded[None])[0, :, k]
+                logp = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+                logp -= logits.max(-1, keepdims=True)
+                sums[k] -= sum(logp[i, tokens[i + 1 + k]] for i in keep)
+                count += len(keep) if k == 0 else 0
+    return sums / count
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fp8
+
+
+def test_block_wise_fp8_is_dequantised(monkeypatch, tmp_path):
+    """A folder with fp8 weights is the folder with what their plain loop says, rounded to bfloat16."""
+    trained(tmp_path / "run", "--config.model.embed_dim=160", "--config.mtp.depth=1")
+    convert_here(
+        monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'bf16'}", "--dtype=bfloat16"
+    )
+    with TensorFolder(tmp_path / "bf16") as files:
+        arrays = {name: files.read(name) for name in files.infos}
+    specs, out, expected = {}, {}, dict(arrays)
+    rng = np.random.default_rng(0)
+    for name, array in arrays.items():
+        if array.ndim == 2 and "proj" in name and "eh_proj" not in name:
+            scale = rng.uniform(0.5, 2.0, [-(-n // fp8.BLOCK) for n in array.shape]).astype(np.float32)
+            quantised = array.astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+            out[name], out[name + "_scale_inv"] = quantised, scale
+            rows, columns = (np.arange(n) // fp8.BLOCK for n in array.shape)
+            full = scale[rows][:, columns] * quantised.astype(np.float32)
+            expected[name] = full.astype(ml_dtypes.bfloat16)
+        else:
+            out[name] = array
+    kinds = {"float8_e4m3fn": "F8_E4M3", "bfloat16": "BF16", "float32": "F32"}
+    specs = {name: (kinds[array.dtype.name], array.shape) for name, array in out.items()}
+    shutil.copytree(tmp_path / "bf16", tmp_path / "fp8")
+    (tmp_path / "fp8" / "model.safetensors").unlink()
+    write_folder(tmp_path / "fp8", specs, out.items())
+    values = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    values["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(values))
+
+    convert_here(monkeypatch, "import", f"--hf={tmp_path / 'fp8'}", f"--workdir={tmp_path / 'imported'}")
+    convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'imported'}", f"--hf={tmp_path / 'back'}")
+    found = tensors_of(tmp_path / "back")
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name] == (kinds[array.dtype.name], array.shape, array.tobytes()), name
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conventions
+
+
+@pytest.mark.usefixtures("one_device")
+def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypatch, capfd, tmp_path):
+    config = load_config(TINY, [*SMALL, "--config.training.num_steps=60", "--config.mtp.depth=1"])
+    run = loop.train(config, str(tmp_path / "run"))
+    lm = mtp_jax.load(tmp_path / "run")
+    tokens = next(iter(run.corpus.batches("validation")))["tokens"]
+    outcomes = conventions.compare(lm, tokens)
+    assert len(outcomes) == 8 and outcomes[0].ways["concat_order"] == "embedding_first"
+    right, wrong = ([o.mtp_loss for o in outcomes if o.ways["concat_order"] == order] for order in ORDERS)
+    assert max(right) + 0.1 < min(wrong)
+    # Imported under the wrong order, by a config.json that says so, it is noticed.
+    convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
+    reconfigure(tmp_path / "hf", mtp_conventions={"concat_order": "hidden_first"})
+    (tmp_path / "text.py").write_text("def main(argv):\n    return [a for a in argv if a]\n" * 100)
+    capfd.readouterr()
+    tokenizer = data.load_tokenizer("bytes")
+    monkeypatch.setattr(language_model.data, "load_tokenizer", lambda path: tokenizer)
+    argv = ["import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'wrong'}"]
+    convert_here(monkeypatch, *argv, f"--check={tmp_path / 'text.py'}")
+    printed = capfd.readouterr().out
+    assert "<- configured" in printed and "warning: the configured conventions have an MTP loss of" in printed
+    assert re.search(r"with .*mtp.concat_order=embedding_first", printed)
+
+
+ORDERS = ("embedding_first", "hidden_first")
+
+
+def test_check_is_content_where_the_configured_conventions_are_best():
+    ways = [{"concat_order": order, "trunk_hidden": "after_norm"} for order in ORDERS]
+    best, other = conventions.Outcome(ways[0], (2.0, 2.5)), conventions.Outcome(ways[1], (2.0, 8.0))
+    assert "the configured conventions have the lowest MTP loss (main model 2.000)" in conventions.table([best, other])
+    assert "2.500 with mtp.concat_order=embedding_first" in conventions.table([other, best])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A sound folder, exported once."""
+    folder = tmp_path_factory.mktemp("exported")
+    trained(folder / "run")
+    sys.argv = ["convert"]
+    convert.main(["export", f"--workdir={folder / 'run'}", f"--hf={folder / 'hf'}"])
+    return folder / "hf"
+
+
+def rewrite(path, change):
+    """The folder's tensors after change(dict name -> array)."""
+    with TensorFolder(path) as files:
+        arrays = {name: files.read(name) for name in files.infos}
+    change(arrays)
+    (path / "model.safetensors").unlink()
+    write_folder(path, {n: ("F32", a.shape) for n, a in arrays.items()}, arrays.items())
+
+
+def without(name):
+    return lambda path: rewrite(path, lambda tensors: tensors.pop(name))
+
+
+def reconfigure(path, **values):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def truncate(path):
+    file = path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+
+
+def index(path):
+    names = dict.fromkeys(tensors_of(path), "model-00001-of-00002.safetensors")
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    names["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+HEAD = "model.layers.3.shared_head.head.weight"
+BROKEN = {
+    "missing tensor": (without("model.layers.1.mlp.gate.weight"), ["model.layers.1.mlp.gate.weight"]),
+    "missing MTP tensor": (without("model.layers.4.enorm.weight"), ["model.layers.4.enorm", "--depth=0"]),
+    "extra tensor": (lambda p: rewrite(p, lambda t: t.update(more=t[HEAD])), ["tensor more", "does not ask for"]),
+    "wrong shape": (lambda p: reconfigure(p, vocab_size=300), ["(264, 32)", "(300, 32)"]),
+    "a head of its own": (lambda p: rewrite(p, lambda t: t.update({HEAD: t[HEAD] + 1})), [HEAD, "lm_head.weight"]),
+    "truncated": (truncate, ["model.safetensors", "bytes"]),
+    "missing shard": (index, ["model-00002-of-00002.safetensors"]),
+    "unknown family": (lambda p: reconfigure(p, model_type="gpt_oss"), ["gpt_oss", "deepseek_v3"]),
+    "unsupported value": (lambda p: reconfigure(p, hidden_act="gelu"), ["hidden_act", "gelu"]),
+    "unknown field": (lambda p: reconfigure(p, attention_sinks=4), ["attention_sinks", "ignore"]),
+    "no config": (lambda p: (p / "config.json").unlink(), ["config.json"]),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), ["safetensors"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
+    change, parts = BROKEN[name]
+    shutil.copytree(exported, tmp_path / "hf")
+    change(tmp_path / "hf")
+    assert (
+        run_here(monkeypatch, convert.main, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'run'}") == 2
+    )
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line, line
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+REFUSED = {
+    "no action": ([], ["action"]),
+    "unknown action": (["convert"], ["convert"]),
+    "no folder": (["import", "--hf=nowhere", "--workdir={tmp}/run"], ["nowhere"]),
+    "another family": (["import", "--hf={hf}", "--workdir={tmp}/run", "--family=mimo"], ["=mimo", "deepseek_v3"]),
+    "an unknown family": (["import", "--hf={hf}", "--workdir={tmp}/run", "--family=gpt"], ["--family=gpt", "glm4_moe"]),
+    "a workdir that exists": (["import", "--hf={hf}", "--workdir={hf}"], ["exists already"]),
+    "a workdir under a file": (["import", "--hf={hf}", "--workdir={hf}/config.json/run"], ["cannot be written"]),
+    "no run": (["export", "--workdir={tmp}/run", "--hf={tmp}/hf"], ["no such folder"]),
+    "overrides": (["import", "--hf={hf}", "--workdir={tmp}/run", "--config.seed=1"], ["--config.seed=1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unusable_arguments_are_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
+    argv, parts = REFUSED[name]
+    argv = [a.format(tmp=tmp_path, hf=exported) for a in argv]
+    assert run_here(monkeypatch, convert.main, *argv) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    for part in parts:
+        assert part in line, line
+    assert not list(tmp_path.iterdir())
+
+
+def test_parallel_heads_have_no_layout_but_their_main_model_has(monkeypatch, capfd, tmp_path):
+    trained(tmp_path / "run", "--config.mtp.kind=parallel", "--config.mtp.depth=1")
+    argv = ["export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}"]
+    assert run_here(monkeypatch, convert.main, *argv) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "parallel" in line and "depth" in line and not (tmp_path / "hf").exists()
+    convert_here(monkeypatch, *argv, "--depth=0")
+    rows = np.random.default_rng(0).integers(0, 261, (2, 12))
+    ours, alone = mtp_jax.load(tmp_path / "run"), mtp_jax.load(tmp_path / "hf")
+    np.testing.assert_allclose(alone.logits(rows)[:, :11, 0], ours.logits(rows)[:, :, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("action", ["import", "export"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, exported, action):
+    """Files may not grow beyond 20 kB: what the system says then takes the way of a disk that is full."""
+    trained(tmp_path / "run")
+    argv = {
+        "import": ["import", f"--hf={exported}", f"--workdir={tmp_path / 'out'}"],
+        "export": ["export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'out'}"],
+    }[action]
+    limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    limit += "runpy.run_module('mtp_jax.tools.convert', run_name='__main__')"
+    command = [sys.executable, "-B", "-c", limit, *argv]  # -B: bytecode written under the limit would be cut short
+    done = subprocess.run(command, cwd=ROOT, env=CPU, capture_output=True, text=True, timeout=300, check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode in (1, 2) and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"out.*(cannot|too large)", errors[0]), errors
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_too_little_space_is_said_before_anything_is_written(monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(hf_folder.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with (
+        pytest.raises(UserError, match=r"out: needs 5\.0 GiB and the disk has 0\.0"),
+        hf_folder.fresh_folder(tmp_path / "out", 5 << 30),
+    ):
+        pytest.fail("the block must not run")
+    assert not list(tmp_path.iterdir())

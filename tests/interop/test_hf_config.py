@@ -1,0 +1,623 @@
+"""config.json <-> Config: what released files say, what is refused, and that nothing changes on the way back."""
+
+import copy
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+
+import pytest
+
+from mtp_jax.config import Config, ModelConfig, MTPConfig, UserError, load_config, validate
+from mtp_jax.interop import hf_config
+from mtp_jax.interop.hf_config import MODEL_TYPES, from_config, layout_of, read_config, to_config
+from mtp_jax.interop.hf_fields import IGNORED, WINDOW_KEYS
+from mtp_jax.layers import rope
+
+V3 = json.loads("""{
+  "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1,
+  "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02,
+  "intermediate_size": 18432, "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+  "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+  "norm_topk_prob": true, "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+  "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64,
+  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128]},
+  "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0,
+    "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+  "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": false,
+  "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
+  "use_cache": true, "v_head_dim": 128, "vocab_size": 129280}""")
+
+V2_LITE = json.loads("""{
+  "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "aux_loss_alpha": 0.001, "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1,
+  "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 10944,
+  "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1408,
+  "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false,
+  "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+  "pretraining_tp": 1, "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+  "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 4096, "type": "yarn"},
+  "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true,
+  "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16",
+  "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128, "vocab_size": 102400}""")
+
+V2 = V2_LITE | {
+    **{"hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "n_group": 8, "topk_group": 3},
+    **{"n_routed_experts": 160, "num_attention_heads": 128, "num_key_value_heads": 128, "num_hidden_layers": 60},
+    **{"q_lora_rank": 1536, "routed_scaling_factor": 16.0, "topk_method": "group_limited_greedy"},
+}
+
+MOONLIGHT = json.loads("""{
+  "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+  "aux_loss_alpha": 0.001, "bos_token_id": 163584, "eos_token_id": 163585, "ep_size": 1, "first_k_dense_replace": 1,
+  "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 11264,
+  "kv_lora_rank": 512, "max_position_embeddings": 8192, "model_type": "deepseek_v3", "moe_intermediate_size": 1408,
+  "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": true,
+  "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+  "num_nextn_predict_layers": 0, "pretraining_tp": 1, "q_lora_rank": null, "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 50000.0,
+  "routed_scaling_factor": 2.446, "scoring_func": "sigmoid", "seq_aux": true, "tie_word_embeddings": false,
+  "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": true, "v_head_dim": 128,
+  "vocab_size": 163840}""")
+
+GLM_AIR = json.loads("""{
+  "architectures": ["Glm4MoeForCausalLM"], "attention_bias": true, "attention_dropout": 0.0,
+  "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu",
+  "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 10944, "max_position_embeddings": 131072,
+  "model_type": "glm4_moe", "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 128,
+  "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 96, "num_experts_per_tok": 8,
+  "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "pad_token_id": 151329,
+  "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 1000000,
+  "routed_scaling_factor": 1.0, "tie_word_embeddings": false, "topk_group": 1, "torch_dtype": "bfloat16",
+  "transformers_version": "4.54.0", "use_cache": true, "use_qk_norm": false, "vocab_size": 151552}""")
+
+MIMO = json.loads("""{
+  "architectures": ["MiMoForCausalLM"], "attention_bias": true, "attention_dropout": 0.0,
+  "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}, "bos_token_id": 151643, "eos_token_id": 151645,
+  "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+  "max_position_embeddings": 32768, "max_window_layers": 36, "model_type": "mimo", "num_attention_heads": 32,
+  "num_hidden_layers": 36, "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-05,
+  "rope_scaling": null, "rope_theta": 640000, "sliding_window": null, "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16", "use_cache": true, "use_mrope": false, "use_sliding_window": false,
+  "vocab_size": 151680}""")
+
+LLAMA = json.loads("""{
+  "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 128000,
+  "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+  "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false, "model_type": "llama",
+  "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+  "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+  "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0",
+  "use_cache": true, "vocab_size": 128256}""")
+
+QWEN2 = json.loads("""{
+  "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+  "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
+  "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+  "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+  "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+  "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}""")
+
+QWEN3 = json.loads("""{
+  "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+  "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
+  "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+  "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+  "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+  "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
+  "vocab_size": 151936}""")
+
+CODER = json.loads("""{
+  "architectures": ["LlamaForCausalLM"], "bos_token_id": 32013, "eos_token_id": 32014, "hidden_act": "silu",
+  "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 16384,
+  "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+  "pretraining_tp": 1, "rms_norm_eps": 1e-06, "rope_scaling": {"factor": 4.0, "type": "linear"},
+  "rope_theta": 100000, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
+  "use_cache": true, "vocab_size": 32256}""")
+
+FILES = {
+    **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "glm_air": GLM_AIR, "mimo": MIMO},
+    **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "coder": CODER},
+}
+
+# Written by hand from the models' papers and cards.
+LATENT = {"attention": "mla", "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+YARN = {"yarn_factor": 40.0, "yarn_original_length": 4096, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+EXPECTED = {
+    "v3": LATENT
+    | YARN
+    | {
+        "num_layers": 61,
+        "embed_dim": 7168,
+        "num_heads": 128,
+        "q_lora_rank": 1536,
+        "ffn_dim": 18_432,
+        "expert_dim": 2048,
+    }
+    | {"num_experts": 256, "num_experts_per_token": 8, "num_shared_experts": 1, "num_dense_layers": 3}
+    | {"router_num_groups": 8, "router_groups_per_token": 4, "routed_scaling_factor": 2.5, "router_score": "sigmoid"}
+    | {"router_group_score": "top2_sum", "router_renormalize": True, "rope_interleaved": True, "vocab_size": 129_280}
+    | {"yarn_mscale": 1.0, "yarn_mscale_all_dim": 1.0, "norm_eps": 1e-6, "latent_norm_eps": 1e-6},
+    "v2_lite": LATENT
+    | YARN
+    | {"q_lora_rank": 0, "router_score": "softmax", "router_renormalize": False, "num_shared_experts": 2}
+    | {"yarn_mscale": 0.707, "yarn_mscale_all_dim": 0.707, "num_experts_per_token": 6, "router_num_groups": 1},
+    "v2": {"router_group_score": "max", "router_num_groups": 8, "router_groups_per_token": 3, "q_lora_rank": 1536}
+    | {"routed_scaling_factor": 16.0, "num_experts": 160},
+    "moonlight": LATENT
+    | {"q_lora_rank": 0, "norm_eps": 1e-5, "latent_norm_eps": 1e-6, "rope_theta": 50_000.0, "yarn_factor": 1.0}
+    | {"routed_scaling_factor": 2.446, "num_layers": 27, "router_score": "sigmoid"},
+    "glm_air": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "rotary_fraction": 0.5, "head_dim": 128}
+    | {"rope_interleaved": False, "rope_theta": 1e6, "num_kv_heads": 8, "num_experts": 128, "router_score": "sigmoid"}
+    | {"norm_eps": 1e-5, "num_dense_layers": 1, "expert_dim": 1408, "ffn_dim": 10_944},
+    "mimo": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "num_experts": 0, "rope_theta": 640_000.0}
+    | {"num_layers": 36, "norm_eps": 1e-5, "rope_interleaved": False, "vocab_size": 151_680},
+    "llama": {"attention": "gqa", "llama3_factor": 32.0, "llama3_original_length": 8192, "tie_embeddings": True}
+    | {"llama3_low_frequency": 1.0, "llama3_high_frequency": 4.0, "rope_theta": 500_000.0, "head_dim": 64}
+    | {"qkv_bias": False, "qk_norm": False, "rope_interleaved": False, "rotary_fraction": 1.0, "num_kv_heads": 8},
+    "qwen2": {"qkv_bias": True, "head_dim": 64, "num_kv_heads": 2, "tie_embeddings": True, "num_experts": 0},
+    "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "embed_dim": 1024, "num_heads": 16},
+    "coder": {"rope_linear_factor": 4.0, "rope_theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
+}
+DEPTHS = {"v3": 1, "glm_air": 1, "mimo": 1}
+FAMILIES = {"glm_air": "glm4_moe", "mimo": "mimo"}
+
+
+def transformers():
+    """Skips the test where transformers is missing, and fails it where CI promises it."""
+    if os.environ.get("CI") == "true":
+        return importlib.import_module("transformers")
+    return pytest.importorskip("transformers")
+
+
+def through_transformers(hf):
+    """What transformers' class makes of a config.json, in its newer style."""
+    model_type = hf["model_type"]
+    # MiMo's own class is remote code, and Qwen2's with one more key.
+    name = "qwen2" if model_type == "mimo" else model_type
+    values = copy.deepcopy(without(hf, "model_type"))  # it completes the rope's dict in place
+    return transformers().AutoConfig.for_model(name, **values).to_dict() | {"model_type": model_type}
+
+
+def read(hf, **kwargs):
+    return to_config(hf, "config.json", **kwargs)
+
+
+def model_with(hf, **fields):
+    config = read(hf)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def mtp_with(hf, **fields):
+    config = read(hf)
+    return dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, **fields))
+
+
+def without(hf, *keys):
+    return {key: value for key, value in hf.items() if key not in keys}
+
+
+def refusal(call, *args, **kwargs):
+    """The message, one line."""
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- released files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_released_file_gives_the_model_of_its_paper(name):
+    config = read(FILES[name])
+    got = dataclasses.asdict(config.model)
+    assert {key: got[key] for key in EXPECTED[name]} == EXPECTED[name]
+    assert (config.depth, config.mtp.family) == (DEPTHS.get(name, 0), FAMILIES.get(name, "deepseek_v3"))
+    assert dataclasses.replace(config, model=ModelConfig(), mtp=MTPConfig()) == Config()
+    assert got["param_dtype"] == got["compute_dtype"] == "float32"
+    validate(config, 1)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_released_file_comes_back_key_for_key(name):
+    hf = FILES[name]
+    assert from_config(read(hf), hf["model_type"], base=hf) == without(hf, "quantization_config")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_without_a_base_is_loaded_by_transformers_as_the_same_model(name):
+    config = read(FILES[name])
+    hf = from_config(config, FILES[name]["model_type"])
+    assert read(json.loads(json.dumps(hf))) == config
+    newer = through_transformers(hf)
+    assert "rope_parameters" in newer and "rope_scaling" not in newer
+    assert read(newer) == config
+    assert from_config(config, hf["model_type"], base=newer) == newer
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_without_a_base_says_what_the_released_one_says(name):
+    released, hf = FILES[name], from_config(read(FILES[name]), FILES[name]["model_type"])
+    own = {"rope_scaling", "bos_token_id", "eos_token_id", "max_position_embeddings"}
+    same = (hf.keys() & released.keys()) - own
+    assert {key: hf[key] for key in same} == {key: released[key] for key in same}
+    assert released.keys() - hf.keys() <= IGNORED | {*WINDOW_KEYS, "quantization_config", "use_mrope"}
+    scaling = released.get("rope_scaling")
+    assert hf["rope_scaling"] == (
+        scaling and {"rope_type": scaling.get("type"), "type": scaling.get("rope_type")} | scaling
+    )
+    if name in ("v3", "v2_lite"):
+        assert hf["max_position_embeddings"] == released["max_position_embeddings"]
+
+
+def test_the_heads_of_qwen3_do_not_follow_from_its_width():
+    hf = {"model_type": "qwen3", "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": None}
+    assert read(hf).model.head_dim == 128
+    assert read(hf | {"model_type": "qwen2"}).model.head_dim == 64
+    assert read(hf).model.num_kv_heads == 16
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_layout_of_an_imported_model_is_that_of_its_file(name):
+    assert layout_of(read(FILES[name])) == FILES[name]["model_type"]
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_absent_keys_are_what_transformers_takes_for_them(name):
+    unusable = {
+        "deepseek_v2": {"num_experts_per_tok": 6},
+        "glm4_moe": {"head_dim": 128},
+    }  # their own defaults do not run
+    needed = {"model_type": name} | unusable.get(name, {})
+    filled = through_transformers(needed) | {"num_nextn_predict_layers": 0}
+    assert read(needed) == read(filled)
+
+
+# --- rope -------------------------------------------------------------------------------------------------------------
+
+ROPES = {
+    "none": (QWEN2, None),
+    "linear": (LLAMA, {"type": "linear", "factor": 4.0}),
+    "llama3": (LLAMA, LLAMA["rope_scaling"]),
+    "yarn of mla": (V3, V3["rope_scaling"]),
+    "yarn of two mscales": (V3, V3["rope_scaling"] | {"mscale": 0.8}),
+    "yarn without mscale": (V3, {"type": "yarn", "factor": 8, "original_max_position_embeddings": 1024}),
+    "yarn of gqa": (QWEN3, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+    "yarn of half a head": (GLM_AIR, {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "mscale": 0.5}),
+    "yarn by lengths": (QWEN3, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 20480}),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_the_rotation_is_transformers_own(name):
+    base, scaling = ROPES[name]
+    hf = base | {"rope_scaling": scaling}
+    if name == "yarn of half a head":
+        assert read(hf).model.yarn_original_length == hf["max_position_embeddings"]  # absent: as transformers
+    values = copy.deepcopy(without(hf, "model_type", "quantization_config"))
+    theirs = transformers().AutoConfig.for_model(hf["model_type"], **values)
+    functions = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    modeling = importlib.import_module(f"transformers.models.{hf['model_type']}.modeling_{hf['model_type']}")
+    kind = theirs.rope_parameters["rope_type"]
+    plain = importlib.import_module("transformers.models.qwen2.modeling_qwen2").Qwen2RotaryEmbedding
+    frequency, scale = ({"default": plain.compute_default_rope_parameters} | functions)[kind](theirs)
+    model = read(hf).model
+    dim = model.qk_rope_head_dim if model.attention == "mla" else round(model.head_dim * model.rotary_fraction)
+    assert rope.inverse_frequencies(dim, model) == pytest.approx(frequency.double().numpy(), rel=1e-5)
+    assert rope.rotation_scale(model) == pytest.approx(scale)
+    if model.attention == "mla":
+        softmax = modeling.yarn_apply_mscale(theirs.rope_parameters, 192**-0.5)
+        assert rope.mla_softmax_scale(model) == pytest.approx(softmax)
+
+
+def test_a_stretching_by_one_is_none():
+    plain = read(LLAMA | {"rope_scaling": None})
+    one = LLAMA["rope_scaling"] | {"factor": 1.0, "original_max_position_embeddings": 512}
+    for scaling in ({"type": "linear", "factor": 1}, one):
+        assert read(LLAMA | {"rope_scaling": scaling}) == plain
+
+
+def test_the_rope_of_the_base_keeps_its_style():
+    grown = model_with(LLAMA, rope_theta=1e6)
+    assert from_config(grown, "llama", base=LLAMA) == LLAMA | {"rope_theta": 1e6}
+    newer = without(LLAMA, "rope_theta", "rope_scaling")
+    newer["rope_parameters"] = LLAMA["rope_scaling"] | {"rope_theta": 500_000.0}
+    assert read(newer) == read(LLAMA)
+    assert from_config(read(newer), "llama", base=newer) == newer
+    parameters = newer["rope_parameters"] | {"rope_theta": 1e6}
+    assert from_config(grown, "llama", base=newer) == newer | {"rope_parameters": parameters}
+    inside = without(LLAMA, "rope_theta") | {"rope_scaling": newer["rope_parameters"]}
+    assert from_config(grown, "llama", base=inside) == inside | {"rope_scaling": parameters}
+    apart = without(CODER, "rope_scaling") | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}
+    assert read(apart) == read(CODER)
+    longer = from_config(model_with(CODER, rope_linear_factor=8.0), "llama", base=apart)
+    assert longer["rope_parameters"] == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}
+    assert longer.keys() == apart.keys()
+    shorter = model_with(LLAMA, llama3_factor=1.0)
+    assert from_config(shorter, "llama", base=LLAMA)["rope_scaling"] is None
+
+
+# --- what changed after the import ------------------------------------------------------------------------------------
+
+
+def test_only_what_changed_differs_from_the_base():
+    base = without(V3, "quantization_config") | {"head_dim": 64, "qk_head_dim": 192, "custom": 7}
+    config = to_config(base, "config.json", ignore=("custom",))
+    grown = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=129_536, num_heads=64))
+    assert from_config(grown, "deepseek_v3", base=base) == base | {
+        **{"vocab_size": 129_536, "num_attention_heads": 64, "num_key_value_heads": 64}
+    }
+    bare = to_config(base, "config.json", ignore=("custom",), depth=0)
+    assert from_config(bare, "deepseek_v3", base=base) == base | {"num_nextn_predict_layers": 0}
+
+
+def test_a_list_with_one_entry_a_layer_follows_the_number_of_layers():
+    base = QWEN2 | {"layer_types": ["full_attention"] * 24}
+    assert from_config(read(base), "qwen2", base=base) == base
+    fewer = from_config(model_with(base, num_layers=2), "qwen2", base=base)
+    assert (fewer["num_hidden_layers"], fewer["layer_types"]) == (2, ["full_attention"] * 2)
+
+
+def test_newer_names_are_read_and_kept():
+    base = without(V3, "num_nextn_predict_layers", "n_routed_experts", "quantization_config")
+    base |= {"num_mtp_layers": 1, "num_local_experts": 256}
+    config = read(base)
+    assert config == read(V3)
+    assert from_config(config, "deepseek_v3", base=base) == base
+    deeper = dataclasses.replace(config, mtp=dataclasses.replace(config.mtp, depth=3))
+    assert from_config(deeper, "deepseek_v3", base=base) == base | {"num_mtp_layers": 3}
+    v2 = without(V2, "n_routed_experts") | {"num_experts": 160}
+    assert read(v2) == read(V2)
+
+
+def test_a_model_without_experts_is_a_deepseek_file_of_dense_layers():
+    for depth in (0, 2):
+        config = mtp_with(V3, depth=2) if depth else read(V3, depth=0)
+        model = read(V3 | {"first_k_dense_replace": 61}).model
+        assert (model.num_experts, model.num_dense_layers) == (0, ModelConfig().num_dense_layers)
+        config = dataclasses.replace(config, model=model)
+        hf = from_config(config, layout_of(config))
+        # engines call layer N dense only where first_k_dense_replace counts past it
+        assert (hf["first_k_dense_replace"], hf["num_nextn_predict_layers"]) == (61 + depth, depth)
+        assert read(hf) == read(through_transformers(hf)) == config
+        assert from_config(config, "deepseek_v3", base=hf) == hf
+    assert read(V3 | {"n_routed_experts": None}).model.num_experts == 0
+
+
+def test_transformers_builds_dense_layers_from_a_model_without_experts():
+    config = Config(model=ModelConfig(vocab_size=64, num_layers=2, embed_dim=16, ffn_dim=24))
+    hf = without(from_config(config, "deepseek_v3"), "model_type")
+    module = transformers()
+    with importlib.import_module("torch").device("meta"):
+        model = module.DeepseekV3ForCausalLM(module.DeepseekV3Config(**hf))
+    assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["DeepseekV3MLP"] * 2
+
+
+# --- MTP --------------------------------------------------------------------------------------------------------------
+
+
+def test_depth_zero_leaves_the_mtp_layers_out():
+    assert read(V3, depth=0).mtp == MTPConfig(kind="none", family="deepseek_v3")
+    assert read(MIMO, depth=0).mtp == MTPConfig(kind="none", family="mimo")
+    assert read(V3 | {"num_nextn_predict_layers": 3}, depth=2).depth == 2
+    assert "depth=2: config.json has 1 MTP layers" in refusal(read, V3, depth=2)
+
+
+def test_wiring_that_is_not_the_familys_is_written_and_read_back():
+    config = mtp_with(V3, depth=3, shared_depths=True, family="glm5", concat_order="hidden_first")
+    hf = from_config(config, layout_of(config))
+    assert hf["num_nextn_predict_layers"] == 1
+    assert hf["mtp_conventions"] == {
+        **{"concat_order": "hidden_first", "recycled_hidden": "after_norm", "shared_depths": True, "depth": 3}
+    }
+    back = read(hf).mtp
+    assert back == MTPConfig(
+        kind="sequential", depth=3, shared_depths=True, concat_order="hidden_first", recycled_hidden="after_norm"
+    )
+    assert from_config(read(hf), "deepseek_v3", base=hf) == hf
+    assert "mtp_conventions" not in from_config(read(hf, depth=0), "deepseek_v3", base=hf)
+
+
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, QWEN3, V2_LITE])
+def test_families_without_mtp_of_their_own_name_the_depth_only_where_there_is_one(base):
+    layout = base["model_type"]
+    assert "num_nextn_predict_layers" not in from_config(read(base), layout)
+    deeper = mtp_with(base, kind="sequential", depth=2)
+    assert from_config(deeper, layout, base=base) == base | {"num_nextn_predict_layers": 2}
+    assert read(from_config(deeper, layout)) == deeper
+
+
+TRAINING = (
+    *("param_dtype", "compute_dtype", "remat", "init_std", "router_bias_rate", "router_bias_until"),
+    *("balance_loss_weight", "moe_dispatch"),
+)
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("deepseek_v3_671b", "deepseek_v3"),
+        ("deepseek_v2_lite_16b", "deepseek_v2"),
+        *((name, "deepseek_v3") for name in ("dense_1b", "moe_4b", "tiny", "quickstart")),
+    ],
+)
+def test_the_configs_of_this_repository_have_a_layout(name, layout):
+    config = load_config(str(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"))
+    assert layout_of(config) == layout
+    untrained = {key: getattr(ModelConfig(), key) for key in TRAINING}
+    model = dataclasses.replace(config.model, vocab_size=1024)
+    back = read(through_transformers(from_config(dataclasses.replace(config, model=model), layout)))
+    assert back.model == dataclasses.replace(model, **untrained)
+    assert (back.mtp.kind, back.depth) == (config.mtp.kind, config.depth)
+
+
+def test_mimo_without_its_modules_is_qwen2():
+    assert layout_of(read(MIMO, depth=0)) == "qwen2"
+    assert layout_of(mtp_with(QWEN2, kind="sequential", family="mimo")) == "mimo"
+
+
+def test_training_and_unused_keys_do_not_matter():
+    config = model_with(QWEN3, router_score="softmax", q_lora_rank=7, remat="full", init_std=0.5, latent_norm_eps=1.0)
+    assert layout_of(config) == "qwen3"
+    assert from_config(config, "qwen3", base=QWEN3) == QWEN3
+    assert layout_of(model_with(V3, router_group_score="max", router_groups_per_token=8)) == "deepseek_v3"
+
+
+NOT_HELD = {
+    "model.qk_norm=True": model_with(QWEN2, qk_norm=True),
+    "model.rope_interleaved=True": model_with(QWEN3, rope_interleaved=True),
+    "model.rotary_fraction=0.5": model_with(LLAMA, rotary_fraction=0.5),
+    "model.router_renormalize=True": model_with(V2_LITE, router_renormalize=True),
+    "model.router_score='softmax'": model_with(GLM_AIR, router_score="softmax"),
+    "model.router_group_score='top2_sum'": model_with(V2, router_group_score="top2_sum"),
+    "model.latent_norm_eps=1e-05": model_with(V3, latent_norm_eps=1e-5),
+    "model.num_heads=12": model_with(LLAMA, num_heads=12, num_kv_heads=4),
+    "mtp.kind='parallel'": mtp_with(LLAMA, kind="parallel", depth=2),
+}
+
+
+@pytest.mark.parametrize("named", NOT_HELD)
+def test_what_no_layout_says_is_refused_by_our_key(named):
+    assert refusal(layout_of, NOT_HELD[named]).startswith(named)
+
+
+def test_from_config_refuses_what_its_layout_cannot_hold():
+    wide = model_with(V3, attention="gqa", rope_interleaved=False)
+    assert "model.num_experts=256: the llama layout" in refusal(from_config, wide, "llama")
+    assert "mtp.kind='parallel'" in refusal(from_config, NOT_HELD["mtp.kind='parallel'"], "llama")
+    assert "model.vocab_size=None" in refusal(from_config, model_with(V3, vocab_size=None), "deepseek_v3")
+    assert "model_type='llama'" in refusal(from_config, read(QWEN3), "qwen3", base=LLAMA)
+    assert "'gpt2'" in refusal(from_config, read(QWEN3), "gpt2")
+
+
+def test_what_would_be_read_back_as_another_model_is_not_written():
+    assert "mscale_all_dim'=1.0" in refusal(from_config, model_with(V3, yarn_mscale=0.0), "deepseek_v3")
+    lost = refusal(from_config, model_with(V3, yarn_beta_fast=0.0), "deepseek_v3", base=V3)
+    assert "'rope_scaling'={" in lost and "would be read back as" in lost
+
+
+def test_the_base_is_not_shared_with_the_result():
+    base = copy.deepcopy(LLAMA)
+    from_config(read(base), "llama", base=base)["rope_scaling"]["factor"] = 2.0
+    assert base == LLAMA
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+YARN_FILE = V3["rope_scaling"]
+REFUSED = [
+    (V3 | {"foo": 3}, "field 'foo'=3 is not one that mtp_jax knows for deepseek_v3", "pass ignore=foo"),
+    (
+        V3 | {"model_type": "gpt2"},
+        "'model_type'='gpt2'",
+        ", ".join(MODEL_TYPES),
+    ),
+    (V3 | {"model_type": "qwen3_next"}, "'qwen3_next'", "gated attention and linear attention"),
+    (V3 | {"model_type": "mimo_v2_flash"}, "'mimo_v2_flash'", "sliding-window attention with attention sinks"),
+    (V3 | {"model_type": ["llama"]}, "'model_type'=['llama']", "llama"),
+    (V3 | {"hidden_act": "gelu"}, "'hidden_act'='gelu'", "'silu'"),
+    (V3 | {"attention_bias": True}, "'attention_bias'=True", "False"),
+    (V3 | {"moe_layer_freq": 2}, "'moe_layer_freq'=2", "1"),
+    (V3 | {"scoring_func": "softmax"}, "'scoring_func'='softmax'", "'sigmoid'"),
+    (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
+    (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
+    (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
+    (without(V2, "num_experts_per_tok"), "'num_experts_per_tok' is missing", "add it"),
+    (V3 | {"num_key_value_heads": 8}, "'num_key_value_heads'=8", "128"),
+    (V3 | {"head_dim": 192}, "'head_dim'=192", "64"),
+    (LLAMA | {"mlp_bias": True}, "'mlp_bias'=True", "False"),
+    (LLAMA | {"sliding_window": 4096}, "'sliding_window'=4096", "ignore=sliding_window"),
+    (QWEN2 | {"use_sliding_window": True}, "'use_sliding_window'=True", "False"),
+    (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'layer_types'=['sliding_attention'", "full_attention"),
+    (LLAMA | {"hidden_size": "2048"}, "'hidden_size'='2048'", "an integer"),
+    (LLAMA | {"hidden_size": True}, "'hidden_size'=True", "an integer"),
+    (LLAMA | {"rms_norm_eps": "1e-5"}, "'rms_norm_eps'='1e-5'", "a finite number"),
+    (LLAMA | {"rms_norm_eps": float("nan")}, "'rms_norm_eps'=nan", "a finite number"),
+    (LLAMA | {"tie_word_embeddings": 1}, "'tie_word_embeddings'=1", "true or false"),
+    (LLAMA | {"vocab_size": None}, "'vocab_size'=None", "an integer"),
+    (LLAMA | {"num_key_value_heads": 7}, "model.num_kv_heads=7", "does not divide"),
+    (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor'=0.5", "1.0"),
+    (LLAMA | {"rope_scaling": "linear"}, "'rope_scaling'='linear'", "an object"),
+    (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'rope_scaling.rope_type'='dynamic'", "llama3"),
+    (LLAMA | {"rope_scaling": {"type": "linear"}}, "'rope_scaling.factor' is missing", "add it"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "'rope_scaling.factor'=0.5", "at least 1"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "'rope_scaling.factor'='4'", "a finite number"),
+    (V3 | {"rope_scaling": YARN_FILE | {"bar": 1}}, "'rope_scaling.bar'=1", "pass ignore=rope_scaling.bar"),
+    (V3 | {"rope_scaling": YARN_FILE | {"attention_factor": 1.2}}, "'rope_scaling.attention_factor'=1.2", "None"),
+    (V3 | {"rope_scaling": YARN_FILE | {"truncate": False}}, "'rope_scaling.truncate'=False", "True"),
+    (V3 | {"rope_scaling": without(YARN_FILE, "mscale")}, "'rope_scaling.mscale_all_dim'=1.0", "both"),
+    (V3 | {"quantization_config": {"quant_method": "awq"}}, "'quantization_config.quant_method'='awq'", "'fp8'"),
+    (
+        V3 | {"quantization_config": {"quant_method": "fp8"}},
+        "'quantization_config.weight_block_size'=None",
+        "[128, 128]",
+    ),
+    (V3 | {"num_mtp_layers": 2}, "'num_mtp_layers'=2", "'num_nextn_predict_layers'=1"),
+    (V3 | {"num_nextn_predict_layers": 17}, "mtp.depth=17", "config.json"),
+    (V3 | {"num_nextn_predict_layers": "1"}, "'num_nextn_predict_layers'='1'", "an integer"),
+    (V3 | {"mtp_conventions": {"chain": "side"}}, "'mtp_conventions.chain'='side'", "previous or trunk"),
+    (V3 | {"mtp_conventions": {"order": 1}}, "'mtp_conventions.order'=1", "concat_order"),
+    (V3 | {"mtp_conventions": {"depth": 2}}, "'num_nextn_predict_layers'=1", "'depth': 2"),
+    (V3 | {"mtp_conventions": 5}, "'mtp_conventions'=5", "an object"),
+]
+
+
+@pytest.mark.parametrize(("hf", "named", "remedy"), REFUSED, ids=[named for _, named, _ in REFUSED])
+def test_a_file_that_cannot_be_held_is_refused_by_its_key(hf, named, remedy):
+    message = refusal(read, hf)
+    assert message.startswith("config.json: ") and named in message and remedy in message
+
+
+def test_an_unknown_key_is_accepted_where_the_caller_says_so():
+    assert read(V3 | {"foo": 3, "rope_scaling": YARN_FILE | {"bar": 1}}, ignore=("foo", "rope_scaling.bar")) == read(V3)
+    assert "'attention_bias'=True" in refusal(read, V3 | {"attention_bias": True}, ignore=("attention_bias",))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds a list, not an object"),
+        ("{}", "field 'model_type' is missing"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+    ],
+)
+def test_a_config_json_that_is_none_is_refused(tmp_path, text, named):
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refusal(read_config, tmp_path)
+    assert named in message and str(tmp_path) in message
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path):
+    assert "no such folder" in refusal(read_config, tmp_path / "nowhere")
+    assert "holds no config.json" in refusal(read_config, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert read_config(tmp_path) == LLAMA
+
+
+def test_a_missing_transformers_is_a_failure_in_ci(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError):
+        transformers()
+
+
+def test_the_tables_name_only_fields_that_exist():
+    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    for table in hf_config.LAYOUTS.values():
+        assert {*table.fields.values(), *table.mixture.values(), *table.implied} <= names
+        assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {"max_position_embeddings"}
+    assert tuple(hf_config.LAYOUTS) == MODEL_TYPES
