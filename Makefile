@@ -2,6 +2,7 @@
 #
 #   make train [ARGS="--config.a.b=VALUE ..."] [CONFIG=configs/NAME.py] [WORKDIR=DIR]
 #   make test  [ARGS="-k targets"]
+#   make hf         # torch and transformers, the oracles of the weight conversion; without them its tests skip
 #   make lint
 #   make clean
 
@@ -10,6 +11,7 @@ VENV ?= .venv
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 ARGS ?=
+HF_PINS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -18,13 +20,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 TEST_ENV := XLA_PYTHON_CLIENT_PREALLOCATE=false MALLOC_ARENA_MAX=2
 
-.PHONY: train test lint clean
+.PHONY: train test hf lint clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+hf: $(VENV)/hf.stamp
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -44,4 +48,8 @@ $(VENV)/run.stamp: requirements.txt
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/hf.stamp: requirements-hf.txt $(VENV)/dev.stamp
+	$(PIP) $(HF_PINS) -r requirements-hf.txt
 	@touch $@

@@ -160,10 +160,10 @@ class FolderArray:
         """A block of the leaf; only the tensors and rows that it needs are read.
 
         Args:
-          index: a slice (step 1) or int for each of the first dims, as `jax.make_array_from_callback` passes them. An
-            int keeps its dim out of the result.
+          index: a slice (step 1) or int for each of the first dims, as `jax.make_array_from_callback` passes them, or
+            `...`, the whole. An int keeps its dim out of the result.
         """
-        index = index if isinstance(index, tuple) else (index,)
+        index = () if index is ... else index if isinstance(index, tuple) else (index,)
         full = [*index, *[slice(None)] * (len(self.shape) - len(index))]
         ranges = [
             range(*i.indices(n)) if isinstance(i, slice) else range(i, i + 1)
@@ -312,15 +312,15 @@ def their_arrays(arrays: Tree, listed: list[Tensor], dtypes: Mapping[str, Any]) 
       dtypes: numpy dtype by name.
     """
     leaves = flat(arrays["params"], "params") | flat(arrays["biases"], "biases")
-    slabs: dict[Path, tuple[int, np.ndarray]] = {}
+    layer: tuple[Any, ...] = ()
+    slabs: dict[Path, np.ndarray] = {}
     for t in listed:
-        if not t.at:
-            array = np.asarray(leaves[t.path][...])
-        else:
-            if slabs.get(t.path, (-1,))[0] != t.at[0]:
-                slabs.pop(t.path, None)
-                slabs[t.path] = t.at[0], np.asarray(leaves[t.path][t.at[0]])
-            array = slabs[t.path][1][t.at[1:]]
+        if layer != (t.path[1:3], t.at[:1]):  # the one before is done with
+            layer = t.path[1:3], t.at[:1]
+            slabs.clear()
+        if t.path not in slabs:
+            slabs[t.path] = np.asarray(leaves[t.path][t.at[0] if t.at else ...])
+        array = slabs[t.path][t.at[1:]]
         yield t.name, np.ascontiguousarray(to_theirs(array, t).astype(dtypes[t.name]))
 
 

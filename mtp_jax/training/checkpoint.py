@@ -13,6 +13,7 @@ The folder must be one that every process sees (a local disk for one host; NFS, 
 import os
 import pathlib
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -303,6 +304,7 @@ def write_streamed(
         streaming.save(directory / str(step) / ITEM, state, progress)
         checksums.write(directory, step, 0, 1)
     except (OSError, ValueError) as error:
+        shutil.rmtree(directory / str(step), ignore_errors=True)
         told = re.search(r"OS error \d+: \w+ ([^\]]+)", str(error))  # by the file system, at the end of a long line
         reason = told[1] if told else _first_line(error)
         raise CheckpointError(f"{directory}: cannot save step {step}: {reason}") from error

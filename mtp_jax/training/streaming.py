@@ -7,7 +7,6 @@ What is written is an ordinary checkpoint, which any other code restores as arra
 
 import asyncio
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,7 @@ class StoredArray:
 
 
 def save(directory: pathlib.Path, tree: Tree, progress: Callable[[int], None] = lambda num_elements: None) -> None:
-    """Write `tree` into `directory` in orbax's format.
+    """Write `tree` into `directory` in orbax's format. Where that fails, what is left is for the caller to remove.
 
     Args:
       tree: nested dicts of leaves with `shape`, `dtype` and `[slices] -> array`; numpy arrays too. A leaf may have
@@ -49,12 +48,14 @@ def save(directory: pathlib.Path, tree: Tree, progress: Callable[[int], None] = 
     """
     leaves = jax.tree.map(lambda leaf: _Source(leaf), tree, is_leaf=_is_array)
     writer = _Writer(progress)
-    with ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(_Source, writer))
-    ) as checkpointer:
-        checkpointer.save(epath.Path(directory), args=ocp.args.PyTreeSave(leaves))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(_Source, writer))
+    with ocp.Checkpointer(handler) as checkpointer:
+        try:
+            checkpointer.save(epath.Path(directory), args=ocp.args.PyTreeSave(leaves))
+        except ValueError:  # orbax misses arrays; why, the writer knows
+            if writer.error is None:
+                raise
     if writer.error is not None:
-        shutil.rmtree(directory)
         raise writer.error
 
 
