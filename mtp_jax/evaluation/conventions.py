@@ -33,6 +33,7 @@ CHOICES = {
     "recycled_hidden": ("before_norm", "after_norm"),
     "chain": ("previous", "trunk"),
 }
+TOO_CLOSE = 0.01  # nats a token; with norms near 1 some conventions compute almost the same
 BEYOND_DEPTH_1 = ("recycled_hidden", "chain")  # at depth 1 nothing is handed on
 
 
@@ -101,8 +102,15 @@ def table(outcomes: list[Outcome]) -> str:
         + f"{o.mtp_loss:>9.3f}{'  <- configured' if o is configured else ''}"
         for o in sorted(outcomes, key=lambda o: o.mtp_loss)
     ]
-    if best is configured:
+    if not np.isfinite([o.mtp_loss for o in outcomes]).all():
+        verdict = "warning: a loss is not finite, so the conventions cannot be told"
+    elif best is configured:
         verdict = f"the configured conventions have the lowest MTP loss (main model {configured.losses[0]:.3f})"
+    elif configured.mtp_loss - best.mtp_loss < TOO_CLOSE:
+        verdict = (
+            f"the configured conventions are within {TOO_CLOSE} of the lowest MTP loss ({best.mtp_loss:.3f}); this text "
+            "cannot tell those apart"
+        )
     else:
         other = ", ".join(f"mtp.{n}={best.ways[n]}" for n in names if best.ways[n] != configured.ways[n])
         verdict = (
@@ -129,8 +137,6 @@ def report(path: str, text_file: str) -> str:
 
 def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
     """The beginning of the text as rows; int32[B, N]."""
-    if lm.tokenizer is None:
-        raise UserError("--check: the folder has no tokenizer.json, so no text can be read")
     if text_file:
         try:
             text = pathlib.Path(text_file).read_text(encoding="utf-8")
@@ -140,7 +146,14 @@ def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
         import argparse
 
         text = inspect.getsource(argparse)
+    assert lm.tokenizer is not None, "a workdir has one"
     ids = lm.tokenizer.encode(text[: ROWS * LENGTH * 16])
+    vocab = lm.config.model.vocab_size or 0
+    if ids.max(initial=0) >= vocab:
+        raise UserError(
+            f"--check: token {ids.max()} of the text is outside the vocabulary of {vocab}; "
+            f"data.tokenizer={lm.config.data.tokenizer} is not this model's"
+        )
     length = min(LENGTH, len(ids) // ROWS)
     if length < 8 * (1 + lm.config.depth):
         raise UserError(f"--check={text_file}: has {len(ids)} tokens, too few to tell; give a longer text")

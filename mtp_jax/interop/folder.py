@@ -155,6 +155,7 @@ def write_model(
     sides: pathlib.Path | None = None,
     family: str | None = None,
     dtype: str | None = None,
+    tokenizer: pathlib.Path | None = None,
     progress: Callable[[int], None] = lambda num_elements: None,
 ) -> str:
     """Write a model as a Hugging Face folder, which appears complete or not at all.
@@ -165,6 +166,7 @@ def write_model(
       sides: the `hf/` of a workdir, where the model was imported or given a tokenizer.
       family: one of FAMILIES; None: the layout it came in, or the one that holds it.
       dtype: of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
+      tokenizer: the tokenizer.json the model was trained with, where it is not among the sides.
       progress: called with the elements of each tensor written.
 
     Returns:
@@ -183,6 +185,8 @@ def write_model(
     num_bytes = sum(math.prod(shape) * DTYPES[kind].itemsize for kind, shape in specs.values())
     with fresh_folder(target, num_bytes) as partial:
         _copy_sides(sides, partial)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / "tokenizer.json")
         (partial / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
         def counted() -> Iterator[tuple[str, np.ndarray]]:

@@ -65,6 +65,9 @@ def import_(args: argparse.Namespace) -> None:
     from mtp_jax.training.checkpoint import CheckpointError, write_streamed
 
     ignore = tuple(name for name in args.ignore.split(",") if name)
+    has_tokenizer = (pathlib.Path(args.hf) / "tokenizer.json").is_file()
+    if args.check is not None and not has_tokenizer:
+        raise UserError(f"--check: {args.hf} has no tokenizer.json, so no text can be read; leave --check out")
     with folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype) as model:
         leaves = list(flat(model.arrays).values())
         num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
@@ -79,6 +82,8 @@ def import_(args: argparse.Namespace) -> None:
             text = json.dumps(to_dict(config), indent=2) + "\n"
             (partial / workdirs.CONFIG_FILE).write_text(text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
+    if not has_tokenizer:
+        print("note: there is no tokenizer.json; data.tokenizer is bytes until you set it")
     if args.check is not None:
         check(args.workdir, args.check)
 
@@ -110,10 +115,27 @@ def export(args: argparse.Namespace) -> None:
             arrays = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in arrays.items()}
         sides = workdir / folder.SIDE_FOLDER
         with _bar(flat(arrays).values(), "export") as progress:
-            layout = folder.write_model(args.hf, config, arrays, sides, args.family, args.dtype, progress)
+            layout = folder.write_model(
+                args.hf, config, arrays, sides, args.family, args.dtype, _tokenizer_file(config), progress
+            )
     print(f"{args.hf}: step {step} as {layout}, {describe(config)}")
     for note in notes(config, layout):
         print(f"note: {note}")
+
+
+def _tokenizer_file(config: Config) -> pathlib.Path | None:
+    """The tokenizer.json that the model was trained with; None for bytes.
+
+    Raises:
+      UserError: it is gone.
+    """
+    if config.data.tokenizer == "bytes":
+        return None
+    path = pathlib.Path(config.data.tokenizer).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"data.tokenizer={path}: no such file; put it back, the export carries it")
+    return path
 
 
 def _main_alone(config: Config) -> Config:

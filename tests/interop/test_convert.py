@@ -278,6 +278,9 @@ def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypat
     tokenizer = data.load_tokenizer("bytes")
     monkeypatch.setattr(language_model.data, "load_tokenizer", lambda path: tokenizer)
     argv = ["import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'wrong'}"]
+    assert run_here(monkeypatch, convert.main, *argv, "--check") == 2  # no tokenizer, no text
+    assert "no tokenizer.json" in capfd.readouterr().err
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     convert_here(monkeypatch, *argv, f"--check={tmp_path / 'text.py'}")
     printed = capfd.readouterr().out
     assert "<- configured" in printed and "warning: the configured conventions have an MTP loss of" in printed
@@ -292,6 +295,9 @@ def test_check_is_content_where_the_configured_conventions_are_best():
     best, other = conventions.Outcome(ways[0], (2.0, 2.5)), conventions.Outcome(ways[1], (2.0, 8.0))
     assert "the configured conventions have the lowest MTP loss (main model 2.000)" in conventions.table([best, other])
     assert "2.500 with mtp.concat_order=embedding_first" in conventions.table([other, best])
+    near = conventions.Outcome(ways[1], (2.0, 2.505))
+    assert "cannot tell those apart" in conventions.table([near, best])
+    assert "not finite" in conventions.table([best, conventions.Outcome(ways[1], (2.0, float("nan")))])
 
 
 # ---------------------------------------------------------------------------------------------------------------
