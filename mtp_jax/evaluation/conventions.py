@@ -108,8 +108,8 @@ def table(outcomes: list[Outcome]) -> str:
         verdict = f"the configured conventions have the lowest MTP loss (main model {configured.losses[0]:.3f})"
     elif configured.mtp_loss - best.mtp_loss < TOO_CLOSE:
         verdict = (
-            f"the configured conventions are within {TOO_CLOSE} of the lowest MTP loss ({best.mtp_loss:.3f}); this text "
-            "cannot tell those apart"
+            f"the configured conventions are within {TOO_CLOSE} of the lowest MTP loss ({best.mtp_loss:.3f}); this "
+            "text cannot tell those apart"
         )
     else:
         other = ", ".join(f"mtp.{n}={best.ways[n]}" for n in names if best.ways[n] != configured.ways[n])

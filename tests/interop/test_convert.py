@@ -296,7 +296,7 @@ def test_check_is_content_where_the_configured_conventions_are_best():
     assert "the configured conventions have the lowest MTP loss (main model 2.000)" in conventions.table([best, other])
     assert "2.500 with mtp.concat_order=embedding_first" in conventions.table([other, best])
     near = conventions.Outcome(ways[1], (2.0, 2.505))
-    assert "cannot tell those apart" in conventions.table([near, best])
+    assert "text cannot tell those apart" in conventions.table([near, best])
     assert "not finite" in conventions.table([best, conventions.Outcome(ways[1], (2.0, float("nan")))])
 
 
