@@ -139,14 +139,16 @@ def gradients_together(tree: Any) -> Any:
 gradients_together.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
 
 
-@jax.custom_vjp
 def read_here(tree: Any) -> Any:
-    """`tree` itself, read no earlier than here.
+    """`tree` itself, read here and as it is; not differentiable.
 
-    Without it the compiler casts the whole stack of weights to the compute dtype before the loop over layers, and keeps
-    the copy from the start of the forward to the end of the backward pass.
+    Without it the compiler sees that the loop over layers only uses a weight in the compute dtype, casts the whole
+    stack before the loop and keeps the copy from the start of the forward to the end of the backward pass. What is read
+    as bits it cannot narrow.
     """
-    return jax.lax.optimization_barrier(tree)
 
+    def bits(w: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(w, jnp.uint32) if w.dtype == jnp.float32 else w
 
-read_here.defvjp(lambda tree: (jax.lax.optimization_barrier(tree), None), lambda _, grads: (grads,))
+    read = jax.lax.optimization_barrier(jax.tree.map(bits, tree))
+    return jax.tree.map(lambda b, w: jax.lax.bitcast_convert_type(b, w.dtype), read, tree)
