@@ -76,7 +76,7 @@ def scan_over(
 
     def step(carry, per_layer):
         layer, x = per_layer
-        weights = shared if is_shared else jax.tree.map(_tapped, read_here(layer[0]), layer[1])
+        weights = shared if is_shared else _cast(read_here(layer[0]), layer[1])
         return body(nnx.merge(graph, weights), carry, x)
 
     if remat == "dots":
@@ -100,6 +100,17 @@ def _taps(state: nnx.State, dtype: Any) -> nnx.State:
         return variable.replace(_tap(variable[...], jnp.dtype(dtype if is_cast else variable.dtype)))
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _cast(weights: nnx.State, taps: nnx.State) -> nnx.State:
+    """One layer's weights in their taps' dtypes, placed as they are stored: it is the cast ones that are collected."""
+
+    def one(variable: nnx.Variable, tap: nnx.Variable) -> nnx.Variable:
+        weight = _tapped(variable[...], tap[...])
+        info = variable.get_metadata().get("info")
+        return variable.replace(weight if info is None else constrain(weight, *info.axes))
+
+    return jax.tree.map(one, weights, taps, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
