@@ -4,9 +4,10 @@
 
 The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
 
-Hardware: a pod; every number below is the paper's or of the released config.json, the batch and mesh excepted, which
-belong to the pod. Expected: the paper reports 14.8 T tokens and 2.664 M H800 hours of pretraining; nobody has run this
-config to its end here.
+Hardware: 256 v5p chips or more (`python -m mtp_jax.tools.plan --topology=v5p:8x8x4 --config=...` shows what it needs);
+every number below is the paper's or of the released config.json, mesh and micro-batches excepted, which belong to the
+pod. Expected: the paper reports 14.8 T tokens and 2.664 M H800 hours of pretraining; nobody has run this config to its
+end here.
 """
 
 from mtp_jax.config import default_config
@@ -66,6 +67,9 @@ def get_config():
     model.router_bias_until = 227_000
 
     config.checkpoint.every = 500
+    # 256 chips, 4 rows a chip at a time
+    config.training.accumulate_steps = 15
     config.mesh.data = 1
     config.mesh.fsdp = -1
+    config.mesh.expert = 32
     return config

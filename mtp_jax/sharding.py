@@ -5,17 +5,19 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtp_jax.config import MeshConfig, mesh_sizes
+from mtp_jax.config import MeshConfig, UserError, mesh_sizes
 
-# Weights: "embed" is cut by fsdp whatever the weight. Activations: rows over every axis that holds whole examples
-# (the expert axis too: outside the experts it is one more data axis), positions over context.
+# Weights: "embed" is cut by fsdp whatever the weight, and by expert too unless that cuts the experts themselves: else
+# every weight outside the experts would be there once for each of them. Activations: rows over every axis that holds
+# whole examples (the expert axis too: outside the experts it is one more data axis), positions over context.
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "moe_batch": ("data", "fsdp"),  # inside the experts, where the expert axis holds experts and not rows
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
@@ -27,18 +29,42 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
     """The mesh over `devices` (all of them by default), with -1 filled in.
 
+    Several TPU slices are joined along the data axis alone, the one that can wait for the slow network between them:
+    each slice holds an equal run of it.
+
     Raises:
-      UserError: the axes' product is not the number of devices.
+      UserError: the axes' product is not the number of devices, or data is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
+    shape, num_slices = tuple(sizes.values()), len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform == "tpu" and num_slices > 1:
+        if sizes["data"] % num_slices:
+            raise UserError(
+                f"mesh.data={sizes['data']}: is no multiple of the {num_slices} slices, which only the data axis may "
+                f"join; use mesh.data={num_slices}"
+            )
+        across = (num_slices,) + (1,) * (len(shape) - 1)
+        within = (shape[0] // num_slices, *shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        # A torus dim may be split between axes: 16 x 16 on 8 x 8 x 4.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+    return jax.sharding.Mesh(placed, tuple(sizes), axis_types=auto)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The PartitionSpec of logical axes; names outside the table are not cut."""
-    return PartitionSpec(*(LOGICAL_AXES.get(name) if name else None for name in axes))
+    """The PartitionSpec of logical axes; names outside the table are not cut.
+
+    A mesh axis cuts one dim of an array, the first that asks for it: expert cuts the experts where there are any, and
+    the model dim of all other weights.
+    """
+    cuts: list[tuple[str, ...] | None] = []
+    for name in axes:
+        taken = {axis for cut in cuts if cut for axis in cut}
+        cuts.append(tuple(a for a in LOGICAL_AXES.get(name or "", ()) if a not in taken) or None)
+    return PartitionSpec(*cuts)
 
 
 def named(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...]) -> NamedSharding:

@@ -87,6 +87,15 @@ def test_weights_and_moments_are_really_cut():
     assert by_shape[gate.shape] == {gate.sharding.shard_shape(gate.shape)}
 
 
+def test_weights_outside_the_experts_are_cut_by_the_expert_axis_too():
+    """Else each device of that axis would hold its own copy of them and of their moments."""
+    config = replace(tiny(), mesh=MeshConfig(data=1, fsdp=2, expert=4))
+    mesh = make_mesh(config.mesh, jax.devices()[:8])
+    blocks = make_trainer(config, mesh).abstract_state["params"]["trunk"]["blocks"]
+    for leaf, cut in ((blocks["ffn"]["gate"], 8), (blocks["attention"]["kv_a"], 8)):
+        assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cut == leaf.size
+
+
 def test_every_logical_axis_goes_to_axes_of_the_mesh():
     axes = set(mesh_sizes(MeshConfig(), 1))
     assert all(set(mapped) <= axes for mapped in LOGICAL_AXES.values())

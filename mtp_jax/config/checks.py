@@ -254,8 +254,13 @@ def _check_mesh(config: Config, sizes: dict[str, int]) -> None:
         *([("expert", "model.num_experts", model.num_experts)] if model.num_experts else []),
         ("tensor", "model.ffn_dim", model.ffn_dim),
         *([("tensor", "model.expert_dim", model.expert_dim)] if model.num_experts else []),
-        ("fsdp", "model.embed_dim", model.embed_dim),
     ]
+    weights = sizes["fsdp"] * sizes["expert"]
+    if model.embed_dim % weights:
+        raise UserError(
+            f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide "
+            f"model.embed_dim={model.embed_dim}, which both cut"
+        )
     for axis, key, value in pairs:
         if value % sizes[axis]:
             raise UserError(f"mesh.{axis}={sizes[axis]}: does not divide {key}={value}")

@@ -6,8 +6,12 @@ Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M)
 import jax
 import jax.numpy as jnp
 
-# Longer rows are attended in equal blocks of at most this many queries, each recomputed in the backward pass.
+from mtp_jax.sharding import num_shards
+
+# Longer rows are attended in equal blocks of at most this many queries, each recomputed in the backward pass; of fewer
+# where a block's float32 scores would take a device more than these bytes (128 heads, 4 rows of 4096: 8 MiB a query).
 QUERY_BLOCK = 512
+SCORE_BYTES = 1 << 30
 
 
 def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT: jax.Array, scale: float) -> jax.Array:
@@ -30,7 +34,7 @@ def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT:
         probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BGMTS, -jnp.inf), axis=-1)
         return jnp.einsum("bgmts,bsgv->btgmv", probs.astype(v_BSGV.dtype), v_BSGV)
 
-    num_blocks = next(n for n in range(1, length + 1) if length % n == 0 and length // n <= QUERY_BLOCK)
+    num_blocks = _num_blocks(q_BTHQ.shape[0], length, num_heads, k_BSGQ.shape[1])
     if num_blocks == 1:
         out = block(q_BTGMQ, segments_BT, index_T)
     else:
@@ -44,3 +48,11 @@ def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT:
         out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), cut)
         out = jnp.moveaxis(out, 0, 2).reshape(*q_BTGMQ.shape[:-1], v_BSGV.shape[-1])
     return out.reshape(*q_BTHQ.shape[:3], v_BSGV.shape[-1])
+
+
+def _num_blocks(num_rows: int, length: int, num_heads: int, num_keys: int) -> int:
+    """The fewest equal blocks of a row's queries that keep to both limits."""
+    rows, heads = (-(-n // num_shards(axis)) for n, axis in ((num_rows, "batch"), (num_heads, "heads")))
+    query_bytes = 4 * rows * heads * num_keys / num_shards("length")
+    most = max(1, min(QUERY_BLOCK, int(SCORE_BYTES / query_bytes)))
+    return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= most)

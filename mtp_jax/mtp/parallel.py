@@ -27,9 +27,9 @@ class ParallelHeads(nnx.Module):
         """Depth k sees z alone; its segments only mark the positions that count."""
         del inputs_NBT
 
-        def body(block, carry, segments_BT):
-            h_BTD, stats = block(main.branch, positions_BT, segments_BT)
-            return carry, (main.final_norm(h_BTD), stats)
+        def body(block, branch_BTD, segments_BT):
+            h_BTD, stats = block(branch_BTD, positions_BT, segments_BT)
+            return branch_BTD, (main.final_norm(h_BTD), stats)
 
-        _, (hidden_NBTD, stats) = scan_over(self.block, body, None, segments_NBT, self.remat)
+        _, (hidden_NBTD, stats) = scan_over(self.block, body, main.branch, segments_NBT, self.remat)
         return Extra(hidden_NBTD, stats)

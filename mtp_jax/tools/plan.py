@@ -1,0 +1,81 @@
+"""What a config needs on a TPU slice, and how fast it can be, without the slice: the real step, compiled on a CPU.
+
+    python -m mtp_jax.tools.plan --config=configs/NAME.py --topology=v5p:4x4x4 [--slices=N] [--json=FILE]
+        [--search] [--config.section.key=VALUE ...]
+
+Prints memory against the chip's, the largest buffers by source line, collectives, and a roofline. With --search it
+tries meshes, recomputation and micro-batches and prints the best. Needs libtpu (the extra tpu). Exit codes: 0 it fits,
+1 it does not ("needs X of Y GiB"), 2 unusable arguments or config.
+"""
+
+import json
+import pathlib
+
+from mtp_jax import cli, config
+from mtp_jax.config import UserError
+from mtp_jax.tools.planning.topology import Topology, open_topology, prepare_environment
+
+
+def main(argv: list[str]) -> None:
+    """The command line.
+
+    Raises:
+      UserError: arguments, a topology or a config that cannot be used.
+      OverFull: the step needs more memory than a chip has.
+    """
+    args, overrides = cli.parse(_flags(), argv)
+    resolved = config.load_config(args.config, overrides)
+    output = pathlib.Path(args.json) if args.json else None
+    if output and not output.parent.is_dir():
+        raise UserError(f"--json={output}: its folder does not exist")
+    prepare_environment()
+    topology = open_topology(args.topology, args.slices)
+    if args.search:
+        result = _search(resolved, topology, args)
+    else:
+        result = _plan(resolved, topology, output)
+    _write(output, result)
+
+
+def _flags():
+    flags = cli.parser(__doc__)
+    flags.add_argument("--config", required=True, help="a Python file with get_config(), as in configs/")
+    flags.add_argument("--topology", required=True, help="generation:chips, as in v5p:4x4x4, v5e:4x4, v6e:8x8")
+    flags.add_argument("--slices", type=int, default=1, help="slices joined by the data center's network")
+    flags.add_argument("--json", help="write everything to this file too")
+    flags.add_argument("--search", action="store_true", help="try meshes, remat policies and batch sizes")
+    flags.add_argument("--tries", type=int, default=12, help="with --search: how many plans are compiled at most")
+    return flags
+
+
+def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | None) -> dict:
+    from mtp_jax.tools.planning import estimate, text  # jax starts here
+    from mtp_jax.tools.planning.compile import resolve
+
+    plan = estimate.make_plan(resolve(resolved, topology), topology)
+    if not plan.fits:
+        _write(output, estimate.to_json(plan))
+        raise estimate.OverFull(estimate.over_full_message(plan))
+    print(text.report(plan))
+    return estimate.to_json(plan)
+
+
+def _search(resolved: config.Config, topology: Topology, args) -> dict:
+    from mtp_jax.tools.planning import search
+
+    found = search.search(resolved, topology, args.tries)
+    print(search.table(found, args.config, topology))
+    return {"plans": [search.to_json(one) for one in found]}
+
+
+def _write(output: pathlib.Path | None, result: dict) -> None:
+    if output is None:
+        return
+    try:
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json={output}: cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

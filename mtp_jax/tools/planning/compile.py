@@ -1,0 +1,175 @@
+"""One training step, compiled for a topology: the program's text, its buffers, and what the compiler says of memory.
+
+The compiler's own dump is where buffers are read from (`xla_dump_to`, a temporary folder): the buffer assignment lists
+every value with its size and its place in the heap, the live ranges say when it is in use. Both are written before an
+over-full program is refused, so such a program is reported like any other.
+"""
+
+import pathlib
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from mtp_jax import sharding
+from mtp_jax.config import Config, validate
+from mtp_jax.data import tokenizer
+from mtp_jax.model import Tree
+from mtp_jax.tools.planning.topology import Topology
+from mtp_jax.training.loop import with_vocabulary
+from mtp_jax.training.step import Trainer, make_trainer
+
+DUMPED = {"hlo": "after_optimizations", "buffers": "buffer-assignment", "live": "live-range"}
+
+
+class CompilerError(RuntimeError):
+    """The compiler failed for another reason than memory. Exit code 1."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled step.
+
+    hlo, buffers, live: the compiler's texts: scheduled program, buffer assignment, live ranges.
+    is_over_full: it needs more memory than the chip has.
+    flops: of matrix products as executed, recomputation included, FLOP a device and step.
+    lower_seconds, compile_seconds: wall clock.
+    """
+
+    mesh: jax.sharding.Mesh
+    trainer: Trainer
+    hlo: str
+    buffers: str
+    live: str
+    is_over_full: bool
+    flops: float
+    lower_seconds: float
+    compile_seconds: float
+
+
+def resolve(config: Config, topology: Topology) -> Config:
+    """`config` as it would run on the topology: vocabulary known, "auto" decided for TPUs, checked against the devices.
+
+    Raises:
+      UserError: what cannot run there.
+    """
+    num_devices = len(topology.devices)
+    if config.model.vocab_size is None:
+        config = with_vocabulary(config, tokenizer.load(config.data.tokenizer).vocab_size)
+    if config.model.moe_dispatch == "auto":
+        config = replace(config, model=replace(config.model, moe_dispatch="ragged"))
+    validate(config, num_devices)
+    return config
+
+
+def compile_step(config: Config, topology: Topology) -> Program:
+    """Lower and compile the step that train.py would run; nothing is allocated.
+
+    Args:
+      config: from `resolve`.
+
+    Raises:
+      CompilerError: the compiler failed, memory excepted.
+    """
+    started = time.perf_counter()
+    mesh = sharding.make_mesh(config.mesh, topology.devices)
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, mesh)
+        step: Any = trainer.step  # jitted
+        traced = step.trace(trainer.abstract_state, abstract_batch(config, trainer))
+        flops = matmul_flops(traced.jaxpr.jaxpr, mesh.size) / mesh.size
+        lowered = traced.lower(lowering_platforms=("tpu",))
+        lowered_at = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="mtp_jax_plan_") as folder:
+            is_over_full = _compile(lowered, folder)
+            texts = {name: _dumped(folder, part) for name, part in DUMPED.items()}
+    return Program(
+        mesh,
+        trainer,
+        **texts,
+        is_over_full=is_over_full,
+        flops=flops,
+        lower_seconds=lowered_at - started,
+        compile_seconds=time.perf_counter() - lowered_at,
+    )
+
+
+def abstract_batch(config: Config, trainer: Trainer) -> Tree:
+    """A step's batch as shapes."""
+    shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+    one = jax.ShapeDtypeStruct(shape, "int32", sharding=trainer.batch_sharding)
+    return {"tokens": one, "segment_ids": one, "positions": one}
+
+
+def _compile(lowered: Any, folder: str) -> bool:
+    """Compile and leave the dump in `folder`; True where the program does not fit."""
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+        lowered.compile(compiler_options=options)
+    except Exception as error:  # one type for every reason
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" in text and "hbm" in text.lower():
+            return True
+        raise CompilerError(f"the compiler refuses the program: {text.splitlines()[0]}") from error
+    return False
+
+
+def _dumped(folder: str, part: str) -> str:
+    """The text of the training step's dump that ends in `part`."""
+    found = [p for p in pathlib.Path(folder).glob(f"*{part}.txt") if ".jit_step." in p.name]
+    if not found:
+        raise CompilerError(f"the compiler left no {part} text; this libtpu is not known to work, use the one jax pins")
+    return found[-1].read_text(encoding="utf-8")
+
+
+def matmul_flops(jaxpr: Any, num_devices: int) -> float:
+    """FLOPs of the matrix products of a traced program, over all devices: 2 x rows x columns x summed.
+
+    A scan's body counts as often as it runs, a shard_map's on every device, a grouped product once a row; a loop whose
+    bound is known at run time only counts as not run, as in `hlo`. What the compiler would drop as unused counts.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        times = 1
+        if eqn.primitive.name == "dot_general":
+            (lhs_dims, _), _ = eqn.params["dimension_numbers"]
+            summed = _product(eqn.invars[0].aval.shape[d] for d in lhs_dims)
+            total += 2.0 * _product(eqn.outvars[0].aval.shape) * summed
+        elif eqn.primitive.name == "ragged_dot_general":
+            total += _ragged_flops(eqn)
+        elif eqn.primitive.name == "scan":
+            times = eqn.params["length"]
+        elif eqn.primitive.name == "shard_map":
+            times = num_devices
+        elif eqn.primitive.name == "while":
+            times = 0
+        total += times * sum(matmul_flops(inner, num_devices) for inner in _inner(eqn))
+    return total
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """The programs among an equation's parameters, without their constants."""
+    out = []
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                out.append(one)
+    return out
+
+
+def _ragged_flops(eqn: Any) -> float:
+    """Each row meets one group only: rows x what is summed x what is produced, whichever of them is ragged."""
+    (lhs, rhs), dims = (v.aval.shape for v in eqn.invars[:2]), eqn.params["ragged_dot_dimension_numbers"]
+    (_, rhs_summed), (_, rhs_batch) = dims.dot_dimension_numbers
+    kept = [n for d, n in enumerate(rhs) if d not in (*rhs_summed, *rhs_batch, *dims.rhs_group_dimensions)]
+    return 2.0 * _product(lhs) * _product(kept)
+
+
+def _product(sizes: Any) -> float:
+    out = 1.0
+    for size in sizes:
+        out *= size
+    return out

@@ -1,0 +1,104 @@
+"""How fast a step can be: the time each part of the machine needs for its share, and which one needs the most.
+
+Each figure is a bound: perfect overlap, every matrix unit at its peak, every link full. A real step is slower; what is
+compared is one plan with another. MFU is the model's own FLOPs (recomputation does not count) over the bound's time.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtp_jax.tools.planning.collectives import Collective
+from mtp_jax.tools.planning.topology import Chip, Topology
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds a step that each part is busy. mfu: at the slowest part's time."""
+
+    compute: float
+    hbm: float
+    ici: float
+    network: float
+    mfu: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Every bound by name."""
+        return {"compute": self.compute, "HBM": self.hbm, "ICI": self.ici, "network": self.network}
+
+    @property
+    def seconds(self) -> float:
+        """The predicted step time: the slowest part's."""
+        return max(self.parts.values())
+
+    @property
+    def bound(self) -> str:
+        """Which part that is."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+def roofline(
+    topology: Topology, mesh: np.ndarray, names: tuple[str, ...], model_flops: float, executed_flops: float,
+    hbm_bytes: float, sent: list[Collective],
+) -> Roofline:  # fmt: skip
+    """The bounds of one step.
+
+    Args:
+      mesh: the mesh's array of devices; names: its axes.
+      model_flops, executed_flops: FLOP a device and step, without and with recomputation.
+      hbm_bytes: read and written, a device and step.
+      sent: the program's collectives.
+    """
+    chip = topology.chip
+    ici = network = 0.0
+    for one in sent:
+        num_crossed = slices_crossed(mesh, names, one.axes)
+        if num_crossed > 1:
+            network += network_seconds(one, chip, num_crossed)
+        else:
+            ici += link_seconds(one, chip, dims_used(mesh, names, one.axes), topology.shape)
+    compute, hbm = executed_flops / chip.flops, hbm_bytes / chip.hbm_bandwidth
+    slowest = max(compute, hbm, ici, network)
+    return Roofline(compute, hbm, ici, network, model_flops / chip.flops / slowest)
+
+
+def dims_used(mesh: np.ndarray, names: tuple[str, ...], axes: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(physical dim, chips met along it) for the torus dims that some mesh axes run along."""
+    index = tuple(slice(None) if name in axes else 0 for name in names)
+    coords = np.array([device.coords for device in np.asarray(mesh[index]).flat])
+    lengths = [len(set(coords[:, d].tolist())) for d in range(coords.shape[1])]
+    return [(d, n) for d, n in enumerate(lengths) if n > 1]
+
+
+def slices_crossed(mesh: np.ndarray, names: tuple[str, ...], axes: tuple[str, ...]) -> int:
+    """How many slices the devices along some mesh axes lie in."""
+    index = tuple(slice(None) if name in axes else 0 for name in names)
+    return len({getattr(device, "slice_index", 0) for device in np.asarray(mesh[index]).flat})
+
+
+def link_seconds(one: Collective, chip: Chip, dims: list[tuple[int, int]], shape: tuple[int, ...]) -> float:
+    """Seconds that a collective keeps the links busy.
+
+    Gathers and reductions run around every dim at once, in both directions where the dim closes to a ring and all of it
+    takes part. In an exchange each byte travels a quarter of the ring on average, a third of a line. A permute uses one
+    link in one direction.
+    """
+    if not dims:  # the two cores of a chip
+        return one.bytes / (2 * chip.link_bandwidth)
+    if one.kind == "collective-permute":
+        return one.bytes / chip.link_bandwidth
+    rings = [n == shape[d] >= chip.wraps_from for d, n in dims]
+    bandwidth = sum(chip.link_bandwidth * (2 if is_ring else 1) for is_ring in rings)
+    if one.kind in ("all-to-all", "ragged-all-to-all"):
+        hops = math.fsum(n / (4 if is_ring else 3) for (_, n), is_ring in zip(dims, rings, strict=True))
+        links = sum(2 * chip.link_bandwidth for _ in dims)
+        return one.bytes * max(hops, 1.0) / links
+    return one.bytes / bandwidth
+
+
+def network_seconds(one: Collective, chip: Chip, num_slices: int) -> float:
+    """Seconds on the network between slices. The chips of a slice share the work, so a chip sends its part only."""
+    within = max(one.group // num_slices, 1)
+    return one.bytes / within / chip.network_bandwidth

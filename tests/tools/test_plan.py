@@ -1,0 +1,306 @@
+"""The planner: what it reads from compiled programs, against small programs whose numbers are known."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.config import UserError, load_config
+from mtp_jax.tools import plan as plan_command
+from mtp_jax.tools.planning import buffers, collectives, estimate, hlo, roofline, search, topology, traffic
+from mtp_jax.tools.planning.compile import matmul_flops
+from mtp_jax.training.flops import train_flops_per_token
+from tests.commands import run_here
+
+MESH = {"data": 2, "fsdp": 4}
+
+# A loop of 26 runs around an inner one of 8, a fusion, and a loop whose bound only the run knows.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/somewhere/mtp_jax/layers/moe.py"
+2 "/somewhere/jax/lax.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=60 end_line=60 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=9 end_line=9 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=1}
+
+%cut (p0: f32[26,128], p1: s32[]) -> f32[1,128] {
+  %p0 = f32[26,128]{1,0:T(8,128)} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %ds = f32[1,128]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,128}
+}
+
+%inner_condition (i: (s32[])) -> pred[] {
+  %c8 = s32[]{:T(128)} constant(8)
+  %i0 = s32[] get-tuple-element(%i), index=0
+  ROOT %less = pred[] compare(%i0, %c8), direction=LT
+}
+
+%inner (i: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
+  %x = bf16[4,128]{1,0} get-tuple-element(%i), index=1
+  %send = (bf16[4,128]{1,0}, bf16[4,128]{1,0}) collective-permute-start(%x), PAIRS
+  %sent = bf16[4,128]{1,0} collective-permute-done(%send)
+}
+
+%outer_condition (i: (s32[])) -> pred[] {
+  %c26 = s32[] constant(26)
+  ROOT %lt = pred[] fusion(%i, %c26), kind=kLoop, calls=%lt_body
+}
+
+%outer (i: (s32[], f32[26,128])) -> (s32[], f32[26,128]) {
+  %w = f32[26,128]{1,0:T(8,128)} get-tuple-element(%i), index=1
+  %n = s32[] get-tuple-element(%i), index=0
+  %slice = f32[1,128]{1,0} fusion(%w, %n), kind=kLoop, calls=%cut
+  %whole = f32[4,128]{1,0:T(8,128)S(1)} all-gather(%slice), channel_id=1, GROUPS, metadata={stack_frame_id=2}
+  %loop = (s32[], bf16[4,128]) while(%t), condition=%inner_condition, body=%inner
+}
+
+%all-reduce-scatter.2 (g: bf16[64,128]) -> bf16[16,128] {
+  %g = bf16[64,128]{1,0} parameter(0)
+  %reduced = bf16[64,128]{1,0} all-reduce(%g), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %mine = bf16[16,128]{1,0} dynamic-slice(%reduced, %at), dynamic_slice_sizes={16,128}
+}
+
+%round_condition (i: (s32[], s32[])) -> pred[] {
+  ROOT %less = pred[] compare(%a, %b), direction=LT
+}
+
+%round (i: (s32[], s32[])) -> (s32[], s32[]) {
+  %more = f32[8,8]{1,0} all-to-all(%z), replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+ENTRY %main (p: f32[26,128]) -> f32[] {
+  %p = f32[26,128]{1,0} parameter(0)
+  %kept = bf16[16,128]{1,0} fusion(%grads), kind=kCustom, calls=%all-reduce-scatter.2
+  %first = (s32[], f32[26,128]) while(%p), condition=%outer_condition, body=%outer
+  %second = (s32[], s32[]) while(%p), condition=%round_condition, body=%round
+  %sum = f32[8,8]{1,0} all-reduce(%z), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+}
+"""
+TEXT = TEXT.replace("PAIRS", "source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}")
+TEXT = TEXT.replace("GROUPS", "replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}")
+
+
+def test_what_is_in_a_loop_counts_as_often_as_it_runs():
+    module = hlo.parse(TEXT)
+    assert [module.times[n] for n in ("main", "outer", "inner", "cut", "round")] == [1, 26, 26 * 8, 26, 0]
+    assert module.fused >= {"cut"}
+
+
+def test_collectives_by_kind_axis_and_bytes():
+    module = hlo.parse(TEXT)
+    module.computations["main"].insert(0, hlo.Instruction("z", "f32[8,8]{1,0}", "parameter", "1)"))
+    found = {c.kind: c for c in collectives.collectives(module, MESH)}
+    assert set(found) == {"all-gather", "collective-permute", "all-reduce", "reduce-scatter"}
+    assert found["reduce-scatter"].bytes == 64 * 128 * 2 * 3 / 4
+    gather = found["all-gather"]
+    assert (gather.axes, gather.group, gather.times, gather.source) == (("fsdp",), 4, 26, "layers/moe.py:60")
+    assert (gather.bytes, gather.payload) == (26 * 3 * 512, 26 * 4 * 512)
+    permute = found["collective-permute"]
+    assert (permute.axes, permute.group, permute.times, permute.bytes) == (("fsdp",), 4, 208, 208 * 1024)
+    reduce = found["all-reduce"]
+    assert (reduce.axes, reduce.group, reduce.bytes) == (("data",), 2, 256)
+    rows = estimate.by_kind(list(found.values()))
+    assert rows[0]["kind"] == "collective-permute" and rows[0]["bytes_sent"] == 208 * 1024
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, x", [[0, 1], [2, 3]]),
+        ("replica_groups={}, x", [[0, 1, 2, 3]]),
+    ],
+)
+def test_every_way_of_writing_groups(text, groups):
+    assert collectives.replica_groups(text, 4) == groups
+
+
+def test_a_program_compiled_here_is_read_as_it_is():
+    """jax's own loop, gather and reduction on eight devices; no hand-written text."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def f(w, x):
+        def body(x, w):
+            return jnp.tanh(x @ jax.lax.all_gather(w, "fsdp", tiled=True)), None
+
+        return jax.lax.psum(jax.lax.scan(body, x, w)[0], "data")
+
+    specs = {"in_specs": (jax.P(None, "fsdp"), jax.P(("data", "fsdp"))), "out_specs": jax.P("fsdp")}
+    f = jax.jit(jax.shard_map(f, mesh=mesh, check_vma=False, **specs))
+    traced = f.trace(jax.ShapeDtypeStruct((5, 64, 64), "float32"), jax.ShapeDtypeStruct((16, 64), "float32"))
+    assert matmul_flops(traced.jaxpr.jaxpr, 8) == 5 * 2 * 16 * 64 * 64
+    module = hlo.parse(traced.lower().compile().as_text())
+    found = collectives.collectives(module, MESH)
+    summary = {(c.kind, c.axes): (c.times, c.bytes, c.payload) for c in found}
+    assert summary == {
+        ("all-gather", ("fsdp",)): (5, 5 * 64 * 64 * 4 * 3 / 4, 5 * 64 * 64 * 4),
+        ("all-reduce", ("data",)): (1, 2 * 64 * 4, 2 * 64 * 4),
+    }
+    assert traffic.memory_bytes(module) > 5 * 64 * 64 * 4
+
+
+def test_flops_of_the_real_step_are_the_models_own():
+    """Without recomputation, and with attention over all of a row where the model counts the causal half of it."""
+    config = load_config("configs/dense_1b.py", ["--config.model.remat=none"])
+    config = replace(config, mesh=replace(config.mesh, data=1, fsdp=1), data=replace(config.data, batch_size=1))
+    from mtp_jax import sharding
+    from mtp_jax.tools.planning.compile import abstract_batch
+    from mtp_jax.training.step import make_trainer
+
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, mesh)
+        traced = trainer.step.trace(trainer.abstract_state, abstract_batch(config, trainer))
+    counted = matmul_flops(traced.jaxpr.jaxpr, 1)
+    model = train_flops_per_token(config) * config.data.sequence_length
+    assert model < counted < 1.35 * model
+
+
+ASSIGNMENT = """BufferAssignment:
+allocation 0: size 4096, thread-local:
+allocation 1: size 1048576, parameter 0, shape |f32[512,512]| at ShapeIndex {}, maybe-live-out:
+ value: <1 p @0> (size=1048576,offset=0): f32[512,512]{1,0}
+allocation 2: size 512, color 6, preallocated-temp:
+allocation 3: size 3145728, preallocated-temp:
+ value: <2 a @0> (size=1048576,offset=0): f32[512,512]{1,0}
+ value: <3 b @0> (size=1048576,offset=1048576): f32[512,512]{1,0}
+ value: <4 b_again{1} (phi) @0> (size=1048576,offset=1048576): f32[512,512]{1,0}
+ value: <5 c @0> (size=2097152,offset=1048576): f32[512,1024]{1,0}
+"""
+LIVE = """HloLiveRange (max 9):
+  BufferLiveRange:
+    a{}:0-9
+    b{}:0-3
+    b_again{1}:2-4
+    c{}:5-6
+  Live ranges at 5 (peak):
+    a: 1
+"""
+
+
+def test_memory_is_what_the_assignment_says():
+    memory = buffers.read_memory(ASSIGNMENT, LIVE, hlo.Module())
+    assert (memory.total, memory.arguments, memory.heap) == (4 << 20, 1 << 20, 3 << 20)
+    assert memory.live == 3 << 20  # a and c; b has gone
+    assert [(row.bytes, row.shape) for row in memory.largest] == [(2 << 20, "f32[512,1024]"), (1 << 20, "f32[512,512]")]
+
+
+def test_times_of_links():
+    chip = topology.CHIPS["v5p"]
+    one = collectives.Collective("all-gather", ("fsdp",), 16, 1e9, 1e9, 1, "")
+    assert roofline.link_seconds(one, chip, [(0, 4)], (4, 4, 4)) == pytest.approx(1e9 / 200e9)  # a ring, both ways
+    assert roofline.link_seconds(one, chip, [(0, 2)], (4, 4, 4)) == pytest.approx(1e9 / 100e9)  # part of one: a line
+    both = roofline.link_seconds(one, chip, [(0, 4), (1, 4)], (4, 4, 4))
+    assert both == pytest.approx(1e9 / 400e9)
+    exchange = replace(one, kind="all-to-all")
+    assert roofline.link_seconds(exchange, chip, [(0, 8)], (8, 8, 8)) == pytest.approx(2 * 1e9 / 200e9)
+
+
+def test_candidates_divide_the_topology():
+    config = load_config("configs/tiny.py", ["--config.data.batch_size=64"])
+    slice_ = topology.Topology("v5e:4x4", topology.CHIPS["v5e"], (4, 4), 1, [None] * 16)
+    found = list(search.candidates(config, slice_))
+    assert found
+    for one in found:
+        mesh = one.config.mesh
+        assert np.prod([mesh.data, mesh.fsdp, mesh.expert, mesh.context, mesh.tensor]) == 16
+        assert config.model.num_heads % mesh.tensor == 0 and config.model.num_experts % mesh.expert == 0
+        assert one.gib > 0 and one.seconds > 0
+    less, more = (next(c for c in found if c.config.model.remat == r) for r in ("full", "none"))
+    assert less.gib < more.gib and less.seconds >= more.seconds
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "v5p", "v5p:4by4", ""])
+def test_an_unknown_topology_names_the_known(name):
+    with pytest.raises(UserError, match="as in v.*:4x4"):
+        topology.open_topology(name)
+
+
+def libtpu_or_skip():
+    pytest.importorskip("libtpu", reason="the planner's compiler: pip install 'jax[tpu]'")
+
+
+SMALL = [
+    *("--config.model.num_layers=2", "--config.mtp.depth=1", "--config.data.batch_size=16"),
+    *("--config.model.compute_dtype=bfloat16", "--config.model.remat=full", "--config.mesh.fsdp=16"),
+    "--config.mesh.data=1",
+]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """This process already runs jax on CPUs; the rest of the tool's environment is undone afterwards."""
+    for name, value in topology.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
+    libtpu_or_skip()
+    out = tmp_path / "plan.json"
+    command = ["--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={out}", *SMALL]
+    assert run_here(here, plan_command.main, *command) == 0
+    text = capsys.readouterr().out
+    for part in ("memory a device", "largest temporaries", "collectives", "predicted:", "of 15.75"):
+        assert part in text
+    result = json.loads(out.read_text())
+    assert 0 < result["peak_live_gib"] <= result["peak_hbm_gib"] < result["hbm_gib"] == 15.75
+    assert result["parameters_active"] < result["parameters"]
+    assert 0 < result["model_tflops_per_chip"] < result["executed_tflops_per_chip"]
+    assert {"all-gather"} <= {row["kind"] for row in result["collectives"]}
+    assert {tuple(row["axes"]) for row in result["collectives"]} == {("fsdp",)}
+    assert 0 < result["mfu"] < 1 and result["bound"] in result["seconds"]
+
+
+def test_an_over_full_step_is_one_line(here, capsys, tmp_path):
+    libtpu_or_skip()
+    out = tmp_path / "plan.json"
+    huge = ["--config.data.batch_size=16384", "--config.data.sequence_length=1024"]
+    code = run_here(
+        here, plan_command.main, "--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={out}", *SMALL, *huge
+    )
+    assert code == 1
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and "needs" in error and "of 15.8 GiB" in error and "largest:" in error
+    result = json.loads(out.read_text())
+    assert not result["fits"] and result["peak_hbm_gib"] > 15.75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology=v9:2x2"], "unknown; a topology is a generation"),
+        (["--topology=v5p:3x3x3"], "not divisible"),
+        (["--topology=v5e:4x4", "--slices=0"], "must be at least 1"),
+        (["--topology=v5e:4x4", "--config.mesh.data=3"], "takes 3 devices, there are 16"),
+        (["--topology=v5e:4x4", *SMALL, "--config.mesh.fsdp=1", "--config.mesh.tensor=16"], "does not divide"),
+        (["--topology=v5e:4x4", *SMALL, "--config.mesh.fsdp=1", "--config.mesh.expert=16"], "does not divide"),
+        (
+            ["--topology=v5e:4x4", "--slices=2", *SMALL, "--config.mesh.fsdp=32", "--config.data.batch_size=32"],
+            "slices",
+        ),
+        (["--topology=v5e:4x4", "--json=/no/such/folder/x.json"], "its folder does not exist"),
+    ],
+)
+def test_unusable_arguments_are_one_line(here, capsys, arguments, says):
+    libtpu_or_skip()
+    assert run_here(here, plan_command.main, "--config=configs/tiny.py", *arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error.removeprefix("Failed") and says in error
