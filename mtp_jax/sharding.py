@@ -1,6 +1,6 @@
 """The mesh and the one table from logical axes to mesh axes. Layers name logical axes and know of no mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtp_jax.config import MeshConfig, mesh_sizes
+
+Axes = tuple[str | None, ...]
 
 # Weights: "embed" is cut by fsdp whatever the weight. Activations: rows over every axis that holds whole examples
 # (the expert axis too: outside the experts it is one more data axis), positions over context.
@@ -36,12 +38,12 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.shard
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+def spec(axes: Axes) -> PartitionSpec:
     """The PartitionSpec of logical axes; names outside the table are not cut."""
     return PartitionSpec(*(LOGICAL_AXES.get(name) if name else None for name in axes))
 
 
-def named(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+def named(mesh: jax.sharding.Mesh, axes: Axes) -> NamedSharding:
     """The sharding of logical axes on a mesh."""
     return NamedSharding(mesh, spec(axes))
 
@@ -52,6 +54,31 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def local(fn: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable[..., Any]:
+    """`fn` run by each device of the ambient mesh on its own part of the arguments; `fn` itself where there is none.
+
+    For what the compiler would not cut by itself, or would cut worse. Inside, collectives name mesh axes; the gradient
+    of an argument is summed over the axes its own do not name.
+
+    Args:
+      in_axes: the logical axes of each argument. out_axes: of the one result; it must differ over no other axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn
+    return jax.shard_map(fn, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes), check_vma=False)
+
+
+def whole_length(x: jax.Array) -> jax.Array:
+    """Inside `local`: all positions (dim 1) of an array cut by "length". The gradient is scattered back."""
+    return jax.lax.all_gather(x, LOGICAL_AXES["length"], axis=1, tiled=True) if num_shards("length") > 1 else x
+
+
+def first_position(length: int) -> jax.Array | int:
+    """Inside `local`: where in the row this device's `length` positions begin."""
+    return jax.lax.axis_index(LOGICAL_AXES["length"]) * length if num_shards("length") > 1 else 0
 
 
 def num_shards(name: str) -> int:
