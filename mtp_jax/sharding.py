@@ -1,6 +1,6 @@
 """The mesh and the one table from logical axes to mesh axes. Layers name logical axes and know of no mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtp_jax.config import MeshConfig, UserError, mesh_sizes
+
+Axes = tuple[str | None, ...]
 
 # Weights: "embed" is cut by fsdp whatever the weight, and by expert too unless that cuts the experts themselves: else
 # every weight outside the experts would be there once for each of them. Activations: rows over every axis that holds
@@ -54,7 +56,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.shard
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=auto)
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+def spec(axes: Axes) -> PartitionSpec:
     """The PartitionSpec of logical axes; names outside the table are not cut.
 
     A mesh axis cuts one dim of an array, the first that asks for it: expert cuts the experts where there are any, and
@@ -67,7 +69,7 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*cuts)
 
 
-def named(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+def named(mesh: jax.sharding.Mesh, axes: Axes) -> NamedSharding:
     """The sharding of logical axes on a mesh."""
     return NamedSharding(mesh, spec(axes))
 
@@ -80,9 +82,41 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
+def local(fn: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable[..., Any]:
+    """`fn` run by each device of the ambient mesh on its own part of the arguments; `fn` itself where there is none.
+
+    For what the compiler would not cut by itself, or would cut worse. Inside, collectives name mesh axes; the gradient
+    of an argument is summed over the axes its own do not name.
+
+    Args:
+      in_axes: the logical axes of each argument. out_axes: of the one result; it must differ over no other axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn
+    return jax.shard_map(fn, in_specs=tuple(map(spec, in_axes)), out_specs=spec(out_axes), check_vma=False)
+
+
+def whole_length(x: jax.Array) -> jax.Array:
+    """Inside `local`: all positions (dim 1) of an array cut by "length". The gradient is scattered back."""
+    return jax.lax.all_gather(x, LOGICAL_AXES["length"], axis=1, tiled=True) if num_shards("length") > 1 else x
+
+
+def first_position(length: int) -> jax.Array | int:
+    """Inside `local`: where in the row this device's `length` positions begin."""
+    return jax.lax.axis_index(LOGICAL_AXES["length"]) * length if num_shards("length") > 1 else 0
+
+
 def num_shards(name: str) -> int:
     """Over how many devices of the ambient mesh a logical axis is cut."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
     return int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES[name]]))
+
+
+def platform() -> str:
+    """What is compiled for: "cpu", "tpu" or a GPU's name; the ambient mesh's, which need not be this machine's own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -6,31 +6,40 @@ Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M)
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.sharding import num_shards
-
-# Longer rows are attended in equal blocks of at most this many queries, each recomputed in the backward pass; of fewer
-# where a block's float32 scores would take a device more than these bytes (128 heads, 4 rows of 4096: 8 MiB a query).
+# A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
+# where a block's float32 scores would take more than these bytes (128 heads, 4 rows of 4096: 8 MiB a query).
 QUERY_BLOCK = 512
 SCORE_BYTES = 1 << 30
 
 
-def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT: jax.Array, scale: float) -> jax.Array:
+def attend(
+    q_BTHQ: jax.Array,
+    k_BSGQ: jax.Array,
+    v_BSGV: jax.Array,
+    segments_BS: jax.Array,
+    scale: float,
+    first: jax.Array | int = 0,
+) -> jax.Array:
     """softmax(scale * q k^T + mask) v, where query i sees key j iff j <= i and both have the same segment id.
 
     Padding is a segment like any other: its positions see only each other, and every query sees itself, so no row of
     the softmax is empty. Scores and softmax are float32.
+
+    Args:
+      first: the queries are the positions first .. first + T - 1 of the S; 0 unless the row is cut.
 
     Returns:
       [B, T, H, V] in the dtype of v.
     """
     length, num_heads, num_groups = q_BTHQ.shape[1], q_BTHQ.shape[2], k_BSGQ.shape[2]
     q_BTGMQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], num_groups, num_heads // num_groups, q_BTHQ.shape[-1])
-    index_T = jnp.arange(length)
+    segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
+    index_S, index_T = jnp.arange(k_BSGQ.shape[1]), first + jnp.arange(length)
 
     def block(q_BTGMQ, segments_q_BT, index_q_T):
         scores_BGMTS = jnp.einsum("btgmq,bsgq->bgmts", q_BTGMQ, k_BSGQ, preferred_element_type=jnp.float32) * scale
-        causal_TS = index_T[None, :] <= index_q_T[:, None]
-        mask_BTS = causal_TS & (segments_q_BT[:, :, None] == segments_BT[:, None, :])
+        causal_TS = index_S[None, :] <= index_q_T[:, None]
+        mask_BTS = causal_TS & (segments_q_BT[:, :, None] == segments_BS[:, None, :])
         probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BGMTS, -jnp.inf), axis=-1)
         return jnp.einsum("bgmts,bsgv->btgmv", probs.astype(v_BSGV.dtype), v_BSGV)
 
@@ -38,21 +47,18 @@ def attend(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BT:
     if num_blocks == 1:
         out = block(q_BTGMQ, segments_BT, index_T)
     else:
-        # Block j holds the queries a * num_blocks + j: cut this way, each block takes its share of every device's
-        # positions when the row is sharded over the context axis, and no query moves.
+
         def split(x, axis):
-            shape = (*x.shape[:axis], length // num_blocks, num_blocks, *x.shape[axis + 1 :])
-            return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
+            shape = (*x.shape[:axis], num_blocks, length // num_blocks, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x.reshape(shape), axis, 0)
 
         cut = split(q_BTGMQ, 1), split(segments_BT, 1), split(index_T, 0)
         out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), cut)
-        out = jnp.moveaxis(out, 0, 2).reshape(*q_BTGMQ.shape[:-1], v_BSGV.shape[-1])
+        out = jnp.moveaxis(out, 0, 1).reshape(*q_BTGMQ.shape[:-1], v_BSGV.shape[-1])
     return out.reshape(*q_BTHQ.shape[:3], v_BSGV.shape[-1])
 
 
 def _num_blocks(num_rows: int, length: int, num_heads: int, num_keys: int) -> int:
     """The fewest equal blocks of a row's queries that keep to both limits."""
-    rows, heads = (-(-n // num_shards(axis)) for n, axis in ((num_rows, "batch"), (num_heads, "heads")))
-    query_bytes = 4 * rows * heads * num_keys / num_shards("length")
-    most = max(1, min(QUERY_BLOCK, int(SCORE_BYTES / query_bytes)))
+    most = max(1, min(QUERY_BLOCK, SCORE_BYTES // (4 * num_rows * num_heads * num_keys)))
     return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= most)

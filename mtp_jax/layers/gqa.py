@@ -1,6 +1,7 @@
 """Grouped-query attention (2305.13245) with optional query/key norm and biases: Llama, Qwen, GLM blocks.
 
-Shape letters: B rows, T positions, D model, H query heads, G key/value heads, Q head dim.
+Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows), D model, H query heads,
+G key/value heads, Q head dim.
 """
 
 import jax
@@ -12,7 +13,7 @@ from mtp_jax.layers import rope
 from mtp_jax.layers.attention import attend
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix, vector
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import first_position, local, whole_length
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -46,10 +47,15 @@ class GroupedQueryAttention(nnx.Module):
         if config.qk_norm:
             q_BTHQ, k_BTGQ = self.q_norm(q_BTHQ), self.k_norm(k_BTGQ)
         q_BTHQ, k_BTGQ = self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT)
-        q_BTHQ = constrain(q_BTHQ, "batch", "length", "heads", None)
-        k_BTGQ, v_BTGQ = (constrain(x, "batch", None, "kv_heads", None) for x in (k_BTGQ, v_BTGQ))
-        out_BTHQ = attend(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT, config.head_dim**-0.5)
+        heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+        attention = local(self._attend, (heads, groups, groups, ("batch", None)), heads)
+        out_BTHQ = attention(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT)
         return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(dtype))
+
+    def _attend(self, q_BTHQ, k_BTGQ, v_BTGQ, segments_BS):
+        """One device's queries over whole rows: keys and values of its groups are collected over the context axis."""
+        k_BSGQ, v_BSGQ = whole_length(k_BTGQ), whole_length(v_BTGQ)
+        return attend(q_BTHQ, k_BSGQ, v_BSGQ, segments_BS, self.config.head_dim**-0.5, first_position(q_BTHQ.shape[1]))
 
     def _rotate(self, x_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
         rotary = round(self.config.rotary_fraction * self.config.head_dim)

@@ -1,6 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
 
-Shape letters: B rows, T positions, D model, H heads, N nope dim, R rotary dim, V value dim, C key/value latent.
+Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows), D model, H heads, N nope dim,
+R rotary dim, V value dim, C key/value latent.
 """
 
 import jax
@@ -12,7 +13,7 @@ from mtp_jax.layers import rope
 from mtp_jax.layers.attention import attend
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, first_position, local, whole_length
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -35,20 +36,34 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
-        config, dtype = self.config, x_BTD.dtype
-        nope = config.qk_nope_head_dim
         q_BTHQ = self.queries(x_BTD, positions_BT)
         latent_BTC, rotary_BTR = self.latents(x_BTD, positions_BT)
-        # The latent is what crosses the context axis: C + R numbers a token, where keys and values are H (N + R + V).
-        latent_BTC = constrain(latent_BTC, "batch", None, None)
-        rotary_BTR = constrain(rotary_BTR, "batch", None, None)
-        kv_BTHW = jnp.einsum("btc,chw->bthw", latent_BTC, self.kv_b[...].astype(dtype))
-        k_nope_BTHN, v_BTHV = kv_BTHW[..., :nope], kv_BTHW[..., nope:]
-        rotary_BTHR = jnp.broadcast_to(rotary_BTR[:, :, None], (*k_nope_BTHN.shape[:3], rotary_BTR.shape[-1]))
-        k_BTHQ = jnp.concatenate([k_nope_BTHN, rotary_BTHR], axis=-1)
-        scale = rope.mla_softmax_scale(config)
-        out_BTHV = attend(q_BTHQ, k_BTHQ, v_BTHV, segments_BT, scale)
-        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(dtype))
+        # Each device expands the latents of whole rows to keys and values of its own heads.
+        attention = local(
+            self._attend,
+            (
+                *(("batch", "length", "heads", None), ("batch", "length", None), ("batch", "length", None)),
+                *((None, "heads", None), ("batch", None)),
+            ),
+            ("batch", "length", "heads", None),
+        )
+        kv_b_CHW = self.kv_b[...].astype(x_BTD.dtype)
+        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHW, segments_BT)
+        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(x_BTD.dtype))
+
+    def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHW, segments_BS):
+        """One device's queries over whole rows.
+
+        The latent is what crosses the context axis, and its gradient what comes back: C + R numbers a token, where keys
+        and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
+        """
+        nope, first = self.config.qk_nope_head_dim, first_position(q_BTHQ.shape[1])
+        latent_BSC, rotary_BSR = whole_length(latent_BTC), whole_length(rotary_BTR)
+        kv_BSHW = jnp.einsum("bsc,chw->bshw", latent_BSC, kv_b_CHW)
+        k_nope_BSHN, v_BSHV = kv_BSHW[..., :nope], kv_BSHW[..., nope:]
+        rotary_BSHR = jnp.broadcast_to(rotary_BSR[:, :, None], (*k_nope_BSHN.shape[:3], rotary_BSR.shape[-1]))
+        k_BSHQ = jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1)
+        return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, rope.mla_softmax_scale(self.config), first)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[B, T, H, N + R], the last R dims rotated."""

@@ -3,15 +3,18 @@
 Shape letters: B rows, T positions, D model, E experts, F expert width, K experts a token, N = B * T tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers.exchange import exchanged
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
-from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, spec
+from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, platform, spec
 
 
 class MixtureOfExperts(nnx.Module):
@@ -54,34 +57,49 @@ class MixtureOfExperts(nnx.Module):
     def _ragged(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
         """Tokens sorted by expert, one grouped matmul over the groups as long as they are.
 
-        On a mesh each device sorts and runs its own tokens and collects the experts' weights (but for its part of
-        their width): a sort over all devices' tokens would gather every token on every one of them.
+        On a mesh each device sorts its own tokens (a sort over all devices' tokens would gather every token on every
+        one of them). Where the expert axis is cut, tokens go to the owners of their experts and come back; the experts'
+        weights stay where they are, but for the model dim, which is collected over the fsdp axis.
         """
         weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        arguments = (x_BTD, gates_BTK, chosen_BTK, *weights)
         if num_shards("batch") * num_shards("length") * num_shards("ffn") == 1:
-            return _grouped(*arguments)
-        tokens, wide = spec(("batch", "length", None)), spec((None, None, "ffn"))
-        specs = (tokens, tokens, tokens, wide, wide, spec((None, "ffn", None)))
-        run = lambda *parts: jax.lax.psum(_grouped(*parts), LOGICAL_AXES["ffn"])  # noqa: E731
-        return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(*arguments)
+            return _grouped(x_BTD, gates_BTK, chosen_BTK, weights, self.config.num_experts, _experts)
+        owned = functools.partial(exchanged, experts=_experts, per_token=self.config.num_experts_per_token)
+        travel = owned if num_shards("experts") > 1 else _experts
+        tokens, wide = spec(("batch", "length", None)), spec(("experts", None, "ffn"))
+        specs = (tokens, tokens, tokens, (wide, wide, spec(("experts", "ffn", None))))
+
+        def run(x_BTD, gates_BTK, chosen_BTK, weights):
+            out_BTD = _grouped(x_BTD, gates_BTK, chosen_BTK, weights, self.config.num_experts, travel)
+            return jax.lax.psum(out_BTD, LOGICAL_AXES["ffn"])
+
+        return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(
+            x_BTD, gates_BTK, chosen_BTK, weights
+        )
 
 
-def _grouped(x_BTD, gates_BTK, chosen_BTK, gate_EDF, up_EDF, down_EFD):
-    """sum_k gate_k * expert_k(x) by ragged_dot, on one device's tokens."""
+def _grouped(x_BTD, gates_BTK, chosen_BTK, weights, num_experts, run):
+    """sum_k gate_k * expert_k(x) of one device's tokens; `run` gives the experts' outputs of rows sorted by expert."""
     num_chosen = chosen_BTK.shape[-1]
     expert_N = chosen_BTK.reshape(-1)
     order_N = jnp.argsort(expert_N, stable=True)
-    sizes_E = jnp.bincount(expert_N, length=gate_EDF.shape[0]).astype(jnp.int32)
+    sizes_E = jnp.bincount(expert_N, length=num_experts).astype(jnp.int32)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[order_N // num_chosen]
-    h_NF = jax.nn.silu(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
-    y_ND = jax.lax.ragged_dot(h_NF, down_EFD, sizes_E)
+    y_ND = run(x_ND, sizes_E, weights)
     y_BTKD = y_ND[jnp.argsort(order_N)].reshape(*chosen_BTK.shape, x_BTD.shape[-1])
     return (y_BTKD * gates_BTK[..., None]).sum(axis=-2)
 
 
+def _experts(x_ND, sizes_E, weights):
+    """SwiGLU of every expert on its group of rows, by ragged_dot."""
+    gate_EDF, up_EDF, down_EFD = weights
+    h_NF = jax.nn.silu(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
+    return jax.lax.ragged_dot(h_NF, down_EFD, sizes_E)
+
+
 def uses_ragged(config: ModelConfig) -> bool:
-    """Which dispatch runs. "auto": plain matmuls on a CPU, where ragged_dot computes every group densely anyway."""
+    """Which dispatch runs. "auto": the exchange of tokens where experts live on several devices; else plain matmuls on
+    a CPU, where ragged_dot computes every group densely anyway."""
     if config.moe_dispatch == "auto":
-        return jax.default_backend() != "cpu"
+        return num_shards("experts") > 1 or platform() != "cpu"
     return config.moe_dispatch == "ragged"

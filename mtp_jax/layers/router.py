@@ -11,6 +11,7 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers.param import RouterBias, matrix
+from mtp_jax.sharding import local
 
 
 class RouterStats(NamedTuple):
@@ -43,11 +44,16 @@ class Router(nnx.Module):
         )
         scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router_score == "sigmoid" else jax.nn.softmax(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(scores_BTE) + self.bias[...]
-        chosen_BTK = jax.lax.top_k(self._keep_best_groups(choice_BTE), config.num_experts_per_token)[1]
+        # Token by token, but the compiler does not cut a top-k on every platform: it would collect all devices' scores.
+        tokens = ("batch", "length", None)
+        chosen_BTK = local(self._choose, (tokens,), tokens)(choice_BTE)
         gates_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
         if config.router_renormalize:
             gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdims=True) + 1e-20)
         return gates_BTK * config.routed_scaling_factor, chosen_BTK, self._stats(scores_BTE, chosen_BTK, valid_BT)
+
+    def _choose(self, choice_BTE: jax.Array) -> jax.Array:
+        return jax.lax.top_k(self._keep_best_groups(choice_BTE), self.config.num_experts_per_token)[1]
 
     def _keep_best_groups(self, choice_BTE: jax.Array) -> jax.Array:
         """-inf outside the groups a token may use ("node-limited routing", section 2.1.2)."""

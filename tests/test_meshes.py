@@ -1,0 +1,89 @@
+"""Any mesh equals one device: thirty steps over meshes that use every axis, alone and together."""
+
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax.config import MeshConfig
+from mtp_jax.sharding import make_mesh
+from mtp_jax.training.step import make_trainer
+from tests.test_mistakes import rows, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MIXED = [{"fsdp": 2, "expert": 2, "context": 2}, {"expert": 2, "context": 2, "tensor": 2}]
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"expert": 8},
+    {"context": 8},
+    {"data": 2, "tensor": 4},
+    {"expert": 4, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    *MIXED,
+]
+CASES = [("sequential", mesh) for mesh in MESHES] + [(kind, mesh) for kind in ("parallel", "none") for mesh in MIXED]
+NUM_STEPS = 30
+
+
+def small(kind):
+    """configs/tiny.py with the fewest layers every kind can have, all of them with experts: less to compile."""
+    config = tiny(
+        *(f"--config.mtp.kind={kind}", "--config.mtp.parameter_matched=false", "--config.data.sequence_length=64"),
+        *("--config.model.num_layers=2", "--config.model.num_dense_layers=0"),
+    )
+    return replace(config, mesh=MeshConfig(data=1))
+
+
+def train(config, batches, state=None):
+    """(state before, state after, metrics of each step) on all devices of the config's mesh, from `state` if given."""
+    mesh = make_mesh(config.mesh, jax.devices()[: math.prod(vars(config.mesh).values())])
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, mesh)
+        first = trainer.init() if state is None else jax.device_put(state, _shardings(trainer))
+        first, state, out = jax.device_get(first), first, []
+        for batch in batches:
+            state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
+            out.append(metrics)
+        return first, jax.device_get(state), jax.device_get(out)
+
+
+def _shardings(trainer):
+    return jax.tree.map(lambda leaf: leaf.sharding, trainer.abstract_state)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Kind -> (config, batches, initial state, final state, metrics) on one device."""
+    cache = {}
+
+    def get(kind):
+        if kind not in cache:
+            config = small(kind)
+            batches = [rows(config, seed, num_padding=2) for seed in range(NUM_STEPS)]
+            cache[kind] = (config, batches, *train(config, batches))
+        return cache[kind]
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=lambda x: x if isinstance(x, str) else "_".join(x))
+def test_thirty_steps_on_a_mesh_of_eight_equal_one_device(one_device, kind, sizes):
+    """Mistake 3: a roll on a shard of the sequence; packed documents cross the shards' borders here."""
+    config, batches, first, last, expected = one_device(kind)
+    mesh = MeshConfig(**{"data": 1, **sizes})
+    _, state, metrics = train(replace(config, mesh=mesh), batches, first)
+    for step, (a, b) in enumerate(zip(expected, metrics, strict=True)):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (step, name)
+    assert min(np.abs(bias).max() for bias in jax.tree.leaves(last["biases"])) > 0.01  # they have moved
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-7), last["biases"], state["biases"])
+
+
+def test_a_mesh_starts_from_the_same_weights(one_device):
+    config, _, first, *_ = one_device("sequential")
+    started, *_ = train(replace(config, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2)), [])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-7), first, started)
