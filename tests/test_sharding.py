@@ -13,14 +13,6 @@ from tests.test_mistakes import rows, run_steps, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-MESHES = [
-    {"data": 8},
-    {"context": 8},
-    {"fsdp": 2, "expert": 2, "context": 2},
-    {"data": 2, "tensor": 4},
-]
-
-
 @pytest.fixture(scope="module")
 def one_device():
     """Kind -> (config, batches, final state, metrics) on one device."""
@@ -34,21 +26,6 @@ def one_device():
         return cache[kind]
 
     return get
-
-
-CASES = [("sequential", mesh) for mesh in MESHES] + [("parallel", MESHES[2]), ("none", MESHES[2])]
-
-
-@pytest.mark.parametrize(("kind", "sizes"), CASES, ids=lambda x: x if isinstance(x, str) else "_".join(x))
-def test_a_mesh_of_eight_equals_one_device(one_device, kind, sizes):
-    """Mistake 3: a roll on a shard of the sequence; packed documents cross the shards' borders here."""
-    config, batches, state, expected = one_device(kind)
-    mesh = MeshConfig(**{"data": 1, **sizes})
-    other, metrics = run_steps(replace(config, mesh=mesh), batches, num_devices=8)
-    for a, b in zip(expected, metrics, strict=True):
-        for name in a:
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), name
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state["biases"], other["biases"])
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "context": 2}, {"data": 4, "tensor": 2}], ids="_".join)
