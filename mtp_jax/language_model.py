@@ -27,7 +27,7 @@ from mtp_jax.training.checkpoint import Checkpoints
 class LanguageModel:
     """Weights on their devices, with the tokenizer they were trained with.
 
-    tokenizer: None where a Hugging Face folder has no tokenizer.json.
+    tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
     """
 
     config: Config
@@ -128,7 +128,10 @@ def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> Lan
     if depth is not None or ignore:
         raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
     config = _with(workdirs.read_config(path), mesh[0], compute_dtype)
-    tokenizer = data.load_tokenizer(config.data.tokenizer)
+    is_import = (path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE).is_file()
+    named = config.data.tokenizer
+    has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import
+    tokenizer = data.load_tokenizer(named) if has_tokenizer else None
     with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
             raise UserError(f"{path}: has no checkpoints yet; train it first")

@@ -13,6 +13,7 @@ from tests.test_mistakes import rows, run_steps, tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+
 @pytest.fixture(scope="module")
 def one_device():
     """Kind -> (config, batches, final state, metrics) on one device."""

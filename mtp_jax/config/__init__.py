@@ -5,7 +5,7 @@ sees only that.
 """
 
 from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, validate
-from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict
+from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict, with_own_tokenizer
 from mtp_jax.config.schema import (
     CONVENTIONS,
     CheckpointConfig,
@@ -42,4 +42,5 @@ __all__ = [
     "to_config_dict",
     "to_dict",
     "validate",
+    "with_own_tokenizer",
 ]

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import sys
 import traceback
 import types
 import typing
@@ -120,7 +121,18 @@ def _read_json(path: str) -> dict[str, Any]:
         raise UserError(f"--config={path}: not JSON ({error}); give the config.json of a workdir") from error
     if not isinstance(values, dict) or "model_type" in values:
         raise UserError(f"--config={path}: not a config of a run; give the config.json of a workdir")
-    return values
+    return with_own_tokenizer(values, pathlib.Path(path).parent)
+
+
+def with_own_tokenizer(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+    """A config.json's values; where the tokenizer they name is gone, as when folders were moved, the copy that an
+    imported model brought into the workdir."""
+    own, data = workdir / "hf" / "tokenizer.json", values.get("data")
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(named, str) or named == "bytes" or pathlib.Path(named).expanduser().exists() or not own.is_file():
+        return values
+    print(f"data.tokenizer={named} is gone; using {own}", file=sys.stderr)
+    return {**values, "data": {**values["data"], "tokenizer": str(own.absolute())}}
 
 
 def _parse_override(override: str) -> tuple[str, str]:

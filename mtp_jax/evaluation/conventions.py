@@ -146,7 +146,8 @@ def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
         import argparse
 
         text = inspect.getsource(argparse)
-    assert lm.tokenizer is not None, "a workdir has one"
+    if lm.tokenizer is None:
+        raise UserError(f"--check: data.tokenizer={lm.config.data.tokenizer} is not there, so no text can be read")
     ids = lm.tokenizer.encode(text[: ROWS * LENGTH * 16])
     vocab = lm.config.model.vocab_size or 0
     if ids.max(initial=0) >= vocab:

@@ -6,11 +6,13 @@ code, and in mtp_jax.json (`Origin`) what the files were like, so that an export
 
 import collections
 import dataclasses
+import glob
 import json
 import math
 import os
 import pathlib
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ import numpy as np
 
 from mtp_jax.config import Config, UserError
 from mtp_jax.interop import hf_config, weights
-from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS
+from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS, ROUTER_BIAS
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
 from mtp_jax.interop.weights import BIAS_DTYPE, Tensor, Tree
 
@@ -41,7 +43,7 @@ class Origin:
     """What the files of an imported model were like.
 
     depth: MTP layers taken. dtype: of most of the bytes (fp8 counts as BF16, which it becomes). others: tensors of
-      another one. repeated: the repetitions of embedding and head that the files held.
+      another one, and router biases. repeated: the kinds of repeated embeddings and heads that the files held.
     """
 
     model_type: str
@@ -56,7 +58,6 @@ class HFModel:
     """An opened folder. Close it after use, or use it as a context manager.
 
     arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
-    num_bytes: of the tensors in the files.
     """
 
     path: pathlib.Path
@@ -88,6 +89,7 @@ def open_model(
     ignore: tuple[str, ...] = (),
     depth: int | None = None,
     param_dtype: str | None = None,
+    is_checked: bool = False,
 ) -> HFModel:
     """Check a folder and open it; only headers are read, and tensors that should repeat others.
 
@@ -96,6 +98,7 @@ def open_model(
       ignore: fields of config.json that are known not to matter.
       depth: 0 leaves the MTP layers out; None takes what is there.
       param_dtype: "float32" or "bfloat16"; None: float32 where any weight has more than bfloat16, else bfloat16.
+      is_checked: the folder was opened before; its tensors are not looked at again.
 
     Raises:
       UserError: a folder that is not a model of a known family: the file, tensor or field, and the remedy.
@@ -110,10 +113,13 @@ def open_model(
     files = TensorFolder(folder)
     try:
         listed = weights.tensors(config, model_type)
-        weights.check_folder(files, listed, str(folder), _left_out(config, model_type) if depth == 0 else ())
+        if not is_checked:
+            weights.check_folder(files, listed, str(folder), _mtp_prefixes(config, model_type), depth == 0)
         origin = _origin(files, listed, config, model_type)
         dtype: Any = param_dtype or ("bfloat16" if _is_bfloat16(files, listed) else "float32")
         model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
+        if not ROUTER_BIAS.keys() & LAYOUTS[model_type].expert_block.keys():
+            model = dataclasses.replace(model, router_bias_rate=0.0)  # moved, they could not be exported
         config = dataclasses.replace(config, model=model)
         arrays = weights.lazy_arrays(files, config, listed)
     except BaseException:
@@ -122,7 +128,7 @@ def open_model(
     return HFModel(folder, config, values, origin, arrays, files)
 
 
-def _left_out(config: Config, model_type: str) -> tuple[str, ...]:
+def _mtp_prefixes(config: Config, model_type: str) -> tuple[str, ...]:
     """Prefixes of MTP layers of any depth."""
     layout, after = LAYOUTS[model_type], config.model.num_layers
     return tuple(layout.module_layer.format(layer=after + k, depth=k) for k in range(16))
@@ -143,9 +149,15 @@ def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_typ
     for name, dtype in dtypes.items():
         num_bytes[dtype] += files.infos[name].stop - files.infos[name].start
     main = num_bytes.most_common(1)[0][0]
-    others = {name: dtype for name, dtype in dtypes.items() if dtype != main}
-    repeated = [t.name for t in listed if t.repeats and t.name in files.infos]
-    return Origin(model_type, config.depth, main, others, repeated)
+    biases = {t.name for t in listed if t.path[0] == "biases"}
+    others = {name: dtype for name, dtype in dtypes.items() if dtype != main or name in biases}
+    repeated = {_kind(t, model_type) for t in listed if t.repeats and t.name in files.infos}
+    return Origin(model_type, config.depth, main, others, sorted(repeated))
+
+
+def _kind(tensor: Tensor, model_type: str) -> str:
+    """Which repetition it is, whatever the layer."""
+    return next((s for s in LAYOUTS[model_type].repeated if tensor.name.endswith("." + s)), tensor.name)
 
 
 def write_model(
@@ -157,7 +169,7 @@ def write_model(
     dtype: str | None = None,
     tokenizer: pathlib.Path | None = None,
     progress: Callable[[int], None] = lambda num_elements: None,
-) -> str:
+) -> tuple[str, str]:
     """Write a model as a Hugging Face folder, which appears complete or not at all.
 
     Args:
@@ -170,7 +182,7 @@ def write_model(
       progress: called with the elements of each tensor written.
 
     Returns:
-      the model_type written.
+      the model_type written, and the dtype of most weights.
 
     Raises:
       UserError: a model that no layout holds, a target that is there already or cannot be written, too little space.
@@ -196,7 +208,7 @@ def write_model(
                 progress(0 if tensor.repeats else array.size)
 
         write_folder(partial, specs, counted())
-    return model_type
+    return model_type, _main_dtype(dtypes)
 
 
 def _laid_out(
@@ -204,12 +216,13 @@ def _laid_out(
 ) -> tuple[str, dict[str, Any], Origin | None]:
     """(model_type, config.json, origin where it is of that type). What was imported keeps its layout while that holds
     the model: a MiMo without its MTP layer is still one."""
-    if origin is not None and family in (None, origin.model_type):
+    if origin is not None and (family is None or origin.model_type in FAMILIES.get(family, ())):
         try:
             return origin.model_type, hf_config.from_config(config, origin.model_type, base), origin
-        except UserError:  # changed since, by heads or training, beyond what that layout can say
+        except UserError as error:  # changed since, beyond what that layout can say
             if family is not None:
                 raise
+            print(f"note: no longer {origin.model_type}, so the imported config.json is left out: {error}")
     model_type = hf_config.layout_of(config)
     if family is not None and model_type not in FAMILIES.get(family, ()):
         known = "" if family in FAMILIES else f"; there are {', '.join(FAMILIES)}"
@@ -224,7 +237,7 @@ def _is_written(tensor: Tensor, origin: Origin | None) -> bool:
     is_of_mtp = tensor.name != OUTSIDE_BLOCKS["unembed"]
     if origin is None or (is_of_mtp and not origin.depth):
         return is_of_mtp
-    return tensor.name in origin.repeated
+    return _kind(tensor, origin.model_type) in origin.repeated
 
 
 def _refuse_lost_biases(biases: Tree, listed: list[Tensor], model_type: str) -> None:
@@ -241,18 +254,22 @@ def _export_dtypes(listed: list[Tensor], config: Config, origin: Origin | None, 
     out = {}
     for t in listed:
         if dtype is None and origin is not None:
-            out[t.name] = origin.others.get(t.name, origin.dtype)
+            new = BIAS_DTYPE if t.path[0] == "biases" else origin.dtype  # of layers added since
+            out[t.name] = origin.others.get(t.name, new)
         else:
             out[t.name] = BIAS_DTYPE if t.path[0] == "biases" else EXPORT_DTYPES[dtype or config.model.param_dtype]
     return out
 
 
 def _set_dtype(values: dict[str, Any], dtypes: dict[str, str], base: dict[str, Any] | None) -> None:
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     key = "dtype" if base is not None and "dtype" in base else "torch_dtype"
-    main = collections.Counter(dtypes.values()).most_common(1)[0][0]
     if base is None or values.get(key) is not None:
-        values[key] = names[main]
+        values[key] = _main_dtype(dtypes)
+
+
+def _main_dtype(dtypes: dict[str, str]) -> str:
+    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    return names[collections.Counter(dtypes.values()).most_common(1)[0][0]]
 
 
 def _read_sides(sides: pathlib.Path | None) -> tuple[dict[str, Any] | None, Origin | None]:
@@ -269,29 +286,44 @@ def _read_sides(sides: pathlib.Path | None) -> tuple[dict[str, Any] | None, Orig
 def save_sides(source: HFModel | pathlib.Path, workdir: str | os.PathLike[str]) -> None:
     """Into `hf/` of a workdir: what travels with an opened folder's model, or another workdir's `hf/` as it is."""
     target = pathlib.Path(workdir) / SIDE_FOLDER
-    if isinstance(source, pathlib.Path):
-        if source.is_dir() and not target.exists():
-            _copy_sides(source, target, with_origin=True)
+    if target.exists() or (isinstance(source, pathlib.Path) and not source.is_dir()):
         return
-    _copy_sides(source.path, target)
-    shutil.copyfile(source.path / "config.json", target / "config.json")
-    text = json.dumps(dataclasses.asdict(source.origin), indent=1)
-    (target / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
+    with fresh_folder(target) as partial:
+        if isinstance(source, pathlib.Path):
+            _copy_sides(source, partial, with_origin=True)
+        else:
+            _copy_sides(source.path, partial)
+            shutil.copyfile(source.path / "config.json", partial / "config.json")
+            text = json.dumps(dataclasses.asdict(source.origin), indent=1)
+            (partial / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _copy_sides(source: pathlib.Path | None, target: pathlib.Path, with_origin: bool = False) -> None:
-    """Tokenizer, generation settings, remote code, licence: the folder's own files but weights and config.json."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Tokenizer, generation settings, remote code, licence: the folder's own files but weights and config.json, and
+    none above 128 MiB."""
     for path in sorted(source.iterdir()) if source is not None and source.is_dir() else ():
-        is_weights = path.name.endswith((*_WEIGHTS, ".index.json")) or path.stat().st_size > _LARGEST_SIDE_FILE
         is_ours = path.name in (ORIGIN_FILE, "config.json") and not with_origin
-        if path.is_file() and not is_weights and not is_ours and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
+        if path.is_dir() or path.name.startswith(".") or path.name.endswith((*_WEIGHTS, ".index.json")) or is_ours:
+            continue
+        try:
+            if path.stat().st_size <= _LARGEST_SIDE_FILE:
+                shutil.copyfile(path, target / path.name)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be copied ({error.strerror}); restore or remove it") from error
+
+
+def refuse_existing(target: str | os.PathLike[str]) -> None:
+    """UserError where `fresh_folder` would find something."""
+    final = pathlib.Path(target).resolve()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{target}: exists already; give a folder that does not")
 
 
 @contextmanager
 def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator[pathlib.Path]:
     """A folder to fill, which takes the name `target` when the block ends and is removed where it fails.
+
+    It lies beside the target as .NAME.partial-XXXXXXXX. A process that is killed leaves it; the next one says so.
 
     Args:
       num_bytes: what will be written; refused at once where the disk has less.
@@ -299,9 +331,12 @@ def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator
     Raises:
       UserError: target exists and is not empty, its parent cannot be written, or the disk is full.
     """
-    final = pathlib.Path(target).absolute()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"{target}: exists already; give a folder that does not")
+    refuse_existing(target)
+    final = pathlib.Path(target).resolve()
+    for left in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
+        print(
+            f"note: {left} is being written, or was left by a process that was killed; remove it then", file=sys.stderr
+        )
     partial = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -313,9 +348,11 @@ def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator
             )
         partial.mkdir()
         yield partial
-        if final.exists():
-            final.rmdir()
-        os.replace(partial, final)
+        if final.exists():  # empty, and perhaps somebody's current folder
+            for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+                os.replace(path, final / path.name)
+        else:
+            os.rename(partial, final)
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error}); nothing was left there") from error
     finally:

@@ -23,6 +23,7 @@ Tree = dict[str, Any]
 Path = tuple[str, ...]
 
 SCALE = "_scale_inv"
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # what a weight may be stored as
 BIAS_DTYPE = "F32"  # of router biases, in ours and in released files
 
 
@@ -249,12 +250,14 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
     return {name: {} for name in abstract} | nested(out)
 
 
-def check_folder(folder: TensorFolder, listed: list[Tensor], where: str, left_out: tuple[str, ...] = ()) -> None:
+def check_folder(
+    folder: TensorFolder, listed: list[Tensor], where: str, mtp_prefixes: tuple[str, ...], leaves_mtp: bool
+) -> None:
     """Refuse a folder that is not the model.
 
     Args:
       listed: what must be there; repetitions may be missing.
-      left_out: prefixes of tensors that are not wanted.
+      mtp_prefixes: of the tensors of MTP layers. leaves_mtp: whether those are left where they are.
 
     Raises:
       UserError: a missing tensor, one of another shape, one too many, a repetition with other values.
@@ -262,6 +265,7 @@ def check_folder(folder: TensorFolder, listed: list[Tensor], where: str, left_ou
     missing = [t.name for t in listed if t.name not in folder.infos and not t.repeats]
     if missing:
         hint = "; depth 0 (--depth=0) takes the main model alone" if "mtp" in _path_of(listed, missing[0]) else ""
+        hint = "; is tie_word_embeddings missing there?" if missing[0] == OUTSIDE_BLOCKS["unembed"] else hint
         raise UserError(f"{where}: has no tensor {missing[0]}{_more(missing)}, which its config.json asks for{hint}")
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].shape != t.shape:
@@ -269,6 +273,12 @@ def check_folder(folder: TensorFolder, listed: list[Tensor], where: str, left_ou
             raise UserError(
                 f"{where}: tensor {t.name} is {shape}, its config.json asks for {t.shape}; one is of another model"
             )
+    kinds = [
+        (n, i.dtype) for n, i in folder.infos.items() if i.dtype not in FLOATS and not n.endswith(DERIVED_SUFFIXES)
+    ]
+    if kinds:
+        name, dtype = kinds[0]
+        raise UserError(f"{where}: tensor {name} is {dtype}{_more(kinds)}; give a folder in bfloat16 or float32")
     known = {t.name for t in listed}
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].dtype == "F8_E4M3":
@@ -277,11 +287,13 @@ def check_folder(folder: TensorFolder, listed: list[Tensor], where: str, left_ou
                 has = "is missing" if scale is None else f"is {scale.shape}"
                 raise UserError(f"{where}: tensor {t.name + SCALE} {has}; fp8 {t.name} {t.shape} needs {wanted}")
             known.add(t.name + SCALE)
-    extra = [
-        n for n in folder.infos if n not in known and not n.endswith(DERIVED_SUFFIXES) and not n.startswith(left_out)
-    ]
+    unknown = (name for name in folder.infos if name not in known and not name.endswith(DERIVED_SUFFIXES))
+    extra = [name for name in unknown if not (leaves_mtp and name.startswith(mtp_prefixes))]
     if extra:
-        raise UserError(f"{where}: has tensor {extra[0]}{_more(extra)}, which its config.json does not ask for")
+        hint = ""
+        if extra[0].startswith(mtp_prefixes):
+            hint = "; of MTP layers: set num_nextn_predict_layers there, or take the main model alone (--depth=0)"
+        raise UserError(f"{where}: has tensor {extra[0]}{_more(extra)}, which its config.json does not ask for{hint}")
     _check_repeated(folder, listed, where)
 
 
@@ -299,8 +311,8 @@ def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> N
             rows = slice(first, first + _ROWS)
             if not np.array_equal(read(folder, t, rows), read(folder, original, rows)):
                 raise UserError(
-                    f"{where}: tensor {t.name} differs from {original.name}, which it should repeat; models with an "
-                    "embedding or head of their own for MTP are not supported"
+                    f"{where}: tensor {t.name} differs from {original.name}, which it should repeat; mtp_jax has one "
+                    "embedding and one head for all depths"
                 )
 
 
@@ -355,5 +367,5 @@ def _path_of(listed: list[Tensor], name: str) -> Path:
     return next(t.path for t in listed if t.name == name)
 
 
-def _more(items: list[str]) -> str:
+def _more(items: list[Any]) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

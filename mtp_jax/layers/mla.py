@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
 
-Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows), D model, H heads, N nope dim,
-R rotary dim, V value dim, C key/value latent.
+Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows), D model, H heads,
+N nope dim, R rotary dim, V value dim, C key/value latent.
 """
 
 import jax

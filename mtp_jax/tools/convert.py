@@ -3,6 +3,7 @@
     python -m mtp_jax.tools.convert import --hf=DIR --workdir=DIR [--family=NAME] [--check[=TEXTFILE]]
     python -m mtp_jax.tools.convert export --workdir=DIR --hf=DIR [--family=NAME] [--dtype=bfloat16]
 
+Until it is complete the result is beside its name, as .NAME.partial-XXXXXXXX; a kill -9 leaves that behind.
 import makes a workdir that eval.py measures, mtp_jax.load opens and a training run starts from:
     python train.py --config=DIR/config.json --config.init_from=DIR --workdir=OTHER --config.data.source=...
 export writes the newest checkpoint. Both appear complete or not at all, and keep in memory no more than one layer.
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,32 +68,41 @@ def import_(args: argparse.Namespace) -> None:
 
     ignore = tuple(name for name in args.ignore.split(",") if name)
     has_tokenizer = (pathlib.Path(args.hf) / "tokenizer.json").is_file()
-    if args.check is not None and not has_tokenizer:
-        raise UserError(f"--check: {args.hf} has no tokenizer.json, so no text can be read; leave --check out")
+    folder.refuse_existing(args.workdir)
     with folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype) as model:
+        if args.check is not None:
+            _refuse_check(args.check, args.hf, has_tokenizer, model.config)
         leaves = list(flat(model.arrays).values())
         num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
         print(f"{args.hf}: {describe(model.config)}")
         with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as progress:
+            folder.save_sides(model, partial)
             try:
                 write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, progress)
             except CheckpointError as error:
                 raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
-            folder.save_sides(model, partial)
-            config = _with_tokenizer(model.config, pathlib.Path(args.hf), pathlib.Path(args.workdir))
+            config = _with_tokenizer(model.config, pathlib.Path(args.workdir))
             text = json.dumps(to_dict(config), indent=2) + "\n"
             (partial / workdirs.CONFIG_FILE).write_text(text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
     if not has_tokenizer:
-        print("note: there is no tokenizer.json; data.tokenizer is bytes until you set it")
+        print("note: there is no tokenizer.json; set data.tokenizer before training or eval.py")
     if args.check is not None:
         check(args.workdir, args.check)
 
 
-def _with_tokenizer(config: Config, source: pathlib.Path, workdir: pathlib.Path) -> Config:
-    """data.tokenizer set to the copy in the workdir; without a tokenizer.json, bytes."""
-    if not (source / "tokenizer.json").is_file():
-        return config
+def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) -> None:
+    """What --check would stumble over, said before a long import."""
+    if not has_tokenizer:
+        raise UserError(f"--check: {hf} has no tokenizer.json, so no text can be read; leave --check out")
+    if not config.depth:
+        raise UserError(f"--check: {hf} has no MTP layers to compare conventions of; leave --check out")
+    if text_file and not pathlib.Path(text_file).is_file():
+        raise UserError(f"--check={text_file}: no such file; give a text file")
+
+
+def _with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
+    """data.tokenizer set to the copy in the workdir; where there is none, a run says so instead of reading bytes."""
     path = str(workdir.absolute() / "hf" / "tokenizer.json")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
 
@@ -115,27 +126,21 @@ def export(args: argparse.Namespace) -> None:
             arrays = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in arrays.items()}
         sides = workdir / folder.SIDE_FOLDER
         with _bar(flat(arrays).values(), "export") as progress:
-            layout = folder.write_model(
+            layout, written = folder.write_model(
                 args.hf, config, arrays, sides, args.family, args.dtype, _tokenizer_file(config), progress
             )
-    print(f"{args.hf}: step {step} as {layout}, {describe(config)}")
+    print(f"{args.hf}: step {step} as {layout} in {written}, {describe(config)}")
     for note in notes(config, layout):
         print(f"note: {note}")
 
 
 def _tokenizer_file(config: Config) -> pathlib.Path | None:
-    """The tokenizer.json that the model was trained with; None for bytes.
-
-    Raises:
-      UserError: it is gone.
-    """
+    """The tokenizer.json that the model was trained with; None for bytes, or where an import came without one."""
     if config.data.tokenizer == "bytes":
         return None
     path = pathlib.Path(config.data.tokenizer).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"data.tokenizer={path}: no such file; put it back, the export carries it")
-    return path
+    return path if path.is_file() else None
 
 
 def _main_alone(config: Config) -> Config:
@@ -152,6 +157,11 @@ def notes(config: Config, layout: str) -> list[str]:
     if config.depth and layout in ("llama", "qwen2", "qwen3"):
         out.append(
             f"{layout} has no MTP layers of its own; they are behind the last layer, where transformers skips them"
+        )
+    elif config.depth and config.model.num_layers not in (46, 61, 92):
+        out.append(
+            f"transformers knows MTP layers by the numbers of released models; from {config.model.num_layers} on it "
+            "calls them unexpected and ignores them"
         )
     if config.depth > 1 and conventions(config.mtp).recycled_hidden == "before_norm":
         out.append(
@@ -197,5 +207,10 @@ def _bar(leaves: Iterable[Any], what: str) -> Iterator[Callable[[int], None]]:
             bar.close()
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # what is half-written is removed, as for Ctrl-C
     cli.run(main)

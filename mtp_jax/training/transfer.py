@@ -80,11 +80,11 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
 
 
 def copy_sides(path: str, workdir: str) -> None:
-    """What travels with an imported model (tokenizer, config.json of its family) into the new run's workdir."""
+    """What travels with an imported model (tokenizer, config.json of its family) into the new run's workdir; once."""
     if (pathlib.Path(workdir) / hf_folder.SIDE_FOLDER).exists():
         return
     if hf_folder.is_hf_folder(path):
-        with hf_folder.open_model(path) as model:
+        with hf_folder.open_model(path, is_checked=True) as model:
             hf_folder.save_sides(model, workdir)
     else:
         hf_folder.save_sides(pathlib.Path(path) / hf_folder.SIDE_FOLDER, workdir)

@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any
 
-from mtp_jax.config import Config, UserError, from_dict, to_dict
+from mtp_jax.config import Config, UserError, from_dict, to_dict, with_own_tokenizer
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -68,7 +68,9 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise UserError(f"{path}: cannot be read ({error}); restore it or use another --workdir") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a config, which is a JSON object; restore it or use another --workdir")
-    return from_dict(values, str(path))
+    if "model_type" in values:
+        raise UserError(f"{path.parent}: is a Hugging Face folder; import it first (mtp_jax.tools.convert import)")
+    return from_dict(with_own_tokenizer(values, path.parent), str(path))
 
 
 def _changes(saved: Config, config: Config, workdir: str | os.PathLike[str]) -> list[str]:

@@ -18,11 +18,11 @@ from mtp_jax import data, language_model
 from mtp_jax.config import MeshConfig, UserError, load_config
 from mtp_jax.evaluation import conventions
 from mtp_jax.interop import folder as hf_folder
-from mtp_jax.interop import fp8
+from mtp_jax.interop import fp8, weights
 from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
 from mtp_jax.model import skeleton
 from mtp_jax.tools import convert
-from mtp_jax.training import loop
+from mtp_jax.training import loop, transfer
 from mtp_jax.training.checkpoint import Checkpoints, write_streamed
 from mtp_jax.training.workdir import open_workdir
 from tests.commands import CPU, SMALL, run_here
@@ -191,6 +191,87 @@ def test_training_continues_from_an_imported_model(monkeypatch, tmp_path):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_what_came_with_an_import_is_in_the_export_after_training(monkeypatch, tmp_path, capfd):
+    """config.json, side files, dtypes; a depth added since has its biases in float32 and its repetitions too."""
+    hf_models.build("deepseek_v3", tmp_path / "hf", dtype="bfloat16", style="released")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'imported'}")
+    config = load_config(str(tmp_path / "imported" / "config.json"), ["--config.mtp.depth=2"])
+    config = replace(config, model=replace(config.model, param_dtype="float32"), init_from=str(tmp_path / "imported"))
+    run = tmp_path / "continued"
+    open_workdir(run, config)
+    built = skeleton(config)
+    write_streamed(run / "checkpoints", 1, zeros({"params": built.params, "biases": built.biases}))
+    transfer.copy_sides(config.init_from, str(run))
+    convert_here(monkeypatch, "export", f"--workdir={run}", f"--hf={tmp_path / 'back'}")
+    assert "in bfloat16" in capfd.readouterr().out  # as imported, and said
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
+    new = {name for name in after if name.startswith("model.layers.4.")}
+    assert set(after) - new == set(before)
+    assert {name: kind for name, (kind, *_) in after.items() if name not in new} == {
+        n: k for n, (k, *_) in before.items()
+    }
+    assert {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"} <= new
+    assert after["model.layers.4.mlp.gate.e_score_correction_bias"][0] == "F32"
+    assert after["model.layers.4.eh_proj.weight"][0] == "BF16"
+    values = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back")]
+    assert values[1] == values[0] | {"num_nextn_predict_layers": 2}
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def zeros(tree):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def test_router_biases_stay_float32_whatever_the_dtype(monkeypatch, tmp_path):
+    trained(tmp_path / "run")
+    for dtype in ("float32", "bfloat16"):
+        argv = [f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / dtype}", f"--dtype={dtype}"]
+        convert_here(monkeypatch, "export", *argv)
+    full, half = tensors_of(tmp_path / "float32"), tensors_of(tmp_path / "bfloat16")
+    biases = [name for name in full if "e_score" in name]
+    assert biases and all(half[name] == full[name] and half[name][0] == "F32" for name in biases)
+    assert {kind for name, (kind, *_) in half.items() if name not in biases} == {"BF16"}
+
+
+def test_a_layout_without_router_biases_is_trained_without(tmp_path):
+    """Moved, they could not be exported any more."""
+    hf_models.build("deepseek_v2_lite", tmp_path / "v2")
+    hf_models.build("deepseek_v3", tmp_path / "v3")
+    with hf_folder.open_model(tmp_path / "v2") as v2, hf_folder.open_model(tmp_path / "v3") as v3:
+        assert v2.config.model.router_bias_rate == 0.0 < v3.config.model.router_bias_rate
+
+
+def test_a_v2_stays_what_it_was_under_its_familys_name(monkeypatch, tmp_path):
+    hf_models.build("deepseek_v2", tmp_path / "hf", style="released")
+    argv = ["--family=deepseek_v3", f"--workdir={tmp_path / 'run'}"]
+    convert_here(monkeypatch, "import", *argv, f"--hf={tmp_path / 'hf'}")
+    convert_here(monkeypatch, "export", *argv, f"--hf={tmp_path / 'back'}")
+    values = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back")]
+    assert values[0] == values[1]
+
+
+def test_the_tokenizer_travels_and_folders_may_be_moved(monkeypatch, tmp_path, capfd, exported):
+    """Out with a native run, in with the import, and found beside it once the workdir has another name."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")).save(str(tmp_path / "tok.json"))
+    trained(tmp_path / "run", f"--config.data.tokenizer={tmp_path / 'tok.json'}")
+    convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (tmp_path / "tok.json").read_bytes()
+    convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'first'}")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert mtp_jax.load(tmp_path / "moved").tokenizer.vocab_size == 3
+    moved = str(tmp_path / "moved" / "hf" / "tokenizer.json")
+    assert load_config(str(tmp_path / "moved" / "config.json")).data.tokenizer == moved
+    assert "is gone; using" in capfd.readouterr().err
+    # Without one, nothing pretends that the model reads bytes.
+    convert_here(monkeypatch, "import", f"--hf={exported}", f"--workdir={tmp_path / 'none'}")
+    assert mtp_jax.load(tmp_path / "none").tokenizer is None
+    with pytest.raises(UserError, match=r"data.tokenizer=.*hf/tokenizer.json: no such file"):
+        loop.restore(str(tmp_path / "none"))
+
+
 def expected_losses(lm, rows, segments, positions, config):
     """Losses of a batch from `LanguageModel.logits`, document by document: each alone, as the mask makes it."""
     depth, length = config.depth, config.data.sequence_length
@@ -279,7 +360,7 @@ def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypat
     monkeypatch.setattr(language_model.data, "load_tokenizer", lambda path: tokenizer)
     argv = ["import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'wrong'}"]
     assert run_here(monkeypatch, convert.main, *argv, "--check") == 2  # no tokenizer, no text
-    assert "no tokenizer.json" in capfd.readouterr().err
+    assert "no tokenizer.json" in capfd.readouterr().err and not (tmp_path / "wrong").exists()
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     convert_here(monkeypatch, *argv, f"--check={tmp_path / 'text.py'}")
     printed = capfd.readouterr().out
@@ -344,6 +425,25 @@ def index(path):
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
 
+def as_integers(path):
+    with TensorFolder(path) as files:
+        arrays = {name: files.read(name) for name in files.infos}
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.int8)
+    (path / "model.safetensors").unlink()
+    kinds = {"int8": "I8", "float32": "F32"}
+    write_folder(path, {n: (kinds[a.dtype.name], a.shape) for n, a in arrays.items()}, arrays.items())
+
+
+def late(path):
+    """In the last row, where nothing is compared with the first ones any more."""
+
+    def change(tensors):
+        tensors[HEAD] = tensors[HEAD].copy()
+        tensors[HEAD][-1, -1] += 1
+
+    rewrite(path, change)
+
+
 HEAD = "model.layers.3.shared_head.head.weight"
 BROKEN = {
     "missing tensor": (without("model.layers.1.mlp.gate.weight"), ["model.layers.1.mlp.gate.weight"]),
@@ -357,6 +457,10 @@ BROKEN = {
     "unsupported value": (lambda p: reconfigure(p, hidden_act="gelu"), ["hidden_act", "gelu"]),
     "unknown field": (lambda p: reconfigure(p, attention_sinks=4), ["attention_sinks", "ignore"]),
     "no config": (lambda p: (p / "config.json").unlink(), ["config.json"]),
+    "integer weights": (as_integers, ["model.norm.weight", "I8", "bfloat16"]),
+    "a repetition that differs late": (late, [HEAD, "lm_head.weight"]),
+    "MTP layers unannounced": (lambda p: reconfigure(p, num_nextn_predict_layers=0), ["_predict_layers", "--depth=0"]),
+    "a dangling side file": (lambda p: (p / "vocab.txt").symlink_to("nowhere"), ["vocab.txt", "cannot be copied"]),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), ["safetensors"]),
 }  # fmt: skip
 
@@ -364,6 +468,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
     change, parts = BROKEN[name]
+    monkeypatch.setattr(weights, "_ROWS", 100)  # of the repeated tensors compared at a time, of 264
     shutil.copytree(exported, tmp_path / "hf")
     change(tmp_path / "hf")
     assert (
