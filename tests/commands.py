@@ -50,7 +50,8 @@ def start_two(script, *argv, before=(), heartbeat=10, **env):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = {**CPU, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "TF_CPP_MIN_LOG_LEVEL": "3", **env}
-    env["PYTHONUNBUFFERED"] = "1"
+    # gloo waits 30 s for the other process at the first collective: the two must not compile for long.
+    env |= {"PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--heartbeat_seconds={heartbeat}"]
     return [
         subprocess.Popen(

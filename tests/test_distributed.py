@@ -153,7 +153,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(tmp_path):
 def test_killed_under_supervision_both_restart_and_resume(tmp_path):
     workdir = tmp_path / "run"
     processes = start_two(
-        *("train.py", *TRAIN, f"--workdir={workdir}", "--config.training.num_steps=150"),
+        *("train.py", *TRAIN, f"--workdir={workdir}", "--config.training.num_steps=60"),
         **{"before": ["launch/supervise.sh"], "MTP_RESTART_SECONDS": "3", "MTP_MAX_RESTARTS": "8"},
     )
     try:
@@ -165,4 +165,4 @@ def test_killed_under_supervision_both_restart_and_resume(tmp_path):
     assert [code for code, _ in results] == [0, 0], results
     assert all("supervise: exit code" in out for _, out in results), results  # both were started again
     assert "resumed  from step" in results[0][1]
-    assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == list(range(1, 151))
+    assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == list(range(1, 61))
