@@ -9,7 +9,7 @@ Exit codes: 0 done, 1 a failed run, 2 unusable arguments.
 import json
 import pathlib
 
-from mtp_jax import cli
+from mtp_jax import cli, distributed
 from mtp_jax.config import UserError
 
 TASKS = ("loss", "acceptance")
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--tasks", default="loss,acceptance", help=f"comma-separated: {', '.join(TASKS)}")
     flags.add_argument("--output", help="also write the results to this JSON file")
     flags.add_argument("--limit", type=int, help="validation batches; default training.eval_batches")
+    distributed.add_flags(flags)
     args, overrides = cli.parse(flags, argv)
     tasks = [t for t in args.tasks.split(",") if t]
     unknown = [t for t in tasks if t not in TASKS]
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--limit={args.limit}: must be at least 1")
     if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output={args.output}: its folder does not exist; make it first")
+    distributed.initialize(args)
 
     import jax
 

@@ -6,15 +6,17 @@ arguments or config.
 
 import numpy as np
 
-from mtp_jax import cli, config
+from mtp_jax import cli, config, distributed
 
 
 def main(argv: list[str]) -> None:
     flags = cli.parser(__doc__)
     flags.add_argument("--config", required=True, help="a Python file with get_config(), as in configs/")
     flags.add_argument("--workdir", required=True, help="where config, metrics and checkpoints go")
+    distributed.add_flags(flags)
     args, overrides = cli.parse(flags, argv)
     resolved = config.load_config(args.config, overrides)
+    distributed.initialize(args)
 
     from mtp_jax.training import loop  # jax starts here: a mistake in the arguments is reported before
 

@@ -1,6 +1,7 @@
 """train.py and eval.py as a test runs them: in this process, or as processes of their own."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -38,3 +39,33 @@ def run_here(monkeypatch, main, *argv):
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def start_two(script, *argv, before=(), heartbeat=10, **env):
+    """Two processes of two devices each that meet by flags, as a list of Popen; stdout and stderr together.
+
+    before: what each command line starts with, such as a supervisor.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {**CPU, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "TF_CPP_MIN_LOG_LEVEL": "3", **env}
+    # gloo waits 30 s for the other process at the first collective: the two must not compile for long.
+    env |= {"PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--heartbeat_seconds={heartbeat}"]
+    return [
+        subprocess.Popen(
+            [*before, *command(script, *argv, *flags, f"--process_id={index}")],
+            **{"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        )
+        for index in range(2)
+    ]
+
+
+def finish(processes):
+    """(return code, output) of each; none is left behind."""
+    try:
+        return [(p.returncode, out) for p in processes for out in [p.communicate(timeout=240)[0]]]
+    finally:
+        for process in processes:
+            process.kill()

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From low to high; a unit imports from strictly lower lines, and freely inside itself.
 LINES = [
     ["mtp_jax.config", "mtp_jax.targets"],
-    ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli"],
+    ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli", "mtp_jax.distributed"],
     ["mtp_jax.layers"],
     ["mtp_jax.trunk", "mtp_jax.mtp"],
     ["mtp_jax.model"],
