@@ -108,12 +108,16 @@ class Skeleton(NamedTuple):
         return params, jax.tree.map(lambda _: sharding.named(mesh, ()), self.biases)
 
 
-@functools.lru_cache(maxsize=32)
 def skeleton(config: Config) -> Skeleton:
     """Shapes, dtypes and declarations of a config's model; allocates nothing.
 
     `config.model.vocab_size` must be set (`resolve_vocab_size`).
     """
+    return _skeleton(Config(model=config.model, mtp=config.mtp))  # whatever the mesh or the data
+
+
+@functools.lru_cache(maxsize=32)
+def _skeleton(config: Config) -> Skeleton:
     model = nnx.eval_shape(lambda: MTPModel(config, nnx.Rngs(params=jax.random.key(0))))
     parts: Any = nnx.split(model, nnx.Param, RouterBias)
     graph, params, biases = parts

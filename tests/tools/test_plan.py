@@ -272,7 +272,7 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
 def test_an_over_full_step_is_one_line(here, capsys, tmp_path):
     libtpu_or_skip()
     out = tmp_path / "plan.json"
-    huge = ["--config.data.batch_size=16384", "--config.data.sequence_length=1024"]
+    huge = ["--config.model.embed_dim=1024", "--config.model.expert_dim=65536", "--config.model.num_layers=20"]
     code = run_here(
         here, plan_command.main, "--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={out}", *SMALL, *huge
     )
