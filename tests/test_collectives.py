@@ -105,3 +105,33 @@ def test_latents_and_not_heads_cross_the_context_axis(attention):
     heads = (model.num_heads, model.num_heads * model.qk_nope_head_dim)
     moved = {s for c in found if c.op in ("all-to-all", "collective-permute") for s in c.floats}
     assert not [shape for shape in moved if set(shape) & set(heads)], moved  # no roll, no halo
+
+
+LISTED = "%a = f32[4,8]{1,0} all-gather(%b), replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={0}"
+COUNTED = "%a = (f32[4]{0}, s32[]) all-reduce(%b, %c), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add"
+NAMED = "%a = f32[2,24,36]{2,1,0} reduce-scatter(%b), replica_groups=mesh['a'=4,'b'=2] {'b'}, dimensions={1}"
+MOVED = "%a = bf16[8]{0} all-to-all(%b), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}"
+PAIRS = "%a = f32[] collective-permute(%b), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}"
+EVERYWHERE = "%a = f32[] all-reduce-start(%b), replica_groups={}, to_apply=%add"
+
+
+@pytest.mark.parametrize(
+    ("line", "axes"),
+    [
+        (LISTED, {"expert"}),
+        (COUNTED, {"fsdp"}),
+        (NAMED, {"context"}),
+        (MOVED, {"context"}),
+        (PAIRS, {"context"}),
+        (EVERYWHERE, {"fsdp", "expert", "context"}),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_way_xla_writes_them(line, axes):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=2), jax.devices()[:8])
+    (found,) = hlo.collectives(f"ENTRY\n  {line}\n  %d = f32[8] add(%a, %a)", mesh)
+    assert found.axes == axes and found.op in line
+
+
+def test_the_shapes_of_all_results_are_read():
+    (found,) = hlo.collectives(COUNTED, make_mesh(MeshConfig(data=8), jax.devices()[:8]))
+    assert found.results == [("f32", (4,)), ("s32", ())] and found.floats == [(4,)]

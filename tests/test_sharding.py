@@ -1,12 +1,14 @@
 """One model, any mesh: the same losses, gradient norms and router biases as on one device."""
 
+import itertools
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes
+from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes, validate
+from mtp_jax.model import skeleton
 from mtp_jax.sharding import LOGICAL_AXES, make_mesh
 from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, run_steps, tiny
@@ -29,7 +31,7 @@ def one_device():
     return get
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 2, "context": 2}, {"data": 4, "tensor": 2}], ids="_".join)
+@pytest.mark.parametrize("sizes", [{"data": 4, "tensor": 2}], ids="_".join)
 def test_grouped_experts_stay_with_their_tokens(one_device, sizes):
     """moe_dispatch="ragged" gives the same losses on a mesh, and no device holds every device's tokens."""
     config, batches, _, expected = one_device("sequential")
@@ -91,6 +93,40 @@ def test_every_logical_axis_goes_to_axes_of_the_mesh():
 def test_meshes_that_cannot_be(mesh, message):
     with pytest.raises(UserError, match=message):
         mesh_sizes(mesh, 8)
+
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+MESHES_OF_8 = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if np.prod(sizes) == 8]
+ODD_SIZES = [
+    ["model.kv_lora_rank=36"],
+    ["model.q_lora_rank=20"],
+    ["model.embed_dim=68"],
+    ["model.expert_dim=38"],
+    ["model.ffn_dim=46"],
+    ["model.vocab_size=46"],
+    ["model.num_experts=12"],
+    ["model.num_heads=6"],
+    ["model.attention=gqa", "model.num_kv_heads=2"],
+    ["data.sequence_length=12"],
+    ["data.batch_size=12"],
+]
+
+
+@pytest.mark.parametrize("keys", ODD_SIZES, ids=" ".join)
+def test_a_mesh_is_refused_in_one_line_or_cuts_everything_evenly(keys):
+    config = tiny(*(f"--config.{key}" for key in keys))
+    built, refused = skeleton(config), 0
+    for sizes in MESHES_OF_8:
+        mesh = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
+        try:
+            validate(replace(config, mesh=mesh), 8)
+        except UserError as error:
+            assert "\n" not in str(error) and "mesh" in str(error)
+            refused += keys[-1].split("=")[0] in str(error)
+            continue
+        params, _ = built.shardings(make_mesh(mesh, jax.devices()[:8]))
+        jax.tree.map(lambda place, leaf: place.shard_shape(leaf.shape), params, built.params)
+    assert 0 < refused < len(MESHES_OF_8)
 
 
 def test_minus_one_is_the_rest():

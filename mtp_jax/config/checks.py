@@ -255,12 +255,17 @@ def _check_mesh(config: Config, sizes: dict[str, int]) -> None:
         ("tensor", "model.ffn_dim", model.ffn_dim),
         *([("tensor", "model.expert_dim", model.expert_dim)] if model.num_experts else []),
     ]
-    weights = sizes["fsdp"] * sizes["expert"]
-    if model.embed_dim % weights:
-        raise UserError(
-            f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide "
-            f"model.embed_dim={model.embed_dim}, which both cut"
-        )
+    # Dims that the table calls "embed": the model's, and those that latents are expanded from.
+    cut_by_both = [
+        "model.embed_dim",
+        *(["model.q_lora_rank", "model.kv_lora_rank"] if model.attention == "mla" else []),
+    ]
+    for key in cut_by_both:
+        if _value(config, key) % (sizes["fsdp"] * sizes["expert"]):
+            raise UserError(
+                f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide "
+                f"{key}={_value(config, key)}, which both cut"
+            )
     for axis, key, value in pairs:
         if value % sizes[axis]:
             raise UserError(f"mesh.{axis}={sizes[axis]}: does not divide {key}={value}")
