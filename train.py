@@ -27,25 +27,42 @@ def report(run, workdir: str) -> None:
     """The closing table and a sample."""
     import jax
 
-    from mtp_jax.decoding import sampling
     from mtp_jax.evaluation import validation
 
-    training, tokenizer = run.config.training, run.corpus.tokenizer
     is_main = jax.process_index() == 0
-    with jax.set_mesh(run.mesh):
-        if run.config.data.validation_fraction:
-            results = validation.validate(run, training.eval_batches)
-            if is_main:
-                print(f"\nvalidation, {results[0].num_targets:,} held-out tokens\n{validation.table(results)}")
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        prompt = np.concatenate([bos, tokenizer.encode(training.sample_prompt)]).astype(np.int32)
-        if training.sample_tokens and len(prompt):
-            params, biases = run.state["params"], run.state["biases"]
-            tokens = sampling.sample(run.config, params, biases, prompt, training.sample_tokens, 0.7, run.config.seed)
-            if is_main:
-                print(f"\nsample, temperature 0.7\n{'-' * 64}\n{tokenizer.decode(tokens)}\n{'-' * 64}")
+    if run.config.data.validation_fraction:
+        with jax.set_mesh(run.mesh):
+            results = validation.validate(run, run.config.training.eval_batches)
+        if is_main:
+            print(f"\nvalidation, {results[0].num_targets:,} held-out tokens\n{validation.table(results)}")
+    sample(run, is_main)
     if is_main:
         print(f"\n{workdir}: config.json, metrics.jsonl, TensorBoard events, checkpoints/")
+
+
+def sample(run, is_main: bool) -> None:
+    """A text of training.sample_tokens, drafted by the extra depths where there are any."""
+    from mtp_jax.decoding import decoder, samplers
+
+    config, tokenizer = run.config, run.corpus.tokenizer
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = np.concatenate([bos, tokenizer.encode(config.training.sample_prompt)]).astype(np.int32)
+    prompt = prompt[: config.data.sequence_length // 2]  # the rest of the context is for the sample
+    if not config.training.sample_tokens or not len(prompt):
+        return
+    writer = decoder.Decoder(config, run.state["params"], run.state["biases"], run.mesh)
+    out = writer.generate(
+        [prompt],
+        config.training.sample_tokens,
+        sampler=samplers.make_sampler(0.7),
+        num_drafts=config.depth,
+        seed=config.seed,
+        stop_tokens=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
+    )
+    if is_main:
+        passes = f", {out.tokens_per_forward:.2f} tokens a forward pass" if config.depth else ""
+        text = tokenizer.decode(np.concatenate([prompt, out.tokens[0]]))
+        print(f"\nsample, temperature 0.7{passes}\n{'-' * 64}\n{text}\n{'-' * 64}")
 
 
 if __name__ == "__main__":

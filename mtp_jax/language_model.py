@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +16,25 @@ import numpy as np
 
 from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes
+from mtp_jax.decoding import scoring
+from mtp_jax.decoding.decoder import Decoder, Generation, check_drafts
+from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop.weights import place
 from mtp_jax.model import Tree, skeleton
 from mtp_jax.targets import PADDING
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions(Generation):
+    """A `Generation` with its texts.
+
+    texts: what was written after each prompt, up to the stop string or token; empty without a tokenizer.
+    """
+
+    texts: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +71,160 @@ class LanguageModel:
             tokens_BN = np.pad(tokens_BN, ((0, -num_rows % rows), (0, -length % cut)))
             logits_BTKV = _logits(self.config, self.params, self.biases, jnp.asarray(tokens_BN))
         return np.asarray(jax.device_get(logits_BTKV))[:num_rows, :length]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        speculative: bool = False,
+        draft_length: int | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+    ) -> Completions:
+        """Continue prompts, all of them as one batch.
+
+        Args:
+          prompts: texts, which begin as documents do in training (the tokenizer's bos, where it has one), or token ids,
+            which are taken as they are.
+          max_new_tokens: fewer where the model's context (`config.data.sequence_length`) ends before.
+          temperature: 0 is greedy. top_k, top_p: limits to the likeliest tokens; see `decoding.samplers`.
+          speculative: draft with the extra depths. The text is the same, or distributed the same.
+          draft_length: tokens drafted before each forward pass; None: the trained depth. Sequential modules can draft
+            more.
+          stop: a text ends before the first of these strings.
+          stop_tokens: ids that end a text; None: the tokenizer's eos.
+
+        Raises:
+          UserError: a prompt that is empty or has no room in the context, a token outside the vocabulary, numbers
+            outside their range, speculation with a model that has no extra depths, texts without a tokenizer.
+        """
+        sampler = make_sampler(temperature, top_k, top_p)
+        if draft_length is not None and not speculative:
+            raise UserError(f"draft_length={draft_length}: is for speculative decoding; add speculative=True")
+        if draft_length is not None and draft_length < 1:
+            raise UserError(f"draft_length={draft_length}: must be at least 1")
+        num_drafts = (max(1, self.config.depth) if draft_length is None else draft_length) if speculative else 0
+        check_drafts(self.config, num_drafts)
+        if stop_tokens is None:
+            eos = None if self.tokenizer is None else self.tokenizer.eos_id
+            stop_tokens = () if eos is None else (eos,)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        written = self.decoder.generate(
+            self._prompt_ids(prompts),
+            max_new_tokens,
+            sampler=sampler,
+            num_drafts=num_drafts,
+            seed=seed,
+            stop_tokens=stop_tokens,
+            ends=self._finder(stops) if stops else None,
+        )
+        parts = {f.name: getattr(written, f.name) for f in dataclasses.fields(written)}
+        return Completions(**parts, texts=self._texts(written.tokens, stops, stop_tokens))
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """What `generate` runs: a copy of the weights in the compute dtype, made at the first use."""
+        return Decoder(self.config, self.params, self.biases, self.mesh)
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """How likely continuations are after their contexts.
+
+        A context begins as documents do in training. Blanks at its end are read with the continuation, as tokenizers
+        join them to the word behind. Of a context too long for the model the end is kept.
+
+        Args:
+          pairs: (context, continuation) texts. An empty context is the tokenizer's bos, or eos.
+
+        Returns:
+          the sum of log p of the continuation's tokens, in nats, and whether greedy decoding would write them.
+
+        Raises:
+          UserError: no tokenizer, an empty continuation, or one longer than the model's context.
+        """
+        texts, starts = [], []
+        for n, (context, continuation) in enumerate(pairs):
+            ids, start = self._pair_ids(n, context, continuation)
+            texts.append(ids)
+            starts.append(start)
+        with jax.set_mesh(self.mesh):
+            return scoring.score(self.decoder.config, self.params, self.biases, texts, starts)
+
+    def _pair_ids(self, n: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
+        """Token ids of a pair and where the continuation begins."""
+        tokenizer, longest = self._needs_tokenizer(), self.config.data.sequence_length
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        context_ids, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
+        num_new = len(whole) - len(context_ids)
+        if num_new < 1:
+            raise UserError(f"pair {n}: its continuation is empty; give it at least one token")
+        if num_new > longest:
+            raise UserError(f"pair {n}: its continuation has {num_new} tokens and the model's context holds {longest}")
+        first = tokenizer.bos_id if tokenizer.bos_id is not None or kept else tokenizer.eos_id
+        if first is None and not kept:
+            raise UserError(f"pair {n}: its context is empty and the tokenizer has neither bos nor eos to begin with")
+        ids = whole if first is None else np.concatenate([[first], whole])
+        ids = ids[-(longest + 1) :]  # the last token is only predicted
+        return ids.astype(np.int32), len(ids) - num_new
+
+    def _prompt_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Token ids of every prompt."""
+        ids = []
+        for b, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
+            if isinstance(prompt, str):
+                if not prompt:
+                    raise UserError(f"prompt {b}: is empty; give it at least one character")
+                tokenizer = self._needs_tokenizer()
+                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+                ids.append(np.concatenate([bos, tokenizer.encode(prompt)]).astype(np.int32))
+                continue
+            tokens = np.asarray(prompt)
+            if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+                shape = f"{tokens.dtype}{list(tokens.shape)}"
+                raise UserError(f"prompt {b}: {shape} is neither a text nor a list of token ids")
+            ids.append(tokens)
+        return ids
+
+    def _finder(self, stops: list[str]) -> Callable[[np.ndarray], int | None]:
+        """How many tokens of a row are kept: those up to the one that completes a stop string."""
+        decode = self._needs_tokenizer().decode
+        if not all(stops):
+            raise UserError("stop='': an empty string stops nothing; leave it out")
+
+        def ends(tokens: np.ndarray) -> int | None:
+            if not any(s in decode(tokens) for s in stops):
+                return None
+            low, high = 1, len(tokens)  # the longer the text, the more it holds
+            while low < high:
+                middle = (low + high) // 2
+                found = any(s in decode(tokens[:middle]) for s in stops)
+                low, high = (low, middle) if found else (middle + 1, high)
+            return low
+
+        return ends
+
+    def _texts(self, rows: list[np.ndarray], stops: list[str], stop_tokens: Sequence[int]) -> list[str]:
+        if self.tokenizer is None:
+            return []
+        texts = []
+        for tokens in rows:
+            has_stop = len(tokens) and tokens[-1] in list(stop_tokens)
+            text = self.tokenizer.decode(tokens[:-1] if has_stop else tokens)
+            cuts = [text.index(s) for s in stops if s in text]
+            texts.append(text[: min(cuts)] if cuts else text)
+        return texts
+
+    def _needs_tokenizer(self) -> data.Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(
+                "the model came without a tokenizer.json: give token ids, or put the file beside its weights"
+            )
+        return self.tokenizer
 
     def _checked(self, tokens: Any) -> np.ndarray:
         tokens_BN, depth, vocab = np.asarray(tokens), self.config.depth, self.config.model.vocab_size or 0

@@ -3,6 +3,8 @@
 Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -31,28 +33,57 @@ def attend(
     Returns:
       [B, T, H, V] in the dtype of v.
     """
+    length = q_BTHQ.shape[1]
+    segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
+    last_BT = jnp.broadcast_to(first + jnp.arange(length), segments_BT.shape)
+    index_S = jnp.arange(k_BSGQ.shape[1])
+
+    def sees(last_BT, segments_BT):
+        causal_BTS = index_S <= last_BT[..., None]
+        return causal_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
+
+    return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, sees, last_BT, segments_BT)
+
+
+def attend_cached(
+    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, last_BT: jax.Array, scale: float
+) -> jax.Array:
+    """softmax(scale * q k^T + mask) v over the entries of a cache, where a query sees slots 0 .. last of its own.
+
+    Returns:
+      [B, T, H, V] in the dtype of v.
+    """
+    index_S = jnp.arange(k_BSGQ.shape[1])
+    return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, lambda last_BT: index_S <= last_BT[..., None], last_BT)
+
+
+def _attend(
+    q_BTHQ: jax.Array,
+    k_BSGQ: jax.Array,
+    v_BSGV: jax.Array,
+    scale: float,
+    sees: Callable[..., jax.Array],
+    *places_BT: jax.Array,
+) -> jax.Array:
+    """Attention in blocks of queries; `sees` of a block's places gives the keys it sees, bool[B, T, S]."""
     length, num_heads, num_groups = q_BTHQ.shape[1], q_BTHQ.shape[2], k_BSGQ.shape[2]
     q_BTGMQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], num_groups, num_heads // num_groups, q_BTHQ.shape[-1])
-    segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
-    index_S, index_T = jnp.arange(k_BSGQ.shape[1]), first + jnp.arange(length)
 
-    def block(q_BTGMQ, segments_q_BT, index_q_T):
+    def block(q_BTGMQ, *places_BT):
         scores_BGMTS = jnp.einsum("btgmq,bsgq->bgmts", q_BTGMQ, k_BSGQ, preferred_element_type=jnp.float32) * scale
-        causal_TS = index_S[None, :] <= index_q_T[:, None]
-        mask_BTS = causal_TS & (segments_q_BT[:, :, None] == segments_BS[:, None, :])
+        mask_BTS = sees(*places_BT)
         probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BGMTS, -jnp.inf), axis=-1)
         return jnp.einsum("bgmts,bsgv->btgmv", probs.astype(v_BSGV.dtype), v_BSGV)
 
     num_blocks = _num_blocks(q_BTHQ.shape[0], length, num_heads, k_BSGQ.shape[1])
     if num_blocks == 1:
-        out = block(q_BTGMQ, segments_BT, index_T)
+        out = block(q_BTGMQ, *places_BT)
     else:
 
-        def split(x, axis):
-            shape = (*x.shape[:axis], num_blocks, length // num_blocks, *x.shape[axis + 1 :])
-            return jnp.moveaxis(x.reshape(shape), axis, 0)
+        def split(x):
+            return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, length // num_blocks, *x.shape[2:]), 1, 0)
 
-        cut = split(q_BTGMQ, 1), split(segments_BT, 1), split(index_T, 0)
+        cut = tuple(split(x) for x in (q_BTGMQ, *places_BT))
         out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), cut)
         out = jnp.moveaxis(out, 0, 1).reshape(*q_BTGMQ.shape[:-1], v_BSGV.shape[-1])
     return out.reshape(*q_BTHQ.shape[:3], v_BSGV.shape[-1])

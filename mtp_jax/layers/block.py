@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers.cache import NOWHERE, Slots
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.gqa import GroupedQueryAttention
 from mtp_jax.layers.mla import MultiHeadLatentAttention
 from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, num_shards
 
 
 class Block(nnx.Module):
@@ -40,9 +41,26 @@ class Block(nnx.Module):
         """
         h_BTD = constrain(h_BTD, "batch", "length", None)
         h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), positions_BT, segments_BT)
+        return self._feed_forward(h_BTD, segments_BT != 0)
+
+    def decode(self, h_BTD: jax.Array, slots: Slots, cache: Any) -> tuple[jax.Array, Any]:
+        """New tokens [B, T, D] -> [B, T, D], reading the tokens before them from the attention's cache.
+
+        Returns:
+          the residual stream, and the cache with the new entries.
+        """
+        length = h_BTD.shape[1]
+        more = -length % num_shards("length")  # a mesh that cuts positions wants equal shares
+        if more:
+            h_BTD, slots = jnp.pad(h_BTD, ((0, 0), (0, more), (0, 0))), slots.padded(more)
+        out_BTD, cache = self.attention.decode(self.attention_norm(h_BTD), slots, cache)
+        h_BTD, _ = self._feed_forward(h_BTD + out_BTD, slots.slots_BT < NOWHERE)
+        return h_BTD[:, :length], cache
+
+    def _feed_forward(self, h_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats | None]:
         x_BTD = self.ffn_norm(h_BTD)
         if isinstance(self.ffn, MixtureOfExperts):
-            out_BTD, stats = self.ffn(x_BTD, segments_BT != 0)
+            out_BTD, stats = self.ffn(x_BTD, valid_BT)
         else:
             out_BTD, stats = self.ffn(x_BTD), None
         return constrain(h_BTD + out_BTD, "batch", "length", None), stats
@@ -51,6 +69,12 @@ class Block(nnx.Module):
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> Any:
     """`num` modules as one, every weight with a leading dim of size `num`, each from its own key."""
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), num))
+
+
+def unstacked(module: Any) -> list[Any]:
+    """The modules that were `stacked`."""
+    num = jax.tree.leaves(module)[0].shape[0]
+    return [jax.tree.map(lambda w, i=i: w[i], module) for i in range(num)]
 
 
 def scan_over(

@@ -1,8 +1,10 @@
 """Grouped-query attention (2305.13245) with optional query/key norm and biases: Llama, Qwen, GLM blocks.
 
-Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows), D model, H query heads,
-G key/value heads, Q head dim.
+Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows; S slots of a cache), D model,
+H query heads, G key/value heads, Q head dim.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,18 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers import rope
-from mtp_jax.layers.attention import attend
+from mtp_jax.layers.attention import attend, attend_cached
+from mtp_jax.layers.cache import Slots, write
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.sharding import first_position, local, whole_length
+
+
+class HeadCache(NamedTuple):
+    """Keys and values of the G heads, [B, S, G, Q] each."""
+
+    k_BSGQ: jax.Array
+    v_BSGQ: jax.Array
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -36,6 +46,27 @@ class GroupedQueryAttention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
+        q_BTHQ, k_BTGQ, v_BTGQ = self._project(x_BTD, positions_BT)
+        heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+        attention = local(self._attend, (heads, groups, groups, ("batch", None)), heads)
+        out_BTHQ = attention(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT)
+        return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(x_BTD.dtype))
+
+    def empty_cache(self, num_rows: int, num_slots: int, dtype: Any) -> HeadCache:
+        """Room for the keys and values of `num_slots` tokens a row."""
+        shape = (num_rows, num_slots, self.config.num_kv_heads, self.config.head_dim)
+        return HeadCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def decode(self, x_BTD: jax.Array, slots: Slots, cache: HeadCache) -> tuple[jax.Array, HeadCache]:
+        """New tokens [B, T, D] -> [B, T, D] and the cache with their entries."""
+        q_BTHQ, k_BTGQ, v_BTGQ = self._project(x_BTD, slots.positions_BT)
+        cache = HeadCache(write(cache.k_BSGQ, k_BTGQ, slots.slots_BT), write(cache.v_BSGQ, v_BTGQ, slots.slots_BT))
+        k_BSGQ, v_BSGQ = (x[:, : slots.num_visible] for x in cache)
+        out_BTHQ = attend_cached(q_BTHQ, k_BSGQ, v_BSGQ, slots.positions_BT, self.config.head_dim**-0.5)
+        return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(x_BTD.dtype)), cache
+
+    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, Q], keys and values [B, T, G, Q]; queries and keys normed and rotated."""
         config, dtype = self.config, x_BTD.dtype
         q_BTHQ = jnp.einsum("btd,dhq->bthq", x_BTD, self.q[...].astype(dtype))
         k_BTGQ = jnp.einsum("btd,dgq->btgq", x_BTD, self.k[...].astype(dtype))
@@ -46,11 +77,7 @@ class GroupedQueryAttention(nnx.Module):
             v_BTGQ = v_BTGQ + self.v_bias[...].astype(dtype)
         if config.qk_norm:
             q_BTHQ, k_BTGQ = self.q_norm(q_BTHQ), self.k_norm(k_BTGQ)
-        q_BTHQ, k_BTGQ = self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT)
-        heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
-        attention = local(self._attend, (heads, groups, groups, ("batch", None)), heads)
-        out_BTHQ = attention(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT)
-        return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(dtype))
+        return self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT), v_BTGQ
 
     def _attend(self, q_BTHQ, k_BTGQ, v_BTGQ, segments_BS):
         """One device's queries over whole rows: keys and values of its groups are collected over the context axis."""

@@ -1,8 +1,10 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
 
-Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows), D model, H heads,
-N nope dim, R rotary dim, V value dim, C key/value latent.
+Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows; S slots of a cache), D model,
+H heads, N nope dim, R rotary dim, V value dim, C key/value latent, W = C + R numbers a token in a cache.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,8 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers import rope
-from mtp_jax.layers.attention import attend
+from mtp_jax.layers.attention import attend, attend_cached
+from mtp_jax.layers.cache import Slots, write
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.sharding import constrain, first_position, local, whole_length
@@ -57,13 +60,54 @@ class MultiHeadLatentAttention(nnx.Module):
         The latent is what crosses the context axis, and its gradient what comes back: C + R numbers a token, where keys
         and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
         """
-        nope, first = self.config.qk_nope_head_dim, first_position(q_BTHQ.shape[1])
-        latent_BSC, rotary_BSR = whole_length(latent_BTC), whole_length(rotary_BTR)
+        k_BSHQ, v_BSHV = self._expand(whole_length(latent_BTC), whole_length(rotary_BTR), kv_b_CHW)
+        first = first_position(q_BTHQ.shape[1])
+        return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, rope.mla_softmax_scale(self.config), first)
+
+    def _expand(self, latent_BSC, rotary_BSR, kv_b_CHW):
+        """Keys [B, S, H, N + R] and values [B, S, H, V] of every head."""
+        nope = self.config.qk_nope_head_dim
         kv_BSHW = jnp.einsum("bsc,chw->bshw", latent_BSC, kv_b_CHW)
         k_nope_BSHN, v_BSHV = kv_BSHW[..., :nope], kv_BSHW[..., nope:]
         rotary_BSHR = jnp.broadcast_to(rotary_BSR[:, :, None], (*k_nope_BSHN.shape[:3], rotary_BSR.shape[-1]))
-        k_BSHQ = jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1)
-        return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, rope.mla_softmax_scale(self.config), first)
+        return jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1), v_BSHV
+
+    def empty_cache(self, num_rows: int, num_slots: int, dtype: Any) -> jax.Array:
+        """[B, S, C + R]: of each token its latent and its rotary key, whatever the number of heads."""
+        return jnp.zeros((num_rows, num_slots, self.config.kv_lora_rank + self.config.qk_rope_head_dim), dtype)
+
+    def decode(self, x_BTD: jax.Array, slots: Slots, cache_BSW: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """New tokens [B, T, D] -> [B, T, D] and the cache with their entries."""
+        q_BTHQ = self.queries(x_BTD, slots.positions_BT)
+        entries_BTW = jnp.concatenate(self.latents(x_BTD, slots.positions_BT), axis=-1)
+        cache_BSW = write(cache_BSW, entries_BTW, slots.slots_BT)
+        seen_BSW = cache_BSW[:, : slots.num_visible]
+        attention = self._absorbed if self._absorbs(x_BTD.shape[1]) else self._expanded
+        out_BTHV = attention(q_BTHQ, seen_BSW, self.kv_b[...].astype(x_BTD.dtype), slots.positions_BT)
+        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(x_BTD.dtype)), cache_BSW
+
+    def _absorbs(self, num_queries: int) -> bool:
+        """Which form takes fewer multiplications for each entry seen: absorbed, T H (2 C + R), or expanded,
+        H (C (N + V) + T (N + R + V))."""
+        config = self.config
+        rank, heads = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+        return num_queries * (2 * rank - heads) <= rank * heads
+
+    def _absorbed(self, q_BTHQ, seen_BSW, kv_b_CHW, last_BT):
+        """Queries and outputs go through the up-projections of keys and values, entries are read as they are: they are
+        the keys, and their first C numbers the values, of one head that all share (section 2.1.2)."""
+        nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        q_BTHC = jnp.einsum("bthn,chn->bthc", q_BTHQ[..., :nope], kv_b_CHW[..., :nope])
+        q_BTHW = jnp.concatenate([q_BTHC, q_BTHQ[..., nope:]], axis=-1)
+        seen_BS1W = seen_BSW[:, :, None]
+        out_BTHW = attend_cached(q_BTHW, seen_BS1W, seen_BS1W, last_BT, rope.mla_softmax_scale(self.config))
+        return jnp.einsum("bthc,chv->bthv", out_BTHW[..., :rank], kv_b_CHW[..., nope:])
+
+    def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHW, last_BT):
+        """Keys and values of every head, as in training."""
+        rank = self.config.kv_lora_rank
+        k_BSHQ, v_BSHV = self._expand(seen_BSW[..., :rank], seen_BSW[..., rank:], kv_b_CHW)
+        return attend_cached(q_BTHQ, k_BSHQ, v_BSHV, last_BT, rope.mla_softmax_scale(self.config))
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[B, T, H, N + R], the last R dims rotated."""
@@ -77,7 +121,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return constrain(jnp.concatenate([q_BTHQ[..., :nope], rotated_BTHR], -1), "batch", "length", "heads", None)
 
     def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What a cache would hold: the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
+        """What a cache holds: the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
         kv_BTW = x_BTD @ self.kv_a[...].astype(x_BTD.dtype)
         rank = self.config.kv_lora_rank
         rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.config)[:, :, 0]

@@ -5,12 +5,15 @@
 Shape letters: B rows, T positions, D model, N extra depths.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import Config, conventions
+from mtp_jax.config import Config, Conventions, conventions
 from mtp_jax.layers.block import Block, scan_over, stacked
+from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.mtp.strategy import Extra, MainModel
@@ -34,9 +37,32 @@ class SequentialModule(nnx.Module):
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
     ):
         """h_k [B, T, D] before the output norm, and the router's statistics."""
+        return self.block(self._join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
+
+    def decode(
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """h_k of new tokens, and this depth's cache with their entries."""
+        return self.block.decode(self._join(embedding_BTD, hidden_BTD), slots, cache)
+
+    def _join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         halves = [self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
         joined = jnp.concatenate(halves if self.is_embedding_first else halves[::-1], axis=-1)
-        return self.block(joined @ self.projection[...].astype(joined.dtype), positions_BT, segments_BT)
+        return joined @ self.projection[...].astype(joined.dtype)
+
+
+def first_hidden(ways: Conventions, hidden_BTD: jax.Array, final_norm: RMSNorm) -> jax.Array:
+    """h_0, what the chain of depths begins with, from the last block's output."""
+    return final_norm(hidden_BTD) if ways.trunk_hidden == "after_norm" else hidden_BTD
+
+
+def hand_on(
+    ways: Conventions, module: SequentialModule, h_BTD: jax.Array, h_0_BTD: jax.Array, final_norm: RMSNorm
+) -> tuple[jax.Array, jax.Array]:
+    """From a module's output: what the head reads, and what the next depth receives."""
+    normed_BTD = (module.output_norm if ways.output_norm == "own" else final_norm)(h_BTD)
+    onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
+    return normed_BTD, h_0_BTD if ways.chain == "trunk" else onward_BTD
 
 
 class SequentialModules(nnx.Module):
@@ -53,14 +79,13 @@ class SequentialModules(nnx.Module):
     ) -> Extra:
         """Depth k reads the token at i + k; positions whose token is of another document are padding to its block."""
         ways = self.conventions
-        h_0 = main.final_norm(main.hidden) if ways.trunk_hidden == "after_norm" else main.hidden
+        h_0 = first_hidden(ways, main.hidden, main.final_norm)
 
         def body(module, previous_BTD, scanned):
             inputs_BT, segments_BT = scanned
             h_BTD, stats = module(main.look_up(inputs_BT), previous_BTD, positions_BT, segments_BT)
-            normed_BTD = (module.output_norm if ways.output_norm == "own" else main.final_norm)(h_BTD)
-            onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
-            return h_0 if ways.chain == "trunk" else onward_BTD, (normed_BTD, stats)
+            normed_BTD, onward_BTD = hand_on(ways, module, h_BTD, h_0, main.final_norm)
+            return onward_BTD, (normed_BTD, stats)
 
         xs = inputs_NBT, segments_NBT
         _, (hidden_NBTD, stats) = scan_over(self.module, body, h_0, xs, self.remat, is_shared=self.is_shared)

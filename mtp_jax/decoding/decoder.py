@@ -1,0 +1,189 @@
+"""From prompts to continuations, plain or self-speculated: the same text, in fewer forward passes.
+
+Shape letters: B rows, S slots, K drafts a round.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import sharding
+from mtp_jax.config import Config, UserError
+from mtp_jax.decoding import state as states
+from mtp_jax.decoding.network import take_apart
+from mtp_jax.decoding.samplers import GREEDY, Sampler
+from mtp_jax.decoding.state import State
+from mtp_jax.model import Tree
+
+PROMPT_CHUNK = 512  # prompt tokens run at once, at most
+ROUNDS_A_CALL = 64  # between two looks at what was written
+ROUNDS_A_CALL_WATCHED = 16  # the same where somebody looks for the end of the text
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was written after each prompt.
+
+    tokens: int32, without the prompt, the stop token included.
+    rounds: int[B], forward passes of the main model that the row took, the prompt's own not counted.
+    tested, accepted: int[B, K], drafts judged and kept, by their place in the round.
+    """
+
+    tokens: list[np.ndarray]
+    rounds: np.ndarray
+    tested: np.ndarray
+    accepted: np.ndarray
+
+    @property
+    def num_forward_passes(self) -> int:
+        """Of the batch: as many as its slowest row took."""
+        return int(self.rounds.max(initial=0))
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens of all rows by forward passes of all rows."""
+        return sum(map(len, self.tokens)) / max(1, int(self.rounds.sum()))
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Of the k-th draft, how often it was kept where those before it were; NaN where none was judged."""
+        tested, accepted = self.tested.sum(axis=0), self.accepted.sum(axis=0)
+        return [float(a / t) if t else float("nan") for a, t in zip(accepted, tested, strict=True)]
+
+
+class Decoder:
+    """A model ready to write. Its weights are a copy in the compute dtype; see `Network`."""
+
+    def __init__(self, config: Config, params: Tree, biases: Tree, mesh: jax.sharding.Mesh):
+        self.config = Config(model=config.model, mtp=config.mtp)  # programs do not depend on the rest
+        self.context = config.data.sequence_length
+        self.mesh = mesh
+        with jax.set_mesh(mesh):
+            self.network = take_apart(self.config, params, biases)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        *,
+        sampler: Sampler = GREEDY,
+        num_drafts: int = 0,
+        seed: int = 0,
+        stop_tokens: Sequence[int] = (),
+        ends: Callable[[np.ndarray], int | None] | None = None,
+    ) -> Generation:
+        """Continue every prompt until `max_new_tokens`, the model's context or a stop.
+
+        Args:
+          prompts: token ids, at least one each; lengths may differ.
+          num_drafts: K tokens drafted before each forward pass of the main model; 0 is plain decoding.
+          seed: of the draws. What a row draws depends on its place in the batch, not on the rows beside it.
+          stop_tokens: ids that end a row.
+          ends: given what a row has written so far, how many tokens of it to keep if it has come to its end.
+
+        Raises:
+          UserError: prompts or numbers that cannot be used; see `start`.
+        """
+        state = self.start(prompts, max_new_tokens, num_drafts=num_drafts, seed=seed)
+        starts = np.array([len(p) for p in prompts])
+        kept: dict[int, int] = {}
+        while True:
+            rounds = ROUNDS_A_CALL if ends is None else ROUNDS_A_CALL_WATCHED
+            state = self.write(state, rounds, sampler=sampler, stop_tokens=stop_tokens)
+            is_done = np.array(jax.device_get(state.is_done_B))
+            if ends is not None:
+                for b, tokens in enumerate(_written(state, starts)):
+                    end = None if b in kept else ends(tokens)
+                    if end is not None:
+                        kept[b], is_done[b] = end, True
+                state = state._replace(is_done_B=jnp.asarray(is_done))
+            if is_done.all():
+                break
+        counts = jax.device_get(state.counts)
+        rows = [row[: kept.get(b, len(row))] for b, row in enumerate(_written(state, starts))]
+        num = len(prompts)
+        return Generation(rows, counts.rounds_B[:num], counts.tested_BK[:num], counts.accepted_BK[:num])
+
+    def start(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, *, num_drafts: int = 0, seed: int = 0
+    ) -> State:
+        """The prompts, read.
+
+        Raises:
+          UserError: no prompt, an empty one, one that leaves no room in the context, a token outside the vocabulary,
+            max_new_tokens < 1, or drafts that the model cannot make.
+        """
+        self._check(prompts, max_new_tokens, num_drafts)
+        with jax.set_mesh(self.mesh):
+            num_more = -len(prompts) % sharding.num_shards("batch")  # rows of no interest, done from the start
+            lengths = np.array([len(p) for p in prompts] + [1] * num_more, np.int32)
+            limits = np.minimum(lengths + max_new_tokens, self.context).astype(np.int32)
+            limits[len(prompts) :] = 1
+            tokens = np.zeros((len(lengths), bucket(int(limits.max()) + num_drafts)), np.int32)
+            for row, prompt in zip(tokens, prompts, strict=False):
+                row[: len(prompt)] = prompt
+            state = states.begin(self.config, num_drafts, self.network, tokens, lengths, limits, np.uint32(seed))
+            num_read = int(lengths.max()) - 1
+            chunk = min(PROMPT_CHUNK, max(16, 1 << (num_read - 1).bit_length())) if num_read else 1
+            for at in range(0, num_read, chunk):
+                visible = min(bucket(at + chunk), tokens.shape[1])
+                state = states.read(self.config, chunk, visible, self.network, state, np.int32(at))
+        return state
+
+    def write(
+        self, state: State, num_rounds: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
+    ) -> State:
+        """The state after so many rounds more, or fewer where every row is done. The one given is used up."""
+        stops = np.array(list(stop_tokens) or [-1], np.int32)
+        with jax.set_mesh(self.mesh):
+            return states.write(self.config, sampler, self.network, stops, state, np.int32(num_rounds))
+
+    def _check(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, num_drafts: int) -> None:
+        if not len(prompts):
+            raise UserError("prompts: there are none; give at least one")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        check_drafts(self.config, num_drafts)
+        vocab = self.config.model.vocab_size or 0
+        for b, prompt in enumerate(prompts):
+            ids = np.asarray(prompt)
+            if not len(ids):
+                raise UserError(f"prompt {b}: is empty; give it at least one token")
+            if len(ids) >= self.context:
+                raise UserError(
+                    f"prompt {b}: has {len(ids)} tokens and the model's context holds {self.context}; shorten it to at "
+                    f"most {self.context - 1}"
+                )
+            bad = ids[(ids < 0) | (ids >= vocab)]
+            if len(bad):
+                raise UserError(f"prompt {b}: token {int(bad[0])} is outside the vocabulary of {vocab}")
+
+
+def check_drafts(config: Config, num_drafts: int) -> None:
+    """Raises UserError where the model cannot draft so many tokens."""
+    if num_drafts < 0:
+        raise UserError(f"draft_length={num_drafts}: must be at least 1")
+    if num_drafts and not config.depth:
+        raise UserError(
+            "speculative: the model has no multi-token prediction (mtp.kind=none); decode it plainly with "
+            "speculative=False"
+        )
+    if config.mtp.kind == "parallel" and num_drafts > config.depth:
+        raise UserError(
+            f"draft_length={num_drafts}: the model has {config.depth} parallel heads, which draft one token each; use "
+            f"at most {config.depth}"
+        )
+
+
+def bucket(length: int) -> int:
+    """Room for at least `length` tokens, in few different sizes: at most a quarter is spare, above 128."""
+    step = max(128, (1 << (length - 1).bit_length()) // 4)
+    return -(-length // step) * step
+
+
+def _written(state: State, starts: np.ndarray) -> list[np.ndarray]:
+    tokens, lengths = jax.device_get((state.tokens_BS, state.length_B))
+    return [tokens[b, start : lengths[b]] for b, start in enumerate(starts)]

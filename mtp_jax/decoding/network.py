@@ -1,0 +1,124 @@
+"""A model taken apart for decoding: one module a layer, its weights in the compute dtype, run over caches.
+
+A loop over stacked weights would copy each layer's out of the stack, and cast it, for every token.
+
+Shape letters: B rows, T new tokens, D model, V vocabulary, S slots, N extra depths.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import Config
+from mtp_jax.layers.block import Block, unstacked
+from mtp_jax.layers.cache import Slots
+from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.model import Tree, skeleton
+from mtp_jax.sharding import constrain
+
+
+class Network(NamedTuple):
+    """A pytree.
+
+    blocks: of the main model, first to last.
+    depths: what drafts: sequential modules (one where depths share it), parallel heads' blocks, or nothing.
+    """
+
+    embed_VD: jax.Array
+    head_DV: jax.Array
+    final_norm: RMSNorm
+    blocks: list[Block]
+    depths: list[Any]
+
+    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embeddings [B, T, D]."""
+        return constrain(jnp.take(self.embed_VD, tokens_BT, axis=0), "batch", None, None)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32[B, T, V] of normed hidden states."""
+        return jnp.einsum("btd,dv->btv", hidden_BTD, self.head_DV, preferred_element_type=jnp.float32)
+
+
+class MainOutput(NamedTuple):
+    """hidden, branch: [B, T, D] as `trunk.TrunkOutput`. caches: with the new tokens' entries."""
+
+    hidden_BTD: jax.Array
+    branch_BTD: jax.Array
+    caches: list[Any]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def take_apart(config: Config, params: Tree, biases: Tree) -> Network:
+    """The network of a model's weights: a copy of them, in the compute dtype but for norms, biases and routers."""
+    model = skeleton(config).merge(params, biases)
+    dtype = jnp.dtype(config.model.compute_dtype)
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        info = variable.get_metadata().get("info")
+        if info is None:
+            return variable
+        is_cast = info.is_matrix and "router" not in info.axes  # the router computes in float32
+        value = variable[...].astype(dtype if is_cast else variable.dtype)
+        return variable.replace(constrain(value, *info.axes))
+
+    def layers(owner: Any, *names: str) -> list[Any]:
+        parts = [part for name in names if hasattr(owner, name) for part in unstacked(getattr(owner, name))]
+        return [jax.tree.map(one, part, is_leaf=lambda x: isinstance(x, nnx.Variable)) for part in parts]
+
+    trunk = model.trunk
+    return Network(
+        embed_VD=constrain(trunk.embed[...].astype(dtype), "vocab", "embed"),
+        head_DV=constrain(trunk.head().astype(dtype), "embed", "vocab"),
+        final_norm=trunk.final_norm,
+        blocks=layers(trunk, "dense_blocks", "blocks"),
+        depths=layers(model.mtp, "module", "block"),
+    )
+
+
+def run_main(network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Any]) -> MainOutput:
+    """New tokens through the main model."""
+    h_BTD = branch_BTD = network.look_up(tokens_BT)
+    written = []
+    for block, cache in zip(network.blocks, caches, strict=True):
+        branch_BTD = h_BTD
+        h_BTD, cache = block.decode(h_BTD, slots, cache)
+        written.append(cache)
+    return MainOutput(h_BTD, branch_BTD, written)
+
+
+def empty_caches(config: Config, network: Network, num_depths: int, num_rows: int, num_slots: int) -> tuple[Any, Any]:
+    """Caches of every main block, and of the first `num_depths` extra depths."""
+    dtype = jnp.dtype(config.model.compute_dtype)
+
+    def empty(block: Block) -> Any:
+        cache = block.attention.empty_cache(num_rows, num_slots, dtype)
+        return jax.tree.map(lambda x: constrain(x, "batch", None, *_HEADS[x.ndim - 3]), cache)
+
+    main = [empty(block) for block in network.blocks]
+    depths = []
+    for k in range(num_depths):
+        part = network.depths[min(k, len(network.depths) - 1)]
+        depths.append(empty(part if isinstance(part, Block) else part.block))
+    return main, depths
+
+
+_HEADS: list[tuple[str | None, ...]] = [(None,), ("kv_heads", None)]  # latents are shared by all heads
+
+
+def cache_bytes_per_token(config: Config) -> dict[str, int]:
+    """What decoding keeps of one token in the main model, bytes.
+
+    Returns:
+      "kept": of this model. "multi_head": plain multi-head attention with as many heads of the same value size, keys
+      and values of every head, which is what the DeepSeek-V2 report compares with (2405.04434, table 1).
+    """
+    model = config.model
+    layers, itemsize = config.num_main_layers, jnp.dtype(model.compute_dtype).itemsize
+    if model.attention == "mla":
+        kept, size = model.kv_lora_rank + model.qk_rope_head_dim, model.v_head_dim
+    else:
+        kept, size = 2 * model.num_kv_heads * model.head_dim, model.head_dim
+    return {"kept": kept * layers * itemsize, "multi_head": 2 * model.num_heads * size * layers * itemsize}

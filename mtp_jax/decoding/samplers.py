@@ -1,0 +1,108 @@
+"""How the next token is drawn: small steps that each rule out or reweigh tokens, applied in order.
+
+(Temperature(0.8), TopK(50), TopP(0.95)) draws from the softmax of what the three make of the logits; (Greedy(),) takes
+the likeliest token. The numbers are leaves of a pytree: another temperature is not another program.
+
+Shape letters: B rows, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Greedy:
+    """Only the likeliest token, the first of several."""
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
+        return jnp.where(best, logits, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Temperature:
+    """Logits divided by `value` > 0."""
+
+    value: float
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        return logits / self.value
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TopK:
+    """The `num` likeliest tokens, with those as likely as the last of them (1805.04833)."""
+
+    num: int
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        last = jnp.take(ordered, jnp.minimum(self.num, logits.shape[-1]) - 1, axis=-1)
+        return jnp.where(logits >= last[..., None], logits, -jnp.inf)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TopP:
+    """The fewest likeliest tokens whose probabilities reach `mass`, with those as likely as the last (1904.09751)."""
+
+    mass: float
+
+    def filter(self, logits: jax.Array) -> jax.Array:
+        ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # the mass of those that are likelier
+        last = jnp.where(before < self.mass, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        return jnp.where(logits >= last, logits, -jnp.inf)
+
+
+Sampler = tuple[Greedy | Temperature | TopK | TopP, ...]
+GREEDY: Sampler = (Greedy(),)
+
+
+def make_sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> Sampler:
+    """The steps that the usual three numbers stand for, in the usual order; temperature 0 is greedy.
+
+    Raises:
+      UserError: temperature < 0 or not finite, top_k < 1, top_p outside (0, 1], or a limit beside temperature 0.
+    """
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k}: must be at least 1, or None for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1, or None for no limit")
+    if temperature == 0:
+        if top_k is not None or top_p is not None:
+            limit = f"top_k={top_k}" if top_k is not None else f"top_p={top_p}"
+            raise UserError(f"{limit}: changes nothing at temperature=0; give a temperature above 0, or leave it out")
+        return GREEDY
+    steps: list[Greedy | Temperature | TopK | TopP] = [Temperature(float(temperature))]
+    steps += [] if top_k is None else [TopK(int(top_k))]
+    steps += [] if top_p is None else [TopP(float(top_p))]
+    return tuple(steps)
+
+
+def is_greedy(sampler: Sampler) -> bool:
+    """Whether nothing is left to chance."""
+    return any(isinstance(step, Greedy) for step in sampler)
+
+
+def filtered(sampler: Sampler, logits: jax.Array) -> jax.Array:
+    """float32[..., V]: the logits that are drawn from; -inf where a token is ruled out."""
+    for step in sampler:
+        logits = step.filter(logits)
+    return logits
+
+
+def draw(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """int32[B], one token a row from softmax(logits): argmax(logits + Gumbel noise). Each row has its own key."""
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
+    return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)

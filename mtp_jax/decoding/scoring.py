@@ -1,0 +1,73 @@
+"""How likely given texts are: log-probabilities of a model's next tokens, in batches of few shapes.
+
+Shape letters: B rows, N tokens, T = N - 1 positions, C positions of a chunk, D model, V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import sharding
+from mtp_jax.config import Config
+from mtp_jax.decoding.decoder import bucket
+from mtp_jax.model import Tree, skeleton
+from mtp_jax.sharding import constrain
+
+TOKENS_A_BATCH = 16_384
+LOGIT_BYTES = 1 << 28  # of the logits that exist at one time
+
+
+def score(
+    config: Config, params: Tree, biases: Tree, texts: Sequence[np.ndarray], starts: Sequence[int]
+) -> list[tuple[float, bool]]:
+    """For each text the sum of log p (nats) of its tokens from `start` >= 1 on, and whether they are the greedy ones.
+
+    Texts of about one length go together. Call under `jax.set_mesh`.
+    """
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
+    while order:
+        size = bucket(len(texts[order[0]]))
+        num = max(1, TOKENS_A_BATCH // size)
+        batch, order = order[:num], order[num:]
+        scored = _batch(config, params, biases, [texts[i] for i in batch], [starts[i] for i in batch], size, num)
+        for i, result in zip(batch, scored, strict=True):
+            results[i] = result
+    return results
+
+
+def _batch(config, params, biases, texts, starts, size, num_rows) -> list[tuple[float, bool]]:
+    num_rows = -(-min(num_rows, 1 << (len(texts) - 1).bit_length()) // sharding.num_shards("batch"))
+    tokens_BN = np.zeros((num_rows * sharding.num_shards("batch"), size), np.int32)
+    for row, text in zip(tokens_BN, texts, strict=False):
+        row[: len(text)] = text
+    log_p_BT, is_best_BT = jax.device_get(_log_probs(config, params, biases, tokens_BN))
+    spans = [slice(start - 1, len(text) - 1) for text, start in zip(texts, starts, strict=True)]
+    return [(float(log_p_BT[b, s].sum(dtype=np.float64)), bool(is_best_BT[b, s].all())) for b, s in enumerate(spans)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probs(config: Config, params: Tree, biases: Tree, tokens_BN) -> tuple[jax.Array, jax.Array]:
+    """log p(tokens[i + 1] | tokens[: i + 1]), float32[B, N], and whether it is the likeliest; the last is of no use."""
+    model = skeleton(config).merge(params, biases)
+    positions_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1]), tokens_BN.shape)
+    hidden_BND = model.main(tokens_BN, jnp.ones_like(tokens_BN), positions_BN)
+    head_DV = model.head().astype(hidden_BND.dtype)
+    targets_BN = jnp.roll(tokens_BN, -1, axis=1)
+
+    def chunk(args):
+        hidden_BCD, targets_BC = args
+        logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+        at_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        return at_BC - jax.nn.logsumexp(logits_BCV, axis=-1), jnp.argmax(logits_BCV, axis=-1) == targets_BC
+
+    num = 1
+    while tokens_BN.size * head_DV.shape[1] * 4 / num > LOGIT_BYTES and tokens_BN.shape[1] % (2 * num) == 0:
+        num *= 2
+    cut = [jnp.moveaxis(x.reshape(len(x), num, -1, *x.shape[2:]), 1, 0) for x in (hidden_BND, targets_BN)]
+    parts = jax.lax.map(chunk, tuple(cut))
+    log_p, best = (jnp.moveaxis(x, 0, 1).reshape(tokens_BN.shape) for x in parts)
+    return constrain(log_p, None, None), constrain(best, None, None)

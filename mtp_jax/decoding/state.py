@@ -1,0 +1,206 @@
+"""A batch of texts being written, and the two programs that move it: reading prompts, and one round of drafts.
+
+Plain decoding is a round without drafts. Every array keeps its shape from the first token to the last.
+
+Shape letters: B rows, S slots (room for the longest text), T tokens run at once, W window of the drafting depths,
+D model, K drafts a round.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import Config
+from mtp_jax.decoding import drafting
+from mtp_jax.decoding.network import Network, empty_caches, run_main
+from mtp_jax.decoding.samplers import Sampler
+from mtp_jax.decoding.verify import Verdict, verify
+from mtp_jax.layers.cache import slots_at
+from mtp_jax.sharding import constrain
+
+
+class Counts(NamedTuple):
+    """Since the prompt, int32. rounds_B: forward passes of the main model. tested_BK, accepted_BK: drafts that the main
+    model judged (those before were all kept) and kept."""
+
+    rounds_B: jax.Array
+    tested_BK: jax.Array
+    accepted_BK: jax.Array
+
+
+class State(NamedTuple):
+    """A pytree.
+
+    tokens_BS: int32, the text; known up to length_B (prompt included), 0 from there on.
+    limit_B: int32, the length a row may reach. is_done_B: bool, it has, or it came to a stop token.
+    keys_B: one random key a row: what it draws does not depend on the rows beside it.
+    recent_BWD: `drafting.hidden_for_depths` at the last W positions the main model has read, length - 1 - W onward.
+    caches, depth_caches: entries of positions 0 .. length - 2.
+    """
+
+    tokens_BS: jax.Array
+    length_B: jax.Array
+    limit_B: jax.Array
+    is_done_B: jax.Array
+    keys_B: jax.Array
+    recent_BWD: jax.Array
+    caches: list[Any]
+    depth_caches: list[Any]
+    counts: Counts
+
+    @property
+    def num_drafts(self) -> int:
+        """K."""
+        return self.counts.tested_BK.shape[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def begin(
+    config: Config, num_drafts: int, network: Network, tokens_BS: Any, length_B: Any, limit_B: Any, seed: Any
+) -> State:
+    """Prompts laid in their rows, nothing read yet."""
+    num_rows, num_slots = tokens_BS.shape
+    depths = drafting.num_depths(config, num_drafts)
+    caches, depth_caches = empty_caches(config, network, depths, num_rows, num_slots)
+    window = drafting.window_size(config, num_drafts)
+    recent_BWD = jnp.zeros((num_rows, window, config.model.embed_dim), config.model.compute_dtype)
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_rows))
+    zero_BK = jnp.zeros((num_rows, num_drafts), jnp.int32)
+    return State(
+        *(tokens_BS, length_B, limit_B, length_B >= limit_B, keys_B),
+        constrain(recent_BWD, "batch", None, None),
+        *(caches, depth_caches),
+        Counts(jnp.zeros(num_rows, jnp.int32), zero_BK, zero_BK),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
+def read(config: Config, num_tokens: int, num_visible: int, network: Network, state: State, start: jax.Array) -> State:
+    """Run `num_tokens` positions of every prompt from `start` on. The last known token is left to the first round.
+
+    What a row has beyond its prompt is read too, and overwritten before anything sees it.
+
+    Args:
+      num_visible: slots that hold an entry afterwards; `start + num_tokens` at least.
+    """
+    num_rows, num_slots = state.tokens_BS.shape
+    index_T = start + jnp.arange(num_tokens)
+    slots = slots_at(jnp.broadcast_to(index_T, (num_rows, num_tokens)), num_visible)
+
+    def tokens_at(ahead: int) -> jax.Array:
+        return jnp.take(state.tokens_BS, jnp.minimum(index_T + ahead, num_slots - 1), axis=1)
+
+    main = run_main(network, tokens_at(0), slots, state.caches)
+    if not state.depth_caches:
+        return state._replace(caches=main.caches)
+    hidden_BTD = drafting.hidden_for_depths(config, network, main)
+    ahead_KBT = jnp.stack([tokens_at(k + 1) for k in range(len(state.depth_caches))])
+    depth_caches = drafting.read_prompt(config, network, hidden_BTD, ahead_KBT, slots, state.depth_caches)
+    num_new_B = jnp.clip(state.length_B - 1 - start, 0, num_tokens)
+    recent_BWD = _moved(state.recent_BWD, hidden_BTD, num_new_B)
+    return state._replace(caches=main.caches, depth_caches=depth_caches, recent_BWD=recent_BWD)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
+def write(
+    config: Config,
+    sampler: Sampler,
+    network: Network,
+    stop_tokens: jax.Array,
+    state: State,
+    num_rounds: jax.Array,
+) -> State:
+    """Up to `num_rounds` rounds: fewer once every row is done.
+
+    Args:
+      stop_tokens: int[N]; a row ends with the first of them.
+    """
+
+    def is_going(carry):
+        done_rounds, state = carry
+        return (done_rounds < num_rounds) & ~state.is_done_B.all()
+
+    def one(carry):
+        done_rounds, state = carry
+        return done_rounds + 1, _round(config, sampler, network, stop_tokens, state)
+
+    state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
+    return state._replace(  # every process can read what was written
+        tokens_BS=constrain(state.tokens_BS, None, None),
+        length_B=constrain(state.length_B, None),
+        is_done_B=constrain(state.is_done_B, None),
+        counts=Counts(*(constrain(x, *(None,) * x.ndim) for x in state.counts)),
+    )
+
+
+def _round(config: Config, sampler: Sampler, network: Network, stop_tokens: jax.Array, state: State) -> State:
+    """Draft, verify in one forward of the main model, keep what it agrees with and one token more."""
+    num_slots, num_drafts = state.tokens_BS.shape[1], state.num_drafts
+    last_B = state.length_B - 1
+    keys_BK = _round_keys(state, num_drafts)
+    drafts_BK, draft_logits_BKV = jnp.zeros((len(last_B), 0), jnp.int32), None
+    depth_caches = state.depth_caches
+    if num_drafts:
+        drafts_BK, draft_logits_BKV, depth_caches = drafting.draft(
+            *(config, network, sampler, num_drafts, state.tokens_BS, last_B, state.recent_BWD, depth_caches),
+            keys_BK[:, 1:],
+        )
+    newest_B1 = jnp.take_along_axis(state.tokens_BS, last_B[:, None], axis=1)
+    tokens_BT = jnp.concatenate([newest_B1, drafts_BK], axis=1)
+    slots = slots_at(last_B[:, None] + jnp.arange(1 + num_drafts), num_slots)
+    main = run_main(network, tokens_BT, slots, state.caches)
+    logits_BTV = network.logits(network.final_norm(main.hidden_BTD))
+    verdict = verify(sampler, logits_BTV, drafts_BK, draft_logits_BKV, keys_BK[:, 0])
+    state = _extended(state, drafts_BK, verdict, stop_tokens)
+    if num_drafts:
+        hidden_BTD = drafting.hidden_for_depths(config, network, main)
+        state = state._replace(recent_BWD=_moved(state.recent_BWD, hidden_BTD, state.length_B - 1 - last_B))
+    return state._replace(caches=main.caches, depth_caches=depth_caches)
+
+
+def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> State:
+    """The text with the kept drafts and the token after them, cut at the limit and behind a stop token."""
+    num_slots, num_drafts = state.tokens_BS.shape[1], state.num_drafts
+    index_T = jnp.arange(1 + num_drafts)
+    accepted_B1 = verdict.num_accepted_B[:, None]
+    new_BT = jnp.where(index_T == accepted_B1, verdict.next_B[:, None], jnp.pad(drafts_BK, ((0, 0), (0, 1))))
+    room_B = jnp.minimum(verdict.num_accepted_B + 1, state.limit_B - state.length_B)
+    is_stop_BT = (new_BT[..., None] == stop_tokens).any(-1) & (index_T < room_B[:, None])
+    stop_B = jnp.where(is_stop_BT.any(1), jnp.argmax(is_stop_BT, axis=1) + 1, room_B)
+    num_B = jnp.where(state.is_done_B, 0, stop_B).astype(jnp.int32)
+    slots_BT = jnp.where(index_T < num_B[:, None], state.length_B[:, None] + index_T, num_slots + index_T)
+    tokens_BS = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop", unique_indices=True))(
+        state.tokens_BS, slots_BT, new_BT
+    )
+    length_B = state.length_B + num_B
+    is_done_B = state.is_done_B | is_stop_BT.any(1) | (length_B >= state.limit_B)
+    draft_K = jnp.arange(num_drafts)
+    # The k-th draft was judged if those before were kept, and counts if the text goes as far.
+    tested_BK = (draft_K <= accepted_B1) & (draft_K < num_B[:, None])
+    accepted_BK = tested_BK & (draft_K < accepted_B1)
+    counts = Counts(
+        state.counts.rounds_B + ~state.is_done_B,
+        state.counts.tested_BK + tested_BK,
+        state.counts.accepted_BK + accepted_BK,
+    )
+    return state._replace(tokens_BS=tokens_BS, length_B=length_B, is_done_B=is_done_B, counts=counts)
+
+
+def _round_keys(state: State, num_drafts: int) -> jax.Array:
+    """[B, 1 + K] keys of this round: for the verdict, and for each draft. A function of the row and its length."""
+
+    def row(key, length):
+        return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, length)))(
+            jnp.arange(1 + num_drafts)
+        )
+
+    return jax.vmap(row)(state.keys_B, state.length_B)
+
+
+def _moved(recent_BWD: jax.Array, new_BTD: jax.Array, num_B: jax.Array) -> jax.Array:
+    """The window moved on by num_B of the new positions."""
+    joined = jnp.concatenate([recent_BWD, new_BTD], axis=1)
+    window = recent_BWD.shape[1]
+    return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, window))(joined, num_B)
