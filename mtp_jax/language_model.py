@@ -115,7 +115,7 @@ class LanguageModel:
             stop_tokens = () if eos is None else (eos,)
         stops = [stop] if isinstance(stop, str) else list(stop)
         written = self.decoder.generate(
-            self._prompt_ids(prompts),
+            self.prompt_ids(prompts),
             max_new_tokens,
             sampler=sampler,
             num_drafts=num_drafts,
@@ -172,8 +172,12 @@ class LanguageModel:
         ids = ids[-(longest + 1) :]  # the last token is only predicted
         return ids.astype(np.int32), len(ids) - num_new
 
-    def _prompt_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Token ids of every prompt."""
+    def prompt_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Token ids of every prompt: texts begin with the tokenizer's bos, where it has one; ids stay as they are.
+
+        Raises:
+          UserError: an empty text, texts without a tokenizer, or something else than either.
+        """
         ids = []
         for b, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
             if isinstance(prompt, str):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.loss import expected_tokens_per_pass
+from mtp_jax.training import loop
 from mtp_jax.training.loop import Run, global_batches
 
 
@@ -28,6 +29,20 @@ class DepthResult:
     agreement: float
     expected_tokens: float
     num_targets: int
+
+
+def run(workdir: str, tasks: list[str], num_batches: int | None) -> tuple[str, dict[str, Any]]:
+    """The tasks loss and acceptance of a workdir: their table, and their values for JSON.
+
+    Raises:
+      UserError: no run there.
+    """
+    restored = loop.restore(workdir)
+    with jax.set_mesh(restored.mesh):
+        results = validate(restored, num_batches or restored.config.training.eval_batches)
+    title = f"step {restored.step}, {results[0].num_targets:,} held-out tokens"
+    values = {"step": restored.step, **{task: as_json(results, task) for task in tasks if task in FIELDS}}
+    return f"{title}\n{table(results)}", values
 
 
 def validate(run: Run, num_batches: int) -> list[DepthResult]:

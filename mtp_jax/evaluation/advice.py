@@ -1,0 +1,152 @@
+"""How many tokens to draft: from measured acceptance and from what drafting and verifying cost on this machine.
+
+Shape letters: B rows, T tokens verified, K drafts, W window.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import Config
+from mtp_jax.decoding import drafting
+from mtp_jax.decoding.decoder import Decoder
+from mtp_jax.decoding.network import Network, run_main
+from mtp_jax.decoding.samplers import GREEDY
+from mtp_jax.decoding.state import State
+from mtp_jax.layers.cache import slots_at
+from mtp_jax.loss import expected_tokens_per_pass
+
+ITERATIONS = 32
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Milliseconds of one round at a batch size: K drafts, their verification, and a plain step."""
+
+    batch_size: int
+    num_drafts: int
+    draft_ms: float
+    verify_ms: float
+    plain_ms: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The draft length with the largest speed-up at a batch size; 0 where plain decoding is fastest."""
+
+    batch_size: int
+    draft_length: int
+    speed_up: float
+
+
+def speed_up(acceptance: Sequence[float], cost: Cost) -> float:
+    """Tokens per second of drafting beside plain decoding: expected tokens a round by what the round costs more."""
+    rates = [0.0 if math.isnan(a) else a for a in acceptance[: cost.num_drafts]]
+    return expected_tokens_per_pass(rates) * cost.plain_ms / (cost.draft_ms + cost.verify_ms)
+
+
+def advise(acceptance: Sequence[float], costs: Sequence[Cost]) -> list[Advice]:
+    """The best draft length of each batch size, smallest batch first."""
+    best: dict[int, Advice] = {}
+    for cost in sorted(costs, key=lambda c: (c.batch_size, c.num_drafts)):
+        known = best.setdefault(cost.batch_size, Advice(cost.batch_size, 0, 1.0))
+        gain = speed_up(acceptance, cost)
+        if gain > known.speed_up:
+            best[cost.batch_size] = Advice(cost.batch_size, cost.num_drafts, gain)
+    return list(best.values())
+
+
+def stops_paying(advice: Sequence[Advice]) -> int | None:
+    """The smallest batch size from which on plain decoding is fastest, None if that was not reached."""
+    end = None
+    for a in sorted(advice, key=lambda a: -a.batch_size):
+        if a.draft_length:
+            break
+        end = a.batch_size
+    return end
+
+
+def measure_costs(decoder: Decoder, batch_sizes: Sequence[int], max_drafts: int, prompt: np.ndarray) -> list[Cost]:
+    """Time each round's parts with caches half full: `prompt` in every row, the fastest of a few repeats."""
+    costs = []
+    for rows in batch_sizes:
+        state = decoder.start([prompt] * rows, 1 + max_drafts, num_drafts=max_drafts)
+        with jax.set_mesh(decoder.mesh):
+            verify = [_time(_verify, decoder, state, t) for t in range(1, max_drafts + 2)]
+        for drafts in range(1, max_drafts + 1):
+            state = decoder.start([prompt] * rows, 1 + max_drafts, num_drafts=drafts)
+            with jax.set_mesh(decoder.mesh):
+                cost = _time(_draft, decoder, state, drafts)
+            costs.append(Cost(rows, drafts, cost, verify[drafts], verify[0]))
+    return costs
+
+
+def _time(run: Any, decoder: Decoder, state: State, num: int) -> float:
+    """Milliseconds of one iteration."""
+    best = math.inf
+    jax.block_until_ready(run(decoder.config, num, decoder.network, state))
+    for _ in range(REPEATS):
+        started = time.monotonic()
+        jax.block_until_ready(run(decoder.config, num, decoder.network, state))
+        best = min(best, time.monotonic() - started)
+    return best / ITERATIONS * 1e3
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _verify(config: Config, num_tokens: int, network: Network, state: State) -> jax.Array:
+    """The main model on `num_tokens` a row, again and again."""
+    slots = slots_at(state.length_B[:, None] - 1 + jnp.arange(num_tokens), state.tokens_BS.shape[1])
+
+    def one(_, carry):
+        tokens_BT, caches = carry
+        main = run_main(network, tokens_BT, slots, caches)
+        logits_BTV = network.logits(network.final_norm(main.hidden_BTD))
+        return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32), main.caches
+
+    start = jnp.zeros((len(state.length_B), num_tokens), jnp.int32), state.caches
+    return jax.lax.fori_loop(0, ITERATIONS, one, start)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draft(config: Config, num_drafts: int, network: Network, state: State) -> jax.Array:
+    """The depths on one window, again and again."""
+    keys = jnp.broadcast_to(state.keys_B[:, None], (len(state.keys_B), num_drafts))
+
+    def one(_, carry):
+        tokens_BS, caches = carry
+        drafts = drafting.draft(
+            *(config, network, GREEDY, num_drafts, tokens_BS, state.length_B - 1, state.recent_BWD, caches, keys)
+        )
+        # What is drafted next depends on what was: no iteration can be left out.
+        return tokens_BS.at[:, 0].set(drafts.tokens_BK[:, -1]), drafts.caches
+
+    return jax.lax.fori_loop(0, ITERATIONS, one, (state.tokens_BS, state.depth_caches))[0]
+
+
+def text(acceptance: Sequence[float], costs: Sequence[Cost], advice: Sequence[Advice]) -> str:
+    """A row a batch size: milliseconds of a plain step, the speed-up of each draft length, the best of them."""
+    lengths = sorted({c.num_drafts for c in costs})
+    rates = ", ".join("-" if math.isnan(a) else f"{a:.0%}" for a in acceptance)
+    head = f"{'batch':<7}{'plain ms':>10}" + "".join(f"{f'K={k}':>9}" for k in lengths) + f"{'best':>7}"
+    lines = [f"speed-up to expect by draft length K (acceptance {rates})", head]
+    for a in advice:
+        own = {c.num_drafts: c for c in costs if c.batch_size == a.batch_size}
+        plain = next(iter(own.values())).plain_ms
+        gains = "".join(f"{speed_up(acceptance, own[k]):>8.2f}x" for k in lengths)
+        lines.append(f"{a.batch_size:<7}{plain:>10.3f}{gains}{a.draft_length or 'plain':>7}")
+    end = stops_paying(advice)
+    largest = max(a.batch_size for a in advice)
+    lines.append(
+        f"speculation pays at every batch size up to {largest}"
+        if end is None
+        else f"from batch size {end} on speculation does not pay"
+    )
+    return "\n".join(lines)

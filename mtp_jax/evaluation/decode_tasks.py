@@ -1,0 +1,116 @@
+"""The tasks of eval.py that write text: speculative (what self-speculation gains) and advice (how much to draft)."""
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax import language_model
+from mtp_jax.config import MeshConfig, UserError, mesh_sizes
+from mtp_jax.decoding.decoder import Decoder, check_drafts
+from mtp_jax.decoding.samplers import make_sampler
+from mtp_jax.evaluation import advice, speculative
+from mtp_jax.interop.folder import is_hf_folder
+from mtp_jax.training.workdir import read_config
+
+TASKS = ("speculative", "advice")
+NUM_PROMPTS = 16
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BEYOND_DEPTH = 2  # drafts more than trained depths that the advice looks at
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """Those of both tasks."""
+    group = flags.add_argument_group("speculative, advice")
+    group.add_argument(
+        "--prompts", help="a file with a prompt a line, or .jsonl with a field prompt; default: held out"
+    )
+    group.add_argument("--draft_length", type=int, help="tokens drafted a forward pass; default mtp.depth")
+    group.add_argument("--max_new_tokens", type=int, default=128)
+    group.add_argument("--batch_size", type=int, default=1)
+    group.add_argument("--temperature", type=float, default=0.0)
+    group.add_argument("--top_k", type=int)
+    group.add_argument("--top_p", type=float)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse unusable flags before anything is loaded.
+
+    Raises:
+      UserError: a number outside its range.
+    """
+    make_sampler(args.temperature, args.top_k, args.top_p)
+    for name in ("draft_length", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}={value}: must be at least 1")
+
+
+def run(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Each task's text and its values for JSON.
+
+    Args:
+      args: of `add_flags`, with workdir and limit (the number of prompts).
+
+    Raises:
+      UserError: a model that cannot draft, or prompts that cannot be used.
+    """
+    model = language_model.load(args.workdir, mesh=_mesh(args.workdir))
+    num_drafts = args.draft_length or model.config.depth
+    check_drafts(model.config, max(1, num_drafts))
+    sampler = make_sampler(args.temperature, args.top_k, args.top_p)
+    prompts = _prompts(model, args)
+    eos = None if model.tokenizer is None else model.tokenizer.eos_id
+    options = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": model.config.seed}
+    options |= {"stop_tokens": () if eos is None else (eos,)}
+    out: dict[str, tuple[str, dict[str, Any]]] = {}
+    if "speculative" in tasks:
+        result = speculative.measure(
+            model.decoder, prompts, num_drafts=num_drafts, batch_size=args.batch_size, **options
+        )
+        out["speculative"] = speculative.text(result, sampler), speculative.as_json(result)
+    if "advice" in tasks:
+        out["advice"] = _advice(model.decoder, prompts, args.batch_size, options)
+    return out
+
+
+def _mesh(workdir: str) -> MeshConfig | None:
+    """One device, but for weights that were trained in parts, where the mesh they were trained on is there."""
+    if is_hf_folder(workdir):
+        return None
+    mesh = read_config(workdir).mesh
+    try:
+        sizes = mesh_sizes(mesh, jax.device_count())
+    except UserError:  # trained on other devices than these
+        return None
+    is_cut = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"] > 1
+    return mesh if is_cut or jax.process_count() > 1 else None
+
+
+def _advice(decoder: Decoder, prompts: list[np.ndarray], batch_size: int, options: dict[str, Any]):
+    depth = decoder.config.depth
+    most = depth + (BEYOND_DEPTH if decoder.config.mtp.kind == "sequential" else 0)
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    written = [decoder.generate(batch, num_drafts=most, **options) for batch in batches]
+    tested, accepted = (sum(getattr(g, name).sum(axis=0) for g in written) for name in ("tested", "accepted"))
+    rates = [float(a / t) if t else math.nan for a, t in zip(accepted, tested, strict=True)]
+    costs = advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
+    advised = advice.advise(rates, costs)
+    values = {
+        "acceptance": rates,
+        "costs": [dataclasses.asdict(c) | {"speed_up": advice.speed_up(rates, c)} for c in costs],
+        "advice": [dataclasses.asdict(a) for a in advised],
+        "stops_paying_at": advice.stops_paying(advised),
+    }
+    return advice.text(rates, costs, advised), speculative.without_nan(values)
+
+
+def _prompts(model: language_model.LanguageModel, args: argparse.Namespace) -> list[np.ndarray]:
+    if args.prompts:
+        texts = speculative.read_prompts(args.prompts)
+        return model.prompt_ids(texts[: args.limit or len(texts)])
+    num_tokens = model.config.data.sequence_length // 4
+    return speculative.held_out_prompts(model.config, args.limit or NUM_PROMPTS, num_tokens)

@@ -1,0 +1,182 @@
+"""What self-speculation is worth on given texts: acceptance, tokens a forward pass, and time beside plain decoding."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtp_jax import data
+from mtp_jax.config import Config, UserError
+from mtp_jax.decoding.decoder import Decoder, Generation
+from mtp_jax.decoding.network import cache_bytes_per_token
+from mtp_jax.decoding.samplers import GREEDY, Sampler, is_greedy
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculativeResult:
+    """Plain and self-speculated continuations of the same prompts.
+
+    acceptance: of draft k, how often it was kept where those before it were. num_same: rows of the same tokens both
+    ways (greedy: all of them, but for ties in low precision). Tokens per second of whole batches, the reading of the
+    prompts included. cache_bytes, multi_head_bytes: what is kept of a token in the main model's caches, and what plain
+    multi-head attention would keep.
+    """
+
+    draft_length: int
+    batch_size: int
+    num_prompts: int
+    num_tokens: int
+    num_same: int
+    acceptance: list[float]
+    tokens_per_forward: float
+    plain_tokens_per_second: float
+    tokens_per_second: float
+    speed_up: float
+    cache_bytes: int
+    multi_head_bytes: int
+
+
+def held_out_prompts(config: Config, num: int, num_tokens: int) -> list[np.ndarray]:
+    """The first tokens of validation documents that are longer.
+
+    Raises:
+      UserError: there is none.
+    """
+    corpus = data.prepare(config)
+    prompts: list[np.ndarray] = []
+    for i in corpus.validation:
+        document = corpus.store.document(int(i))
+        if len(document) > num_tokens:
+            prompts.append(np.asarray(document[:num_tokens], np.int32))
+        if len(prompts) == num:
+            break
+    if not prompts:
+        raise UserError(
+            f"data.validation_fraction={config.data.validation_fraction}: no held-out document is longer than "
+            f"{num_tokens} tokens; give prompts with --prompts=FILE"
+        )
+    return prompts
+
+
+def read_prompts(path: str) -> list[str]:
+    """Prompts of a file: the field "prompt" of each line of a .jsonl, else every line that is not blank.
+
+    Raises:
+      UserError: no such file, a line without the field, or no prompt at all.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"--prompts={path}: no such file")
+    lines = [line for line in file.read_text().splitlines() if line.strip()]
+    if file.suffix == ".jsonl":
+        prompts = []
+        for number, line in enumerate(lines, 1):
+            try:
+                prompts.append(str(json.loads(line)["prompt"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f'--prompts={path}: line {number} is no JSON object with a field "prompt"') from error
+        lines = prompts
+    if not lines:
+        raise UserError(f"--prompts={path}: holds no prompt")
+    return lines
+
+
+def measure(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    *,
+    num_drafts: int,
+    batch_size: int,
+    max_new_tokens: int,
+    sampler: Sampler = GREEDY,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
+    repeats: int = 1,
+) -> SpeculativeResult:
+    """Continue every prompt plainly and self-speculated, batch by batch, one after the other. Programs are compiled
+    before the clock starts; of several `repeats` the fastest counts.
+
+    Raises:
+      UserError: as `Decoder.generate`.
+    """
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    options: dict[str, Any] = {"sampler": sampler, "stop_tokens": stop_tokens}
+    for batch in batches:
+        for drafts in (0, num_drafts):
+            decoder.write(decoder.start(batch, max_new_tokens, num_drafts=drafts), 0, **options)
+    runs: dict[int, list[Generation]] = {}
+    seconds = {0: math.inf, num_drafts: math.inf}
+    for _ in range(repeats):
+        spent = dict.fromkeys(seconds, 0.0)
+        runs = {drafts: [] for drafts in seconds}
+        for batch in batches:
+            for drafts in seconds:
+                started = time.monotonic()
+                runs[drafts].append(decoder.generate(batch, max_new_tokens, num_drafts=drafts, seed=seed, **options))
+                spent[drafts] += time.monotonic() - started
+        seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
+    return _result(decoder, batch_size, runs[0], runs[num_drafts], seconds[0], seconds[num_drafts])
+
+
+def _result(decoder, batch_size, plain, drafted, plain_seconds, seconds) -> SpeculativeResult:
+    every = Generation(
+        [tokens for g in drafted for tokens in g.tokens],
+        *(np.concatenate([getattr(g, name) for g in drafted]) for name in ("rounds", "tested", "accepted")),
+    )
+    rows = [tokens for g in plain for tokens in g.tokens]
+    num_tokens, num_plain = sum(map(len, every.tokens)), sum(map(len, rows))
+    cache = cache_bytes_per_token(decoder.config)
+    return SpeculativeResult(
+        draft_length=every.tested.shape[1],
+        batch_size=batch_size,
+        num_prompts=len(rows),
+        num_tokens=num_tokens,
+        num_same=sum(np.array_equal(a, b) for a, b in zip(rows, every.tokens, strict=True)),
+        acceptance=every.acceptance,
+        tokens_per_forward=every.tokens_per_forward,
+        plain_tokens_per_second=num_plain / plain_seconds,
+        tokens_per_second=num_tokens / seconds,
+        speed_up=(num_tokens / seconds) / (num_plain / plain_seconds),
+        cache_bytes=cache["kept"],
+        multi_head_bytes=cache["multi_head"],
+    )
+
+
+def text(result: SpeculativeResult, sampler: Sampler) -> str:
+    """The result as a table, a few lines of words below."""
+    r = result
+    head = f"{'drafts':<8}{'acceptance':>12}" + f"{'tokens/forward':>16}{'plain tok/s':>13}{'tok/s':>9}{'speed-up':>10}"
+    rates = " ".join(f"{a:.0%}" for a in r.acceptance)
+    width = max(12, len(rates) + 1)
+    row = (
+        f"{r.draft_length:<8}{rates:>{width}}{r.tokens_per_forward:>16.2f}{r.plain_tokens_per_second:>13,.0f}"
+        f"{r.tokens_per_second:>9,.0f}{r.speed_up:>9.2f}x"
+    )
+    same = f"; {r.num_same} of {r.num_prompts} texts the same both ways" if is_greedy(sampler) else ""
+    saved = 1 - r.cache_bytes / r.multi_head_bytes
+    size = f"{r.num_prompts} prompts in batches of {r.batch_size}, {r.num_tokens:,} new tokens"
+    return "\n".join(
+        [
+            f"speculative decoding, {size}{same}",
+            head.replace(f"{'acceptance':>12}", f"{'acceptance':>{width}}"),
+            row,
+            f"cache: {r.cache_bytes:,} bytes a token; plain multi-head attention would keep {r.multi_head_bytes:,} "
+            f"({saved:.1%} saved)",
+        ]
+    )
+
+
+def as_json(result: SpeculativeResult) -> dict[str, Any]:
+    """The fields; None for what was not measured."""
+    return without_nan(dataclasses.asdict(result))
+
+
+def without_nan(values: Any) -> Any:
+    """The same with None for NaN, which JSON has no word for."""
+    return jax.tree.map(lambda v: None if isinstance(v, float) and math.isnan(v) else v, values)
