@@ -22,13 +22,12 @@ def get_config():
     model.v_head_dim = 64
     model.ffn_dim = 4096
     model.compute_dtype = "bfloat16"
-    model.remat = "dots"
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 1
 
     config.data.source = "python_source"
-    config.data.sequence_length = 1024
+    config.data.sequence_length = 512
     config.data.batch_size = 32
 
     config.optimizer.name = "muon"
@@ -37,9 +36,9 @@ def get_config():
     config.optimizer.decay_fraction = 0.4
     config.optimizer.warmup_steps = 50
 
-    config.training.num_steps = 1200
+    config.training.num_steps = 1000
     config.training.log_every = 20
     config.training.sample_prompt = 'def read_lines(path):\n    """Return the lines of a file."""\n'
-    config.checkpoint.every = 1200
+    config.checkpoint.every = 1000
     config.checkpoint.keep = 1
     return config

@@ -1,6 +1,7 @@
 """What self-speculation is worth on given texts: acceptance, tokens a forward pass, and time beside plain decoding."""
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -43,19 +44,19 @@ class SpeculativeResult:
 
 
 def held_out_prompts(config: Config, num: int, num_tokens: int) -> list[np.ndarray]:
-    """The first tokens of validation documents that are longer.
+    """The first tokens of validation documents that are longer; where those are too few, their later parts as well.
 
     Raises:
       UserError: there is none.
     """
     corpus = data.prepare(config)
-    prompts: list[np.ndarray] = []
-    for i in corpus.validation:
-        document = corpus.store.document(int(i))
-        if len(document) > num_tokens:
-            prompts.append(np.asarray(document[:num_tokens], np.int32))
-        if len(prompts) == num:
-            break
+    lengths, stride = corpus.store.lengths[corpus.validation], config.data.sequence_length
+    starts = range(0, int(lengths.max(initial=0)) - num_tokens, stride)
+    places = ((i, at) for at in starts for i, n in zip(corpus.validation, lengths, strict=True) if n > at + num_tokens)
+    prompts = [
+        np.asarray(corpus.store.document(int(i))[at : at + num_tokens], np.int32)
+        for i, at in itertools.islice(places, num)
+    ]
     if not prompts:
         raise UserError(
             f"data.validation_fraction={config.data.validation_fraction}: no held-out document is longer than "

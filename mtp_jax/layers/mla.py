@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
 
 Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows; S slots of a cache), D model,
-H heads, N nope dim, R rotary dim, V value dim, C key/value latent, W = C + R numbers a token in a cache.
+H heads, N nope dim, R rotary dim, V value dim, X = N + V, C key/value latent, W = C + R numbers a token in a cache.
 """
 
 from typing import Any
@@ -50,25 +50,25 @@ class MultiHeadLatentAttention(nnx.Module):
             ),
             ("batch", "length", "heads", None),
         )
-        kv_b_CHW = self.kv_b[...].astype(x_BTD.dtype)
-        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHW, segments_BT)
+        kv_b_CHX = self.kv_b[...].astype(x_BTD.dtype)
+        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BT)
         return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(x_BTD.dtype))
 
-    def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHW, segments_BS):
+    def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BS):
         """One device's queries over whole rows.
 
         The latent is what crosses the context axis, and its gradient what comes back: C + R numbers a token, where keys
         and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
         """
-        k_BSHQ, v_BSHV = self._expand(whole_length(latent_BTC), whole_length(rotary_BTR), kv_b_CHW)
+        k_BSHQ, v_BSHV = self._expand(whole_length(latent_BTC), whole_length(rotary_BTR), kv_b_CHX)
         first = first_position(q_BTHQ.shape[1])
         return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, rope.mla_softmax_scale(self.config), first)
 
-    def _expand(self, latent_BSC, rotary_BSR, kv_b_CHW):
+    def _expand(self, latent_BSC, rotary_BSR, kv_b_CHX):
         """Keys [B, S, H, N + R] and values [B, S, H, V] of every head."""
         nope = self.config.qk_nope_head_dim
-        kv_BSHW = jnp.einsum("bsc,chw->bshw", latent_BSC, kv_b_CHW)
-        k_nope_BSHN, v_BSHV = kv_BSHW[..., :nope], kv_BSHW[..., nope:]
+        kv_BSHX = jnp.einsum("bsc,chx->bshx", latent_BSC, kv_b_CHX)
+        k_nope_BSHN, v_BSHV = kv_BSHX[..., :nope], kv_BSHX[..., nope:]
         rotary_BSHR = jnp.broadcast_to(rotary_BSR[:, :, None], (*k_nope_BSHN.shape[:3], rotary_BSR.shape[-1]))
         return jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1), v_BSHV
 
@@ -93,20 +93,22 @@ class MultiHeadLatentAttention(nnx.Module):
         rank, heads = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
         return num_queries * (2 * rank - heads) <= rank * heads
 
-    def _absorbed(self, q_BTHQ, seen_BSW, kv_b_CHW, last_BT):
+    def _absorbed(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT):
         """Queries and outputs go through the up-projections of keys and values, entries are read as they are: they are
         the keys, and their first C numbers the values, of one head that all share (section 2.1.2)."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        q_BTHC = jnp.einsum("bthn,chn->bthc", q_BTHQ[..., :nope], kv_b_CHW[..., :nope])
+        # The projection is never cut into its two halves: for a few tokens the copies take longer than twice the work.
+        q_nope_BTHX = jnp.pad(q_BTHQ[..., :nope], ((0, 0),) * 3 + ((0, self.config.v_head_dim),))
+        q_BTHC = jnp.einsum("bthx,chx->bthc", q_nope_BTHX, kv_b_CHX)
         q_BTHW = jnp.concatenate([q_BTHC, q_BTHQ[..., nope:]], axis=-1)
         seen_BS1W = seen_BSW[:, :, None]
         out_BTHW = attend_cached(q_BTHW, seen_BS1W, seen_BS1W, last_BT, rope.mla_softmax_scale(self.config))
-        return jnp.einsum("bthc,chv->bthv", out_BTHW[..., :rank], kv_b_CHW[..., nope:])
+        return jnp.einsum("bthc,chx->bthx", out_BTHW[..., :rank], kv_b_CHX)[..., nope:]
 
-    def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHW, last_BT):
+    def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT):
         """Keys and values of every head, as in training."""
         rank = self.config.kv_lora_rank
-        k_BSHQ, v_BSHV = self._expand(seen_BSW[..., :rank], seen_BSW[..., rank:], kv_b_CHW)
+        k_BSHQ, v_BSHV = self._expand(seen_BSW[..., :rank], seen_BSW[..., rank:], kv_b_CHX)
         return attend_cached(q_BTHQ, k_BSHQ, v_BSHV, last_BT, rope.mla_softmax_scale(self.config))
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
