@@ -24,7 +24,7 @@ class Drafts(NamedTuple):
 
     tokens_BK: jax.Array
     logits_BKV: jax.Array
-    caches: list[Any]
+    caches: Any
 
 
 def num_depths(config: Config, num_drafts: int) -> int:
@@ -49,23 +49,22 @@ def hidden_for_depths(config: Config, network: Network, main: MainOutput) -> jax
 
 
 def read_prompt(
-    config: Config, network: Network, hidden_BTD: jax.Array, tokens_KBT: jax.Array, slots: Slots, caches: list[Any]
-) -> list[Any]:
+    config: Config, network: Network, hidden_BTD: jax.Array, tokens_KBT: jax.Array, slots: Slots, caches: Any
+) -> Any:
     """The depths' caches with the entries of a run of prompt tokens.
 
     Args:
       hidden_BTD: `hidden_for_depths` at the run's positions.
       tokens_KBT: for depth k = 1 .. the tokens at i + k.
     """
+    if config.mtp.kind == "parallel":
+        return _run_heads(network, len(tokens_KBT), hidden_BTD, slots, caches)[1]
     written = []
     onward_BTD = hidden_BTD
     for k, cache in enumerate(caches):
-        if config.mtp.kind == "parallel":
-            _, cache = network.depths[k].decode(hidden_BTD, slots, cache)
-        else:
-            module = _module(network, k)
-            h_BTD, cache = module.decode(network.look_up(tokens_KBT[k]), onward_BTD, slots, cache)
-            _, onward_BTD = _hand_on(config, network, module, h_BTD, hidden_BTD)
+        module = _module(network, k)
+        h_BTD, cache = module.decode(network.look_up(tokens_KBT[k]), onward_BTD, slots, cache)
+        _, onward_BTD = _hand_on(config, network, module, h_BTD, hidden_BTD)
         written.append(cache)
     return written
 
@@ -78,7 +77,7 @@ def draft(
     tokens_BS: jax.Array,
     last_B: jax.Array,
     recent_BWD: jax.Array,
-    caches: list[Any],
+    caches: Any,
     keys_BK: jax.Array,
 ) -> Drafts:
     """Propose the `num_drafts` tokens after position `last_B`.
@@ -96,14 +95,17 @@ def draft(
 def _heads(config, network, sampler, num_drafts, tokens_BS, positions_BW, recent_BWD, caches, keys_BK) -> Drafts:
     """Parallel heads (2404.19737): each proposes its token from z alone."""
     slots = slots_at(positions_BW, tokens_BS.shape[1])
-    hidden, written = [], []
-    for k in range(num_drafts):
-        h_BWD, cache = network.depths[k].decode(recent_BWD, slots, caches[k])
-        hidden.append(h_BWD[:, -1:])
-        written.append(cache)
-    logits_BKV = filtered(sampler, network.logits(network.final_norm(jnp.concatenate(hidden, axis=1))))
+    h_KBWD, caches = _run_heads(network, num_drafts, recent_BWD, slots, caches)
+    hidden_BKD = jnp.moveaxis(network.final_norm(h_KBWD[:, :, -1]), 0, 1)
+    logits_BKV = filtered(sampler, network.logits(hidden_BKD))
     tokens = [_pick(sampler, logits_BKV[:, k], keys_BK[:, k]) for k in range(num_drafts)]
-    return Drafts(jnp.stack(tokens, axis=1), logits_BKV, written)
+    return Drafts(jnp.stack(tokens, axis=1), logits_BKV, caches)
+
+
+def _run_heads(network: Network, num: int, z_BTD: jax.Array, slots: Slots, caches: Any) -> tuple[jax.Array, Any]:
+    """The first `num` heads' blocks on the same z, side by side: [K, B, T, D] and their caches."""
+    heads = jax.tree.map(lambda w: w[:num], network.depths)
+    return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache))(heads, caches)
 
 
 def _chain(config, network, sampler, num_drafts, tokens_BS, positions_BW, recent_BWD, caches, keys_BK) -> Drafts:

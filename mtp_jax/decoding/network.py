@@ -24,14 +24,15 @@ class Network(NamedTuple):
     """A pytree.
 
     blocks: of the main model, first to last.
-    depths: what drafts: sequential modules (one where depths share it), parallel heads' blocks, or nothing.
+    depths: what drafts: a list of sequential modules (one where depths share it), the parallel heads' blocks as one
+      with stacked weights, since they run side by side, or an empty list.
     """
 
     embed_VD: jax.Array
     head_DV: jax.Array
     final_norm: RMSNorm
     blocks: list[Block]
-    depths: list[Any]
+    depths: Any
 
     def look_up(self, tokens_BT: jax.Array) -> jax.Array:
         """Embeddings [B, T, D]."""
@@ -62,19 +63,24 @@ def take_apart(config: Config, params: Tree, biases: Tree) -> Network:
             return variable
         is_cast = info.is_matrix and "router" not in info.axes  # the router computes in float32
         value = variable[...].astype(dtype if is_cast else variable.dtype)
-        return variable.replace(constrain(value, *info.axes))
+        return variable.replace(constrain(value, *(None,) * (value.ndim - len(info.axes)), *info.axes))
 
-    def layers(owner: Any, *names: str) -> list[Any]:
-        parts = [part for name in names if hasattr(owner, name) for part in unstacked(getattr(owner, name))]
-        return [jax.tree.map(one, part, is_leaf=lambda x: isinstance(x, nnx.Variable)) for part in parts]
+    def ready(module: Any) -> Any:
+        return jax.tree.map(one, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     trunk = model.trunk
+    groups = [getattr(trunk, name) for name in ("dense_blocks", "blocks") if hasattr(trunk, name)]
+    depths: Any = []
+    if config.mtp.kind == "sequential":
+        depths = [ready(module) for module in unstacked(model.mtp.module)]
+    elif config.mtp.kind == "parallel":
+        depths = ready(model.mtp.block)
     return Network(
         embed_VD=constrain(trunk.embed[...].astype(dtype), "vocab", "embed"),
         head_DV=constrain(trunk.head().astype(dtype), "embed", "vocab"),
         final_norm=trunk.final_norm,
-        blocks=layers(trunk, "dense_blocks", "blocks"),
-        depths=layers(model.mtp, "module", "block"),
+        blocks=[ready(block) for group in groups for block in unstacked(group)],
+        depths=depths,
     )
 
 
@@ -90,19 +96,22 @@ def run_main(network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[
 
 
 def empty_caches(config: Config, network: Network, num_depths: int, num_rows: int, num_slots: int) -> tuple[Any, Any]:
-    """Caches of every main block, and of the first `num_depths` extra depths."""
+    """Caches of every main block, and of the first `num_depths` extra depths: a list, stacked for parallel heads."""
     dtype = jnp.dtype(config.model.compute_dtype)
 
-    def empty(block: Block) -> Any:
-        cache = block.attention.empty_cache(num_rows, num_slots, dtype)
-        return jax.tree.map(lambda x: constrain(x, "batch", None, *_HEADS[x.ndim - 3]), cache)
+    def empty(*stacked: int) -> Any:
+        cache = network.blocks[0].attention.empty_cache(num_rows, num_slots, dtype)  # all layers attend alike
 
-    main = [empty(block) for block in network.blocks]
-    depths = []
-    for k in range(num_depths):
-        part = network.depths[min(k, len(network.depths) - 1)]
-        depths.append(empty(part if isinstance(part, Block) else part.block))
-    return main, depths
+        def one(x: jax.Array) -> jax.Array:
+            axes = *(None,) * len(stacked), "batch", None, *_HEADS[x.ndim - 3]
+            return constrain(jnp.broadcast_to(x, (*stacked, *x.shape)), *axes)
+
+        return jax.tree.map(one, cache)
+
+    main = [empty() for _ in network.blocks]
+    if config.mtp.kind == "parallel" and num_depths:
+        return main, empty(num_depths)
+    return main, [empty() for _ in range(num_depths)]
 
 
 _HEADS: list[tuple[str | None, ...]] = [(None,), ("kv_heads", None)]  # latents are shared by all heads

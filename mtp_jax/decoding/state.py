@@ -47,7 +47,7 @@ class State(NamedTuple):
     keys_B: jax.Array
     recent_BWD: jax.Array
     caches: list[Any]
-    depth_caches: list[Any]
+    depth_caches: Any
     counts: Counts
 
     @property
@@ -93,10 +93,11 @@ def read(config: Config, num_tokens: int, num_visible: int, network: Network, st
         return jnp.take(state.tokens_BS, jnp.minimum(index_T + ahead, num_slots - 1), axis=1)
 
     main = run_main(network, tokens_at(0), slots, state.caches)
-    if not state.depth_caches:
+    if not state.num_drafts:
         return state._replace(caches=main.caches)
     hidden_BTD = drafting.hidden_for_depths(config, network, main)
-    ahead_KBT = jnp.stack([tokens_at(k + 1) for k in range(len(state.depth_caches))])
+    depths = drafting.num_depths(config, state.num_drafts)
+    ahead_KBT = jnp.stack([tokens_at(k + 1) for k in range(depths)])
     depth_caches = drafting.read_prompt(config, network, hidden_BTD, ahead_KBT, slots, state.depth_caches)
     num_new_B = jnp.clip(state.length_B - 1 - start, 0, num_tokens)
     recent_BWD = _moved(state.recent_BWD, hidden_BTD, num_new_B)
