@@ -19,8 +19,9 @@ def next_logits(params, config, conventions, text):
 def draft_logits(params, config, conventions, text, drafts):
     """[V]: what depth k = 1 + len(drafts) says of x[n + k], given the text and the k - 1 drafts after it.
 
-    Depth k at position i foretells x[i + 1 + k]; of x[n + k] that is position n - 1. A sequential module reads x[i + k],
-    which is the newest draft there, and the hidden state of depth k - 1 at i, which has read the draft before.
+    Depth k at position i foretells x[i + 1 + k], so it is position n - 1 that foretells x[n + k]. A sequential module
+    reads x[i + k], which is the newest draft there, and the hidden state of depth k - 1 at i, which has read the draft
+    before.
     """
     assert len(text) > 1, "position n - 1 is before the text"
     return _at(params, config, conventions, [*text, *drafts], 1 + len(drafts), len(text) - 2)
