@@ -1,8 +1,10 @@
 """Greedy text is the same, token for token, whoever drafts it: 200 new tokens each, float32."""
 
 import functools
+import itertools
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,6 +22,17 @@ MODELS = {name: replace(model, vocab_size=16) for name, model in MODELS.items()}
 STRATEGIES = {"sequential": sequential, "parallel": parallel}
 LENGTHS = [1, 2, 6, 33, 12]
 kept: dict[tuple[str, int], int] = {}
+
+
+tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def programs_dropped_here():
+    """Hardly any is used twice, and there are hundreds."""
+    yield
+    if next(tests_run) % 8 == 0:
+        jax.clear_caches()
 
 
 @functools.cache
