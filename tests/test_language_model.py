@@ -85,7 +85,7 @@ def test_prompts_are_texts_or_tokens_and_one_alone_is_a_batch_of_one(lm, plain):
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_text_ends_before_its_stop_string(lm, plain, speculative):
     """Tokens are kept to the one that completes it; letters of several bytes; several strings, the first found."""
-    for stops in ("open", "→", ["Ann", "Eve", "Bob"], ["is o", "open"], "é", "not in any of them"):
+    for stops in ("open", "→", ["Ann", "Eve", "Bob"], ["open", "is open"], ["is o", "open"], "é", "not in any of them"):
         found = lm.generate(PROMPTS, NUM_NEW, speculative=speculative, stop=stops)
         stops = [stops] if isinstance(stops, str) else stops
         for text, tokens, whole, all_tokens in zip(found.texts, found.tokens, plain.texts, plain.tokens, strict=True):

@@ -15,7 +15,7 @@ from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.decoding.network import empty_caches, run_main
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
-from mtp_jax.layers.cache import slots_at
+from mtp_jax.layers.cache import slots_at, write
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
 
@@ -68,6 +68,16 @@ def test_every_step_over_caches_equals_the_row_without_them(name):
             assert_close(np.asarray(logits)[inside], expected[rows, at[inside]], (size, first))
             checked[rows, at[inside]] = True
         assert checked.all()
+
+
+def test_what_stands_before_the_row_or_beyond_its_room_is_written_nowhere():
+    """And never to one slot twice: which of two entries would win is not defined."""
+    slots = slots_at(jnp.array([[-2, -1, 0], [3, 4, 5]]), 5).padded(2)
+    assert all(len(set(row)) == 5 for row in np.asarray(slots.slots_BT).tolist())
+    entries = 1.0 + jnp.arange(10.0).reshape(2, 5, 1)
+    written = write(jnp.zeros((2, 5, 1)), entries, slots.slots_BT)[..., 0]
+    np.testing.assert_array_equal(written, [[3, 0, 0, 0, 0], [0, 0, 0, 6, 7]])
+    assert slots.positions_BT.min() == 0 and slots.num_visible == 5
 
 
 @pytest.mark.parametrize("name", ["mla", "mla_q_lora_moe", "mla_yarn"])
@@ -177,7 +187,7 @@ def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
     model = replace(model, vocab_size=4, num_layers=2 if mtp.kind == "parallel" else 1)
     built = build(model, mtp, context=60, seed=5)
     decoder, sampler = built.decoder(), make_sampler(1.0)
-    prompts = prompts_of([1, 2, 5, 9], 4)
+    prompts = prompts_of([1, 2, 5, 17], 4)  # the last one longer than the window of positions that drafting runs again
     state, num_checked = decoder.start(prompts, 50, num_drafts=num_drafts, seed=1), 0
     for turn in range(7):
         keys = jax.random.split(jax.random.key(turn), (len(prompts), num_drafts))
