@@ -43,3 +43,12 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_dropped():
+    """What a file has compiled goes with it. A program takes dozens of the memory maps that Linux allows a process
+    (vm.max_map_count, 65,530): after a thousand programs the next one is a segmentation fault."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

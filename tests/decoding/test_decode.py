@@ -1,0 +1,428 @@
+"""Decoding over caches against whole rows without any: main model, drafts, rounds, and the distribution of texts."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.config import MeshConfig, conventions
+from mtp_jax.decoding import decoder as decoders
+from mtp_jax.decoding import drafting
+from mtp_jax.decoding import state as states
+from mtp_jax.decoding.decoder import Decoder, Generation
+from mtp_jax.decoding.network import empty_caches, run_main
+from mtp_jax.decoding.samplers import make_sampler
+from mtp_jax.decoding.verify import Verdict
+from mtp_jax.layers.cache import slots_at, write
+from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
+from tests.reference import decoding as oracle
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+YARN = {"yarn_factor": 4.0, "yarn_original_length": 16, "rope_theta": 100.0}
+QWEN = replace(GQA, qk_norm=True, qkv_bias=True, rotary_fraction=0.5)
+MODELS = {
+    "mla": MLA,
+    "mla_q_lora_moe": replace(MOE, q_lora_rank=6),
+    "mla_yarn": replace(MLA, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
+    "gqa_qwen": QWEN,
+    "gqa_moe_tied": replace(GQA, **EXPERTS, tie_embeddings=True),
+}
+
+
+def assert_close(found, expected, what=None):
+    """Within 1e-5 of the largest number."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max(initial=0) <= 1e-5 * max(1.0, np.abs(expected).max(initial=0)), what
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The main model over caches
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_step_over_caches_equals_the_row_without_them(name):
+    """One token at a time and three at a time, in rows that stand at different positions."""
+    built = build(MODELS[name])
+    lag_B, length, num_slots = np.array([0, 5, 2]), 18, 32
+    tokens = np.array(prompts_of([length] * 3, built.config.model.vocab_size))
+    expected, network = built.main_logits(tokens), built.decoder().network
+
+    @jax.jit
+    def step(tokens_BT, positions_BT, caches):
+        main = run_main(network, tokens_BT, slots_at(positions_BT, num_slots), caches)
+        return network.logits(network.final_norm(main.hidden_BTD)), main.caches
+
+    for size in (1, 3):
+        caches, _ = empty_caches(built.config, network, 0, 3, num_slots)
+        checked = np.zeros((3, length), bool)
+        for first in range(0, length + max(lag_B) + size, size):
+            positions = first + np.arange(size) - lag_B[:, None]
+            inside = (positions >= 0) & (positions < length)
+            at = np.where(inside, positions, 0)
+            logits, caches = step(np.take_along_axis(tokens, at, axis=1), positions, caches)
+            rows = np.broadcast_to(np.arange(3)[:, None], at.shape)[inside]
+            assert_close(np.asarray(logits)[inside], expected[rows, at[inside]], (size, first))
+            checked[rows, at[inside]] = True
+        assert checked.all()
+
+
+def test_what_stands_before_the_row_or_beyond_its_room_is_written_nowhere():
+    """And never to one slot twice: which of two entries would win is not defined."""
+    slots = slots_at(jnp.array([[-2, -1, 0], [3, 4, 5]]), 5).padded(2)
+    assert all(len(set(row)) == 5 for row in np.asarray(slots.slots_BT).tolist())
+    entries = 1.0 + jnp.arange(10.0).reshape(2, 5, 1)
+    written = write(jnp.zeros((2, 5, 1)), entries, slots.slots_BT)[..., 0]
+    np.testing.assert_array_equal(written, [[3, 0, 0, 0, 0], [0, 0, 0, 6, 7]])
+    assert slots.positions_BT.min() == 0 and slots.num_visible == 5
+
+
+@pytest.mark.parametrize("name", ["mla", "mla_q_lora_moe", "mla_yarn"])
+def test_absorbed_and_expanded_latents_give_the_same(name):
+    built = build(MODELS[name], seed=3)
+    config, attention = built.config.model, built.decoder().network.blocks[0].attention
+    rng = np.random.default_rng(0)
+    q_BTHQ = rng.normal(size=(2, 3, config.num_heads, config.qk_nope_head_dim + config.qk_rope_head_dim))
+    seen_BSW = rng.normal(size=(2, 20, config.kv_lora_rank + config.qk_rope_head_dim))
+    last_BT = np.array([[0, 7, 19], [4, 5, 6]])
+    args = *(jnp.asarray(x, jnp.float32) for x in (q_BTHQ, seen_BSW)), attention.kv_b[...], jnp.asarray(last_BT)
+    assert_close(attention._absorbed(*args), attention._expanded(*args))
+
+
+@pytest.mark.parametrize(
+    ("rank", "nope", "rotary", "value"), [(512, 128, 64, 128), (8, 4, 4, 6), (64, 8, 8, 8), (16, 32, 8, 32)]
+)
+def test_the_cheaper_form_is_taken(rank, nope, rotary, value):
+    """By the multiplications for each entry that is seen: a head's scores and values on latents, or the up-projection
+    of the entry and then a head's scores and values on that."""
+    model = replace(
+        *(MLA,), kv_lora_rank=rank, qk_nope_head_dim=nope, qk_rope_head_dim=rotary, v_head_dim=value, num_heads=1
+    )
+    attention = jax.eval_shape(lambda: build_attention(model))
+    for num in (1, 2, 5, 20, 100, 170, 171, 500, 5000):
+        absorbed = num * ((rank + rotary) + rank)
+        expanded = rank * (nope + value) + num * ((nope + rotary) + value)
+        assert attention._absorbs(num) == (absorbed <= expanded), num
+
+
+def build_attention(model):
+    from flax import nnx
+
+    from mtp_jax.layers.mla import MultiHeadLatentAttention
+
+    return MultiHeadLatentAttention(model, nnx.Rngs(params=jax.random.key(0)))
+
+
+def test_a_single_token_never_expands_the_latents_of_deepseek():
+    """That would be H (N + V) numbers for each of the tokens before, and 128 heads."""
+    deepseek = replace(MLA, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+    attention = jax.eval_shape(lambda: build_attention(deepseek))
+    assert attention._absorbs(1) and attention._absorbs(5) and not attention._absorbs(512)
+
+
+@pytest.mark.parametrize("mtp", [sequential(2), parallel(2)], ids=["sequential", "parallel"])
+def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(mtp, monkeypatch):
+    """Caches of the main model and of the depths, and the window of hidden states; at once expands the latents."""
+    decoder = build(MOE, mtp).decoder()
+    lengths = [19, 2, 40, 1]
+    prompts, found = prompts_of(lengths, 16), {}
+    for chunk in (7, 64):
+        monkeypatch.setattr(decoders, "PROMPT_CHUNK", chunk)
+        found[chunk] = jax.device_get(decoder.start(prompts, 5, num_drafts=2, seed=0)._replace(keys_B=None))
+    pieces, whole = found[7], found[64]
+    for b, length in enumerate(lengths):
+        for one, other in zip(pieces.caches, whole.caches, strict=True):
+            assert_close(one[b, : length - 1], other[b, : length - 1])
+        for k, (one, other) in enumerate(zip(pieces.depth_caches, whole.depth_caches, strict=True)):
+            known = max(0, length - 1 - k) if mtp.kind == "sequential" else length - 1  # the token at i + k is known
+            assert_close(one[b, :known], other[b, :known], (b, k))
+        window = whole.recent_BWD.shape[1]
+        inside = min(window, length - 1)
+        assert_close(pieces.recent_BWD[b, window - inside :], whole.recent_BWD[b, window - inside :])
+    assert np.abs(whole.caches[0][2, :39]).min(axis=-1).max() > 0  # there is something in them
+
+
+def test_a_row_of_a_batch_is_written_as_it_is_alone():
+    """Prompts of unequal lengths: the same tokens, and the same drafts kept."""
+    decoder = build(MOE, sequential(2), seed=1).decoder()
+    prompts = prompts_of([3, 30, 1, 11], 16)
+    together = decoder.generate(prompts, 30, num_drafts=2)
+    for b, prompt in enumerate(prompts):
+        alone = decoder.generate([prompt], 30, num_drafts=2)
+        np.testing.assert_array_equal(together.tokens[b], alone.tokens[0])
+        if len(prompt) > 1:  # of one token there is nothing to draft from at first: chance decides
+            np.testing.assert_array_equal(together.tested[b], alone.tested[0])
+            np.testing.assert_array_equal(together.accepted[b], alone.accepted[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The drafts
+
+
+TRAINED = {  # strategy, drafts a round
+    "sequential": (sequential(4), 4),
+    "shared": (sequential(4, shared_depths=True), 4),
+    "hidden first, before norm": (sequential(3, concat_order="hidden_first", trunk_hidden="before_norm"), 3),
+    "recycled after norm": (sequential(3, recycled_hidden="after_norm"), 3),
+    "chain of the trunk": (sequential(3, chain="trunk"), 3),
+    "main norm": (sequential(2, output_norm="main", recycled_hidden="after_norm"), 2),
+    "fewer drafts than depths": (sequential(3), 2),
+    "more drafts than depths": (sequential(2), 5),
+    "more drafts than shared depths": (sequential(2, shared_depths=True, recycled_hidden="after_norm"), 4),
+    "parallel": (parallel(4), 4),
+    "fewer drafts than heads": (parallel(3), 2),
+}
+_draft = jax.jit(drafting.draft, static_argnums=(0, 3))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
+    """Depth k at the position before the last, its hidden state from depth k - 1 and the newest draft read: as
+    `MTPModel` computes it of the text with its drafts. In every round, after drafts kept and drafts refused."""
+    mtp, num_drafts = TRAINED[name]
+    model = replace(MOE, num_dense_layers=0) if mtp.depth == 3 else GQA if name == "parallel" else MLA
+    model = replace(model, vocab_size=4, num_layers=2 if mtp.kind == "parallel" else 1)
+    built = build(model, mtp, context=60, seed=5)
+    decoder, sampler = built.decoder(), make_sampler(1.0)
+    prompts = prompts_of([1, 2, 5, 17], 4)  # the last one longer than the window of positions that drafting runs again
+    state, num_checked = decoder.start(prompts, 50, num_drafts=num_drafts, seed=1), 0
+    for turn in range(7):
+        keys = jax.random.split(jax.random.key(turn), (len(prompts), num_drafts))
+        with jax.set_mesh(decoder.mesh):
+            drafts = _draft(
+                *(decoder.config, decoder.network, sampler, num_drafts, state.tokens_BS, state.length_B - 1),
+                *(state.recent_BWD, state.depth_caches, keys),
+            )
+        text, lengths = np.array(state.tokens_BS)[:, :70], np.asarray(state.length_B)
+        for row, length, new in zip(text, lengths, np.asarray(drafts.tokens_BK), strict=True):
+            row[length : length + num_drafts] = new
+        rows = np.flatnonzero(lengths > 1)  # of one token there is no position before the last
+        expected = built.logits(text)[rows, lengths[rows] - 2, 1 : num_drafts + 1]
+        assert_close(drafts.logits_BKV[rows, : mtp.depth], expected, turn)
+        num_checked += len(rows)
+        state = decoder.write(state, 1, sampler=sampler)
+    assert num_checked >= 27
+    tested, accepted = np.asarray(state.counts.tested_BK), np.asarray(state.counts.accepted_BK)
+    assert (accepted.sum(0)[:2] > 0).all() and (accepted.sum(0)[:2] < tested.sum(0)[:2]).all(), (tested, accepted)
+
+
+def test_drafts_come_with_what_they_were_drawn_from():
+    """Otherwise sampling is not lossless: each draft is possible, and outside the nucleus nothing is."""
+    built = build(replace(MLA, vocab_size=8), sequential(2), context=60)
+    decoder, sampler = built.decoder(), make_sampler(0.9, None, 0.5)
+    state = decoder.start(prompts_of([4] * 64, 8), 10, num_drafts=3)
+    keys = jax.random.split(jax.random.key(0), (64, 3))
+    args = state.tokens_BS, state.length_B - 1, state.recent_BWD, state.depth_caches, keys
+    with jax.set_mesh(decoder.mesh):
+        drafts = _draft(decoder.config, decoder.network, sampler, 3, *args)
+        plain = _draft(decoder.config, decoder.network, make_sampler(1.0), 3, *args)
+    at = np.take_along_axis(np.asarray(drafts.logits_BKV), np.asarray(drafts.tokens_BK)[..., None], axis=-1)
+    assert np.isfinite(at).all()
+    for found, raw in zip(drafts.logits_BKV[:, 0], plain.logits_BKV[:, 0], strict=True):
+        expected = oracle.distribution(np.asarray(raw, float), 0.9, None, 0.5)
+        np.testing.assert_allclose(jax.nn.softmax(found), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rounds
+
+
+@pytest.mark.parametrize(
+    ("model", "mtp", "num_drafts"),
+    [
+        (MOE, sequential(2), 2),
+        (MLA, sequential(3, shared_depths=True, concat_order="hidden_first", chain="trunk"), 3),
+        (QWEN, parallel(2), 2),
+    ],
+    ids=["sequential", "shared", "parallel"],
+)
+def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_drafts):
+    """Float64, no caches, every token from its whole row."""
+    built = build(replace(model, vocab_size=5), mtp, seed=5, blocks=0.5)
+    prompts = prompts_of([2, 6], 5)
+    found = built.decoder().generate(prompts, 14, num_drafts=num_drafts)
+    for b, prompt in enumerate(prompts):
+        args = built.reference, built.config, conventions(mtp), list(prompt), 14
+        expected = oracle.speculative_greedy(*args, num_drafts)
+        assert list(found.tokens[b]) == expected.tokens
+        assert found.rounds[b] == expected.rounds
+        np.testing.assert_array_equal(found.tested[b], expected.tested)
+        np.testing.assert_array_equal(found.accepted[b], expected.accepted)
+    assert 0 < found.accepted.sum() < found.tested.sum()
+    assert oracle.greedy(built.reference, built.config, conventions(mtp), list(prompts[0]), 14) == list(found.tokens[0])
+
+
+def test_a_round_keeps_what_the_verdict_says_cut_at_limit_and_stop():
+    """By hand, K = 3: what is written, what is counted, who is done."""
+    lengths = np.array([2, 2, 2, 2, 2, 2], np.int32)
+    limits = np.array([9, 9, 4, 9, 9, 2], np.int32)
+    drafts = np.array([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 8, 7], [5, 6, 7], [5, 6, 7]], np.int32)
+    verdict = Verdict(jnp.array([0, 3, 3, 2, 2, 3], jnp.int32), jnp.array([9, 9, 9, 9, 8, 9], jnp.int32))
+    zero = jnp.zeros((6, 3), jnp.int32)
+    state = states.State(
+        *(jnp.ones((6, 12), jnp.int32).at[:, 2:].set(0), jnp.asarray(lengths), jnp.asarray(limits)),
+        *(jnp.asarray(lengths >= limits), None, None, None, None),
+        states.Counts(jnp.zeros(6, jnp.int32), zero, zero),
+    )
+    state = states._extended(state, jnp.asarray(drafts), verdict, jnp.array([8]))
+    rows = [list(map(int, row[2:length])) for row, length in zip(state.tokens_BS, state.length_B, strict=True)]
+    # none kept; all kept; all kept, room for two; a stop among the kept; a stop behind them; done before
+    assert rows == [[9], [5, 6, 7, 9], [5, 6], [5, 8], [5, 6, 8], []]
+    assert not np.asarray(state.tokens_BS)[2, 4:].any()  # nothing behind the end
+    assert state.is_done_B.tolist() == [False, False, True, True, True, True]
+    assert state.counts.rounds_B.tolist() == [1, 1, 1, 1, 1, 0]
+    assert state.counts.tested_BK.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]]
+    assert state.counts.accepted_BK.tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]]
+
+
+def test_rates_and_tokens_per_forward_of_counts():
+    """Each row has its own counts; a draft that was never judged has no rate."""
+    tokens = [np.arange(6), np.arange(3)]
+    done = Generation(tokens, np.array([2, 3]), np.array([[2, 2, 0], [2, 0, 0]]), np.array([[2, 1, 0], [1, 0, 0]]))
+    assert done.num_forward_passes == 3
+    assert done.tokens_per_forward == pytest.approx(9 / 5)
+    assert done.acceptance[:2] == [0.75, 0.5] and np.isnan(done.acceptance[2])
+
+
+def test_counts_add_up_to_the_text():
+    """Every forward pass writes one token and the drafts it keeps."""
+    decoder = build(replace(MLA, vocab_size=4), sequential(3), seed=2).decoder()
+    found = decoder.generate(prompts_of([4, 7, 2], 4), 40, num_drafts=3)
+    for b, tokens in enumerate(found.tokens):
+        assert found.rounds[b] + found.accepted[b].sum() - len(tokens) in (0, 1)  # the last token may be a draft
+    assert (np.diff(found.tested, axis=1) <= 0).all() and (found.tested[:, 1:] <= found.accepted[:, :-1]).all()
+    assert 0 < found.accepted.sum() < found.tested.sum()
+    one = decoder.generate(prompts_of([4], 4), 1, num_drafts=3)
+    assert len(one.tokens[0]) == one.num_forward_passes == 1
+    assert not np.isnan(one.acceptance[0]) and np.isnan(one.acceptance[1:]).all()
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_a_text_ends_at_its_stop_its_limit_or_the_context(num_drafts):
+    decoder = build(MLA, sequential(3), context=40, seed=2).decoder()
+    prompts = prompts_of([4, 30, 39], 16)
+    whole = decoder.generate(prompts, 100, num_drafts=num_drafts)
+    assert [len(tokens) for tokens in whole.tokens] == [36, 10, 1]
+    for num in (7, 8, 9):
+        cut = decoder.generate(prompts, num, num_drafts=num_drafts)
+        for one, tokens in zip(cut.tokens, whole.tokens, strict=True):
+            np.testing.assert_array_equal(one, tokens[:num])
+    for stops in ([int(whole.tokens[0][10])], [int(whole.tokens[0][5]), int(whole.tokens[1][3])]):
+        ended = decoder.generate(prompts, 100, num_drafts=num_drafts, stop_tokens=stops)
+        for one, tokens in zip(ended.tokens, whole.tokens, strict=True):
+            ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
+            np.testing.assert_array_equal(one, tokens[: min(ends, default=len(tokens))])
+
+
+def test_a_caller_who_sees_the_end_cuts_there():
+    """`ends` is asked between runs of rounds; rows that end late or not at all are not touched by those that did."""
+    decoder = build(MLA, sequential(2), seed=2).decoder()
+    prompts = prompts_of([4, 7], 16)
+    whole = decoder.generate(prompts, 60, num_drafts=2)
+
+    def ends(tokens):
+        return 13 if len(tokens) >= 20 and (tokens[:20] == whole.tokens[0][:20]).all() else None
+
+    cut = decoder.generate(prompts, 60, num_drafts=2, ends=ends)
+    np.testing.assert_array_equal(cut.tokens[0], whole.tokens[0][:13])
+    np.testing.assert_array_equal(cut.tokens[1], whole.tokens[1])
+    assert cut.rounds[0] < whole.rounds[0] and cut.rounds[1] == whole.rounds[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sampled texts
+
+
+def test_a_row_is_sampled_whatever_stands_beside_it():
+    """Its place in the batch and the seed decide what it draws."""
+    decoder, sampler = build(MOE, sequential(2)).decoder(), make_sampler(1.0, None, 0.9)
+    first, second, third, other = prompts_of([5, 8, 3, 20], 16)
+
+    def sample(prompts, seed=0):
+        return decoder.generate(prompts, 30, sampler=sampler, num_drafts=2, seed=seed).tokens
+
+    expected = sample([first, second, third])
+    beside = sample([first, other, third])
+    for b in (0, 2):
+        np.testing.assert_array_equal(expected[b], beside[b])
+    for one, again in zip(expected, sample([first, second, third]), strict=True):
+        np.testing.assert_array_equal(one, again)
+    assert all((one != another).any() for one, another in zip(expected, sample([first, second, third], 1), strict=True))
+    twins = sample([first, first, first])
+    assert (twins[0] != twins[1]).any() and (twins[1] != twins[2]).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Programs, devices, dtypes
+
+
+def test_programs_are_compiled_once_for_prompts_and_lengths_of_a_size():
+    decoder = build(MLA, sequential(2), seed=7).decoder()
+    sizes = lambda: (states.begin._cache_size(), states.read._cache_size(), states.write._cache_size())  # noqa: E731
+    decoder.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
+    before = sizes()
+    for lengths, num_new, temperature in (([20, 31], 17, 0.7), ([18, 3], 60, 1.3), ([32, 30], 1, 0.2)):
+        sampler = make_sampler(temperature)
+        decoder.generate(prompts_of(lengths, 16), num_new, num_drafts=2, sampler=sampler, seed=lengths[0])
+    assert sizes() == before
+    again = Decoder(decoder.config, *built_weights(seed=8), decoder.mesh)  # other weights of the same shapes
+    again.context = 512
+    again.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
+    assert sizes() == before
+
+
+def built_weights(seed):
+    built = build(MLA, sequential(2), seed=seed)
+    return built.params, built.biases
+
+
+def test_a_state_is_written_in_place():
+    """Its buffers are given up, caches above all: a second copy would double what decoding holds."""
+    decoder = build(MLA, sequential(2)).decoder()
+    state = decoder.start(prompts_of([5, 20], 16), 40, num_drafts=2)
+    after = decoder.write(state, 1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.caches, state.depth_caches, state.tokens_BS)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+    assert jax.tree.map(jnp.shape, after.caches) == jax.tree.map(jnp.shape, decoder.start([[1]] * 2, 60).caches)
+
+
+HEADS = {"num_layers": 1, "num_dense_layers": 0, "num_heads": 4, "num_kv_heads": 2}
+MESHES = {
+    "data": ({"data": 8}, replace(MLA, **HEADS), sequential(2), (2,)),
+    "fsdp expert context": (
+        {"data": 1, "fsdp": 2, "expert": 2, "context": 2},
+        replace(MOE, **HEADS),
+        sequential(1),
+        (1, 0),
+    ),
+    "tensor": ({"data": 2, "expert": 2, "tensor": 2}, replace(GQA, **EXPERTS, **HEADS), parallel(1), (1,)),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_any_mesh_writes_what_one_device_writes(name):
+    """Five prompts on eight devices, drafted and plain: the same tokens in as many rounds."""
+    sizes, model, mtp, draft_lengths = MESHES[name]
+    built = build(model, mtp, seed=9)
+    prompts = prompts_of([4, 17, 1, 9, 2], 16)
+    one, many = built.decoder(), built.decoder(MeshConfig(**sizes))
+    for num_drafts in draft_lengths:
+        expected = one.generate(prompts, 16, num_drafts=num_drafts)
+        found = many.generate(prompts, 16, num_drafts=num_drafts)
+        for a, b in zip(expected.tokens, found.tokens, strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(found.rounds[[0, 1, 3, 4]], expected.rounds[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_drafts):
+    built = build(replace(MOE, compute_dtype="bfloat16"), sequential(2))
+    decoder = built.decoder()
+    state = decoder.start(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
+    caches = jax.tree.leaves((state.caches, state.depth_caches, state.recent_BWD))
+    assert {leaf.dtype for leaf in caches} == {jnp.dtype("bfloat16")}
+    found = decoder.generate(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
+    assert [len(tokens) for tokens in found.tokens] == [20, 20]

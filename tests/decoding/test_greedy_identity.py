@@ -1,0 +1,133 @@
+"""Greedy text is the same, token for token, whoever drafts it: 200 new tokens each, float32."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax.config import UserError
+from mtp_jax.decoding.decoder import Decoder
+from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
+from tests.decoding.trained import train_small
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+NUM_NEW = 200
+MODELS = {"mla": MLA, "mla moe": MOE, "gqa": GQA, "gqa moe": replace(GQA, **EXPERTS)}
+MODELS = {name: replace(model, vocab_size=16) for name, model in MODELS.items()}
+STRATEGIES = {"sequential": sequential, "parallel": parallel}
+LENGTHS = [1, 2, 6, 33, 12]
+kept: dict[tuple[str, int], int] = {}
+
+
+tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def programs_dropped_here():
+    """Hardly any is used twice, and there are hundreds."""
+    yield
+    if next(tests_run) % 8 == 0:
+        jax.clear_caches()
+
+
+@functools.cache
+def plain(name):
+    """What the main model writes by itself after five prompts, and after the fourth alone."""
+    built = build(MODELS[name], blocks=0.3)
+    decoder, prompts = built.decoder(), prompts_of(LENGTHS, 16)
+    found = decoder.generate(prompts, NUM_NEW)
+    assert found.num_forward_passes == NUM_NEW and found.acceptance == []
+    assert len({tuple(tokens) for tokens in found.tokens}) > 1  # not five times the same
+    (alone,) = decoder.generate(prompts[3:4], NUM_NEW).tokens
+    np.testing.assert_array_equal(alone, found.tokens[3])
+    return prompts, found.tokens
+
+
+def assert_identical(name, mtp, num_drafts, alone=True):
+    prompts, expected = plain(name)
+    decoder = build(MODELS[name], mtp, blocks=0.3).decoder()
+    found = decoder.generate(prompts, NUM_NEW, num_drafts=num_drafts)
+    for tokens, wanted in zip(found.tokens, expected, strict=True):
+        np.testing.assert_array_equal(tokens, wanted)
+    if alone:
+        (tokens,) = decoder.generate(prompts[3:4], NUM_NEW, num_drafts=num_drafts).tokens
+        np.testing.assert_array_equal(tokens, expected[3])
+    for k, num in enumerate(found.accepted.sum(axis=0)):
+        kept[mtp.kind, k] = kept.get((mtp.kind, k), 0) + int(num)
+    return found
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_speculated_text_is_the_plain_text(name, kind, depth):
+    """Five prompts of unequal lengths as one batch, and one alone."""
+    found = assert_identical(name, STRATEGIES[kind](depth), depth)
+    assert found.rounds.sum() <= NUM_NEW * len(LENGTHS) and found.tested[:, 0].min() > 0
+
+
+@pytest.mark.parametrize(
+    ("mtp", "num_drafts"),
+    [(sequential(3), 1), (sequential(2), 5), (sequential(2, shared_depths=True), 4), (parallel(3), 2)],
+    ids=["fewer", "more", "more of a shared one", "fewer heads"],
+)
+def test_any_draft_length_gives_the_plain_text(mtp, num_drafts):
+    assert_identical("mla", mtp, num_drafts, alone=False)
+
+
+@pytest.mark.parametrize(
+    "conventions",
+    [
+        {"family": "glm5", "shared_depths": True},
+        {"family": "mimo_v2_flash", "concat_order": "hidden_first"},
+    ],
+    ids=lambda fields: next(iter(fields.values())),
+)
+def test_any_convention_gives_the_plain_text(conventions):
+    assert_identical("gqa", sequential(2, **conventions), 3, alone=False)
+
+
+def test_a_model_with_extra_depths_writes_plainly_what_the_next_token_model_writes():
+    prompts, expected = plain("mla")
+    for mtp in (sequential(2), parallel(2)):
+        found = build(MODELS["mla"], mtp, blocks=0.3).decoder().generate(prompts, NUM_NEW)
+        for tokens, wanted in zip(found.tokens, expected, strict=True):
+            np.testing.assert_array_equal(tokens, wanted)
+
+
+def test_drafts_were_kept_at_every_place():
+    """Or the tests above would have shown nothing. Random models agree by chance."""
+    if len(kept) < 8:
+        pytest.skip("only some of this file's tests ran")
+    assert all(kept[kind, k] > 0 for kind, most in (("sequential", 4), ("parallel", 1)) for k in range(most)), kept
+
+
+def test_what_a_model_cannot_draft_is_one_clear_line():
+    cases = {
+        (None, 1): ["speculative", "mtp.kind=none", "speculative=False"],
+        (parallel(2), 3): ["draft_length=3", "2 parallel heads", "at most 2"],
+        (sequential(2), -1): ["draft_length=-1", "at least 1"],
+    }
+    for (mtp, num_drafts), words in cases.items():
+        with pytest.raises(UserError) as caught:
+            build(MODELS["mla"], mtp).decoder().generate([[1, 2]], 5, num_drafts=num_drafts)
+        assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_a_trained_model_writes_the_same_and_drafts_well(tmp_path_factory):
+    """Parallel heads, trained for seconds; sequential modules are in tests/test_language_model.py."""
+    fields = {"mtp.kind": "parallel", "mtp.parameter_matched": "false"}
+    lm = mtp_jax.load(train_small(tmp_path_factory.mktemp("trained"), **fields))
+    config = replace(lm.config, data=replace(lm.config.data, sequence_length=256))
+    decoder = Decoder(config, lm.params, lm.biases, lm.mesh)
+    prompts = [list(text.encode()) for text in ("the station", "Ann comes at", "the café is open → ")]
+    expected = decoder.generate(prompts, NUM_NEW)
+    found = decoder.generate(prompts, NUM_NEW, num_drafts=2)
+    for tokens, wanted in zip(found.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(tokens, wanted)
+    assert min(found.acceptance) > 0.3 and found.tokens_per_forward > 1.3  # by chance 1 / 261

@@ -1,0 +1,199 @@
+"""Speculation changes no probability: what `verify` lets through is distributed as the main model says.
+
+Shape letters: N rows, B = N, K drafts, V vocabulary.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.decoding.samplers import GREEDY, make_sampler
+from mtp_jax.decoding.verify import verify
+from tests.decoding.statistics import LIKELY, count_rows, p_value
+from tests.reference import decoding as oracle
+
+NUM_ROWS = 100_000
+
+
+class Case:
+    """A main model and a drafting one over V tokens, each with logits that depend on the token before.
+
+    p, q: functions from the tokens before to probabilities, by the definitions. draft: [V + 1, V] raw logits after each
+    token, the last row for no token before; so is main.
+    """
+
+    def __init__(self, num_drafts, vocab, numbers, quality, seed=0):
+        rng = np.random.default_rng(seed)
+        self.num_drafts, self.vocab, self.numbers = num_drafts, vocab, numbers
+        self.main = rng.normal(0, 1.2, (vocab + 1, vocab))
+        noise = rng.normal(0, 1.2, self.main.shape)
+        self.draft = {
+            "good": self.main,
+            "near": self.main + 0.5 * noise,
+            "reversed": -self.main,
+            "disjoint": 4 * noise - 3 * self.main,
+            "one-hot": np.where(np.arange(vocab) == np.argmax(self.main + 0.5 * noise, 1)[:, None], 0.0, -np.inf),
+        }[quality]
+        self.p = self._table(self.main)
+        self.q = self._table(self.draft) if quality != "one-hot" else (lambda before: oracle.softmax(self._row(before)))
+
+    def _table(self, logits):
+        probs = [oracle.distribution(row, *self.numbers) for row in logits]
+        return lambda before: probs[before[-1] if before else -1]
+
+    def _row(self, before):
+        return self.draft[before[-1] if before else -1]
+
+    def run(self, seed=1):
+        """(num_accepted [N], tokens of each round [N, K + 1], -1 behind its end)."""
+        rng = np.random.default_rng(seed)
+        drafts = np.zeros((NUM_ROWS, self.num_drafts), int)
+        last = np.full(NUM_ROWS, self.vocab)
+        tables = np.array([self.q((v,)) for v in range(self.vocab)] + [self.q(())])
+        for k in range(self.num_drafts):
+            u = rng.random((NUM_ROWS, 1))
+            drafts[:, k] = np.minimum((tables[last].cumsum(1) < u).sum(1), self.vocab - 1)
+            last = drafts[:, k]
+        before = np.concatenate([np.full((NUM_ROWS, 1), self.vocab), drafts], axis=1)
+        sampler = make_sampler(*self.numbers)
+        with np.errstate(divide="ignore"):
+            draft_logits = np.log(tables)[before[:, :-1]]
+        verdict = _verify(
+            sampler,
+            jnp.asarray(self.main[before], jnp.float32),
+            jnp.asarray(drafts, jnp.int32),
+            jnp.asarray(draft_logits, jnp.float32),
+            jax.random.split(jax.random.key(seed), NUM_ROWS),
+        )
+        num = np.asarray(verdict.num_accepted_B)
+        index = np.arange(self.num_drafts + 1)
+        padded = np.concatenate([drafts, drafts[:, :1]], axis=1)
+        emitted = np.where(index == num[:, None], np.asarray(verdict.next_B)[:, None], padded)
+        return num, np.where(index <= num[:, None], emitted, -1)
+
+
+_verify = jax.jit(verify)
+
+PLAIN, COLD, NUCLEUS, LIMITED = (1.0, None, None), (0.6, None, None), (1.0, None, 0.75), (1.4, 4, 0.9)
+CASES = [
+    *((1, 8, numbers, "reversed") for numbers in (PLAIN, COLD, NUCLEUS, LIMITED)),
+    *((2, 5, numbers, "near") for numbers in (PLAIN, NUCLEUS, LIMITED)),
+    *((2, 6, PLAIN, quality) for quality in ("reversed", "disjoint", "one-hot")),
+    *((1, 5, NUCLEUS, quality) for quality in ("disjoint", "one-hot")),
+    *((3, 5, numbers, "near") for numbers in (COLD, NUCLEUS)),
+    (3, 5, PLAIN, "one-hot"),
+]
+
+
+@functools.cache
+def written(*case):
+    case = Case(*case)
+    return case, *case.run()
+
+
+def name_of(case):
+    return "-".join(map(str, case)).replace(" ", "").replace("None", "")
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_what_is_written_is_distributed_as_without_drafts(case):
+    """The first token as p, the second after each first as p of that prefix, and so on; and the whole round, its length
+    included, as following every draft and every verdict gives."""
+    case, num, emitted = written(*case)
+    for place in range(case.num_drafts + 1):
+        reached = emitted[emitted[:, place] >= 0][:, : place + 1]
+        counts = count_rows(reached, case.vocab).reshape(-1, case.vocab)
+        for prefix_index in np.flatnonzero(counts.sum(1)):
+            prefix = np.unravel_index(prefix_index, (case.vocab,) * place) if place else ()
+            if counts[prefix_index].sum() > 200:
+                value = p_value(counts[prefix_index], case.p(tuple(map(int, prefix))))
+                assert value > LIKELY / 100, (place, prefix, value)  # up to 150 questions a case
+    rounds = oracle.speculative_round(case.p, case.q, case.num_drafts)
+    names = {tokens: i for i, tokens in enumerate(rounds)}
+    seen = [names.get(tuple(int(t) for t in row if t >= 0), len(names)) for row in emitted]
+    counts = np.bincount(seen, minlength=len(names) + 1)
+    assert p_value(counts, [*rounds.values(), 0.0]) > LIKELY
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_drafts_are_kept_as_often_as_p_and_q_overlap(case):
+    """sum_x min(p(x), q(x)), of the first draft and of the second where the first was kept."""
+    case, num, emitted = written(*case)
+    assert_rate((num > 0).mean(), np.minimum(case.p(()), case.q(())).sum(), NUM_ROWS)
+    if case.num_drafts > 1:
+        for v in range(case.vocab):
+            kept = (num > 0) & (emitted[:, 0] == v)
+            if kept.sum() > 200:
+                assert_rate((num[kept] > 1).mean(), np.minimum(case.p((v,)), case.q((v,))).sum(), kept.sum())
+
+
+@pytest.mark.parametrize("numbers", [PLAIN, NUCLEUS], ids=name_of)
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_drafts_of_the_main_model_itself_are_all_kept(num_drafts, numbers):
+    case = Case(num_drafts, 7, numbers, "good")
+    num, emitted = case.run()
+    assert (num == num_drafts).mean() > 1 - 1e-4  # float32 logarithms on the way to `verify`
+    counts = count_rows(emitted[num == num_drafts][:, :2], case.vocab)
+    assert p_value(counts, [case.p(()) * 0 + case.p(())[a] * case.p((a,)) for a in range(7)]) > LIKELY
+
+
+def test_a_draft_outside_the_nucleus_is_never_kept():
+    """top_p limits what is written, whoever wrote it: drafts from another sampler's tail are replaced."""
+    main = np.array([3.0, 2.0, 0.0, -1.0, -1.0])
+    p = oracle.distribution(main, 1.0, None, 0.8)
+    out_of_it = int(np.flatnonzero(p == 0)[0])
+    shape = (1000, 1)
+    q = np.full((*shape, 5), -np.inf, np.float32)
+    q[..., out_of_it] = 0.0
+    verdict = _verify(
+        make_sampler(1.0, None, 0.8),
+        jnp.broadcast_to(jnp.asarray(main, jnp.float32), (1000, 2, 5)),
+        jnp.full(shape, out_of_it, jnp.int32),
+        jnp.asarray(q),
+        jax.random.split(jax.random.key(0), 1000),
+    )
+    assert not np.asarray(verdict.num_accepted_B).any()
+    assert p_value(np.bincount(np.asarray(verdict.next_B), minlength=5), p) > LIKELY
+
+
+def test_without_drafts_a_token_is_drawn_from_the_main_model():
+    main = np.array([0.5, -1.0, 2.0, 0.0])
+    keys = jax.random.split(jax.random.key(5), NUM_ROWS)
+    logits = jnp.broadcast_to(jnp.asarray(main, jnp.float32), (NUM_ROWS, 1, 4))
+    verdict = _verify(make_sampler(0.7), logits, jnp.zeros((NUM_ROWS, 0), jnp.int32), None, keys)
+    assert not np.asarray(verdict.num_accepted_B).any()
+    assert p_value(np.bincount(np.asarray(verdict.next_B), minlength=4), oracle.distribution(main, 0.7)) > LIKELY
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
+def test_greedy_keeps_the_leading_drafts_that_are_the_main_models_choice(num_drafts):
+    rng = np.random.default_rng(num_drafts)
+    logits = rng.normal(size=(500, num_drafts + 1, 3)).astype(np.float32)
+    drafts = rng.integers(0, 3, (500, num_drafts))
+    keys = jax.random.split(jax.random.key(0), 500)
+    verdict = _verify(GREEDY, jnp.asarray(logits), jnp.asarray(drafts, jnp.int32), None, keys)
+    for b in range(500):
+        num = 0
+        while num < num_drafts and int(np.argmax(logits[b, num])) == drafts[b, num]:
+            num += 1
+        assert (verdict.num_accepted_B[b], verdict.next_B[b]) == (num, np.argmax(logits[b, num]))
+
+
+def test_the_oracle_keeps_the_distribution():
+    """The theorem of 2211.17192, appendix A.1, on the enumeration that the other tests measure by."""
+    case = Case(2, 4, NUCLEUS, "reversed")
+    rounds = oracle.speculative_round(case.p, case.q, 2)
+    assert sum(rounds.values()) == pytest.approx(1)
+    first = [sum(chance for tokens, chance in rounds.items() if tokens[0] == v) for v in range(4)]
+    np.testing.assert_allclose(first, case.p(()), atol=1e-12)
+    for a in range(4):
+        second = np.array([sum(c for t, c in rounds.items() if t[:2] == (a, v)) for v in range(4)])
+        if second.sum():
+            np.testing.assert_allclose(second / second.sum(), case.p((a,)), atol=1e-12)
+
+
+def assert_rate(found, rate, num):
+    assert abs(found - rate) <= 4 * np.sqrt(rate * (1 - rate) / num) + 1e-9, (found, rate)

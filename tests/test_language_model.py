@@ -1,0 +1,242 @@
+"""`mtp_jax.load` as people use it, on a model trained for a few seconds."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax import sharding
+from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.language_model import LanguageModel
+from tests.decoding.models import MLA, build, parallel
+from tests.decoding.trained import CONTEXT, train_small
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+BOS = 256
+PROMPTS = ["the station", "the café is", "Bob"]
+NUM_NEW = 60
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory, quick_compilation):
+    return mtp_jax.load(train_small(tmp_path_factory.mktemp("trained")))
+
+
+@pytest.fixture(scope="module")
+def plain(lm):
+    return lm.generate(PROMPTS, NUM_NEW)
+
+
+def decoded(tokens):
+    return bytes(int(t) for t in tokens if t < 256).decode(errors="replace")
+
+
+def all_logits(lm, rows):
+    """[B, T, V] of the main model, T = 1 + CONTEXT, of rows of any lengths."""
+    tokens = np.zeros((len(rows), 1 + CONTEXT + lm.config.depth), int)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    return lm.logits(tokens)[:, :, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# generate
+
+
+def test_greedy_texts_are_what_the_logits_say(lm, plain):
+    rows = [[BOS, *prompt.encode(), *tokens] for prompt, tokens in zip(PROMPTS, plain.tokens, strict=True)]
+    for row, tokens, text, logits in zip(rows, plain.tokens, plain.texts, all_logits(lm, rows), strict=True):
+        first = len(row) - len(tokens)
+        np.testing.assert_array_equal(logits[first - 1 : len(row) - 1].argmax(-1), tokens)
+        assert text == decoded(tokens)
+    assert plain.num_forward_passes == max(map(len, plain.tokens)) and plain.acceptance == []
+    assert plain.tokens_per_forward == 1
+
+
+def test_speculated_texts_are_the_plain_ones_in_fewer_passes(lm, plain):
+    found = lm.generate(PROMPTS, max_new_tokens=NUM_NEW, temperature=0.0, speculative=True, seed=0)
+    assert found.texts == plain.texts
+    for one, other in zip(found.tokens, plain.tokens, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(found.acceptance) == lm.config.depth == 2 and min(found.acceptance) > 0.4  # chance: 1 / 261
+    assert found.num_forward_passes < 0.7 * plain.num_forward_passes
+    assert found.tokens_per_forward == pytest.approx(sum(map(len, found.tokens)) / found.rounds.sum())
+    # Expected tokens a pass: 1 + a_1 + a_1 a_2, but for the last round of a row, which the limit cuts.
+    a_1, a_2 = found.acceptance
+    assert found.tokens_per_forward == pytest.approx(1 + a_1 + a_1 * a_2, rel=0.1)
+
+
+@pytest.mark.parametrize("draft_length", [1, 4])
+def test_another_draft_length_gives_the_same_texts(lm, plain, draft_length):
+    found = lm.generate(PROMPTS, NUM_NEW, speculative=True, draft_length=draft_length)
+    assert found.texts == plain.texts and len(found.acceptance) == draft_length
+
+
+def test_prompts_are_texts_or_tokens_and_one_alone_is_a_batch_of_one(lm, plain):
+    as_tokens = lm.generate([[BOS, *prompt.encode()] for prompt in PROMPTS], NUM_NEW)
+    assert as_tokens.texts == plain.texts
+    assert lm.generate(PROMPTS[0], NUM_NEW).texts == plain.texts[:1]
+    assert lm.generate([np.array([BOS, *PROMPTS[0].encode()], np.int64)], NUM_NEW).texts == plain.texts[:1]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_text_ends_before_its_stop_string(lm, plain, speculative):
+    """Tokens are kept to the one that completes it; letters of several bytes; several strings, the first found."""
+    for stops in ("open", "→", ["Ann", "Eve", "Bob"], ["open", "is open"], ["is o", "open"], "é", "not in any of them"):
+        found = lm.generate(PROMPTS, NUM_NEW, speculative=speculative, stop=stops)
+        stops = [stops] if isinstance(stops, str) else stops
+        for text, tokens, whole, all_tokens in zip(found.texts, found.tokens, plain.texts, plain.tokens, strict=True):
+            cuts = [whole.index(s) for s in stops if s in whole]
+            assert text == whole[: min(cuts, default=len(whole))]
+            np.testing.assert_array_equal(tokens, all_tokens[: len(tokens)])
+            assert any(decoded(tokens).endswith(s) for s in stops) == bool(cuts)
+            assert bool(cuts) or len(tokens) == len(all_tokens)
+    assert any("→" in text for text in plain.texts) and any("open" in text for text in plain.texts)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_text_ends_at_a_stop_token_which_is_not_of_the_text(lm, plain, speculative):
+    stop = ord("o")
+    found = lm.generate(PROMPTS, NUM_NEW, speculative=speculative, stop_tokens=[stop, 300])
+    for text, tokens, whole in zip(found.texts, found.tokens, plain.tokens, strict=True):
+        ends = np.flatnonzero(whole == stop)
+        np.testing.assert_array_equal(tokens, whole[: ends[0] + 1] if len(ends) else whole)
+        assert text == decoded(whole[: ends[0]] if len(ends) else whole)
+
+
+def test_texts_end_with_the_context(lm):
+    found = lm.generate([[BOS, *b"the station is open"], [65] * (CONTEXT - 1)], 500)
+    assert [len(tokens) for tokens in found.tokens] == [CONTEXT - 20, 1]
+
+
+def test_sampling_has_its_temperature_its_limits_and_its_seed(lm, plain):
+    def sample(**numbers):
+        return lm.generate(PROMPTS, NUM_NEW, speculative=True, **numbers).texts
+
+    assert sample(temperature=1.0, top_k=1) == sample(temperature=3.0, top_p=1e-6) == plain.texts
+    texts = sample(temperature=1.0)
+    assert texts != plain.texts and texts == sample(temperature=1.0, seed=0) != sample(temperature=1.0, seed=1)
+    hot = sample(temperature=30.0)
+    assert len(set("".join(hot))) > 2 * len(set("".join(texts)))  # nearly any byte
+    assert len(set("".join(sample(temperature=30.0, top_k=2)))) < len(set("".join(hot)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# loglikelihood
+
+
+LONG = "the station is open → Ann comes at 3.\n" * 4
+PAIRS = [
+    ("the station", " is open"),
+    ("the station ", "is open"),  # the blank is read with what follows it
+    ("", "the"),
+    ("the café is open → ", "Ann comes at 2.\nthe"),
+    (LONG, "the library"),  # longer than the context
+    ("x", "y"),
+]
+
+
+def test_loglikelihood_is_the_sum_of_the_logits_own(lm):
+    rows, starts = [], []
+    for context, continuation in PAIRS:
+        ids = [BOS, *(context + continuation).encode()]
+        num_new = len((context + continuation).encode()) - len(context.rstrip().encode())
+        rows.append(ids[-(CONTEXT + 1) :])
+        starts.append(len(rows[-1]) - num_new)
+    assert len(rows[4]) == CONTEXT + 1 and rows[4][0] != BOS
+    logits = all_logits(lm, rows).astype(float)
+    for b, (found, is_greedy) in enumerate(lm.loglikelihood(PAIRS)):
+        expected, all_best = 0.0, True
+        for i in range(starts[b], len(rows[b])):
+            at = logits[b, i - 1]
+            expected += at[rows[b][i]] - np.log(np.exp(at - at.max()).sum()) - at.max()
+            all_best &= int(np.argmax(at)) == rows[b][i]
+        assert found == pytest.approx(expected, rel=1e-4), PAIRS[b]
+        assert is_greedy is all_best
+    assert lm.loglikelihood([]) == []
+
+
+def test_what_greedy_decoding_writes_is_called_greedy(lm):
+    written = decoded(lm.generate(["the station"], 20).tokens[0])
+    assert "\ufffd" not in written
+    other = written[:-1] + ("x" if written[-1] != "x" else "y")
+    (likely, is_greedy), (unlikely, is_not) = lm.loglikelihood([("the station", written), ("the station", other)])
+    assert is_greedy and not is_not and likely > unlikely
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What cannot be done
+
+
+UNUSABLE = {
+    "empty text": ({"prompts": ["fine", ""]}, ["prompt 1", "empty"]),
+    "no token": ({"prompts": [[]]}, ["prompt 0", "empty"]),
+    "no prompt": ({"prompts": []}, ["prompts", "none"]),
+    "as long as the context": ({"prompts": ["a" * 300]}, ["prompt 0", "301 tokens", f"holds {CONTEXT}", "shorten"]),
+    "just as long": ({"prompts": [[1] * CONTEXT]}, ["prompt 0", f"{CONTEXT} tokens", f"at most {CONTEXT - 1}"]),
+    "token too large": ({"prompts": [[1, 2], [3, 264]]}, ["prompt 1", "token 264", "vocabulary of 264"]),
+    "token below zero": ({"prompts": [[-1]]}, ["prompt 0", "token -1", "vocabulary"]),
+    "fractions": ({"prompts": [[0.5, 1.0]]}, ["prompt 0", "float64", "token ids"]),
+    "rows within a row": ({"prompts": [[[1, 2]]]}, ["prompt 0", "[1, 2]", "token ids"]),
+    "nothing to write": ({"max_new_tokens": 0}, ["max_new_tokens=0", "at least 1"]),
+    "negative temperature": ({"temperature": -1.0}, ["temperature=-1.0"]),
+    "top_k beside greedy": ({"top_k": 3}, ["top_k=3", "temperature=0"]),
+    "top_p too large": ({"temperature": 1.0, "top_p": 2.0}, ["top_p=2.0"]),
+    "drafts without speculation": ({"draft_length": 2}, ["draft_length=2", "speculative=True"]),
+    "no drafts": ({"speculative": True, "draft_length": 0}, ["draft_length=0", "at least 1"]),
+    "empty stop": ({"stop": ""}, ["stop=''", "leave it out"]),
+    "empty stop among others": ({"stop": ["a", ""]}, ["stop=''"]),
+}
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_cannot_be_generated_is_one_clear_line(lm, name):
+    arguments, words = UNUSABLE[name]
+    line = refusal(lm.generate, **{"prompts": ["a"], "max_new_tokens": 5, **arguments})
+    assert all(word in line for word in words), line
+
+
+def test_what_has_no_likelihood_is_one_clear_line(lm):
+    assert "pair 1: its continuation is empty" in refusal(lm.loglikelihood, [("a", "b"), ("a", "")])
+    assert "pair 0" in refusal(lm.loglikelihood, [("a", "b" * (CONTEXT + 1))])
+    assert f"holds {CONTEXT}" in refusal(lm.loglikelihood, [("a", "b" * (CONTEXT + 1))])
+
+
+def test_a_model_without_extra_depths_or_with_fewer_heads_says_so():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    built = build(MLA)
+    none = LanguageModel(built.config, built.params, built.biases, None, mesh)
+    assert "mtp.kind=none" in refusal(none.generate, [[1]], speculative=True)
+    assert "mtp.kind=none" in refusal(none.generate, [[1]], speculative=True, draft_length=2)
+    built = build(MLA, parallel(2))
+    heads = LanguageModel(built.config, built.params, built.biases, None, mesh)
+    assert "at most 2" in refusal(heads.generate, [[1]], speculative=True, draft_length=3)
+
+
+def test_without_a_tokenizer_there_are_tokens_and_no_texts(lm, plain):
+    bare = dataclasses.replace(lm, tokenizer=None)
+    found = bare.generate([[BOS, *prompt.encode()] for prompt in PROMPTS], NUM_NEW)
+    np.testing.assert_array_equal(found.tokens[0], plain.tokens[0])
+    assert found.texts == []
+    for call in (
+        lambda: bare.generate(["text"]),
+        lambda: bare.generate([[1]], stop="a"),
+        lambda: bare.loglikelihood([("a", "b")]),
+    ):
+        assert "tokenizer.json" in refusal(call)
+
+
+def test_logits_of_other_shapes_or_unknown_tokens_are_refused(lm):
+    assert "[B, N]" in refusal(lm.logits, [1, 2, 3])
+    assert "at least 3 tokens" in refusal(lm.logits, [[1, 2]])
+    assert "999 is outside the vocabulary of 264" in refusal(lm.logits, [[1, 2, 999, 4]])
