@@ -1,0 +1,134 @@
+"""What eval.py says of self-speculation, and what the advice on draft lengths is made of."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import eval as evaluate
+from mtp_jax.evaluation import advice, speculative
+from mtp_jax.evaluation.advice import Advice, Cost
+from tests.commands import run_here
+from tests.decoding.trained import train_small
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return train_small(tmp_path_factory.mktemp("speculative"))
+
+
+def run_eval(monkeypatch, capsys, *argv):
+    """(exit code, stdout, stderr) of eval.py in this process."""
+    code = run_here(monkeypatch, evaluate.main, *argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("prompts", ["held out", "lines", "jsonl"])
+def test_eval_reports_acceptance_tokens_times_and_the_cache(monkeypatch, capsys, tmp_path, workdir, prompts):
+    output, argv = tmp_path / "out.json", []
+    if prompts == "lines":
+        (tmp_path / "p.txt").write_text("the café is open\n\nthe library\nthe station is\n")
+        argv = [f"--prompts={tmp_path / 'p.txt'}"]
+    elif prompts == "jsonl":
+        lines = [{"prompt": "the café\n"}, {"prompt": "the library is"}, {"prompt": "the"}]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        argv = [f"--prompts={tmp_path / 'p.jsonl'}"]
+    flags = ["--max_new_tokens=24", "--batch_size=2", "--limit=3", f"--output={output}", *argv]
+    code, out, err = run_eval(
+        *(monkeypatch, capsys, f"--workdir={workdir}", "--tasks=loss,speculative,acceptance", *flags)
+    )
+    assert (code, err) == (0, "")
+    values = json.loads(output.read_text())
+    found = values["speculative"]
+    assert set(values) == {"step", "loss", "acceptance", "speculative"}
+    assert (found["num_prompts"], found["num_same"], found["num_tokens"]) == (3, 3, 72)
+    assert found["draft_length"] == 2 and len(found["acceptance"]) == 2
+    assert 0.5 < found["acceptance"][0] <= 1 and 1.5 < found["tokens_per_forward"] <= 3
+    assert found["speed_up"] == pytest.approx(found["tokens_per_second"] / found["plain_tokens_per_second"])
+    assert found["cache_bytes"] == 2 * (32 + 8) * 4  # layers, latent and rotary key, float32
+    assert "3 of 3 texts the same both ways" in out and f"cache: {found['cache_bytes']} bytes a token" in out
+    assert "main" in out and "speed-up" in out
+
+
+def test_advice_is_printed_for_every_batch_size(monkeypatch, capsys, tmp_path, workdir):
+    monkeypatch.setattr("mtp_jax.evaluation.decode_tasks.BATCH_SIZES", (1, 3))
+    monkeypatch.setattr("mtp_jax.evaluation.decode_tasks.BEYOND_DEPTH", 1)
+    monkeypatch.setattr(advice, "ITERATIONS", 2)
+    output = tmp_path / "out.json"
+    argv = [f"--workdir={workdir}", "--tasks=advice", "--limit=2", "--max_new_tokens=12", f"--output={output}"]
+    code, out, err = run_eval(monkeypatch, capsys, *argv)
+    assert (code, err) == (0, "")
+    found = json.loads(output.read_text())["advice"]
+    assert [(c["batch_size"], c["num_drafts"]) for c in found["costs"]] == [(b, k) for b in (1, 3) for k in (1, 2, 3)]
+    assert all(c["draft_ms"] > 0 and c["verify_ms"] > 0 and c["plain_ms"] > 0 for c in found["costs"])
+    assert [a["batch_size"] for a in found["advice"]] == [1, 3]
+    assert len(found["acceptance"]) == 3
+    assert "K=1" in out and "speculation" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--prompts=nowhere.txt"], "error: --prompts=nowhere.txt: no such file"),
+        (["--draft_length=0"], "error: --draft_length=0: must be at least 1"),
+        (["--temperature=-1"], "error: temperature=-1.0: must be 0 (greedy) or a positive number"),
+        (["--top_p=0.5"], "error: top_p=0.5: changes nothing at temperature=0"),
+        (["--batch_size=0"], "error: --batch_size=0: must be at least 1"),
+        (["--max_new_tokens=0"], "error: --max_new_tokens=0: must be at least 1"),
+    ],
+)
+def test_unusable_flags_are_one_line(monkeypatch, capsys, workdir, argv, message):
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", "--tasks=speculative", *argv)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(message)
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"}\n', "no json\n", "", "[1]\n"])
+def test_a_file_without_prompts_is_one_line(monkeypatch, capsys, tmp_path, workdir, content):
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    argv = [f"--workdir={workdir}", "--tasks=speculative", f"--prompts={path}"]
+    code, out, err = run_eval(monkeypatch, capsys, *argv)
+    assert (code, out) == (2, "") and err.startswith(f"error: --prompts={path}: ") and len(err.splitlines()) == 1
+
+
+def test_held_out_prompts_are_parts_of_validation_documents(workdir):
+    from mtp_jax import data
+    from mtp_jax.training.workdir import read_config
+
+    config = read_config(workdir)
+    corpus = data.prepare(config)
+    prompts = speculative.held_out_prompts(config, 5, 20)
+    assert len(prompts) == 5 and {len(p) for p in prompts} == {20}
+    first = corpus.store.document(int(corpus.validation[0]))
+    np.testing.assert_array_equal(prompts[0], first[:20])
+    many = speculative.held_out_prompts(config, 10_000, 20)
+    held_out = [corpus.store.document(int(i)).tobytes() for i in corpus.validation]
+    assert len(many) > len(corpus.validation)  # later parts of long documents as well
+    assert all(any(p.astype(np.asarray(first).dtype).tobytes() in d for d in held_out) for p in many)
+
+
+def test_the_best_draft_length_weighs_tokens_against_time():
+    # A draft costs 1 ms, a plain step 10, verification a tenth more for each token; accepted 80 % and 50 %.
+    costs = [Cost(1, k, 1.0 * k, 10.0 + k, 10.0) for k in (1, 2, 3)]
+    costs += [Cost(8, k, 9.0 * k, 10.0 + 9 * k, 10.0) for k in (1, 2, 3)]
+    rates = [0.8, 0.5, math.nan]
+    assert advice.speed_up(rates, costs[0]) == pytest.approx(1.8 * 10 / 12)
+    assert advice.speed_up(rates, costs[1]) == pytest.approx(2.2 * 10 / 14)
+    assert advice.speed_up(rates, costs[2]) == pytest.approx(2.2 * 10 / 16)  # what was never judged gains nothing
+    best = advice.advise(rates, costs)
+    assert best == [Advice(1, 2, pytest.approx(22 / 14)), Advice(8, 0, 1.0)]
+    assert advice.stops_paying(best) == 8
+    assert advice.stops_paying(best[:1]) is None
+    lines = advice.text(rates, costs, best).splitlines()
+    assert lines[2].split() == ["1", "10.000", "1.50x", "1.57x", "1.38x", "2"]
+    assert lines[3].split()[-1] == "plain" and lines[-1] == "from batch size 8 on speculation does not pay"
+
+
+def test_where_speculation_pays_again_at_larger_batches_it_does_not_stop_before():
+    rows = [Advice(1, 0, 1.0), Advice(2, 1, 1.1), Advice(4, 0, 1.0), Advice(8, 0, 1.0)]
+    assert advice.stops_paying(rows) == 4
