@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NUM_NEW = 200
 MODELS = {"mla": MLA, "mla moe": MOE, "gqa": GQA, "gqa moe": replace(GQA, **EXPERTS)}
-MODELS = {name: replace(model, vocab_size=16) for name, model in MODELS.items()}
+MODELS["mla moe"] = replace(MOE, num_layers=1, num_dense_layers=0)  # experts take long to compile
+MODELS["gqa moe"] = replace(MODELS["gqa moe"], num_layers=1, num_dense_layers=0)
 STRATEGIES = {"sequential": sequential, "parallel": parallel}
 LENGTHS = [1, 2, 6, 33, 12]
 kept: dict[tuple[str, int], int] = {}
@@ -66,8 +67,8 @@ def assert_identical(name, mtp, num_drafts, alone=True):
 @pytest.mark.parametrize("kind", STRATEGIES)
 @pytest.mark.parametrize("name", MODELS)
 def test_speculated_text_is_the_plain_text(name, kind, depth):
-    """Five prompts of unequal lengths as one batch, and one alone."""
-    found = assert_identical(name, STRATEGIES[kind](depth), depth)
+    """Five prompts of unequal lengths as one batch; and one alone, which is one more program, at some of the depths."""
+    found = assert_identical(name, STRATEGIES[kind](depth), depth, alone=depth in ((2,) if "moe" in name else (1, 4)))
     assert found.rounds.sum() <= NUM_NEW * len(LENGTHS) and found.tested[:, 0].min() > 0
 
 
