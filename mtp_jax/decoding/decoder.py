@@ -122,7 +122,8 @@ class Decoder:
             lengths = np.array([len(p) for p in prompts] + [1] * num_more, np.int32)
             limits = np.minimum(lengths + max_new_tokens, self.context).astype(np.int32)
             limits[len(prompts) :] = 1
-            tokens = np.zeros((len(lengths), bucket(int(limits.max()) + num_drafts)), np.int32)
+            # Drafts beyond a row's limit find no slot: what they would have led to is not kept either.
+            tokens = np.zeros((len(lengths), bucket(int(limits.max()))), np.int32)
             for row, prompt in zip(tokens, prompts, strict=False):
                 row[: len(prompt)] = prompt
             state = states.begin(self.config, num_drafts, self.network, tokens, lengths, limits, np.uint32(seed))

@@ -32,13 +32,13 @@ def num_depths(config: Config, num_drafts: int) -> int:
     return min(num_drafts, config.depth)
 
 
-def window_size(config: Config, num_drafts: int) -> int:
+def window_size(num_drafts: int) -> int:
     """Positions run through the depths at each draft.
 
-    A step keeps at most K + 1 tokens. Beyond those, depth k has read k - 1 drafts that may not have been kept.
+    A round keeps a <= K drafts and one token more, so K + 1 positions may be new. Depth k's entries before them were
+    made from drafts that were kept, but for the last k <= K, which read the token after those.
     """
-    stale = num_depths(config, num_drafts) if config.mtp.kind == "sequential" else 1
-    return num_drafts + stale if num_drafts else 0
+    return num_drafts + 1 if num_drafts else 0
 
 
 def hidden_for_depths(config: Config, network: Network, main: MainOutput) -> jax.Array:
@@ -63,7 +63,8 @@ def read_prompt(
     onward_BTD = hidden_BTD
     for k, cache in enumerate(caches):
         module = _module(network, k)
-        h_BTD, cache = module.decode(network.look_up(tokens_KBT[k]), onward_BTD, slots, cache)
+        num_wanted = None if k + 1 < len(caches) else 1  # nobody reads what the last depth says of a prompt
+        h_BTD, cache = module.decode(network.look_up(tokens_KBT[k]), onward_BTD, slots, cache, num_wanted)
         _, onward_BTD = _hand_on(config, network, module, h_BTD, hidden_BTD)
         written.append(cache)
     return written
@@ -95,17 +96,17 @@ def draft(
 def _heads(config, network, sampler, num_drafts, tokens_BS, positions_BW, recent_BWD, caches, keys_BK) -> Drafts:
     """Parallel heads (2404.19737): each proposes its token from z alone."""
     slots = slots_at(positions_BW, tokens_BS.shape[1])
-    h_KBWD, caches = _run_heads(network, num_drafts, recent_BWD, slots, caches)
-    hidden_BKD = jnp.moveaxis(network.final_norm(h_KBWD[:, :, -1]), 0, 1)
+    h_KB1D, caches = _run_heads(network, num_drafts, recent_BWD, slots, caches)
+    hidden_BKD = jnp.moveaxis(network.final_norm(h_KB1D[:, :, 0]), 0, 1)
     logits_BKV = filtered(sampler, network.logits(hidden_BKD))
     tokens = [_pick(sampler, logits_BKV[:, k], keys_BK[:, k]) for k in range(num_drafts)]
     return Drafts(jnp.stack(tokens, axis=1), logits_BKV, caches)
 
 
 def _run_heads(network: Network, num: int, z_BTD: jax.Array, slots: Slots, caches: Any) -> tuple[jax.Array, Any]:
-    """The first `num` heads' blocks on the same z, side by side: [K, B, T, D] and their caches."""
+    """The first `num` heads' blocks on the same z, side by side: [K, B, 1, D] of the last place, and caches."""
     heads = jax.tree.map(lambda w: w[:num], network.depths)
-    return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache))(heads, caches)
+    return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache, 1))(heads, caches)
 
 
 def _chain(config, network, sampler, num_drafts, tokens_BS, positions_BW, recent_BWD, caches, keys_BK) -> Drafts:
@@ -128,7 +129,8 @@ def _chain(config, network, sampler, num_drafts, tokens_BS, positions_BW, recent
             slots, inputs_BT = slots_at(positions_B1, length), tokens[-1][:, None]
             onward_BTD = again_BTD[:, -1:]
         module = _module(network, depth)
-        h_BTD, caches[depth] = module.decode(network.look_up(inputs_BT), onward_BTD, slots, caches[depth])
+        num_wanted = None if k + 1 < len(caches) else 1  # of all positions where another trained depth reads them
+        h_BTD, caches[depth] = module.decode(network.look_up(inputs_BT), onward_BTD, slots, caches[depth], num_wanted)
         normed_BTD, onward_BTD = _hand_on(config, network, module, h_BTD, recent_BWD)
         again_BTD = onward_BTD if depth else (normed_BTD if starts_normed else h_BTD)
         logits.append(filtered(sampler, network.logits(normed_BTD[:, -1:])[:, 0]))

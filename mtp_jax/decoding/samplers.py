@@ -59,7 +59,8 @@ class TopP:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # the mass of those that are likelier
-        last = jnp.where(before < self.mass, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        # A sum of all probabilities may round to 1 before the last of them.
+        last = jnp.where((before < self.mass) | (self.mass >= 1), ordered, jnp.inf).min(axis=-1, keepdims=True)
         return jnp.where(logits >= last, logits, -jnp.inf)
 
 

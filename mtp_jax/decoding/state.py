@@ -64,7 +64,7 @@ def begin(
     num_rows, num_slots = tokens_BS.shape
     depths = drafting.num_depths(config, num_drafts)
     caches, depth_caches = empty_caches(config, network, depths, num_rows, num_slots)
-    window = drafting.window_size(config, num_drafts)
+    window = drafting.window_size(num_drafts)
     recent_BWD = jnp.zeros((num_rows, window, config.model.embed_dim), config.model.compute_dtype)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_rows))
     zero_BK = jnp.zeros((num_rows, num_drafts), jnp.int32)

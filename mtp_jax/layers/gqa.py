@@ -57,12 +57,13 @@ class GroupedQueryAttention(nnx.Module):
         shape = (num_rows, num_slots, self.config.num_kv_heads, self.config.head_dim)
         return HeadCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def decode(self, x_BTD: jax.Array, slots: Slots, cache: HeadCache) -> tuple[jax.Array, HeadCache]:
-        """New tokens [B, T, D] -> [B, T, D] and the cache with their entries."""
+    def decode(self, x_BTD: jax.Array, slots: Slots, cache: HeadCache, start: int = 0) -> tuple[jax.Array, HeadCache]:
+        """New tokens [B, T, D] -> [B, T - start, D], without the first, and the cache with the entries of all."""
         q_BTHQ, k_BTGQ, v_BTGQ = self._project(x_BTD, slots.positions_BT)
         cache = HeadCache(write(cache.k_BSGQ, k_BTGQ, slots.slots_BT), write(cache.v_BSGQ, v_BTGQ, slots.slots_BT))
         k_BSGQ, v_BSGQ = (x[:, : slots.num_visible] for x in cache)
-        out_BTHQ = attend_cached(q_BTHQ, k_BSGQ, v_BSGQ, slots.positions_BT, self.config.head_dim**-0.5)
+        last_BT = slots.positions_BT[:, start:]
+        out_BTHQ = attend_cached(q_BTHQ[:, start:], k_BSGQ, v_BSGQ, last_BT, self.config.head_dim**-0.5)
         return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(x_BTD.dtype)), cache
 
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -76,14 +76,17 @@ class MultiHeadLatentAttention(nnx.Module):
         """[B, S, C + R]: of each token its latent and its rotary key, whatever the number of heads."""
         return jnp.zeros((num_rows, num_slots, self.config.kv_lora_rank + self.config.qk_rope_head_dim), dtype)
 
-    def decode(self, x_BTD: jax.Array, slots: Slots, cache_BSW: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """New tokens [B, T, D] -> [B, T, D] and the cache with their entries."""
-        q_BTHQ = self.queries(x_BTD, slots.positions_BT)
+    def decode(
+        self, x_BTD: jax.Array, slots: Slots, cache_BSW: jax.Array, start: int = 0
+    ) -> tuple[jax.Array, jax.Array]:
+        """New tokens [B, T, D] -> [B, T - start, D], without the first, and the cache with the entries of all."""
+        last_BT = slots.positions_BT[:, start:]
+        q_BTHQ = self.queries(x_BTD[:, start:], last_BT)
         entries_BTW = jnp.concatenate(self.latents(x_BTD, slots.positions_BT), axis=-1)
         cache_BSW = write(cache_BSW, entries_BTW, slots.slots_BT)
         seen_BSW = cache_BSW[:, : slots.num_visible]
-        attention = self._absorbed if self._absorbs(x_BTD.shape[1]) else self._expanded
-        out_BTHV = attention(q_BTHQ, seen_BSW, self.kv_b[...].astype(x_BTD.dtype), slots.positions_BT)
+        attention = self._absorbed if self._absorbs(q_BTHQ.shape[1]) else self._expanded
+        out_BTHV = attention(q_BTHQ, seen_BSW, self.kv_b[...].astype(x_BTD.dtype), last_BT)
         return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(x_BTD.dtype)), cache_BSW
 
     def _absorbs(self, num_queries: int) -> bool:

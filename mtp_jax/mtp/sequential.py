@@ -40,10 +40,10 @@ class SequentialModule(nnx.Module):
         return self.block(self._join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
 
     def decode(
-        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Any
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Any, num_wanted: int | None = None
     ) -> tuple[jax.Array, Any]:
-        """h_k of new tokens, and this depth's cache with their entries."""
-        return self.block.decode(self._join(embedding_BTD, hidden_BTD), slots, cache)
+        """h_k of new tokens, as `Block.decode`, and this depth's cache with their entries."""
+        return self.block.decode(self._join(embedding_BTD, hidden_BTD), slots, cache, num_wanted)
 
     def _join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         halves = [self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
