@@ -16,7 +16,7 @@ from mtp_jax.layers.attention import attend, attend_cached
 from mtp_jax.layers.cache import Slots, write
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
-from mtp_jax.sharding import constrain, first_position, local, whole_length
+from mtp_jax.sharding import constrain, first_position, local, platform, whole_length
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -100,13 +100,17 @@ class MultiHeadLatentAttention(nnx.Module):
         """Queries and outputs go through the up-projections of keys and values, entries are read as they are: they are
         the keys, and their first C numbers the values, of one head that all share (section 2.1.2)."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        # The projection is never cut into its two halves: for a few tokens the copies take longer than twice the work.
-        q_nope_BTHX = jnp.pad(q_BTHQ[..., :nope], ((0, 0),) * 3 + ((0, self.config.v_head_dim),))
-        q_BTHC = jnp.einsum("bthx,chx->bthc", q_nope_BTHX, kv_b_CHX)
+        q_nope_BTHN, key_up_CHN, value_up_CHV = q_BTHQ[..., :nope], kv_b_CHX[..., :nope], kv_b_CHX[..., nope:]
+        if platform() != "cpu":
+            # The two halves would be copied for every token, which takes longer there than twice the work on the whole.
+            q_nope_BTHN = jnp.pad(q_nope_BTHN, ((0, 0),) * 3 + ((0, self.config.v_head_dim),))
+            key_up_CHN = value_up_CHV = kv_b_CHX
+        q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, key_up_CHN)
         q_BTHW = jnp.concatenate([q_BTHC, q_BTHQ[..., nope:]], axis=-1)
         seen_BS1W = seen_BSW[:, :, None]
         out_BTHW = attend_cached(q_BTHW, seen_BS1W, seen_BS1W, last_BT, rope.mla_softmax_scale(self.config))
-        return jnp.einsum("bthc,chx->bthx", out_BTHW[..., :rank], kv_b_CHX)[..., nope:]
+        out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHW[..., :rank], value_up_CHV)
+        return out_BTHV[..., -self.config.v_head_dim :]
 
     def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT):
         """Keys and values of every head, as in training."""

@@ -15,6 +15,7 @@ from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.decoding.network import empty_caches, run_main
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
+from mtp_jax.layers import mla
 from mtp_jax.layers.cache import slots_at, write
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
@@ -80,8 +81,10 @@ def test_what_stands_before_the_row_or_beyond_its_room_is_written_nowhere():
     assert slots.positions_BT.min() == 0 and slots.num_visible == 5
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # where the projection is not cut
 @pytest.mark.parametrize("name", ["mla", "mla_q_lora_moe", "mla_yarn"])
-def test_absorbed_and_expanded_latents_give_the_same(name):
+def test_absorbed_and_expanded_latents_give_the_same(name, platform, monkeypatch):
+    monkeypatch.setattr(mla, "platform", lambda: platform)
     built = build(MODELS[name], seed=3)
     config, attention = built.config.model, built.decoder().network.blocks[0].attention
     rng = np.random.default_rng(0)
