@@ -15,7 +15,7 @@ from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.decoding.network import empty_caches, run_main
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
-from mtp_jax.layers import mla
+from mtp_jax.layers import block, mla
 from mtp_jax.layers.cache import slots_at, write
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
@@ -429,3 +429,21 @@ def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_drafts):
     assert {leaf.dtype for leaf in caches} == {jnp.dtype("bfloat16")}
     found = decoder.generate(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
     assert [len(tokens) for tokens in found.tokens] == [20, 20]
+
+
+@pytest.mark.parametrize("mtp", [sequential(2), parallel(2)])
+def test_what_is_padded_on_a_gpu_changes_nothing(mtp, monkeypatch):
+    """There a single token is run with one more, and the last depth with the position before its last."""
+    built = build(MLA, mtp, blocks=0.1)
+    prompts = prompts_of([6], MLA.vocab_size)
+    plain = built.decoder().generate(prompts, 40)
+    here = built.decoder().generate(prompts, 40, num_drafts=2)
+    monkeypatch.setattr(block, "platform", lambda: "gpu")
+    monkeypatch.setattr(mla, "platform", lambda: "gpu")
+    jax.clear_caches()
+    for num_drafts in (0, 2):
+        there = built.decoder().generate(prompts, 40, num_drafts=num_drafts)
+        np.testing.assert_array_equal(there.tokens[0], plain.tokens[0])
+    np.testing.assert_array_equal(there.accepted, here.accepted)
+    monkeypatch.undo()
+    jax.clear_caches()
