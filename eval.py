@@ -15,7 +15,7 @@ from mtp_jax import cli, distributed
 from mtp_jax.config import UserError
 
 VALIDATION_TASKS, DECODE_TASKS = ("loss", "acceptance"), ("speculative", "advice")
-TASKS = (*VALIDATION_TASKS, *DECODE_TASKS)
+TASKS = VALIDATION_TASKS + DECODE_TASKS
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes
 from mtp_jax.decoding import scoring
-from mtp_jax.decoding.decoder import Decoder, Generation, check_drafts
+from mtp_jax.decoding.decoder import Decoder, Generation, check_drafts, check_integer
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop.weights import place
@@ -93,7 +93,8 @@ class LanguageModel:
             which are taken as they are.
           max_new_tokens: fewer where the model's context (`config.data.sequence_length`) ends before.
           temperature: 0 is greedy. top_k, top_p: limits to the likeliest tokens; see `decoding.samplers`.
-          speculative: draft with the extra depths. The text is the same, or distributed the same.
+          speculative: draft with the extra depths. Greedy text is the same, but for rounding in low precision, where
+            three tokens at once are other matrix products than one; sampled text is distributed the same.
           draft_length: tokens drafted before each forward pass; None: the trained depth. Sequential modules can draft
             more.
           stop: a text ends before the first of these strings.
@@ -106,14 +107,18 @@ class LanguageModel:
         sampler = make_sampler(temperature, top_k, top_p)
         if draft_length is not None and not speculative:
             raise UserError(f"draft_length={draft_length}: is for speculative decoding; add speculative=True")
-        if draft_length is not None and draft_length < 1:
-            raise UserError(f"draft_length={draft_length}: must be at least 1")
+        if draft_length is not None:
+            check_integer("draft_length", draft_length, 1)
         num_drafts = (max(1, self.config.depth) if draft_length is None else draft_length) if speculative else 0
         check_drafts(self.config, num_drafts)
+        if isinstance(stop_tokens, int):
+            stop_tokens = (stop_tokens,)
         if stop_tokens is None:
             eos = None if self.tokenizer is None else self.tokenizer.eos_id
             stop_tokens = () if eos is None else (eos,)
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        for token in stop_tokens:
+            check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
         written = self.decoder.generate(
             self.prompt_ids(prompts),
             max_new_tokens,
@@ -147,12 +152,16 @@ class LanguageModel:
           UserError: no tokenizer, an empty continuation, or one longer than the model's context.
         """
         texts, starts = [], []
-        for n, (context, continuation) in enumerate(pairs):
+        for n, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2:
+                raise UserError(f"pair {n}: {pair!r} is not (context, continuation); give a list of such pairs")
+            context, continuation = pair
             ids, start = self._pair_ids(n, context, continuation)
             texts.append(ids)
             starts.append(start)
         with jax.set_mesh(self.mesh):
-            return scoring.score(self.decoder.config, self.params, self.biases, texts, starts)
+            config = Config(model=self.config.model, mtp=self.config.mtp)  # programs do not depend on the rest
+            return scoring.score(config, self.params, self.biases, texts, starts)
 
     def _pair_ids(self, n: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """Token ids of a pair and where the continuation begins."""
@@ -160,9 +169,9 @@ class LanguageModel:
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
         context_ids, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
-        num_new = len(whole) - len(context_ids)
-        if num_new < 1:
-            raise UserError(f"pair {n}: its continuation is empty; give it at least one token")
+        if not continuation:
+            raise UserError(f"pair {n}: its continuation is empty; give it at least one character")
+        num_new = max(1, len(whole) - len(context_ids))  # it may be joined to the context's last token
         if num_new > longest:
             raise UserError(f"pair {n}: its continuation has {num_new} tokens and the model's context holds {longest}")
         first = tokenizer.bos_id if tokenizer.bos_id is not None or kept else tokenizer.eos_id
@@ -217,10 +226,13 @@ class LanguageModel:
             return []
         texts = []
         for tokens in rows:
-            has_stop = len(tokens) and tokens[-1] in list(stop_tokens)
-            text = self.tokenizer.decode(tokens[:-1] if has_stop else tokens)
+            text = self.tokenizer.decode(tokens)
             cuts = [text.index(s) for s in stops if s in text]
-            texts.append(text[: min(cuts)] if cuts else text)
+            if cuts:
+                text = text[: min(cuts)]
+            elif len(tokens) and tokens[-1] in list(stop_tokens):
+                text = self.tokenizer.decode(tokens[:-1])
+            texts.append(text)
         return texts
 
     def _needs_tokenizer(self) -> data.Tokenizer:

@@ -100,11 +100,30 @@ def test_a_text_ends_before_its_stop_string(lm, plain, speculative):
 @pytest.mark.parametrize("speculative", [False, True])
 def test_a_text_ends_at_a_stop_token_which_is_not_of_the_text(lm, plain, speculative):
     stop = ord("o")
-    found = lm.generate(PROMPTS, NUM_NEW, speculative=speculative, stop_tokens=[stop, 300])
+    found = lm.generate(PROMPTS, NUM_NEW, speculative=speculative, stop_tokens=[stop, 258])
     for text, tokens, whole in zip(found.texts, found.tokens, plain.tokens, strict=True):
         ends = np.flatnonzero(whole == stop)
         np.testing.assert_array_equal(tokens, whole[: ends[0] + 1] if len(ends) else whole)
         assert text == decoded(whole[: ends[0]] if len(ends) else whole)
+
+
+def test_plain_passes_are_as_many_as_tokens_where_a_text_is_cut(lm, plain):
+    stop = plain.texts[0][5]
+    out = lm.generate(PROMPTS, NUM_NEW, stop=stop)
+    assert out.rounds.tolist() == [len(tokens) for tokens in out.tokens] and out.tokens_per_forward == 1.0
+
+
+def test_a_stop_token_inside_a_stop_string_leaves_nothing_of_it(lm, plain):
+    text = plain.texts[0]
+    stop = text[4:6]
+    out = lm.generate(PROMPTS[:1], NUM_NEW, stop=stop, stop_tokens=list(stop[-1].encode())[-1:])
+    assert out.texts[0] == lm.generate(PROMPTS[:1], NUM_NEW, stop=[stop, stop[-1]]).texts[0].removesuffix(stop[:-1])
+
+
+def test_scoring_does_not_copy_the_weights(lm):
+    fresh = dataclasses.replace(lm)
+    fresh.loglikelihood([("a", "b")])
+    assert "decoder" not in vars(fresh)
 
 
 def test_texts_end_with_the_context(lm):
@@ -187,6 +206,11 @@ UNUSABLE = {
     "top_p too large": ({"temperature": 1.0, "top_p": 2.0}, ["top_p=2.0"]),
     "drafts without speculation": ({"draft_length": 2}, ["draft_length=2", "speculative=True"]),
     "no drafts": ({"speculative": True, "draft_length": 0}, ["draft_length=0", "at least 1"]),
+    "half a token": ({"max_new_tokens": 3.5}, ["max_new_tokens=3.5", "integer"]),
+    "seed below zero": ({"seed": -1}, ["seed=-1", "at least 0"]),
+    "seed too large": ({"seed": 2**32}, ["seed=4294967296", "at most"]),
+    "half a draft": ({"speculative": True, "draft_length": 1.5}, ["draft_length=1.5", "integer"]),
+    "unknown stop token": ({"stop_tokens": [9999]}, ["stop_tokens=9999", "at most 263"]),
     "empty stop": ({"stop": ""}, ["stop=''", "leave it out"]),
     "empty stop among others": ({"stop": ["a", ""]}, ["stop=''"]),
 }

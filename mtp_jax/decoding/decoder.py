@@ -5,9 +5,9 @@ Shape letters: B rows, S slots, K drafts a round.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import sharding
@@ -28,7 +28,8 @@ class Generation:
     """What was written after each prompt.
 
     tokens: int32, without the prompt, the stop token included.
-    rounds: int[B], forward passes of the main model that the row took, the prompt's own not counted.
+    rounds: int[B], forward passes of the main model that the row took, the prompt's own not counted. Where `ends` cut
+      the row, those until that was seen, up to 16 more than needed.
     tested, accepted: int[B, K], drafts judged and kept, by their place in the round.
     """
 
@@ -88,24 +89,23 @@ class Decoder:
           UserError: prompts or numbers that cannot be used; see `start`.
         """
         state = self.start(prompts, max_new_tokens, num_drafts=num_drafts, seed=seed)
-        starts = np.array([len(p) for p in prompts])
+        starts = [len(p) for p in prompts]
         kept: dict[int, int] = {}
         while True:
             rounds = ROUNDS_A_CALL if ends is None else ROUNDS_A_CALL_WATCHED
             state = self.write(state, rounds, sampler=sampler, stop_tokens=stop_tokens)
-            is_done = np.array(jax.device_get(state.is_done_B))
-            if ends is not None:
-                for b, tokens in enumerate(_written(state, starts)):
-                    end = None if b in kept else ends(tokens)
-                    if end is not None:
-                        kept[b], is_done[b] = end, True
-                state = state._replace(is_done_B=jnp.asarray(is_done))
+            rows, is_done = _written(state, starts)
+            found = {} if ends is None else {b: ends(row) for b, row in enumerate(rows) if b not in kept}
+            kept |= {b: end for b, end in found.items() if end is not None}
+            is_done[list(kept)] = True
             if is_done.all():
                 break
+            if any(end is not None for end in found.values()):
+                state = state._replace(is_done_B=jax.device_put(is_done, state.is_done_B.sharding))
         counts = jax.device_get(state.counts)
-        rows = [row[: kept.get(b, len(row))] for b, row in enumerate(_written(state, starts))]
-        num = len(prompts)
-        return Generation(rows, counts.rounds_B[:num], counts.tested_BK[:num], counts.accepted_BK[:num])
+        rows = [row[: kept.get(b, len(row))] for b, row in enumerate(rows)]
+        num_rounds = np.minimum(counts.rounds_B[: len(prompts)], [len(row) for row in rows])  # each writes a token
+        return Generation(rows, num_rounds, counts.tested_BK[: len(prompts)], counts.accepted_BK[: len(prompts)])
 
     def start(
         self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, *, num_drafts: int = 0, seed: int = 0
@@ -116,11 +116,11 @@ class Decoder:
           UserError: no prompt, an empty one, one that leaves no room in the context, a token outside the vocabulary,
             max_new_tokens < 1, or drafts that the model cannot make.
         """
-        self._check(prompts, max_new_tokens, num_drafts)
+        self.check(prompts, max_new_tokens, num_drafts, seed)
         with jax.set_mesh(self.mesh):
             num_more = -len(prompts) % sharding.num_shards("batch")  # rows of no interest, done from the start
             lengths = np.array([len(p) for p in prompts] + [1] * num_more, np.int32)
-            limits = np.minimum(lengths + max_new_tokens, self.context).astype(np.int32)
+            limits = lengths + np.minimum(min(max_new_tokens, self.context), self.context - lengths)
             limits[len(prompts) :] = 1
             # Drafts beyond a row's limit find no slot: what they would have led to is not kept either.
             tokens = np.zeros((len(lengths), bucket(int(limits.max()))), np.int32)
@@ -138,15 +138,19 @@ class Decoder:
         self, state: State, num_rounds: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
     ) -> State:
         """The state after so many rounds more, or fewer where every row is done. The one given is used up."""
-        stops = np.array(list(stop_tokens) or [-1], np.int32)
+        stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes: few programs
+        stops[: len(stop_tokens)] = stop_tokens
         with jax.set_mesh(self.mesh):
             return states.write(self.config, sampler, self.network, stops, state, np.int32(num_rounds))
 
-    def _check(self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, num_drafts: int) -> None:
+    def check(
+        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, num_drafts: int, seed: int = 0
+    ) -> None:
+        """Raises UserError where `start` cannot use these."""
         if not len(prompts):
             raise UserError("prompts: there are none; give at least one")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        check_integer("seed", seed, 0, 2**32 - 1)
         check_drafts(self.config, num_drafts)
         vocab = self.config.model.vocab_size or 0
         for b, prompt in enumerate(prompts):
@@ -163,14 +167,23 @@ class Decoder:
                 raise UserError(f"prompt {b}: token {int(bad[0])} is outside the vocabulary of {vocab}")
 
 
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises UserError where `value` is no integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise UserError(f"{name}={value!r}: must be an integer")
+    if value < least:
+        raise UserError(f"{name}={value}: must be at least {least}")
+    if most is not None and value > most:
+        raise UserError(f"{name}={value}: must be at most {most}")
+
+
 def check_drafts(config: Config, num_drafts: int) -> None:
     """Raises UserError where the model cannot draft so many tokens."""
-    if num_drafts < 0:
-        raise UserError(f"draft_length={num_drafts}: must be at least 1")
+    check_integer("draft_length", num_drafts, 0)
     if num_drafts and not config.depth:
         raise UserError(
-            "speculative: the model has no multi-token prediction (mtp.kind=none); decode it plainly with "
-            "speculative=False"
+            "speculative decoding: the model has no multi-token prediction to draft with (mtp.kind=none); it can only "
+            "be decoded plainly"
         )
     if config.mtp.kind == "parallel" and num_drafts > config.depth:
         raise UserError(
@@ -180,11 +193,13 @@ def check_drafts(config: Config, num_drafts: int) -> None:
 
 
 def bucket(length: int) -> int:
-    """Room for at least `length` tokens, in few different sizes: at most a quarter is spare, above 128."""
+    """Room for at least `length` tokens, in few different sizes: multiples of 128 and of a quarter of the next power
+    of two."""
     step = max(128, (1 << (length - 1).bit_length()) // 4)
     return -(-length // step) * step
 
 
-def _written(state: State, starts: np.ndarray) -> list[np.ndarray]:
-    tokens, lengths = jax.device_get((state.tokens_BS, state.length_B))
-    return [tokens[b, start : lengths[b]] for b, start in enumerate(starts)]
+def _written(state: State, starts: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+    """What each row has written so far, and which rows are done."""
+    tokens, lengths, is_done = jax.device_get((state.tokens_BS, state.length_B, state.is_done_B))
+    return [tokens[b, start : lengths[b]] for b, start in enumerate(starts)], np.array(is_done)

@@ -76,6 +76,10 @@ class Network:
         return self.parts.depths
 
     @property
+    def vocab_size(self) -> int:
+        return self.parts.embed_VD.shape[0]
+
+    @property
     def final_norm(self) -> RMSNorm:
         return self.parts.final_norm
 
@@ -147,20 +151,23 @@ def empty_caches(config: Config, network: Network, num_depths: int, num_rows: in
 
     def empty(*stacked: int) -> Any:
         cache = network.blocks[0].attention.empty_cache(num_rows, num_slots, dtype)  # all layers attend alike
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacked, *x.shape)), cache)
 
-        def one(x: jax.Array) -> jax.Array:
-            axes = *(None,) * len(stacked), "batch", None, *_HEADS[x.ndim - 3]
-            return constrain(jnp.broadcast_to(x, (*stacked, *x.shape)), *axes)
-
-        return jax.tree.map(one, cache)
-
-    main = [empty() for _ in network.blocks]
+    main = placed([empty() for _ in network.blocks])
     if config.mtp.kind == "parallel" and num_depths:
-        return main, empty(num_depths)
-    return main, [empty() for _ in range(num_depths)]
+        return main, placed(empty(num_depths), is_stacked=True)
+    return main, placed([empty() for _ in range(num_depths)])
 
 
-_HEADS: list[tuple[str | None, ...]] = [(None,), ("kv_heads", None)]  # latents are shared by all heads
+def placed(caches: Any, is_stacked: bool = False) -> Any:
+    """Caches cut by rows and, where heads have their own entries, by heads; latents are shared by all."""
+
+    def one(x: jax.Array) -> jax.Array:
+        leading = (None,) * is_stacked
+        heads = ("kv_heads", None) if x.ndim - is_stacked == 4 else (None,)
+        return constrain(x, *leading, "batch", None, *heads)
+
+    return jax.tree.map(one, caches)
 
 
 def cache_bytes_per_token(config: Config) -> dict[str, int]:

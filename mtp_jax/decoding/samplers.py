@@ -60,12 +60,15 @@ class TopP:
         probs = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # the mass of those that are likelier
         # A sum of all probabilities may round to 1 before the last of them.
-        last = jnp.where((before < self.mass) | (self.mass >= 1), ordered, jnp.inf).min(axis=-1, keepdims=True)
+        last = jnp.where((before <= 0) | (before < self.mass) | (self.mass >= 1), ordered, jnp.inf).min(
+            axis=-1, keepdims=True
+        )
         return jnp.where(logits >= last, logits, -jnp.inf)
 
 
 Sampler = tuple[Greedy | Temperature | TopK | TopP, ...]
 GREEDY: Sampler = (Greedy(),)
+LEAST_TEMPERATURE = 1e-4  # logits divided by less may overflow
 
 
 def make_sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> Sampler:
@@ -74,12 +77,14 @@ def make_sampler(temperature: float = 0.0, top_k: int | None = None, top_p: floa
     Raises:
       UserError: temperature < 0 or not finite, top_k < 1, top_p outside (0, 1], or a limit beside temperature 0.
     """
-    if not 0 <= temperature < float("inf"):
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise UserError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k={top_k}: must be at least 1, or None for no limit")
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise UserError(f"temperature={temperature}: is below {LEAST_TEMPERATURE}; use 0, which is greedy")
+    if top_k is not None and not (isinstance(top_k, int) and 1 <= top_k < 2**31):
+        raise UserError(f"top_k={top_k}: must be an integer of at least 1; leave it out for no limit")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be above 0 and at most 1, or None for no limit")
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1; leave it out for no limit")
     if temperature == 0:
         if top_k is not None or top_p is not None:
             limit = f"top_k={top_k}" if top_k is not None else f"top_p={top_p}"

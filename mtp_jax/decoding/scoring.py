@@ -1,6 +1,6 @@
 """How likely given texts are: log-probabilities of a model's next tokens, in batches of few shapes.
 
-Shape letters: B rows, N tokens, T = N - 1 positions, C positions of a chunk, D model, V vocabulary.
+Shape letters: B rows, T positions, C positions of a chunk, D model, V vocabulary.
 """
 
 import functools
@@ -30,7 +30,7 @@ def score(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
     while order:
-        size = bucket(len(texts[order[0]]))
+        size = bucket(len(texts[order[0]]) - 1)  # the last token is only predicted
         num = max(1, TOKENS_A_BATCH // size)
         batch, order = order[:num], order[num:]
         scored = _batch(config, params, biases, [texts[i] for i in batch], [starts[i] for i in batch], size, num)
@@ -41,22 +41,21 @@ def score(
 
 def _batch(config, params, biases, texts, starts, size, num_rows) -> list[tuple[float, bool]]:
     num_rows = -(-min(num_rows, 1 << (len(texts) - 1).bit_length()) // sharding.num_shards("batch"))
-    tokens_BN = np.zeros((num_rows * sharding.num_shards("batch"), size), np.int32)
-    for row, text in zip(tokens_BN, texts, strict=False):
-        row[: len(text)] = text
-    log_p_BT, is_best_BT = jax.device_get(_log_probs(config, params, biases, tokens_BN))
+    inputs_BT, targets_BT = np.zeros((2, num_rows * sharding.num_shards("batch"), size), np.int32)
+    for inputs, targets, text in zip(inputs_BT, targets_BT, texts, strict=False):
+        inputs[: len(text) - 1], targets[: len(text) - 1] = text[:-1], text[1:]
+    log_p_BT, is_best_BT = jax.device_get(_log_probs(config, params, biases, inputs_BT, targets_BT))
     spans = [slice(start - 1, len(text) - 1) for text, start in zip(texts, starts, strict=True)]
     return [(float(log_p_BT[b, s].sum(dtype=np.float64)), bool(is_best_BT[b, s].all())) for b, s in enumerate(spans)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _log_probs(config: Config, params: Tree, biases: Tree, tokens_BN) -> tuple[jax.Array, jax.Array]:
-    """log p(tokens[i + 1] | tokens[: i + 1]), float32[B, N], and whether it is the likeliest; the last is of no use."""
+def _log_probs(config: Config, params: Tree, biases: Tree, inputs_BT, targets_BT) -> tuple[jax.Array, jax.Array]:
+    """log p(target_i | inputs up to i), float32[B, T], and whether the target is the likeliest."""
     model = skeleton(config).merge(params, biases)
-    positions_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1]), tokens_BN.shape)
-    hidden_BND = model.main(tokens_BN, jnp.ones_like(tokens_BN), positions_BN)
-    head_DV = model.head().astype(hidden_BND.dtype)
-    targets_BN = jnp.roll(tokens_BN, -1, axis=1)
+    positions_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
+    hidden_BTD = model.main(inputs_BT, jnp.ones_like(inputs_BT), positions_BT)
+    head_DV = model.head().astype(hidden_BTD.dtype)
 
     def chunk(args):
         hidden_BCD, targets_BC = args
@@ -65,9 +64,9 @@ def _log_probs(config: Config, params: Tree, biases: Tree, tokens_BN) -> tuple[j
         return at_BC - jax.nn.logsumexp(logits_BCV, axis=-1), jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
     num = 1
-    while tokens_BN.size * head_DV.shape[1] * 4 / num > LOGIT_BYTES and tokens_BN.shape[1] % (2 * num) == 0:
+    while inputs_BT.size * head_DV.shape[1] * 4 / num > LOGIT_BYTES and inputs_BT.shape[1] % (2 * num) == 0:
         num *= 2
-    cut = [jnp.moveaxis(x.reshape(len(x), num, -1, *x.shape[2:]), 1, 0) for x in (hidden_BND, targets_BN)]
+    cut = [jnp.moveaxis(x.reshape(len(x), num, -1, *x.shape[2:]), 1, 0) for x in (hidden_BTD, targets_BT)]
     parts = jax.lax.map(chunk, tuple(cut))
-    log_p, best = (jnp.moveaxis(x, 0, 1).reshape(tokens_BN.shape) for x in parts)
+    log_p, best = (jnp.moveaxis(x, 0, 1).reshape(inputs_BT.shape) for x in parts)
     return constrain(log_p, None, None), constrain(best, None, None)

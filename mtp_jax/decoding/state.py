@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import Config
 from mtp_jax.decoding import drafting
-from mtp_jax.decoding.network import Network, empty_caches, run_main
+from mtp_jax.decoding.network import Network, empty_caches, placed, run_main
 from mtp_jax.decoding.samplers import Sampler
 from mtp_jax.decoding.verify import Verdict, verify
 from mtp_jax.layers.cache import slots_at
@@ -128,7 +128,11 @@ def write(
         return done_rounds + 1, _round(config, sampler, network, stop_tokens, state)
 
     state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
-    return state._replace(  # every process can read what was written
+    # Every process can read what was written, and the next call finds all where this one did.
+    return state._replace(
+        recent_BWD=constrain(state.recent_BWD, "batch", None, None),
+        caches=placed(state.caches),
+        depth_caches=placed(state.depth_caches, is_stacked=config.mtp.kind == "parallel"),
         tokens_BS=constrain(state.tokens_BS, None, None),
         length_B=constrain(state.length_B, None),
         is_done_B=constrain(state.is_done_B, None),

@@ -75,7 +75,7 @@ def stops_paying(advice: Sequence[Advice]) -> int | None:
 
 
 def measure_costs(decoder: Decoder, batch_sizes: Sequence[int], max_drafts: int, prompt: np.ndarray) -> list[Cost]:
-    """Time each round's parts with caches half full: `prompt` in every row, the fastest of a few repeats."""
+    """Time each round's parts behind `prompt` in every row, the fastest of a few repeats."""
     costs = []
     for rows in batch_sizes:
         state = decoder.start([prompt] * rows, 1 + max_drafts, num_drafts=max_drafts)
@@ -111,7 +111,9 @@ def _verify(config: Config, num_tokens: int, network: Network, state: State) -> 
         logits_BTV = network.logits(network.final_norm(main.hidden_BTD))
         return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32), main.caches
 
-    start = jnp.zeros((len(state.length_B), num_tokens), jnp.int32), state.caches
+    rows = len(state.length_B)  # different tokens in each, which choose different experts
+    tokens_BT = jnp.arange(rows * num_tokens, dtype=jnp.int32).reshape(rows, num_tokens) % network.vocab_size
+    start = tokens_BT, state.caches
     return jax.lax.fori_loop(0, ITERATIONS, one, start)[0]
 
 
@@ -144,9 +146,10 @@ def text(acceptance: Sequence[float], costs: Sequence[Cost], advice: Sequence[Ad
         lines.append(f"{a.batch_size:<7}{plain:>10.3f}{gains}{a.draft_length or 'plain':>7}")
     end = stops_paying(advice)
     largest = max(a.batch_size for a in advice)
-    lines.append(
-        f"speculation pays at every batch size up to {largest}"
-        if end is None
-        else f"from batch size {end} on speculation does not pay"
-    )
+    if end is not None:
+        lines.append(f"from batch size {end} on speculation does not pay")
+    elif all(a.draft_length for a in advice):
+        lines.append(f"speculation pays at every batch size up to {largest}")
+    else:
+        lines.append(f"speculation pays at batch size {largest}, but not at all below")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from mtp_jax.evaluation import advice, speculative
 from mtp_jax.interop.folder import is_hf_folder
 from mtp_jax.training.workdir import read_config
 
-TASKS = ("speculative", "advice")
 NUM_PROMPTS = 16
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 BEYOND_DEPTH = 2  # drafts more than trained depths that the advice looks at
@@ -28,7 +26,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", help="a file with a prompt a line, or .jsonl with a field prompt; default: held out"
     )
-    group.add_argument("--draft_length", type=int, help="tokens drafted a forward pass; default mtp.depth")
+    group.add_argument(
+        "--draft_length", type=int, help="tokens drafted a forward pass; default mtp.depth. advice: at most"
+    )
     group.add_argument("--max_new_tokens", type=int, default=128)
     group.add_argument("--batch_size", type=int, default=1)
     group.add_argument("--temperature", type=float, default=0.0)
@@ -43,6 +43,12 @@ def check(args: argparse.Namespace) -> None:
       UserError: a number outside its range.
     """
     make_sampler(args.temperature, args.top_k, args.top_p)
+    if args.prompts:
+        speculative.read_prompts(args.prompts)
+    elif is_hf_folder(args.workdir):
+        raise UserError(
+            f"--workdir={args.workdir}: a Hugging Face folder has no held-out documents; give --prompts=FILE"
+        )
     for name in ("draft_length", "max_new_tokens", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -71,9 +77,9 @@ def run(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[str, dict
         result = speculative.measure(
             model.decoder, prompts, num_drafts=num_drafts, batch_size=args.batch_size, **options
         )
-        out["speculative"] = speculative.text(result, sampler), speculative.as_json(result)
+        out["speculative"] = speculative.text(result), speculative.as_json(result)
     if "advice" in tasks:
-        out["advice"] = _advice(model.decoder, prompts, args.batch_size, options)
+        out["advice"] = _advice(model.decoder, prompts, args, options)
     return out
 
 
@@ -85,18 +91,15 @@ def _mesh(workdir: str) -> MeshConfig | None:
     try:
         sizes = mesh_sizes(mesh, jax.device_count())
     except UserError:  # trained on other devices than these
-        return None
+        return None if jax.process_count() == 1 else MeshConfig()
     is_cut = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"] > 1
     return mesh if is_cut or jax.process_count() > 1 else None
 
 
-def _advice(decoder: Decoder, prompts: list[np.ndarray], batch_size: int, options: dict[str, Any]):
-    depth = decoder.config.depth
-    most = depth + (BEYOND_DEPTH if decoder.config.mtp.kind == "sequential" else 0)
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    written = [decoder.generate(batch, num_drafts=most, **options) for batch in batches]
-    tested, accepted = (sum(getattr(g, name).sum(axis=0) for g in written) for name in ("tested", "accepted"))
-    rates = [float(a / t) if t else math.nan for a, t in zip(accepted, tested, strict=True)]
+def _advice(decoder: Decoder, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
+    beyond = BEYOND_DEPTH if decoder.config.mtp.kind == "sequential" else 0
+    most = args.draft_length or decoder.config.depth + beyond
+    rates = speculative.write_all(decoder, prompts, args.batch_size, num_drafts=most, **options).acceptance
     costs = advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
     advised = advice.advise(rates, costs)
     values = {

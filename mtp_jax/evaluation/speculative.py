@@ -23,17 +23,18 @@ from mtp_jax.decoding.samplers import GREEDY, Sampler, is_greedy
 class SpeculativeResult:
     """Plain and self-speculated continuations of the same prompts.
 
-    acceptance: of draft k, how often it was kept where those before it were. num_same: rows of the same tokens both
-    ways (greedy: all of them, but for ties in low precision). Tokens per second of whole batches, the reading of the
-    prompts included. cache_bytes, multi_head_bytes: what is kept of a token in the main model's caches, and what plain
-    multi-head attention would keep.
+    acceptance: of draft k, how often it was kept where those before it were.
+    num_same: rows of the same tokens both ways (all of them, but for rounding in low precision); None where sampled.
+    tokens_per_second, plain_tokens_per_second: of whole batches, the reading of the prompts included.
+    cache_bytes, multi_head_bytes: what is kept of a token in the main model's caches, and what plain multi-head
+      attention would keep.
     """
 
     draft_length: int
     batch_size: int
     num_prompts: int
     num_tokens: int
-    num_same: int
+    num_same: int | None
     acceptance: list[float]
     tokens_per_forward: float
     plain_tokens_per_second: float
@@ -74,18 +75,40 @@ def read_prompts(path: str) -> list[str]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"--prompts={path}: no such file")
-    lines = [line for line in file.read_text().splitlines() if line.strip()]
-    if file.suffix == ".jsonl":
-        prompts = []
-        for number, line in enumerate(lines, 1):
-            try:
-                prompts.append(str(json.loads(line)["prompt"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f'--prompts={path}: line {number} is no JSON object with a field "prompt"') from error
-        lines = prompts
-    if not lines:
+    try:
+        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts={path}: is not UTF-8") from error
+    prompts = [_prompt_of(path, n, line) if file.suffix == ".jsonl" else line for n, line in lines]
+    if not prompts:
         raise UserError(f"--prompts={path}: holds no prompt")
-    return lines
+    return prompts
+
+
+def _prompt_of(path: str, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f'--prompts={path}: line {number} is no JSON object with a text in its field "prompt"')
+    return prompt
+
+
+def write_all(
+    decoder: Decoder, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
+) -> Generation:
+    """`Decoder.generate` of all prompts, batch by batch, each batch with draws of its own."""
+    starts = range(0, len(prompts), batch_size)
+    return joined(
+        [decoder.generate(prompts[i : i + batch_size], seed=seed + n, **options) for n, i in enumerate(starts)]
+    )
+
+
+def joined(parts: Sequence[Generation]) -> Generation:
+    """Several batches as one."""
+    counts = (np.concatenate([getattr(g, name) for g in parts]) for name in ("rounds", "tested", "accepted"))
+    return Generation([tokens for g in parts for tokens in g.tokens], *counts)
 
 
 def measure(
@@ -106,6 +129,7 @@ def measure(
     Raises:
       UserError: as `Decoder.generate`.
     """
+    decoder.check(prompts, max_new_tokens, num_drafts)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     options: dict[str, Any] = {"sampler": sampler, "stop_tokens": stop_tokens}
     for batch in batches:
@@ -116,21 +140,20 @@ def measure(
     for _ in range(repeats):
         spent = dict.fromkeys(seconds, 0.0)
         runs = {drafts: [] for drafts in seconds}
-        for batch in batches:
+        for n, batch in enumerate(batches):
             for drafts in seconds:
                 started = time.monotonic()
-                runs[drafts].append(decoder.generate(batch, max_new_tokens, num_drafts=drafts, seed=seed, **options))
+                written = decoder.generate(batch, max_new_tokens, num_drafts=drafts, seed=seed + n, **options)
+                runs[drafts].append(written)
                 spent[drafts] += time.monotonic() - started
         seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
-    return _result(decoder, batch_size, runs[0], runs[num_drafts], seconds[0], seconds[num_drafts])
+    plain, drafted = joined(runs[0]), joined(runs[num_drafts])
+    same = sum(np.array_equal(a, b) for a, b in zip(plain.tokens, drafted.tokens, strict=True))
+    num_same = same if is_greedy(sampler) else None
+    return _result(decoder, batch_size, plain.tokens, drafted, num_same, seconds[0], seconds[num_drafts])
 
 
-def _result(decoder, batch_size, plain, drafted, plain_seconds, seconds) -> SpeculativeResult:
-    every = Generation(
-        [tokens for g in drafted for tokens in g.tokens],
-        *(np.concatenate([getattr(g, name) for g in drafted]) for name in ("rounds", "tested", "accepted")),
-    )
-    rows = [tokens for g in plain for tokens in g.tokens]
+def _result(decoder, batch_size, rows, every, num_same, plain_seconds, seconds) -> SpeculativeResult:
     num_tokens, num_plain = sum(map(len, every.tokens)), sum(map(len, rows))
     cache = cache_bytes_per_token(decoder.config)
     return SpeculativeResult(
@@ -138,7 +161,7 @@ def _result(decoder, batch_size, plain, drafted, plain_seconds, seconds) -> Spec
         batch_size=batch_size,
         num_prompts=len(rows),
         num_tokens=num_tokens,
-        num_same=sum(np.array_equal(a, b) for a, b in zip(rows, every.tokens, strict=True)),
+        num_same=num_same,
         acceptance=every.acceptance,
         tokens_per_forward=every.tokens_per_forward,
         plain_tokens_per_second=num_plain / plain_seconds,
@@ -149,17 +172,17 @@ def _result(decoder, batch_size, plain, drafted, plain_seconds, seconds) -> Spec
     )
 
 
-def text(result: SpeculativeResult, sampler: Sampler) -> str:
+def text(result: SpeculativeResult) -> str:
     """The result as a table, a few lines of words below."""
     r = result
     head = f"{'drafts':<8}{'acceptance':>12}" + f"{'tokens/forward':>16}{'plain tok/s':>13}{'tok/s':>9}{'speed-up':>10}"
-    rates = " ".join(f"{a:.0%}" for a in r.acceptance)
+    rates = " ".join("-" if math.isnan(a) else f"{a:.0%}" for a in r.acceptance)
     width = max(12, len(rates) + 1)
     row = (
         f"{r.draft_length:<8}{rates:>{width}}{r.tokens_per_forward:>16.2f}{r.plain_tokens_per_second:>13,.0f}"
         f"{r.tokens_per_second:>9,.0f}{r.speed_up:>9.2f}x"
     )
-    same = f"; {r.num_same} of {r.num_prompts} texts the same both ways" if is_greedy(sampler) else ""
+    same = "" if r.num_same is None else f"; {r.num_same} of {r.num_prompts} texts the same both ways"
     saved = 1 - r.cache_bytes / r.multi_head_bytes
     size = f"{r.num_prompts} prompts in batches of {r.batch_size}, {r.num_tokens:,} new tokens"
     return "\n".join(

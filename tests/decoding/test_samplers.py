@@ -109,11 +109,14 @@ def test_other_numbers_are_not_another_program():
 
 
 UNUSABLE = {
+    "temperature that overflows": ((1e-40, None, None), ["temperature=1e-40", "use 0"]),
+    "no temperature": ((None, None, None), ["temperature=None"]),
+    "half a token": ((1.0, 2.5, None), ["top_k=2.5", "integer"]),
     "negative temperature": ((-0.5, None, None), ["temperature=-0.5", "greedy"]),
     "temperature not a number": ((float("nan"), None, None), ["temperature=nan"]),
     "endless temperature": ((float("inf"), None, None), ["temperature=inf"]),
-    "no token": ((1.0, 0, None), ["top_k=0", "at least 1", "None"]),
-    "no mass": ((1.0, None, 0.0), ["top_p=0.0", "above 0", "None"]),
+    "no token": ((1.0, 0, None), ["top_k=0", "at least 1", "leave it out"]),
+    "no mass": ((1.0, None, 0.0), ["top_p=0.0", "above 0", "leave it out"]),
     "too much mass": ((1.0, None, 1.5), ["top_p=1.5", "at most 1"]),
     "mass not a number": ((1.0, None, float("nan")), ["top_p=nan"]),
     "top_k beside greedy": ((0.0, 5, None), ["top_k=5", "temperature=0"]),
@@ -138,3 +141,10 @@ def test_samplers_of_one_structure_are_one_type_of_pytree():
     one, other = make_sampler(0.7, 3, 0.9), make_sampler(1.1, 50, 0.2)
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert [type(step) for step in one] == [Temperature, TopK, TopP]
+
+
+def test_the_smallest_mass_leaves_the_likeliest_token_and_all_of_it_rules_out_none():
+    logits = 3 * np.random.default_rng(0).normal(size=(2, 100_000)).astype(np.float32)
+    for mass, kept in ((1e-50, 1), (1.0, 100_000)):
+        found = np.isfinite(np.asarray(filtered((TopP(jnp.float32(mass)),), jnp.asarray(logits)))).sum(axis=-1)
+        np.testing.assert_array_equal(found, kept)

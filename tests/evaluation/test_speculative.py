@@ -87,13 +87,39 @@ def test_unusable_flags_are_one_line(monkeypatch, capsys, workdir, argv, message
     assert err.startswith(message)
 
 
-@pytest.mark.parametrize("content", ['{"text": "a"}\n', "no json\n", "", "[1]\n"])
+@pytest.mark.parametrize("content", ['{"text": "a"}\n', "no json\n", "", "[1]\n", '{"prompt": ["a"]}\n'])
 def test_a_file_without_prompts_is_one_line(monkeypatch, capsys, tmp_path, workdir, content):
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     argv = [f"--workdir={workdir}", "--tasks=speculative", f"--prompts={path}"]
     code, out, err = run_eval(monkeypatch, capsys, *argv)
     assert (code, out) == (2, "") and err.startswith(f"error: --prompts={path}: ") and len(err.splitlines()) == 1
+
+
+def test_a_prompt_is_named_by_its_line_and_its_place(monkeypatch, capsys, tmp_path, workdir):
+    lines, words = tmp_path / "p.jsonl", tmp_path / "p.txt"
+    lines.write_text('{"prompt": "a"}\n\n\n{"prompt": null}\n')
+    words.write_text("the\n\ncafé\n" + "a" * 200)
+    for path, message in ((lines, "line 4 is no JSON"), (words, "prompt 2: has 201 tokens")):
+        argv = [f"--workdir={workdir}", "--tasks=speculative", f"--prompts={path}"]
+        code, out, err = run_eval(monkeypatch, capsys, *argv)
+        assert (code, out) == (2, "") and message in err, err
+
+
+def test_a_hugging_face_folder_needs_prompts(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={tmp_path}", "--tasks=speculative")
+    assert (code, out) == (2, "") and "give --prompts=FILE" in err, err
+
+
+def test_batches_are_sampled_with_draws_of_their_own(workdir):
+    import mtp_jax
+    from mtp_jax.decoding.samplers import make_sampler
+
+    prompt = np.arange(97, 107)
+    options = {"max_new_tokens": 20, "sampler": make_sampler(1.5), "num_drafts": 0}
+    first, second = speculative.write_all(mtp_jax.load(workdir).decoder, [prompt, prompt], 1, **options).tokens
+    assert not np.array_equal(first, second)
 
 
 def test_held_out_prompts_are_parts_of_validation_documents(workdir):
@@ -132,3 +158,9 @@ def test_the_best_draft_length_weighs_tokens_against_time():
 def test_where_speculation_pays_again_at_larger_batches_it_does_not_stop_before():
     rows = [Advice(1, 0, 1.0), Advice(2, 1, 1.1), Advice(4, 0, 1.0), Advice(8, 0, 1.0)]
     assert advice.stops_paying(rows) == 4
+    costs = [Cost(b, 1, 1.0, 10.0, 10.0) for b in (1, 2)]
+    for rows, said in (
+        ([Advice(1, 1, 1.5), Advice(2, 1, 1.5)], "speculation pays at every batch size up to 2"),
+        ([Advice(1, 0, 1.0), Advice(2, 1, 1.5)], "speculation pays at batch size 2, but not at all below"),
+    ):
+        assert advice.text([0.5], costs, rows).splitlines()[-1] == said
