@@ -4,62 +4,70 @@
     acceptance    per depth: agreement with the main head, and the tokens per forward pass to expect from it
     speculative   plain and self-speculated continuations: measured acceptance, tokens per forward pass, speed-up
     advice        how many tokens to draft at which batch size, from measured acceptance and measured costs
+    any other     a benchmark of lm-evaluation-harness by its name: arc_easy, mmlu, gsm8k, humaneval ...; with
+                  --data_dir (or MTP_DATA_DIR) those of configs/tasks read local files; --tasks_dir=DIR adds your own
 
+--output writes the values as JSON, and beside it the same as Markdown and as a picture (.md, .png).
 Exit codes: 0 done, 1 a failed run, 2 unusable arguments.
 """
 
-import json
 import pathlib
 
 from mtp_jax import cli, distributed
 from mtp_jax.config import UserError
 
 VALIDATION_TASKS, DECODE_TASKS = ("loss", "acceptance"), ("speculative", "advice")
-TASKS = VALIDATION_TASKS + DECODE_TASKS
 
 
 def main(argv: list[str]) -> None:
-    from mtp_jax.evaluation import decode_tasks
+    from mtp_jax.evaluation import benchmarks, decode_tasks, results
 
     flags = cli.parser(__doc__)
-    flags.add_argument("--workdir", required=True, help="of a run of train.py")
-    flags.add_argument("--tasks", default="loss,acceptance", help=f"comma-separated: {', '.join(TASKS)}")
-    flags.add_argument("--output", help="also write the results to this JSON file")
-    flags.add_argument("--limit", type=int, help="validation batches (default training.eval_batches), or prompts")
+    flags.add_argument("--workdir", required=True, help="of a run of train.py, or a Hugging Face folder")
+    flags.add_argument("--tasks", default="loss,acceptance", help="comma-separated")
+    flags.add_argument("--output", help="write the results to this .json file, and beside it as .md and .png")
+    flags.add_argument("--limit", type=int, help="validation batches, prompts, or documents of each benchmark")
     decode_tasks.add_flags(flags)
+    benchmarks.add_flags(flags)
     distributed.add_flags(flags)
     args, overrides = cli.parse(flags, argv)
-    tasks = [t for t in args.tasks.split(",") if t]
-    unknown = [t for t in tasks if t not in TASKS]
-    if unknown or not tasks:
-        raise UserError(f"--tasks={args.tasks}: no task {(unknown or [''])[0]!r}; there are {', '.join(TASKS)}")
+    tasks = list(dict.fromkeys(t for t in args.tasks.split(",") if t))
+    if not tasks:
+        raise UserError(f"--tasks={args.tasks}: is empty; give loss, acceptance, speculative, advice or benchmarks")
     if overrides:
         raise UserError(f"{overrides[0]}: eval.py takes the config of the workdir")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit={args.limit}: must be at least 1")
-    if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output={args.output}: its folder does not exist; make it first")
-    decode_tasks.check(args)
+    if args.output:
+        results.check_output(args.output)
+    validated, decoded = ([t for t in tasks if t in known] for known in (VALIDATION_TASKS, DECODE_TASKS))
+    decode_tasks.check(args, decoded)
+    names = [t for t in tasks if t not in VALIDATION_TASKS + DECODE_TASKS]
+    plan = benchmarks.plan(args, names) if names else None
     distributed.initialize(args)
 
     import jax
 
     texts: list[str] = []
     values: dict[str, object] = {}
-    if set(tasks) & set(VALIDATION_TASKS):
+    if validated:
         from mtp_jax.evaluation import validation
 
-        text, values = validation.run(args.workdir, tasks, args.limit)
+        text, values = validation.run(args.workdir, validated, args.limit)
         texts.append(text)
-    if set(tasks) & set(DECODE_TASKS):
-        for task, (text, found) in decode_tasks.run(args, tasks).items():
+    if decoded or plan:
+        model = decode_tasks.load_model(args.workdir)
+        for task, (text, found) in decode_tasks.run(args, decoded, model).items() if decoded else ():
             texts.append(text)
             values[task] = found
+        if plan:
+            text, values["benchmarks"] = benchmarks.run(plan, args, model)
+            texts.append(text)
     if jax.process_index() != 0:
         return
     print("\n\n".join(texts))
     if args.output:
-        pathlib.Path(args.output).write_text(json.dumps(values, indent=2) + "\n")
+        results.write(pathlib.Path(args.output), args.workdir, texts, values)
 
 
 if __name__ == "__main__":

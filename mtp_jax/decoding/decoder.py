@@ -15,10 +15,9 @@ from mtp_jax.config import Config, UserError
 from mtp_jax.decoding import state as states
 from mtp_jax.decoding.network import take_apart
 from mtp_jax.decoding.samplers import GREEDY, Sampler
-from mtp_jax.decoding.state import State
+from mtp_jax.decoding.state import State, bucket
 from mtp_jax.model import Tree
 
-PROMPT_CHUNK = 512  # prompt tokens run at once, at most
 ROUNDS_A_CALL = 64  # between two looks at what was written
 ROUNDS_A_CALL_WATCHED = 16  # the same where somebody looks for the end of the text
 
@@ -127,12 +126,7 @@ class Decoder:
             for row, prompt in zip(tokens, prompts, strict=False):
                 row[: len(prompt)] = prompt
             state = states.begin(self.config, num_drafts, self.network, tokens, lengths, limits, np.uint32(seed))
-            num_read = int(lengths.max()) - 1
-            chunk = min(PROMPT_CHUNK, max(16, 1 << (num_read - 1).bit_length())) if num_read else 1
-            for at in range(0, num_read, chunk):
-                visible = min(bucket(at + chunk), tokens.shape[1])
-                state = states.read(self.config, chunk, visible, self.network, state, np.int32(at))
-        return state
+            return states.read_all(self.config, self.network, state, int(lengths.max()) - 1)
 
     def write(
         self, state: State, num_rounds: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
@@ -190,13 +184,6 @@ def check_drafts(config: Config, num_drafts: int) -> None:
             f"draft_length={num_drafts}: the model has {config.depth} parallel heads, which draft one token each; use "
             f"at most {config.depth}"
         )
-
-
-def bucket(length: int) -> int:
-    """Room for at least `length` tokens, in few different sizes: multiples of 128 and of a quarter of the next power
-    of two."""
-    step = max(128, (1 << (length - 1).bit_length()) // 4)
-    return -(-length // step) * step
 
 
 def _written(state: State, starts: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:

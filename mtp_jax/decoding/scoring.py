@@ -4,7 +4,7 @@ Shape letters: B rows, T positions, C positions of a chunk, D model, V vocabular
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,19 @@ LOGIT_BYTES = 1 << 28  # of the logits that exist at one time
 
 
 def score(
-    config: Config, params: Tree, biases: Tree, texts: Sequence[np.ndarray], starts: Sequence[int]
+    config: Config,
+    params: Tree,
+    biases: Tree,
+    texts: Sequence[np.ndarray],
+    starts: Sequence[int],
+    progress: Callable[[int], None] = lambda num: None,
 ) -> list[tuple[float, bool]]:
     """For each text the sum of log p (nats) of its tokens from `start` >= 1 on, and whether they are the greedy ones.
 
     Texts of about one length go together. Call under `jax.set_mesh`.
+
+    Args:
+      progress: called with the number of texts done since the last call.
     """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
@@ -36,6 +44,7 @@ def score(
         scored = _batch(config, params, biases, [texts[i] for i in batch], [starts[i] for i in batch], size, num)
         for i, result in zip(batch, scored, strict=True):
             results[i] = result
+        progress(len(batch))
     return results
 
 
@@ -55,7 +64,15 @@ def _log_probs(config: Config, params: Tree, biases: Tree, inputs_BT, targets_BT
     model = skeleton(config).merge(params, biases)
     positions_BT = jnp.broadcast_to(jnp.arange(inputs_BT.shape[1]), inputs_BT.shape)
     hidden_BTD = model.main(inputs_BT, jnp.ones_like(inputs_BT), positions_BT)
-    head_DV = model.head().astype(hidden_BTD.dtype)
+    return token_scores(hidden_BTD, model.head().astype(hidden_BTD.dtype), targets_BT)
+
+
+def token_scores(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p of each target, float32[B, T], and whether it is the likeliest token; the logits of a piece at a time.
+
+    Args:
+      hidden_BTD: normed hidden states.
+    """
 
     def chunk(args):
         hidden_BCD, targets_BC = args
@@ -64,9 +81,9 @@ def _log_probs(config: Config, params: Tree, biases: Tree, inputs_BT, targets_BT
         return at_BC - jax.nn.logsumexp(logits_BCV, axis=-1), jnp.argmax(logits_BCV, axis=-1) == targets_BC
 
     num = 1
-    while inputs_BT.size * head_DV.shape[1] * 4 / num > LOGIT_BYTES and inputs_BT.shape[1] % (2 * num) == 0:
+    while targets_BT.size * head_DV.shape[1] * 4 / num > LOGIT_BYTES and targets_BT.shape[1] % (2 * num) == 0:
         num *= 2
     cut = [jnp.moveaxis(x.reshape(len(x), num, -1, *x.shape[2:]), 1, 0) for x in (hidden_BTD, targets_BT)]
     parts = jax.lax.map(chunk, tuple(cut))
-    log_p, best = (jnp.moveaxis(x, 0, 1).reshape(inputs_BT.shape) for x in parts)
+    log_p, best = (jnp.moveaxis(x, 0, 1).reshape(targets_BT.shape) for x in parts)
     return constrain(log_p, None, None), constrain(best, None, None)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.decoding import drafting
@@ -19,6 +20,8 @@ from mtp_jax.decoding.samplers import Sampler
 from mtp_jax.decoding.verify import Verdict, verify
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.sharding import constrain
+
+PROMPT_CHUNK = 512  # prompt tokens run at once, at most
 
 
 class Counts(NamedTuple):
@@ -102,6 +105,24 @@ def read(config: Config, num_tokens: int, num_visible: int, network: Network, st
     num_new_B = jnp.clip(state.length_B - 1 - start, 0, num_tokens)
     recent_BWD = _moved(state.recent_BWD, hidden_BTD, num_new_B)
     return state._replace(caches=main.caches, depth_caches=depth_caches, recent_BWD=recent_BWD)
+
+
+def read_all(config: Config, network: Network, state: State, num_tokens: int) -> State:
+    """Run the first `num_tokens` positions of every prompt, in pieces of few sizes. The state given is used up."""
+    if not num_tokens:
+        return state
+    chunk = min(PROMPT_CHUNK, max(16, 1 << (num_tokens - 1).bit_length()))
+    for at in range(0, num_tokens, chunk):
+        visible = min(bucket(at + chunk), state.tokens_BS.shape[1])
+        state = read(config, chunk, visible, network, state, np.int32(at))
+    return state
+
+
+def bucket(length: int) -> int:
+    """Room for at least `length` tokens, in few different sizes: multiples of 128 and of a quarter of the next power
+    of two."""
+    step = max(128, (1 << (length - 1).bit_length()) // 4)
+    return -(-length // step) * step
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")

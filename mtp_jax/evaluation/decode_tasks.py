@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from mtp_jax.decoding.decoder import Decoder, check_drafts
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.evaluation import advice, speculative
 from mtp_jax.interop.folder import is_hf_folder
+from mtp_jax.language_model import LanguageModel
 from mtp_jax.training.workdir import read_config
 
 NUM_PROMPTS = 16
@@ -21,7 +23,7 @@ BEYOND_DEPTH = 2  # drafts more than trained depths that the advice looks at
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Those of both tasks."""
+    """Those of both tasks; benchmarks share --draft_length and --batch_size."""
     group = flags.add_argument_group("speculative, advice")
     group.add_argument(
         "--prompts", help="a file with a prompt a line, or .jsonl with a field prompt; default: held out"
@@ -30,22 +32,22 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "--draft_length", type=int, help="tokens drafted a forward pass; default mtp.depth. advice: at most"
     )
     group.add_argument("--max_new_tokens", type=int, default=128)
-    group.add_argument("--batch_size", type=int, default=1)
+    group.add_argument("--batch_size", type=int, help="texts written at once; default 1, benchmarks 16")
     group.add_argument("--temperature", type=float, default=0.0)
     group.add_argument("--top_k", type=int)
     group.add_argument("--top_p", type=float)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     """Refuse unusable flags before anything is loaded.
 
     Raises:
-      UserError: a number outside its range.
+      UserError: a number outside its range, or prompts that are not there.
     """
     make_sampler(args.temperature, args.top_k, args.top_p)
     if args.prompts:
         speculative.read_prompts(args.prompts)
-    elif is_hf_folder(args.workdir):
+    elif tasks and is_hf_folder(args.workdir):
         raise UserError(
             f"--workdir={args.workdir}: a Hugging Face folder has no held-out documents; give --prompts=FILE"
         )
@@ -55,16 +57,20 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}={value}: must be at least 1")
 
 
-def run(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+def load_model(workdir: str) -> LanguageModel:
+    """The model of a workdir or a Hugging Face folder, on one device or on the mesh it was trained on."""
+    return language_model.load(workdir, mesh=_mesh(workdir))
+
+
+def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) -> dict[str, tuple[str, dict[str, Any]]]:
     """Each task's text and its values for JSON.
 
     Args:
-      args: of `add_flags`, with workdir and limit (the number of prompts).
+      args: of `add_flags`, with limit (the number of prompts).
 
     Raises:
       UserError: a model that cannot draft, or prompts that cannot be used.
     """
-    model = language_model.load(args.workdir, mesh=_mesh(args.workdir))
     num_drafts = args.draft_length or model.config.depth
     check_drafts(model.config, max(1, num_drafts))
     sampler = make_sampler(args.temperature, args.top_k, args.top_p)
@@ -75,7 +81,7 @@ def run(args: argparse.Namespace, tasks: list[str]) -> dict[str, tuple[str, dict
     out: dict[str, tuple[str, dict[str, Any]]] = {}
     if "speculative" in tasks:
         result = speculative.measure(
-            model.decoder, prompts, num_drafts=num_drafts, batch_size=args.batch_size, **options
+            model.decoder, prompts, num_drafts=num_drafts, batch_size=args.batch_size or 1, **options
         )
         out["speculative"] = speculative.text(result), speculative.as_json(result)
     if "advice" in tasks:
@@ -99,7 +105,7 @@ def _mesh(workdir: str) -> MeshConfig | None:
 def _advice(decoder: Decoder, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
     beyond = BEYOND_DEPTH if decoder.config.mtp.kind == "sequential" else 0
     most = args.draft_length or decoder.config.depth + beyond
-    rates = speculative.write_all(decoder, prompts, args.batch_size, num_drafts=most, **options).acceptance
+    rates = speculative.write_all(decoder, prompts, args.batch_size or 1, num_drafts=most, **options).acceptance
     costs = advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
     advised = advice.advise(rates, costs)
     values = {
@@ -111,7 +117,7 @@ def _advice(decoder: Decoder, prompts: list[np.ndarray], args: argparse.Namespac
     return advice.text(rates, costs, advised), speculative.without_nan(values)
 
 
-def _prompts(model: language_model.LanguageModel, args: argparse.Namespace) -> list[np.ndarray]:
+def _prompts(model: LanguageModel, args: argparse.Namespace) -> list[np.ndarray]:
     if args.prompts:
         texts = speculative.read_prompts(args.prompts)
         return model.prompt_ids(texts[: args.limit or len(texts)])

@@ -1,14 +1,13 @@
 """Small corpora, and the real texts where the machine has them."""
 
 import dataclasses
-import os
-import pathlib
 
 import pytest
 
 from mtp_jax.config import Config, DataConfig, MTPConfig
 from mtp_jax.data import store
 from mtp_jax.data.tokenizer import ByteTokenizer
+from tests import real_data as real_data_of
 
 
 @pytest.fixture(scope="session")
@@ -56,20 +55,8 @@ def bare_tokenizer():
 
 @pytest.fixture
 def real_data():
-    """The path of a real text or tokenizer, in $MTP_TEST_DATA or next to the checkout."""
-    checkout = pathlib.Path(__file__).parents[2]
-    folder = pathlib.Path(os.environ.get("MTP_TEST_DATA") or checkout.parent / "shared" / "data")
-
-    def find(name):
-        path = folder / name
-        if path.is_file():
-            return str(path)
-        message = f"{path} is missing: set MTP_TEST_DATA to a folder that has it"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-
-    return find
+    """The path of a real text or tokenizer."""
+    return lambda name: str(real_data_of.find(name))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import MeshConfig, conventions
-from mtp_jax.decoding import decoder as decoders
 from mtp_jax.decoding import drafting
 from mtp_jax.decoding import state as states
 from mtp_jax.decoding.decoder import Decoder, Generation
@@ -133,7 +132,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(mtp, monkeypatch):
     lengths = [19, 2, 40, 1]
     prompts, found = prompts_of(lengths, 16), {}
     for chunk in (7, 64):
-        monkeypatch.setattr(decoders, "PROMPT_CHUNK", chunk)
+        monkeypatch.setattr(states, "PROMPT_CHUNK", chunk)
         found[chunk] = jax.device_get(decoder.start(prompts, 5, num_drafts=2, seed=0)._replace(keys_B=None))
     pieces, whole = found[7], found[64]
     for b, length in enumerate(lengths):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax import data, language_model
+from mtp_jax import data
 from mtp_jax.config import MeshConfig, UserError, load_config
 from mtp_jax.evaluation import conventions
 from mtp_jax.interop import folder as hf_folder
@@ -357,7 +357,7 @@ def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypat
     (tmp_path / "text.py").write_text("def main(argv):\n    return [a for a in argv if a]\n" * 100)
     capfd.readouterr()
     tokenizer = data.load_tokenizer("bytes")
-    monkeypatch.setattr(language_model.data, "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(data, "load_tokenizer", lambda path: tokenizer)
     argv = ["import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'wrong'}"]
     assert run_here(monkeypatch, convert.main, *argv, "--check") == 2  # no tokenizer, no text
     assert "no tokenizer.json" in capfd.readouterr().err and not (tmp_path / "wrong").exists()

@@ -1,12 +1,10 @@
-"""A trained model for people and for evaluation: `mtp_jax.load(path)`.
+"""What a trained model does for people and for evaluation.
 
 Shape letters: B rows, N tokens, D extra depths, T = N - D positions, K = 1 + D depths, V vocabulary.
 """
 
 import dataclasses
 import functools
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import data, sharding
-from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes
-from mtp_jax.decoding import scoring
+from mtp_jax.config import Config, UserError
+from mtp_jax.decoding import choices, scoring
 from mtp_jax.decoding.decoder import Decoder, Generation, check_drafts, check_integer
 from mtp_jax.decoding.samplers import make_sampler
-from mtp_jax.interop import folder as hf_folder
-from mtp_jax.interop.weights import place
+from mtp_jax.language_model import texts as texts_of
 from mtp_jax.model import Tree, skeleton
 from mtp_jax.targets import PADDING
-from mtp_jax.training import workdir as workdirs
-from mtp_jax.training.checkpoint import Checkpoints
+
+SHORTEST_SHARED = 16  # tokens of a context below which reading it once for several continuations saves nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,50 +133,93 @@ class LanguageModel:
         """What `generate` runs: a copy of the weights in the compute dtype, made at the first use."""
         return Decoder(self.config, self.params, self.biases, self.mesh)
 
-    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = lambda num: None
+    ) -> list[tuple[float, bool]]:
         """How likely continuations are after their contexts.
 
         A context begins as documents do in training. Blanks at its end are read with the continuation, as tokenizers
-        join them to the word behind. Of a context too long for the model the end is kept.
+        join them to the word behind. Of a context too long for the model the end is kept, and a continuation too long
+        for it is read in pieces. A context with several continuations is read once.
 
         Args:
           pairs: (context, continuation) texts. An empty context is the tokenizer's bos, or eos.
+          progress: called with the number of pieces done since the last call.
 
         Returns:
           the sum of log p of the continuation's tokens, in nats, and whether greedy decoding would write them.
 
         Raises:
-          UserError: no tokenizer, an empty continuation, or one longer than the model's context.
+          UserError: no tokenizer, or an empty continuation.
         """
-        texts, starts = [], []
+        return self.token_loglikelihood(*self.pair_ids(pairs), progress)
+
+    def pair_ids(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[np.ndarray], list[int]]:
+        """Token ids of the pairs of `loglikelihood`, and where in each the continuation begins."""
+        tokenizer, found = self._needs_tokenizer(), []
         for n, pair in enumerate(pairs):
             if isinstance(pair, str) or len(pair) != 2:
                 raise UserError(f"pair {n}: {pair!r} is not (context, continuation); give a list of such pairs")
-            context, continuation = pair
-            ids, start = self._pair_ids(n, context, continuation)
-            texts.append(ids)
-            starts.append(start)
+            found.append(texts_of.pair(tokenizer, n, *pair))
+        return [ids for ids, _ in found], [start for _, start in found]
+
+    def loglikelihood_rolling(
+        self, texts: Sequence[str], progress: Callable[[int], None] = lambda num: None
+    ) -> list[float]:
+        """The log-likelihood of whole texts, nats: over all tokens, the first after the tokenizer's bos or eos.
+
+        A text longer than the model's context is cut into windows as lm-evaluation-harness cuts it: each token is
+        predicted once, the first of a window after one token; the last window reaches back as far as the context holds.
+
+        Args:
+          progress: called with the number of windows done since the last call.
+
+        Raises:
+          UserError: no tokenizer, or one with neither bos nor eos.
+        """
+        tokenizer = self._needs_tokenizer()
+        ids = [texts_of.whole(tokenizer, n, text)[0] for n, text in enumerate(texts)]
+        return [log_p for log_p, _ in self.token_loglikelihood(ids, [1] * len(ids), progress)]
+
+    def token_loglikelihood(
+        self,
+        texts: Sequence[np.ndarray],
+        starts: Sequence[int],
+        progress: Callable[[int], None] = lambda num: None,
+    ) -> list[tuple[float, bool]]:
+        """`loglikelihood` of token ids: of each text's tokens from its start >= 1 on."""
+        pieces, owners = [], []
+        for n, (ids, start) in enumerate(zip(texts, starts, strict=True)):
+            cut = texts_of.windows(ids, start, self.config.data.sequence_length)
+            pieces += cut
+            owners += [n] * len(cut)
+        out = [(0.0, True)] * len(texts)
+        for n, (log_p, is_greedy) in zip(owners, self._scores(pieces, progress), strict=True):
+            out[n] = out[n][0] + log_p, out[n][1] and is_greedy
+        return out
+
+    def _scores(
+        self, pieces: list[tuple[np.ndarray, int]], progress: Callable[[int], None]
+    ) -> list[tuple[float, bool]]:
+        """The same for pieces that fit the context. What several share before their start is read once."""
+        same: dict[bytes, list[int]] = {}
+        for i, (ids, start) in enumerate(pieces):
+            same.setdefault(ids[:start].tobytes(), []).append(i)
+        shared = [each for each in same.values() if len(each) > 1 and pieces[each[0]][1] >= SHORTEST_SHARED]
+        alone = sorted(set(range(len(pieces))) - {i for each in shared for i in each})
+        out: dict[int, tuple[float, bool]] = {}
+        if shared:
+            contexts = [pieces[each[0]][0][: pieces[each[0]][1]] for each in shared]
+            continuations = [[pieces[i][0][pieces[i][1] :] for i in each] for each in shared]
+            scored = choices.score(self.decoder, contexts, continuations, progress)
+            for each, scores in zip(shared, scored, strict=True):
+                out |= dict(zip(each, scores, strict=True))
         with jax.set_mesh(self.mesh):
             config = Config(model=self.config.model, mtp=self.config.mtp)  # programs do not depend on the rest
-            return scoring.score(config, self.params, self.biases, texts, starts)
-
-    def _pair_ids(self, n: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
-        """Token ids of a pair and where the continuation begins."""
-        tokenizer, longest = self._needs_tokenizer(), self.config.data.sequence_length
-        kept = context.rstrip()
-        continuation = context[len(kept) :] + continuation
-        context_ids, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
-        if not continuation:
-            raise UserError(f"pair {n}: its continuation is empty; give it at least one character")
-        num_new = max(1, len(whole) - len(context_ids))  # it may be joined to the context's last token
-        if num_new > longest:
-            raise UserError(f"pair {n}: its continuation has {num_new} tokens and the model's context holds {longest}")
-        first = tokenizer.bos_id if tokenizer.bos_id is not None or kept else tokenizer.eos_id
-        if first is None and not kept:
-            raise UserError(f"pair {n}: its context is empty and the tokenizer has neither bos nor eos to begin with")
-        ids = whole if first is None else np.concatenate([[first], whole])
-        ids = ids[-(longest + 1) :]  # the last token is only predicted
-        return ids.astype(np.int32), len(ids) - num_new
+            picked = [pieces[i][0] for i in alone], [pieces[i][1] for i in alone]
+            scored_alone = scoring.score(config, self.params, self.biases, *picked, progress)
+        out |= dict(zip(alone, scored_alone, strict=True))
+        return [out[i] for i in range(len(pieces))]
 
     def prompt_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Token ids of every prompt: texts begin with the tokenizer's bos, where it has one; ids stay as they are.
@@ -265,77 +305,3 @@ def _logits(config: Config, params: Tree, biases: Tree, tokens_BN: jax.Array) ->
     # Depths first and moved afterwards: XLA's CPU backend has no bfloat16 dot that writes the other order.
     logits_KBTV = jnp.einsum("kbtd,dv->kbtv", hidden_KBTD, head_DV, preferred_element_type=jnp.float32)
     return jnp.moveaxis(logits_KBTV, 0, 2)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    mesh: MeshConfig | None = None,
-    depth: int | None = None,
-    ignore: tuple[str, ...] = (),
-    compute_dtype: str | None = None,
-) -> LanguageModel:
-    """A trained model: the newest sound checkpoint of a workdir, or a Hugging Face folder, read without conversion.
-
-    Args:
-      path: the workdir or the folder.
-      mesh: over the devices to spread the weights; None: one device.
-      depth: 0 leaves out a Hugging Face folder's MTP layers.
-      ignore: fields of a Hugging Face config.json that are known not to change what the model computes.
-      compute_dtype: "float32" or "bfloat16"; None: as trained, or as the folder's weights.
-
-    Raises:
-      UserError: neither of the two, or a model that is not supported, with the file, field or tensor.
-      CheckpointError: a workdir without a sound checkpoint.
-    """
-    read = _from_folder if hf_folder.is_hf_folder(path) else _from_workdir
-    return read(pathlib.Path(path), _mesh(mesh), depth, ignore, compute_dtype)
-
-
-def _mesh(config: MeshConfig | None) -> tuple[MeshConfig, jax.sharding.Mesh]:
-    if config is None:
-        return MeshConfig(), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    mesh_sizes(config, jax.device_count())
-    return config, sharding.make_mesh(config)
-
-
-def _from_folder(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
-    with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
-        config = _with(opened.config, mesh[0], compute_dtype)
-        params, biases = place(opened.arrays, _abstract(config, mesh[1])).values()
-    has_tokenizer = (path / "tokenizer.json").is_file()
-    tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
-    return LanguageModel(config, params, biases, tokenizer, mesh[1])
-
-
-def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
-    if depth is not None or ignore:
-        raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
-    config = _with(workdirs.read_config(path), mesh[0], compute_dtype)
-    is_import = (path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE).is_file()
-    named = config.data.tokenizer
-    has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import
-    tokenizer = data.load_tokenizer(named) if has_tokenizer else None
-    with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
-        if not saved.steps():
-            raise UserError(f"{path}: has no checkpoints yet; train it first")
-        _, state = saved.restore_part(None, _abstract(config, mesh[1]))
-    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1])
-
-
-def _with(config: Config, mesh: MeshConfig, compute_dtype: Any) -> Config:
-    model = config.model
-    if compute_dtype is not None:
-        model = dataclasses.replace(model, compute_dtype=compute_dtype)
-    return dataclasses.replace(config, model=model, mesh=mesh)
-
-
-def _abstract(config: Config, mesh: jax.sharding.Mesh) -> Tree:
-    """Shapes, dtypes and places of the weights."""
-    built = skeleton(config)
-
-    def at(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    params, biases = built.shardings(mesh)
-    return {"params": jax.tree.map(at, built.params, params), "biases": jax.tree.map(at, built.biases, biases)}

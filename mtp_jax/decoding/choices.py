@@ -1,0 +1,112 @@
+"""How likely several continuations of one context are: the context is read once, and all go on from its caches.
+
+Shape letters: G contexts, J continuations of each, B = G * J rows, C tokens of a continuation, S slots, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax import sharding
+from mtp_jax.config import Config
+from mtp_jax.decoding import state as states
+from mtp_jax.decoding.decoder import Decoder, bucket
+from mtp_jax.decoding.network import Network, cache_bytes_per_token, placed, run_main
+from mtp_jax.decoding.scoring import TOKENS_A_BATCH, token_scores
+from mtp_jax.layers.cache import slots_at
+
+CACHE_BYTES = 1 << 30  # of the caches of a batch, those of its continuations included
+
+Scores = list[tuple[float, bool]]
+
+
+def score(
+    decoder: Decoder,
+    contexts: Sequence[np.ndarray],
+    continuations: Sequence[Sequence[np.ndarray]],
+    progress: Callable[[int], None] = lambda num: None,
+) -> list[Scores]:
+    """For each continuation the sum of log p (nats) of its tokens, and whether they are the greedy ones.
+
+    Args:
+      contexts: token ids, at least one each. With a continuation they have one token more than the model's context at
+        most: the last token is only predicted.
+      continuations: of each context at least one, with at least one token each.
+      progress: called with the number of continuations done since the last call.
+    """
+    sizes = [len(c) - 1 + max(map(len, each)) for c, each in zip(contexts, continuations, strict=True)]
+    order = sorted(range(len(contexts)), key=lambda i: -sizes[i])
+    results: list[Scores] = [[] for _ in contexts]
+    while order:
+        num_slots = bucket(sizes[order[0]])
+        num_choices = max(len(continuations[i]) for i in order[: TOKENS_A_BATCH // num_slots + 1])
+        num = _rows(decoder, num_slots, num_choices)
+        batch, order = order[:num], order[num:]
+        scored = _batch(decoder, [contexts[i] for i in batch], [continuations[i] for i in batch], num_slots, num)
+        for i, scores in zip(batch, scored, strict=True):
+            results[i] = scores
+        progress(sum(map(len, scored)))
+    return results
+
+
+def _rows(decoder: Decoder, num_slots: int, num_choices: int) -> int:
+    """Contexts of a batch: few enough for the memory of their caches, a power of two."""
+    row_bytes = num_slots * cache_bytes_per_token(decoder.config)["kept"] * (1 + num_choices)
+    most = max(1, min(TOKENS_A_BATCH // num_slots, CACHE_BYTES // row_bytes))
+    return 1 << (most.bit_length() - 1)
+
+
+def _batch(decoder: Decoder, contexts, continuations, num_slots: int, num_rows: int) -> list[Scores]:
+    """The scores of one batch. Rows and continuations that are missing are made up and not read."""
+    num_choices = max(map(len, continuations))
+    longest = max(len(c) for each in continuations for c in each)
+    size = 1 << (longest - 1).bit_length()  # few sizes: few programs
+    with jax.set_mesh(decoder.mesh):
+        shards = sharding.num_shards("batch")
+        num_rows = -(-min(num_rows, 1 << (len(contexts) - 1).bit_length()) // shards) * shards
+        tokens_GS = np.zeros((num_rows, num_slots), np.int32)
+        lengths_G = np.ones(num_rows, np.int32)
+        inputs_GJC, targets_GJC = np.zeros((2, num_rows, num_choices, size), np.int32)
+        for g, (context, each) in enumerate(zip(contexts, continuations, strict=True)):
+            lengths_G[g] = len(context)
+            tokens_GS[g, : len(context) - 1] = context[:-1]  # the last one is read with what follows
+            for j, tokens in enumerate(each):
+                inputs_GJC[g, j, : len(tokens)] = [context[-1], *tokens[:-1]]
+                targets_GJC[g, j, : len(tokens)] = tokens
+        network = decoder.network
+        state = states.begin(decoder.config, 0, network, tokens_GS, lengths_G, lengths_G, np.uint32(0))
+        state = states.read_all(decoder.config, network, state, int(lengths_G.max()) - 1)
+        found = _continued(decoder.config, network, state.caches, lengths_G, inputs_GJC, targets_GJC)
+        log_p_GJC, is_best_GJC = jax.device_get(found)
+    out = []
+    for g, each in enumerate(continuations):
+        spans = [(j, slice(len(tokens))) for j, tokens in enumerate(each)]
+        out.append(
+            [(float(log_p_GJC[g, j, s].sum(dtype=np.float64)), bool(is_best_GJC[g, j, s].all())) for j, s in spans]
+        )
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _continued(
+    config: Config, network: Network, caches: Any, lengths_G: Any, inputs_GJC: Any, targets_GJC: Any
+) -> tuple[jax.Array, jax.Array]:
+    """log p of the targets, float32[G, J, C], and whether each is the likeliest token.
+
+    Args:
+      caches: of G rows, with the entries of positions 0 .. length - 2; what is behind is overwritten before it is seen.
+      inputs_GJC: the context's last token and the continuation without its own.
+    """
+    shape = inputs_GJC.shape
+    num_choices, num_slots = shape[1], jax.tree.leaves(caches)[0].shape[1]
+    caches = placed(jax.tree.map(lambda x: jnp.repeat(x, num_choices, axis=0), caches))
+    starts_B = jnp.repeat(lengths_G - 1, num_choices)
+    slots = slots_at(starts_B[:, None] + jnp.arange(shape[2]), num_slots)
+    main = run_main(network, inputs_GJC.reshape(-1, shape[2]), slots, caches)
+    hidden_BCD = network.final_norm(main.hidden_BTD)
+    log_p_BC, is_best_BC = token_scores(hidden_BCD, network.parts.head_DV, targets_GJC.reshape(-1, shape[2]))
+    return log_p_BC.reshape(shape), is_best_BC.reshape(shape)

@@ -1,0 +1,253 @@
+"""Benchmarks of eval.py: every task of lm-evaluation-harness by name, over local files or the hub's.
+
+A name is looked for in the folders of --tasks_dir, then (where there is local data) in configs/tasks, then among the
+harness's own tasks, which load their documents from the hub.
+"""
+
+import argparse
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mtp_jax.config import UserError
+from mtp_jax.evaluation import benchmark_data
+from mtp_jax.language_model import LanguageModel
+
+TASKS_FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
+BOOTSTRAP = 1000  # resamples for the error of what is no mean
+MOST_SHOWN = 8  # tasks of a group that are listed on the screen
+
+
+def add_flags(flags: argparse.ArgumentParser) -> None:
+    """Those of benchmarks."""
+    group = flags.add_argument_group("benchmarks (--limit: documents of each task)")
+    group.add_argument("--tasks_dir", action="append", default=[], help="a folder with yaml tasks; may be repeated")
+    group.add_argument("--data_dir", help=f"local data of configs/tasks; default ${benchmark_data.VARIABLE}")
+    group.add_argument("--num_fewshot", type=int, help="examples before each question; default: as the task says")
+    group.add_argument("--speculative", action="store_true", help="self-speculated answers (the same text, faster)")
+    group.add_argument("--allow_code_execution", action="store_true", help="run programs the model wrote, in a sandbox")
+    group.add_argument("--samples", help="write each document with what the model said to this .jsonl file")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Benchmarks that are known and allowed. tasks: the harness's objects, in the order asked for."""
+
+    names: list[str]
+    tasks: list[Any]
+
+
+def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
+    """Find the tasks and load their documents, before a model is loaded.
+
+    Raises:
+      UserError: the harness is not installed; an unknown task (with the nearest), data that is not there, or a
+        task that runs programs without the permission to.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            f"--tasks={names[0]}: is not loss, acceptance, speculative or advice; for benchmarks install "
+            "requirements-eval.txt first"
+        )
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise UserError(f"--num_fewshot={args.num_fewshot}: must be at least 0")
+    if args.samples and not pathlib.Path(args.samples).absolute().parent.is_dir():
+        raise UserError(f"--samples={args.samples}: its folder does not exist; make it first")
+    if args.data_dir:
+        os.environ[benchmark_data.VARIABLE] = args.data_dir  # tasks read it, in files of their own
+    _quiet()
+    manager = _manager(args.tasks_dir, names)
+    tasks: list[Any] = []
+    for name in names:
+        tasks += _load(manager, name)
+    unsafe = [task.task_name for top in tasks for task in _leaves(top) if getattr(task, "UNSAFE_CODE", False)]
+    if unsafe and not args.allow_code_execution:
+        raise UserError(f"--tasks={unsafe[0]}: runs programs the model wrote; add --allow_code_execution to allow it")
+    return Plan(list(names), tasks)
+
+
+def _quiet() -> None:
+    """The harness says much; what goes wrong is an exception. Its bootstrap forks: a running jax may not survive it."""
+    os.environ["TQDM_DISABLE"] = "1"  # a bar for each task's prompts; ours, of the model, says otherwise
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    os.environ["DISABLE_MULTIPROC"] = "1"
+
+
+def _manager(folders: Sequence[str], names: Sequence[str]) -> Any:
+    """A task manager that knows all of `names`. The harness's own tasks are read (seconds) only where needed."""
+    from lm_eval.tasks import TaskManager
+
+    for folder in folders:
+        if not pathlib.Path(folder).is_dir():
+            raise UserError(f"--tasks_dir={folder}: no such folder")
+    own = list(folders)
+    if os.environ.get(benchmark_data.VARIABLE) and TASKS_FOLDER.is_dir():
+        benchmark_data.folder()
+        own.insert(0, str(TASKS_FOLDER))  # later ones win
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if all(name in manager.all_tasks for name in names):
+        return manager
+    manager = TaskManager(include_path=own, include_defaults=True)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 1, 0.0)
+            raise UserError(f"--tasks={name}: no such task; did you mean {near[0]}?")
+    return manager
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The task, the group, or the tasks of a tag."""
+    try:
+        loaded = manager.load([name])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a task's own files and the hub raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"--tasks={name}: cannot be loaded ({type(error).__name__}: {reason}); for local files give --data_dir"
+        ) from error
+    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+
+
+def _leaves(top: Any) -> list[Any]:
+    return top.get_all_tasks() if hasattr(top, "get_all_tasks") else [top]
+
+
+def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str, dict[str, Any]]:
+    """Evaluate: a table, and values for JSON (see `values_of`).
+
+    Raises:
+      UserError: a task asks for what this model cannot do.
+    """
+    from lm_eval import simple_evaluate
+
+    from mtp_jax.evaluation.harness import HarnessModel
+
+    answers = HarnessModel(
+        model,
+        batch_size=args.batch_size or 16,
+        speculative=args.speculative,
+        draft_length=args.draft_length,
+        seed=model.config.seed,
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # the tables alone are what is asked for
+        results: Any = simple_evaluate(
+            model=answers,
+            tasks=plan.tasks,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=bool(args.samples),
+            torch_random_seed=None,  # it would import torch
+            confirm_run_unsafe_code=args.allow_code_execution,
+        )
+    if args.samples and jax.process_index() == 0:
+        write_samples(args.samples, results["samples"])
+    values = values_of(results)
+    for name, (num_tokens, num_passes) in answers.passes.items():
+        values[name]["tokens_per_forward"] = num_tokens / max(1, num_passes)
+    title = "benchmarks" + (f", {args.limit} documents of each" if args.limit else "")
+    if answers.num_cut:
+        context = model.config.data.sequence_length
+        title += f"; {answers.num_cut} contexts were cut to what the model's {context} tokens hold"
+    return f"{title}\n{table(values)}", values
+
+
+def values_of(results: dict[str, Any]) -> dict[str, Any]:
+    """What the harness found, by task and group:
+
+    {TASK: {"metrics": {METRIC: {"value", "stderr" or None}}, "main_metric", "higher_is_better", "kind": "generative" or
+    "likelihood", "num_docs", "num_fewshot", "group": the one it belongs to, or None}}
+
+    METRIC is "acc", or "exact_match,strict-match" where a filter of that name came first.
+    """
+    parents = {child: group for group, each in results.get("group_subtasks", {}).items() for child in each}
+    groups = results.get("groups", {})
+    out: dict[str, Any] = {}
+    for name, found in {**groups, **results["results"]}.items():
+        metrics = _metrics(found)
+        if not metrics:  # a group without a number of its own
+            continue
+        leaves = _members(name, results.get("group_subtasks", {}))
+        config = results["configs"][leaves[0]]
+        main = _main_metric(config, metrics)
+        is_better = results["higher_is_better"].get(name, {}).get(main.split(",")[0])
+        out[name] = {
+            "metrics": metrics,
+            "main_metric": main,
+            "higher_is_better": True if is_better is None else is_better,
+            "kind": "generative" if config["output_type"] == "generate_until" else "likelihood",
+            "num_docs": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
+            "num_fewshot": results["n-shot"].get(leaves[0], 0),
+            "group": parents.get(name),
+        }
+    return out
+
+
+def _main_metric(config: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """The first that the task's file lists, after its first filter."""
+    listed = [entry["metric"] for entry in config.get("metric_list") or []]
+    by_place = {name: listed.index(name.split(",")[0]) for name in metrics if name.split(",")[0] in listed}
+    return min(by_place, key=lambda name: by_place[name]) if by_place else next(iter(metrics))
+
+
+def _metrics(found: dict[str, Any]) -> dict[str, Any]:
+    out = {}
+    for key, value in found.items():
+        metric, comma, filter_name = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = found.get(f"{metric}_stderr,{filter_name}")
+        name = metric if filter_name == "none" else key
+        out[name] = {"value": float(value), "stderr": float(stderr) if isinstance(stderr, int | float) else None}
+    return out
+
+
+def _members(name: str, subtasks: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group, those of its groups included; a task is its own."""
+    return [leaf for child in subtasks[name] for leaf in _members(child, subtasks)] if subtasks.get(name) else [name]
+
+
+def table(values: dict[str, Any]) -> str:
+    """A line a benchmark: shots, documents, every metric with its standard error. Groups before their tasks."""
+    lines = [["benchmark", "shots", "docs", "result"]]
+
+    def add(name: str, level: int) -> None:
+        found = values[name]
+        shown = "  ".join(f"{metric} {_number(m)}" for metric, m in found["metrics"].items())
+        lines.append([" " * 2 * level + name, str(found["num_fewshot"]), f"{found['num_docs']:,}", shown])
+        children = [child for child, each in values.items() if each["group"] == name]
+        for child in children if len(children) <= MOST_SHOWN else []:
+            add(child, level + 1)
+
+    for name, found in values.items():
+        if found["group"] not in values:
+            add(name, 0)
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _number(metric: dict[str, float | None]) -> str:
+    stderr = metric["stderr"]
+    return f"{metric['value']:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+def write_samples(path: str, samples: dict[str, list[dict[str, Any]]]) -> None:
+    """A JSON object a document: its task, prompt, what the model said, what was right, and the metrics."""
+    with open(path, "w", encoding="utf-8") as file:
+        for task, each in samples.items():
+            for sample in each:
+                file.write(json.dumps({"task": task, **sample}, default=str) + "\n")

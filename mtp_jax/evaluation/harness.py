@@ -1,0 +1,154 @@
+"""lm-evaluation-harness on our models: what its tasks ask for, answered by `LanguageModel`."""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from tqdm import tqdm
+
+from mtp_jax.config import UserError
+from mtp_jax.language_model import LanguageModel
+
+DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task says nothing
+# What tasks may say of generation. The second line says how to search, which greedy and sampled decoding need not know.
+OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "temperature", "top_p", "top_k")
+IGNORED = ("num_beams", "early_stopping", "num_return_sequences", "seed")
+
+
+class HarnessModel(LM):
+    """A `LanguageModel` as the harness knows models. Every process of a mesh answers the same requests.
+
+    Attributes:
+      num_cut: contexts that were cut because the model's holds no more.
+      passes: task name -> [tokens written, forward passes of the main model] of generated answers.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        batch_size: int = 16,
+        speculative: bool = False,
+        draft_length: int | None = None,
+        seed: int = 0,
+    ):
+        """
+        Args:
+          batch_size: prompts continued at once.
+          speculative: generated answers are drafted by the extra depths; the same text when greedy.
+        """
+        super().__init__()
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.drafts: dict[str, Any] = {"speculative": speculative} if speculative else {}
+        if speculative and draft_length is not None:
+            self.drafts["draft_length"] = draft_length
+        self.num_cut = 0
+        self.passes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log p in nats, is it greedy) of each request's (context, continuation)."""
+        texts, starts = self.model.pair_ids([request.args for request in requests])
+        self.num_cut += sum(len(ids) > self.model.config.data.sequence_length + 1 for ids in texts)
+        with _bar("loglikelihood", len(texts)) as progress:
+            return self.model.token_loglikelihood(texts, starts, progress)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """log p in nats of each request's whole text."""
+        texts = [request.args[0] for request in requests]
+        with _bar("loglikelihood_rolling windows", None) as progress:
+            return self.model.loglikelihood_rolling(texts, progress)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The text written after each request's context, up to the first of its stop strings.
+
+        Requests with the same options go together, the longest contexts first; the last batch is filled up with
+        repetitions, so that one program serves all.
+
+        Raises:
+          UserError: options that our decoding does not have.
+        """
+        answers: list[str] = [""] * len(requests)
+        with _bar("generate_until", len(requests)) as progress:
+            for options, members in _by_options(requests):
+                num_new = self._num_new(options.pop("max_new_tokens"))
+                prompts = {i: self._prompt(requests[i].args[0], num_new) for i in members}
+                members.sort(key=lambda i: -len(prompts[i]))
+                for number, batch in enumerate(_batches(members, self.batch_size)):
+                    rows = [prompts[i] for i in batch]
+                    rows += [rows[-1]] * (self.batch_size - len(rows)) if len(members) > self.batch_size else []
+                    written = self.model.generate(rows, num_new, seed=self.seed + number, **options, **self.drafts)
+                    for row, i in enumerate(batch):
+                        answers[i] = written.texts[row]
+                        counts = self.passes[requests[i].task_name or ""]
+                        counts[0] += len(written.tokens[row])
+                        counts[1] += int(written.rounds[row])
+                    progress(len(batch))
+        return answers
+
+    def _num_new(self, asked: int) -> int:
+        """Tokens to write: at most half of the context, so that some of the prompt is left."""
+        return min(asked, self.model.config.data.sequence_length // 2)
+
+    def _prompt(self, text: str, num_new: int) -> list[int]:
+        """Token ids, the end of them where the context does not hold all."""
+        tokenizer = self.model.tokenizer
+        if text or tokenizer is None:
+            ids = self.model.prompt_ids([text])[0].tolist()
+        else:
+            first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+            if first is None:
+                raise UserError("a task has an empty prompt, and the tokenizer has neither bos nor eos to begin with")
+            ids = [first]
+        room = self.model.config.data.sequence_length - num_new
+        self.num_cut += len(ids) > room
+        return ids[-room:]
+
+
+def _by_options(requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Options of `LanguageModel.generate`, with the numbers of the requests that have them."""
+    groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    for i, request in enumerate(requests):
+        asked = request.args[1]
+        groups.setdefault(repr(sorted(asked.items())), (generation_options(asked), []))[1].append(i)
+    yield from groups.values()
+
+
+def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `LanguageModel.generate` for a task's generation_kwargs.
+
+    Raises:
+      UserError: an option that is not known here.
+    """
+    unknown = [name for name in asked if name not in OPTIONS + IGNORED]
+    if unknown or asked.get("num_beams", 1) != 1:
+        name = (unknown or ["num_beams"])[0]
+        raise UserError(f"generation_kwargs: {name}={asked[name]!r} is not supported; known are {', '.join(OPTIONS)}")
+    until = asked.get("until") or []
+    out: dict[str, Any] = {"stop": [until] if isinstance(until, str) else [s for s in until if s]}
+    limits = [asked[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if asked.get(name) is not None]
+    out["max_new_tokens"] = int(limits[0]) if limits else DEFAULT_NEW_TOKENS
+    temperature = float(asked.get("temperature") or 0.0)
+    if asked.get("do_sample", temperature > 0):
+        out["temperature"] = temperature or 1.0
+        out |= {name: asked[name] for name in ("top_p", "top_k") if asked.get(name) is not None}
+    return out
+
+
+def _batches(members: list[int], size: int) -> Iterator[list[int]]:
+    yield from (members[at : at + size] for at in range(0, len(members), size))
+
+
+class _bar:
+    """A progress bar on stderr, of the first process only; inside it a function that counts up."""
+
+    def __init__(self, name: str, total: int | None):
+        self.bar = tqdm(total=total, desc=name, disable=jax.process_index() != 0 or None)
+
+    def __enter__(self) -> Callable[[int], None]:
+        return lambda num: self.bar.update(num) and None
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()

@@ -1,0 +1,95 @@
+"""What eval.py found, as files: JSON for programs, Markdown and a picture for people."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from mtp_jax.config import UserError
+
+Values = dict[str, Any]
+
+
+def check_output(path: str) -> None:
+    """Refuse an --output that cannot be written, before anything is measured.
+
+    Raises:
+      UserError: another ending than .json, or a folder that is not there.
+    """
+    if not path.endswith(".json"):
+        raise UserError(f"--output={path}: must end in .json")
+    if not pathlib.Path(path).absolute().parent.is_dir():
+        raise UserError(f"--output={path}: its folder does not exist; make it first")
+
+
+def write(path: pathlib.Path, workdir: str, texts: list[str], values: Values) -> None:
+    """`path` with the values, and beside it NAME.md and, where there is something to draw, NAME.png. The JSON comes
+    last: where it is, all is."""
+    has_picture = draw(values, path.with_suffix(".png"), workdir)
+    picture = f"\n![{workdir}]({path.with_suffix('.png').name})\n" if has_picture else ""
+    tables = "\n".join(f"```\n{text}\n```\n" for text in texts)
+    path.with_suffix(".md").write_text(f"# {workdir}\n\n{tables}{picture}", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def draw(values: Values, path: pathlib.Path, title: str) -> bool:
+    """Bars of what was found; False where there is nothing to draw."""
+    panels = [panel for panel in (_losses(values), _acceptance(values), _benchmarks(values)) if panel]
+    if not panels:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    height = 1.0 + 0.3 * max(len(rows) for _, rows in panels)
+    size = 4.6 * len(panels), max(2.4, height)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes.flat, panels, strict=True):
+        names, numbers, errors = zip(*rows, strict=True)
+        places = range(len(rows))
+        axis.barh(places, numbers, xerr=[e or 0.0 for e in errors], color="#2a78d6", ecolor="#333333", height=0.7)
+        for place, number, error in zip(places, numbers, errors, strict=True):
+            axis.annotate(
+                f"{number:.3g}",
+                (number + (error or 0.0), place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                size=8,
+            )
+        axis.set_yticks(places, names, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def _losses(values: Values) -> Any:
+    rows = [(depth, v["loss"], None) for depth, v in values.get("loss", {}).items() if v["loss"] is not None]
+    return ("loss, nats a token", rows) if rows else None
+
+
+def _acceptance(values: Values) -> Any:
+    agreed = [(f"agreement, {d}", v["agreement"], None) for d, v in values.get("acceptance", {}).items() if d != "main"]
+    kept = values.get("speculative", {}).get("acceptance", [])
+    measured = [(f"accepted, draft {k}", rate, None) for k, rate in enumerate(kept, 1)]
+    rows = [row for row in agreed + measured if row[1] is not None]
+    return ("drafts", rows) if rows else None
+
+
+def _benchmarks(values: Values) -> Any:
+    """The main metric of each benchmark; tasks of a group are its own business. Perplexities have another scale."""
+    rows = []
+    for name, found in values.get("benchmarks", {}).items():
+        main = found["metrics"][found["main_metric"]]
+        if found["group"] is None and 0 <= main["value"] <= 1:
+            rows.append((f"{name}, {found['main_metric'].split(',')[0]}", main["value"], main["stderr"]))
+    return ("benchmarks", rows) if rows else None

@@ -1,0 +1,6 @@
+"""A trained model for people and for evaluation: `mtp_jax.load(path)`."""
+
+from mtp_jax.language_model.loading import load
+from mtp_jax.language_model.model import Completions, LanguageModel
+
+__all__ = ["Completions", "LanguageModel", "load"]

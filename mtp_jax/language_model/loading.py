@@ -1,0 +1,91 @@
+"""A trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from mtp_jax import data, sharding
+from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes
+from mtp_jax.interop import folder as hf_folder
+from mtp_jax.interop.weights import place
+from mtp_jax.language_model.model import LanguageModel
+from mtp_jax.model import Tree, skeleton
+from mtp_jax.training import workdir as workdirs
+from mtp_jax.training.checkpoint import Checkpoints
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: MeshConfig | None = None,
+    depth: int | None = None,
+    ignore: tuple[str, ...] = (),
+    compute_dtype: str | None = None,
+) -> LanguageModel:
+    """A trained model: the newest sound checkpoint of a workdir, or a Hugging Face folder, read without conversion.
+
+    Args:
+      path: the workdir or the folder.
+      mesh: over the devices to spread the weights; None: one device.
+      depth: 0 leaves out a Hugging Face folder's MTP layers.
+      ignore: fields of a Hugging Face config.json that are known not to change what the model computes.
+      compute_dtype: "float32" or "bfloat16"; None: as trained, or as the folder's weights.
+
+    Raises:
+      UserError: neither of the two, or a model that is not supported, with the file, field or tensor.
+      CheckpointError: a workdir without a sound checkpoint.
+    """
+    read = _from_folder if hf_folder.is_hf_folder(path) else _from_workdir
+    return read(pathlib.Path(path), _mesh(mesh), depth, ignore, compute_dtype)
+
+
+def _mesh(config: MeshConfig | None) -> tuple[MeshConfig, jax.sharding.Mesh]:
+    if config is None:
+        return MeshConfig(), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh_sizes(config, jax.device_count())
+    return config, sharding.make_mesh(config)
+
+
+def _from_folder(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
+    with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
+        config = _with(opened.config, mesh[0], compute_dtype)
+        params, biases = place(opened.arrays, _abstract(config, mesh[1])).values()
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
+    return LanguageModel(config, params, biases, tokenizer, mesh[1])
+
+
+def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
+    if depth is not None or ignore:
+        raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
+    config = _with(workdirs.read_config(path), mesh[0], compute_dtype)
+    is_import = (path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE).is_file()
+    named = config.data.tokenizer
+    has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import
+    tokenizer = data.load_tokenizer(named) if has_tokenizer else None
+    with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
+        if not saved.steps():
+            raise UserError(f"{path}: has no checkpoints yet; train it first")
+        _, state = saved.restore_part(None, _abstract(config, mesh[1]))
+    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1])
+
+
+def _with(config: Config, mesh: MeshConfig, compute_dtype: Any) -> Config:
+    model = config.model
+    if compute_dtype is not None:
+        model = dataclasses.replace(model, compute_dtype=compute_dtype)
+    return dataclasses.replace(config, model=model, mesh=mesh)
+
+
+def _abstract(config: Config, mesh: jax.sharding.Mesh) -> Tree:
+    """Shapes, dtypes and places of the weights."""
+    built = skeleton(config)
+
+    def at(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    params, biases = built.shardings(mesh)
+    return {"params": jax.tree.map(at, built.params, params), "biases": jax.tree.map(at, built.biases, biases)}

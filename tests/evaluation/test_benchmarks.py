@@ -1,0 +1,212 @@
+"""The task files of configs/tasks, finding tasks, and what eval.py does with benchmarks."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import eval as evaluate
+from mtp_jax.evaluation import benchmarks
+from tests import real_data
+from tests.commands import run_here
+from tests.decoding.trained import train_small
+
+lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+HARNESS = pathlib.Path(lm_eval.__file__).parent / "tasks"
+
+# task: (documents, chance of a guess or None)
+SIZES = {
+    **{"arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10_042, "piqa": 1838, "winogrande": 1267},
+    **{"openbookqa": 500, "nq_open": 3610, "lambada_openai": 5153, "gsm8k": 1319, "wikitext": 62},
+    **{"humaneval": 164, "mbpp": 500},
+}
+GROUPS = {"mmlu": (57, 14_042), "bbh": (27, 6511)}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return train_small(tmp_path_factory.mktemp("benchmarks"))
+
+
+@pytest.fixture
+def local_data(monkeypatch):
+    folder = real_data.find("bench").parent
+    monkeypatch.setenv("MTP_DATA_DIR", str(folder))
+    return folder
+
+
+def manager(*folders):
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[str(f) for f in folders], include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def own():
+    return manager(benchmarks.TASKS_FOLDER)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_task_file_finds_its_documents(own, local_data, name):
+    task = own.load([name])["tasks"][name]
+    assert len(list(task.eval_docs)) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_group_finds_its_tasks(own, local_data, name):
+    num_tasks, num_docs = GROUPS[name]
+    tasks = own.load([name])["tasks"]
+    assert (len(tasks), sum(len(list(task.eval_docs)) for task in tasks.values())) == (num_tasks, num_docs)
+
+
+# What makes a figure comparable with one of the harness's own task.
+SAME = (
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "generation_kwargs",
+    "target_delimiter",
+)
+DIFFERENT = {
+    "hellaswag": {"doc_to_target"},  # the local file is processed already
+    "bbh": {"doc_to_text", "description"},  # its three examples come from the prompt's file
+}
+
+
+def _plain(value):
+    """Functions by name: theirs are named by the path of their file."""
+    if isinstance(value, str) and value.rpartition(".")[2].isidentifier() and "/" in value:
+        return value.rpartition(".")[2]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        *((name, folder) for folder, names in {
+            "arc": ["arc_easy", "arc_challenge"], "hellaswag": ["hellaswag"], "piqa": ["piqa"],
+            "winogrande": ["winogrande"], "openbookqa": ["openbookqa"], "lambada": ["lambada_openai"],
+            "nq_open": ["nq_open"], "gsm8k": ["gsm8k"], "wikitext": ["wikitext"],
+            "mmlu/default": ["mmlu_anatomy", "mmlu_high_school_us_history"],
+            "bbh/cot_fewshot": ["bbh_cot_fewshot_word_sorting"],
+        }.items() for name in names),
+    ],
+)  # fmt: skip
+def test_prompts_and_answers_are_the_harness_own(own, name, folder):
+    ours, theirs = own.task_index[name].cfg, manager(HARNESS / folder).task_index[name].cfg
+    for key in set(SAME) - DIFFERENT.get(name.split("_")[0], set()):
+        a, b = _plain(ours.get(key)), _plain(theirs.get(key))
+        if isinstance(a, str) and isinstance(b, str):
+            a, b = a.split(".")[-1].strip(), b.split(".")[-1].strip()
+        assert a == b, key
+    metrics = [
+        {(m["metric"], m.get("ignore_case"), m.get("ignore_punctuation")) for m in t["metric_list"]}
+        for t in (ours, theirs)
+    ]
+    assert metrics[0] == metrics[1]
+    assert ours.get("filter_list") == theirs.get("filter_list")
+
+
+def test_a_prompt_of_bbh_is_instruction_examples_and_question(own, local_data):
+    """The same text as from the harness's own file, which has the examples in its yaml."""
+    name = "bbh_cot_fewshot_word_sorting"
+    task = own.load([name])["tasks"][name]
+    doc = next(iter(task.eval_docs))
+    prompt = task.doc_to_text(doc)
+    theirs = manager(HARNESS / "bbh/cot_fewshot").task_index[name].cfg
+    assert prompt.startswith(theirs["description"].strip()) and prompt.endswith("A: Let's think step by step.\n")
+    for example in theirs["fewshot_config"]["samples"]:
+        assert f"Q: {example['input']}\nA: Let's think step by step.\n{example['target']}" in prompt
+    assert f"\n\nQ: {doc['input']}\nA:" in prompt and "canary" not in prompt
+
+
+def run_eval(monkeypatch, capsys, *argv):
+    code = run_here(monkeypatch, evaluate.main, *argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_eval_prints_a_table_and_writes_three_files(monkeypatch, capsys, tmp_path, workdir, local_data):
+    output = tmp_path / "out.json"
+    argv = [f"--workdir={workdir}", "--tasks=loss,arc_easy,mmlu_stem,lambada_openai", "--limit=3"]
+    monkeypatch.delenv("MTP_DATA_DIR")
+    code, out, err = run_eval(monkeypatch, capsys, *argv, f"--data_dir={local_data}", f"--output={output}")
+    assert code == 0, err
+    values = json.loads(output.read_text())
+    assert set(values) == {"step", "loss", "benchmarks"}
+    found = values["benchmarks"]
+    assert found["arc_easy"]["num_docs"] == 3 and found["mmlu_stem"]["num_docs"] == 19 * 3
+    assert found["mmlu_anatomy"]["group"] == "mmlu_stem" and found["mmlu_stem"]["group"] is None
+    assert found["lambada_openai"]["main_metric"] == "acc"
+    subjects = [v["metrics"]["acc"]["value"] for v in found.values() if v["group"] == "mmlu_stem"]
+    assert found["mmlu_stem"]["metrics"]["acc"]["value"] == pytest.approx(np.mean(subjects))
+    assert "arc_easy" in out and "mmlu_stem" in out and "mmlu_anatomy" not in out  # too many to list
+    assert f"contexts were cut to what the model's {96} tokens hold" in out
+    markdown = output.with_suffix(".md").read_text()
+    assert "arc_easy" in markdown and "(out.png)" in markdown
+    assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and not output.with_suffix(".partial").exists()
+
+
+# 1 of 4 and 1 of 5 choices in ARC: chance is the mean of one over their number.
+@pytest.mark.parametrize(("task", "limit"), [("arc_easy", 600), ("hellaswag", 400), ("mmlu", 12)])
+def test_a_random_model_scores_at_chance(monkeypatch, capsys, tmp_path, random_workdir, local_data, task, limit):
+    output = tmp_path / "out.json"
+    argv = [f"--workdir={random_workdir}", f"--tasks={task}", f"--limit={limit}", f"--output={output}"]
+    code, _, err = run_eval(monkeypatch, capsys, *argv)
+    assert code == 0, err
+    found = json.loads(output.read_text())["benchmarks"][task]
+    metrics = [m for name, m in found["metrics"].items() if name in ("acc", "acc_norm")]
+    assert metrics
+    for metric in metrics:
+        print(task, metric, found["num_docs"])
+        assert abs(metric["value"] - 0.25) < 2.58 * metric["stderr"], metric
+
+
+@pytest.fixture(scope="module")
+def random_workdir(tmp_path_factory):
+    """A model after one step at a learning rate of nothing."""
+    folder = tmp_path_factory.mktemp("random")
+    few = {"training.num_steps": 1, "optimizer.learning_rate": 1e-12, "checkpoint.every": 1, "mtp.kind": "none"}
+    return train_small(folder, **few, **{"data.sequence_length": 768, "model.num_layers": 1, "model.embed_dim": 32})
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--tasks=arc_esy", "--data_dir={data}"], "--tasks=arc_esy: no such task; did you mean arc_easy?"),
+        (["--tasks=loss,arc_easy", "--data_dir=/nowhere"], "MTP_DATA_DIR=/nowhere: is not a folder"),
+        (["--tasks=arc_easy", "--data_dir={empty}"], "has no arc_easy_test.jsonl; put that file there"),
+        (["--tasks=arc_easy", "--tasks_dir=/nowhere"], "--tasks_dir=/nowhere: no such folder"),
+        (["--tasks=own", "--tasks_dir={empty}"], "--tasks=own: cannot be loaded (ImportError"),
+        (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=-1"], "--num_fewshot=-1: must be at least 0"),
+        (["--tasks=arc_easy", "--data_dir={data}", "--samples=/nowhere/x"], "--samples=/nowhere/x: its folder does not"),
+        (["--tasks=humaneval", "--data_dir={data}"], "humaneval: runs programs the model wrote; add --allow_code_exec"),
+        (["--tasks=arc_easy", "--output=x.txt"], "--output=x.txt: must end in .json"),
+        (["--tasks=,"], "--tasks=,: is empty"),
+    ],
+)  # fmt: skip
+def test_unusable_requests_are_one_line(monkeypatch, capsys, tmp_path, workdir, local_data, argv, says):
+    monkeypatch.delenv("MTP_DATA_DIR")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "own.yaml").write_text(
+        "task: own\ncustom_dataset: !function nowhere.dataset\noutput_type: generate_until\n"
+    )
+    argv = [a.format(data=local_data, empty=empty) for a in argv]
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", *argv)
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert (code, out, len(lines)) == (2, "", 1), err
+    assert says in lines[0]
+
+
+def test_without_the_harness_a_benchmark_says_what_to_install(monkeypatch, capsys, workdir):
+    find = benchmarks.importlib.util.find_spec
+    monkeypatch.setattr(
+        benchmarks.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a)
+    )
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", "--tasks=arc_easy")
+    assert (code, out) == (2, "") and "install requirements-eval.txt" in err and len(err.splitlines()) == 1

@@ -1,0 +1,233 @@
+"""What the harness is told equals what a scorer says that knows nothing of batches, caches or the harness: it reads
+the files, makes the prompts by hand and asks for the logits of whole rows."""
+
+import argparse
+import json
+import re
+import string
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import sharding
+from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.data import ByteTokenizer
+from mtp_jax.evaluation import benchmarks, decode_tasks, harness
+from mtp_jax.language_model import LanguageModel
+from tests import real_data
+from tests.decoding.models import MLA, build, replace, sequential
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+CONTEXT, NUM_ITEMS, BOS, EOS = 384, 200, 256, 257
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """Random weights; depth 1, so that answers can be drafted. Blocks that add little: drafts are often right."""
+    built = build(replace(MLA, vocab_size=264), sequential(1), context=CONTEXT, blocks=0.1)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return LanguageModel(built.config, built.params, built.biases, ByteTokenizer(), mesh)
+
+
+@pytest.fixture(scope="module")
+def main_logits(lm):
+    """float[B, 1 + CONTEXT, V] of the next token after each of a few rows, one length for all."""
+
+    def logits(rows):
+        tokens = np.zeros((len(rows), 1 + CONTEXT + lm.config.depth), int)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = ids
+        return lm.logits(tokens)[:, :, 0].astype(np.float64)
+
+    return logits
+
+
+@pytest.fixture
+def evaluate(lm, monkeypatch, tmp_path):
+    """(values, samples by task) of benchmarks.run with eval.py's flags, on the real files."""
+    monkeypatch.setenv("MTP_DATA_DIR", str(real_data.find("bench")))
+
+    def run(*argv, model=lm):
+        flags = argparse.ArgumentParser()
+        flags.add_argument("--tasks")
+        flags.add_argument("--limit", type=int)
+        decode_tasks.add_flags(flags)
+        benchmarks.add_flags(flags)
+        args = flags.parse_args([*argv, f"--samples={tmp_path / 'samples.jsonl'}"])
+        _, values = benchmarks.run(benchmarks.plan(args, args.tasks.split(",")), args, model)
+        samples = {}
+        for line in (tmp_path / "samples.jsonl").read_text().splitlines():
+            sample = json.loads(line)
+            samples.setdefault(sample["task"], []).append(sample)
+        return values, samples
+
+    return run
+
+
+def task_file(folder, name, text):
+    (folder / f"{name}.yaml").write_text(text.strip() + "\n")
+    return f"--tasks_dir={folder}"
+
+
+def lines_of(name, num=NUM_ITEMS):
+    text = real_data.find(f"bench/{name}").read_text()
+    return [json.loads(line) for line in text.splitlines()[:num]]
+
+
+def log_softmax(logits):
+    top = logits.max(axis=-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+
+
+def score(logits, ids, num_new):
+    """log p of the last `num_new` ids, each row by itself, its end where it is too long."""
+    ids = ids[-(CONTEXT + 1) :]
+    log_p = log_softmax(logits([ids])[0])
+    return sum(log_p[i - 1, ids[i]] for i in range(len(ids) - num_new, len(ids)))
+
+
+def test_multiple_choice(evaluate, main_logits):
+    """ARC-Easy, 200 questions: the log-likelihood of every answer, and both accuracies."""
+    values, samples = evaluate("--tasks=arc_easy", f"--limit={NUM_ITEMS}")
+    right, right_norm = [], []
+    for doc, sample in zip(lines_of("arc_easy_test.jsonl"), samples["arc_easy"], strict=True):
+        context = f"Question: {doc['question']}\nAnswer:".encode()
+        answers = [f" {text}".encode() for text in doc["choices"]["text"]]
+        expected = [score(main_logits, [BOS, *context, *answer], len(answer)) for answer in answers]
+        found = [response[0] for response in sample["filtered_resps"]]
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        gold = doc["choices"]["label"].index(doc["answerKey"])
+        right.append(np.argmax(expected) == gold)
+        # the harness divides by the characters of the answer as the file has it
+        right_norm.append(np.argmax([e / len(a[1:].decode()) for e, a in zip(expected, answers, strict=True)]) == gold)
+    metrics = values["arc_easy"]["metrics"]
+    assert metrics["acc"]["value"] == pytest.approx(np.mean(right))
+    assert metrics["acc_norm"]["value"] == pytest.approx(np.mean(right_norm))
+    assert metrics["acc"]["stderr"] == pytest.approx(np.std(right, ddof=1) / np.sqrt(NUM_ITEMS))
+    about = {name: values["arc_easy"][name] for name in ("main_metric", "kind", "num_docs", "num_fewshot", "group")}
+    assert about == {"main_metric": "acc", "kind": "likelihood", "num_docs": NUM_ITEMS, "num_fewshot": 0, "group": None}
+
+
+def test_rolling(evaluate, main_logits, tmp_path):
+    """200 texts, some longer than the context, as bits per byte."""
+    folder = task_file(
+        tmp_path,
+        "rolled",
+        """
+task: rolled
+custom_dataset: !function mtp_jax.evaluation.benchmark_data.from_files
+dataset_kwargs: {splits: {test: lambada_openai_test.jsonl}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
+""",
+    )
+    values, samples = evaluate("--tasks=rolled", f"--limit={NUM_ITEMS}", folder)
+    total, num_bytes, num_long = 0.0, 0, 0
+    for doc, sample in zip(lines_of("lambada_openai_test.jsonl"), samples["rolled"], strict=True):
+        text = doc["text"].encode()
+        ids, expected = [BOS, *text], 0.0
+        for at in range(1, len(ids), CONTEXT):
+            end = min(at + CONTEXT, len(ids))
+            expected += score(main_logits, ids[:end], end - at)
+        assert sample["filtered_resps"] == [pytest.approx(expected, rel=1e-4)]
+        total, num_bytes, num_long = total + expected, num_bytes + len(text), num_long + (len(text) > CONTEXT)
+    assert num_long > 10
+    found = values["rolled"]["metrics"]
+    assert found["bits_per_byte"]["value"] == pytest.approx(-total / num_bytes / np.log(2), rel=1e-4)
+    assert found["byte_perplexity"]["value"] == pytest.approx(np.exp(-total / num_bytes), rel=1e-4)
+    assert values["rolled"]["higher_is_better"] is False
+
+
+GENERATIVE = """
+task: written
+custom_dataset: !function mtp_jax.evaluation.benchmark_data.from_files
+dataset_kwargs: {splits: {validation: nq_open_validation.jsonl}}
+output_type: generate_until
+validation_split: validation
+doc_to_text: "Q: {{question}}?\\nA:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["STOP", ","], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match, ignore_case: true, ignore_punctuation: true}]
+"""
+
+
+def without_punctuation(text):
+    return text.lower().translate(str.maketrans("", "", string.punctuation))
+
+
+def test_generative(evaluate, lm, main_logits, tmp_path):
+    """200 questions, greedily answered by the logits of whole rows, up to a stop string."""
+    stop = "STOP"
+    values, samples = evaluate("--tasks=written", f"--limit={NUM_ITEMS}", task_file(tmp_path, "written", GENERATIVE))
+    docs = lines_of("nq_open_validation.jsonl")
+    rows = [[BOS, *f"Q: {doc['question']}?\nA:".encode()] for doc in docs]
+    starts = [len(row) for row in rows]
+    for _ in range(8):
+        for at in range(0, len(rows), 50):
+            for row, logits in zip(rows[at : at + 50], main_logits(rows[at : at + 50]), strict=True):
+                row.append(int(logits[len(row) - 1].argmax()))
+    right = []
+    for doc, row, start, sample in zip(docs, rows, starts, samples["written"], strict=True):
+        written = row[start : row.index(EOS, start)] if EOS in row[start:] else row[start:]
+        text = re.split(f"{stop}|,", lm.tokenizer.decode(written))[0]
+        assert sample["resps"] == [[text]]
+        right.append(any(without_punctuation(text) == without_punctuation(answer) for answer in doc["answer"]))
+    assert values["written"]["metrics"]["exact_match"]["value"] == np.mean(right)
+    assert len({sample["resps"][0][0] for sample in samples["written"]}) > 10  # they do not all say the same
+    assert values["written"]["kind"] == "generative" and values["written"]["tokens_per_forward"] == 1
+
+
+def test_drafted_answers_are_the_same(evaluate, tmp_path):
+    folder = task_file(tmp_path, "written", GENERATIVE)
+    argv = ("--tasks=written", "--limit=60", folder, "--batch_size=8")
+    _, plain = evaluate(*argv)
+    values, drafted = evaluate(*argv, "--speculative", "--draft_length=2")
+    assert [s["resps"] for s in drafted["written"]] == [s["resps"] for s in plain["written"]]
+    assert 1.02 < values["written"]["tokens_per_forward"] <= 3
+
+
+def test_sampled_answers_repeat_and_differ(evaluate, tmp_path):
+    """Repeats of a question are draws of their own; the same command draws the same."""
+    sampled = GENERATIVE.replace("do_sample: false", "do_sample: true, temperature: 1.0") + "repeats: 3\n"
+    sampled += (
+        "filter_list: [{name: all, filter: [{function: take_first_k, k: 3}]}]\nprocess_results: !function own.none\n"
+    )
+    (tmp_path / "own.py").write_text("def none(doc, results):\n    return {'exact_match': len(set(results[0]))}\n")
+    folder = task_file(tmp_path, "written", sampled)
+    first, second = (evaluate("--tasks=written", "--limit=5", folder)[1]["written"] for _ in range(2))
+    assert [s["resps"] for s in first] == [s["resps"] for s in second]
+    assert all(len(set(s["resps"][0])) > 1 for s in first)
+
+
+def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
+    told = harness.HarnessModel(lm)
+    request = harness.Instance("generate_until", {}, ("x" * 500 + "end", {"max_gen_toks": 4}), 0)
+    assert told._prompt(request.args[0], 4) == [*b"x" * (CONTEXT - 7), *b"end"] and told.num_cut == 1
+    assert told._prompt("", 4) == [BOS] and told.num_cut == 1
+    assert told._num_new(10_000) == CONTEXT // 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"stop": [], "max_new_tokens": 256}),
+        ({"until": "a", "max_gen_toks": 3}, {"stop": ["a"], "max_new_tokens": 3}),
+        ({"until": ["a", ""], "temperature": 0.0, "do_sample": False}, {"stop": ["a"], "max_new_tokens": 256}),
+        ({"do_sample": True}, {"stop": [], "max_new_tokens": 256, "temperature": 1.0}),
+        ({"do_sample": False, "temperature": 0.7}, {"stop": [], "max_new_tokens": 256}),
+        ({"temperature": 0.7, "top_p": 0.9}, {"stop": [], "max_new_tokens": 256, "temperature": 0.7, "top_p": 0.9}),
+    ],
+)
+def test_generation_options(asked, expected):
+    assert harness.generation_options(asked) == expected
+
+
+@pytest.mark.parametrize("asked", [{"num_beams": 4}, {"repetition_penalty": 1.2}])
+def test_unknown_generation_options_are_refused(asked):
+    with pytest.raises(UserError, match=f"{next(iter(asked))}=.* is not supported"):
+        harness.generation_options(asked)
