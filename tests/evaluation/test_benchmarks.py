@@ -99,7 +99,7 @@ def _plain(value):
 def test_prompts_and_answers_are_the_harness_own(own, name, folder):
     ours, theirs = own.task_index[name].cfg, manager(HARNESS / folder).task_index[name].cfg
     for key in set(SAME) - DIFFERENT.get(name.split("_")[0], set()):
-        a, b = _plain(ours.get(key)), _plain(theirs.get(key))
+        a, b = (_plain(task.get(key, " " if key == "target_delimiter" else None)) for task in (ours, theirs))
         if isinstance(a, str) and isinstance(b, str):
             a, b = a.split(".")[-1].strip(), b.split(".")[-1].strip()
         assert a == b, key
@@ -152,7 +152,7 @@ def test_eval_prints_a_table_and_writes_three_files(monkeypatch, capsys, tmp_pat
 
 
 # 1 of 4 and 1 of 5 choices in ARC: chance is the mean of one over their number.
-@pytest.mark.parametrize(("task", "limit"), [("arc_easy", 600), ("hellaswag", 400), ("mmlu", 12)])
+@pytest.mark.parametrize(("task", "limit"), [("arc_easy", 500), ("hellaswag", 250), ("mmlu", 8)])
 def test_a_random_model_scores_at_chance(monkeypatch, capsys, tmp_path, random_workdir, local_data, task, limit):
     output = tmp_path / "out.json"
     argv = [f"--workdir={random_workdir}", f"--tasks={task}", f"--limit={limit}", f"--output={output}"]
@@ -162,8 +162,7 @@ def test_a_random_model_scores_at_chance(monkeypatch, capsys, tmp_path, random_w
     metrics = [m for name, m in found["metrics"].items() if name in ("acc", "acc_norm")]
     assert metrics
     for metric in metrics:
-        print(task, metric, found["num_docs"])
-        assert abs(metric["value"] - 0.25) < 2.58 * metric["stderr"], metric
+        assert abs(metric["value"] - 0.25) < 1.96 * metric["stderr"], metric
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +170,7 @@ def random_workdir(tmp_path_factory):
     """A model after one step at a learning rate of nothing."""
     folder = tmp_path_factory.mktemp("random")
     few = {"training.num_steps": 1, "optimizer.learning_rate": 1e-12, "checkpoint.every": 1, "mtp.kind": "none"}
-    return train_small(folder, **few, **{"data.sequence_length": 768, "model.num_layers": 1, "model.embed_dim": 32})
+    return train_small(folder, **few, **{"data.sequence_length": 768, "data.validation_fraction": 0.3})
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def random_workdir(tmp_path_factory):
         (["--tasks=arc_easy", "--tasks_dir=/nowhere"], "--tasks_dir=/nowhere: no such folder"),
         (["--tasks=own", "--tasks_dir={empty}"], "--tasks=own: cannot be loaded (ImportError"),
         (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=-1"], "--num_fewshot=-1: must be at least 0"),
-        (["--tasks=arc_easy", "--data_dir={data}", "--samples=/nowhere/x"], "--samples=/nowhere/x: its folder does not"),
+        (["--tasks=arc_easy", "--data_dir={data}", "--samples=/nowhere/x"], "--samples=/nowhere/x: its folder"),
         (["--tasks=humaneval", "--data_dir={data}"], "humaneval: runs programs the model wrote; add --allow_code_exec"),
         (["--tasks=arc_easy", "--output=x.txt"], "--output=x.txt: must end in .json"),
         (["--tasks=,"], "--tasks=,: is empty"),
