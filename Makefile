@@ -2,6 +2,8 @@
 #
 #   make train [ARGS="--config.a.b=VALUE ..."] [CONFIG=configs/NAME.py] [WORKDIR=DIR]
 #   make test  [ARGS="-k targets"]
+#   make experiments [JOBS=2]    # the findings in experiments/, with their tables
+#   make eval       # what the benchmarks of eval.py need
 #   make hf         # torch and transformers, the oracles of the weight conversion; without them its tests skip
 #   make lint
 #   make clean
@@ -12,6 +14,7 @@ CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 ARGS ?=
 HF_PINS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -20,13 +23,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 TEST_ENV := XLA_PYTHON_CLIENT_PREALLOCATE=false MALLOC_ARENA_MAX=2
 
-.PHONY: train test hf lint clean
+.PHONY: train test experiments eval hf lint clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+experiments: $(VENV)/eval.stamp
+	for each in experiments/*/run.sh; do PYTHON=$(BIN)/python JOBS=$(JOBS) bash $$each || exit; done
+
+eval: $(VENV)/eval.stamp
 
 hf: $(VENV)/hf.stamp
 
@@ -46,7 +54,11 @@ $(VENV)/run.stamp: requirements.txt
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+$(VENV)/eval.stamp: requirements-eval.txt $(VENV)/run.stamp
+	$(PIP) -r requirements-eval.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt requirements-eval.txt $(VENV)/run.stamp
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

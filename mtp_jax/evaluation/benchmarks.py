@@ -25,6 +25,7 @@ from mtp_jax.language_model import LanguageModel
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
 BOOTSTRAP = 1000  # resamples for the error of what is no mean
+OTHER_TASKS = ("loss", "acceptance", "speculative", "advice")  # of eval.py, which are no benchmarks
 MOST_SHOWN = 8  # tasks of a group that are listed on the screen
 
 
@@ -103,7 +104,7 @@ def _manager(folders: Sequence[str], names: Sequence[str]) -> Any:
     manager = TaskManager(include_path=own, include_defaults=True)
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 1, 0.0)
+            near = difflib.get_close_matches(name, [*OTHER_TASKS, *manager.all_tasks], 1, 0.0)
             raise UserError(f"--tasks={name}: no such task; did you mean {near[0]}?")
     return manager
 
