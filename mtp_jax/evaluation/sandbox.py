@@ -2,6 +2,7 @@
 
 A program is a Python process of its own in new user, process, mount, network and IPC namespaces (`jail/`), behind a
 filter of system calls and limits of time, memory, disk and output. Where a machine does not allow that, nothing is run.
+Threads are refused where the system does not count them: to root of a namespace without other users.
 
 What a pass means: the last line of the check was reached, in the program's own interpreter. A program that looks for it
 there can still pretend: by shadowing what the check calls, by values that equal everything, or by finding the runner's
@@ -27,8 +28,8 @@ MACHINES = ("x86_64", "aarch64")
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store", "/usr/share/zoneinfo")
 ENVIRONMENT = {
     **{"HOME": "/program", "TMPDIR": "/program", "PATH": "", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
-    # numpy's libraries start a thread a core otherwise, each with its own memory
-    **{"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+    # numpy's libraries start a thread a core otherwise, and the C library reserves 64 MiB for each
+    **{"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
 }
 INTERPRETERS_OWN = ("LD_LIBRARY_PATH",)  # where modules of a cluster keep libpython
 START = "import sys; sys.path.append({!r}); from jail.launcher import main; sys.path.pop(); main()"
@@ -41,7 +42,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program, its check included.
+    """Of one program, its check included; each at least 1 (UserError).
 
     cpu_seconds is what ends a slow program, so that a busy machine fails nobody; wall_seconds ends one that sleeps.
     (The harness's own runner ends both after 3 s on the wall.)
@@ -56,6 +57,12 @@ class Limits:
     num_open_files: int = 64
     num_threads: int = 32
     output_bytes: int = 1 << 20
+
+    def __post_init__(self):
+        least = {"memory_bytes": 64 << 20, "num_open_files": 8}  # what the interpreter itself needs
+        for name, value in dataclasses.asdict(self).items():
+            if not value >= least.get(name, 1):
+                raise UserError(f"limits: {name}={value}: must be at least {least.get(name, 1)}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def run_programs(
     _check_machine()
     probe = _run(Program("assert 1 + 1 == 2"), dataclasses.replace(limits, wall_seconds=30.0, cpu_seconds=30))
     if not probe.passed:
-        raise UserError(f"{limits}: a program that does nothing fails ({probe}); raise the limits")
+        raise UserError(f"sandbox: a program that does nothing fails in it ({probe}); {REMEDY}")
     with concurrent.futures.ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
         try:
             return list(pool.map(lambda program: _run(program, limits), programs))

@@ -48,8 +48,12 @@ def _or_refuse(function: Callable[..., None], *arguments: object) -> None:
     except walls.Refused as refusal:
         _refuse(refusal)
     except BaseException as error:
-        _refuse(walls.Refused(function.__name__.strip("_"), f"{type(error).__name__}: {error}"))
+        _refuse(_unforeseen(function, error))
     os._exit(1)
+
+
+def _unforeseen(function: Callable[..., None], error: BaseException) -> walls.Refused:
+    return walls.Refused(function.__name__.strip("_"), f"{type(error).__name__}: {error}")
 
 
 def _refuse(refusal: walls.Refused) -> None:
@@ -110,6 +114,7 @@ def _program(job: dict, change_user: bool, token: bytes, output: int, says: int)
         sources = [fcntl.fcntl(fd, fcntl.F_DUPFD, 16) for fd in (null, output, output, says)]
         for target, source in enumerate(sources):
             os.dup2(source, target)
+        says = REPORT
         os.closerange(REPORT + 1, os.sysconf("SC_OPEN_MAX"))
         sys.path += job["packages"]
         sys.argv[:] = ["program.py"]
@@ -117,9 +122,10 @@ def _program(job: dict, change_user: bool, token: bytes, output: int, says: int)
         walls.limit(job["limits"])
         walls.drop_privileges(change_user)
         walls.prctl("PR_SET_DUMPABLE", walls.PR_SET_DUMPABLE, 0)
-        seccomp.install()
-    except walls.Refused as refusal:
-        os.write(REPORT, json.dumps({"step": refusal.step, "reason": refusal.reason}).encode())
+        seccomp.install(threads=walls.counts_processes())
+    except BaseException as error:
+        refusal = error if isinstance(error, walls.Refused) else _unforeseen(_program, error)
+        os.write(says, json.dumps({"step": refusal.step, "reason": refusal.reason}).encode())
         os._exit(1)
     job.clear()
     runner.run(code, check, token, REPORT)
@@ -169,7 +175,8 @@ def _verdict(seen: dict, said: bytes, token: bytes, limits: dict) -> dict:
         return _failed("output", f"more than {limits['output_bytes']} bytes")
     if over == "time":
         return _failed("time", f"{limits['wall_seconds']} s")
-    if code < 0 and seen["cpu_seconds"] >= limits["cpu_seconds"] - 0.1:
+    # the limit is checked at the clock's ticks, which count otherwise than the seconds that are reported
+    if code == -signal.SIGKILL and seen["cpu_seconds"] >= limits["cpu_seconds"] / 2:
         return _failed("time", f"{limits['cpu_seconds']} s of CPU time")
     if code < 0:
         return _failed("signal", signal.Signals(-code).name if -code in set(signal.Signals) else str(-code))

@@ -62,7 +62,7 @@ class _Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("filter", ctypes.POINTER(_Filter))]
 
 
-def instructions(machine: str) -> list[tuple[int, int, int, int]]:
+def instructions(machine: str, threads: bool) -> list[tuple[int, int, int, int]]:
     """The filter as (code, jump if true, jump if false, constant); see seccomp(2)."""
     column, audit = ARCHITECTURES[machine]
     out = [
@@ -72,7 +72,7 @@ def instructions(machine: str) -> list[tuple[int, int, int, int]]:
         # its flags lie in memory, where no filter can look; without it the C library uses clone
         *((JUMP_IF_EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, ERROR | ENOSYS)),
         *((JUMP_IF_EQUAL, 0, 4, CLONE[column]), (LOAD, 0, 0, FIRST_ARGUMENT), (JUMP_IF_SET, 0, 1, CLONE_THREAD)),
-        *((RETURN, 0, 0, ALLOW), (RETURN, 0, 0, ERROR | EPERM)),
+        *((RETURN, 0, 0, ALLOW if threads else ERROR | EPERM), (RETURN, 0, 0, ERROR | EPERM)),
     ]
     for number in (numbers[column] for numbers in REFUSED.values()):
         if number is not None:
@@ -80,9 +80,12 @@ def instructions(machine: str) -> list[tuple[int, int, int, int]]:
     return [*out, (RETURN, 0, 0, ALLOW)]
 
 
-def install() -> None:
-    """Refuse the calls above to this process, for good. PR_SET_NO_NEW_PRIVS must be set."""
-    code = instructions(os.uname().machine)
+def install(threads: bool) -> None:
+    """Refuse the calls above to this process, for good. PR_SET_NO_NEW_PRIVS must be set.
+
+    threads: whether it may have threads; not where nothing limits their number.
+    """
+    code = instructions(os.uname().machine, threads)
     filters = (_Filter * len(code))(*(_Filter(*parts) for parts in code))
     program = _Program(len(code), filters)
     result = walls.libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.byref(program), 0, 0)

@@ -182,6 +182,22 @@ def limit(limits: dict[str, int]) -> None:
         raise Refused("resource limits", str(error)) from error
 
 
+def counts_processes() -> bool:
+    """Whether RLIMIT_NPROC holds for this process: not for the machine's root, whatever its number in a namespace."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    try:
+        pid = os.fork()
+    except BlockingIOError:
+        return True
+    finally:
+        resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return False
+
+
 def drop_privileges(change_user: bool) -> None:
     """Become NOBODY where that is another user, and lose every capability for good."""
     try:
