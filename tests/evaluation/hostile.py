@@ -79,16 +79,29 @@ HOSTILE = {
         "output",
         "while True:\n for fd in range(32):\n  with contextlib.suppress(OSError): os.write(fd, b'x' * 1000)",
     ),
-    "full disk": ("error", "for i in range(10 ** 6): open(f'{i}', 'wb').write(bytes(1 << 20))"),
+    "full disk": (
+        "",
+        "size = 0\nwith contextlib.suppress(OSError):\n"
+        " for i in range(90): size += open(f'{i}', 'wb', buffering=0).write(bytes(1 << 20))\n"
+        "if size > $disk: raise SystemExit(f'{size} bytes')",
+    ),
     "full disk of deleted files": (
         "error",
         "x = []\nwhile True:\n x.append(open('x', 'wb', buffering=0)); os.remove('x')\n"
         " if x[-1].write(bytes(1 << 20)) < 1 << 20: raise OSError('full')",
     ),
     "one large file": ("error", "open('x', 'wb').truncate(1 << 40)"),
-    "many small files": ("error", "for i in range(10 ** 6): open(f'{i}', 'wb').close()"),
+    "many small files": (
+        "",
+        "with contextlib.suppress(OSError):\n for i in range(10 ** 6): open(f'{i}', 'wb').close()\n"
+        "if i > $files: raise SystemExit(f'{i} files')",
+    ),
     "many folders": ("error", "while True: os.mkdir('x'); os.chdir('x')"),
-    "descriptors without end": ("error", "x = []\nwhile True: x.append(open('/dev/null'))"),
+    "descriptors without end": (
+        "",
+        "x = []\nwith contextlib.suppress(OSError):\n while True: x.append(open('/dev/null'))\n"
+        "if len(x) > $descriptors: raise SystemExit(f'{len(x)} descriptors')",
+    ),
     "files elsewhere": (
         "",
         "attempt(*[lambda p=p: open(p, 'w').write('x') for p in ('$canary', '$folder/new', '/x', '/usr/x', '/dev/x', "
@@ -222,7 +235,7 @@ HOSTILE = {
     "compiler bomb": ("error|memory|signal|time", "exec('(' * 10 ** 6 + ')' * 10 ** 6)"),
 }
 
-# With the check that it tries to get past.
+# Each behind WRONG, to get past CHECK.
 FAKES = {
     "os._exit(0)": "import os\nos._exit(0)",
     "sys.exit(0)": "import sys\nsys.exit(0)",
@@ -247,7 +260,7 @@ FAKES = {
     "another exec": "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None",
     "another assertion error": "import builtins\nbuiltins.AssertionError = type('E', (Warning,), {})",
     "other builtins": "import builtins\nbuiltins.all = builtins.any = builtins.bool = builtins.int = lambda *a: True",
-    "builtins of its own": "__builtins__ = {'all': lambda *a: True, '__import__': __import__}",
+    "builtins of its own": "import builtins\n__builtins__ = {**vars(builtins), 'all': lambda *a: True}",
     "builtins emptied": "import builtins\nvars(builtins).clear()",
     "another os.write": "import os\nos.write = lambda fd, text: 0\nos._exit = lambda code: None",
     "no os": "import sys\nsys.modules.clear()",
@@ -270,4 +283,5 @@ FAKES = {
     "a zero byte": "x = 1\0",
     "half a character": "x = '\ud800'\ny = \ud800",
 }
-CHECK = "x = 1\nassert all([solution(2) == 5, int('7') == 7]) is True, 'wrong'\nassert not all([False])\n"
+CHECK = "x = 1\nassert all([solution(2) == 5, int('7') == 7]) is True, 'wrong'\nx = 2\n"
+WRONG = "def solution(x): return 0\n"

@@ -91,6 +91,7 @@ def _init(job: dict, change_user: bool) -> None:
     output, program_output = os.pipe()
     said, program_says = os.pipe()
     token = os.urandom(16).hex().encode()
+    os.close(os.pidfd_open(os.getpid()))  # Linux 5.3; to fail before the program is there
     pid = os.fork()
     if pid == 0:
         _program(job, change_user, token, program_output, program_says)

@@ -25,7 +25,7 @@ PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 NOBODY = 65534  # the program's user and group inside, and outside too where the launcher is root
 HOME = "/program"  # its folder, also known as /tmp: unless the interpreter or its packages lie below /tmp
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-MOUNT_POINTS = ("/sys", "/mnt", "/srv", "/media")  # hidden while the new root is built: nothing is read from there
+MOUNT_POINTS = ("/sys", "/mnt", "/srv", "/media")  # one is hidden while the new root is built
 
 
 class Refused(Exception):
@@ -65,7 +65,7 @@ def map_users(pid: int) -> bool:
       processes and may read what belongs to root.
     """
     uid, gid = os.geteuid(), os.getegid()
-    other = uid == 0 and _is_mapped("/proc/self/uid_map") and _is_mapped("/proc/self/gid_map")
+    other = uid == 0 and is_mapped("/proc/self/uid_map") and is_mapped("/proc/self/gid_map")
     own = 0 if other else NOBODY
     extra = f"\n{NOBODY} {NOBODY} 1\n" if other else "\n"
     try:
@@ -78,7 +78,7 @@ def map_users(pid: int) -> bool:
     return other
 
 
-def _is_mapped(path: str) -> bool:
+def is_mapped(path: str) -> bool:
     """Whether NOBODY exists where this process is: not in a container of one user."""
     with open(path) as lines:
         ranges = [[int(x) for x in line.split()] for line in lines]
@@ -95,9 +95,10 @@ def enter_root(visible: Sequence[str], disk_bytes: int, num_files: int) -> None:
 
     There is no /proc: no other process, no memory of this one, no settings of the kernel.
     """
-    root = next((d for d in MOUNT_POINTS if os.path.isdir(d)), None)
-    if root is None:
-        raise Refused("a folder to mount on", f"none of {', '.join(MOUNT_POINTS)} exists")
+    usable = [d for d in MOUNT_POINTS if os.path.isdir(d) and not any(p.startswith(d + "/") for p in visible)]
+    if not usable:
+        raise Refused("a folder to mount on", f"none of {', '.join(MOUNT_POINTS)} is free")
+    root = usable[0]
     try:
         _mount("none", "/", "", RECURSIVE | PRIVATE)
         _mount("tmpfs", root, "tmpfs", NO_SETUID | NO_DEVICES, "mode=755,size=1m")
