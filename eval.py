@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--tasks", default="loss,acceptance", help=f"comma-separated: {', '.join(TASKS)}")
     flags.add_argument("--output", help="also write the results to this JSON file")
     flags.add_argument("--limit", type=int, help="validation batches (default training.eval_batches), or prompts")
+    flags.add_argument("--check_only", action="store_true", help="check the flags, measure nothing (for tools.sweep)")
     decode_tasks.add_flags(flags)
     distributed.add_flags(flags)
     args, overrides = cli.parse(flags, argv)
@@ -40,6 +41,8 @@ def main(argv: list[str]) -> None:
     if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output={args.output}: its folder does not exist; make it first")
     decode_tasks.check(args)
+    if args.check_only:
+        return
     distributed.initialize(args)
 
     import jax
