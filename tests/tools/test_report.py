@@ -7,6 +7,7 @@ import pytest
 
 from mtp_jax import cli
 from mtp_jax.tools import report
+from mtp_jax.tools.reporting import pictures, runs, table
 
 
 def make_run(folder, depth=2, num_steps=60, moe=True, seed=0.0):
@@ -64,8 +65,8 @@ def test_table_and_picture(tmp_path, run):
 
 def test_panels_follow_what_was_logged():
     rows = [{"step": 1, "loss_main": 1.0, "loss_mtp_2": 3.0, "loss_mtp_1": 2.0, "loss_mtp_x": 9.0, "grad_norm": None}]
-    assert report._curves(rows, ("loss_main", "loss_mtp_")) == {0: [(1, 1.0)], 1: [(1, 2.0)], 2: [(1, 3.0)]}
-    assert report._curves(rows, ("grad_norm",)) == {}
+    assert pictures.curves(rows, ("loss_main", "loss_mtp_")) == {0: [(1, 1.0)], 1: [(1, 2.0)], 2: [(1, 3.0)]}
+    assert pictures.curves(rows, ("grad_norm",)) == {}
 
 
 def test_single_run_writes_into_its_workdir_and_passes_over_a_torn_line(tmp_path, run):
@@ -79,7 +80,7 @@ def test_single_run_writes_into_its_workdir_and_passes_over_a_torn_line(tmp_path
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     paths = [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run")]
-    assert report._short_names(paths) == ["x/run", "y/run"]
+    assert runs.short_names(paths) == ["x/run", "y/run"]
 
 
 def test_unusable_arguments_are_one_line_and_exit_code_2(tmp_path, run):
@@ -112,4 +113,4 @@ def test_output_with_an_unknown_ending(tmp_path, run):
 @pytest.mark.parametrize("depth", [0, 3])
 def test_depths_column(depth):
     row = {"loss_main": 1.0, **{f"loss_mtp_{k}": float(k) for k in range(1, depth + 1)}}
-    assert report._depths(row, "loss", 1) == " ".join(["1.0", "1.0", "2.0", "3.0"][: depth + 1])
+    assert table.depths(row, "loss", 1) == " ".join(["1.0", "1.0", "2.0", "3.0"][: depth + 1])
