@@ -28,9 +28,7 @@ def main(argv: list[str]) -> None:
     """
     flags = cli.parser(__doc__)
     flags.add_argument("--workdir", action="append", default=[], help="folder of a run; may be given repeatedly")
-    flags.add_argument(
-        "--sweep", action="append", default=[], help="folder with runs below it; may be given repeatedly"
-    )
+    flags.add_argument("--sweep", action="append", default=[], help="a folder with runs below it; likewise")
     flags.add_argument("--output", help="the PNG of curves; default: report.png in the first folder")
     flags.add_argument("--markdown", help="write the tables to this file too, as Markdown")
     flags.add_argument("--json", help="write all numbers to this file too")
@@ -72,11 +70,12 @@ def _draw(variants: list, output: pathlib.Path) -> None:
     bars = output.with_name(f"{output.stem}_benchmarks.png")
     try:
         pictures.draw(variants, output)
-        print(f"curves: {output}")
-        if pictures.draw_benchmarks(variants, bars):
-            print(f"benchmarks: {bars}")
+        has_bars = pictures.draw_benchmarks(variants, bars)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({error.strerror})") from error
+    print(f"curves: {output}")
+    if has_bars:
+        print(f"benchmarks: {bars}")
 
 
 def _write(flag: str, path: str | None, text: str) -> None:

@@ -404,6 +404,20 @@ def swept(tmp_path, *argv):
     ]
 
 
+def assert_reported(tmp_path, losses):
+    """tools.report reads what the sweep has written."""
+    values = tmp_path / "values.json"
+    done = run_process("-m", "mtp_jax.tools.report", f"--sweep={tmp_path}", f"--json={values}", env=QUICK)
+    assert (done.returncode, done.stderr) == (0, "")
+    baseline, sequential = json.loads(values.read_text())["variants"]
+    assert (baseline["label"], sequential["label"]) == ("none", "sequential, depth 1")
+    for variant, kind in ((baseline, "kind=none"), (sequential, "kind=sequential")):
+        found = [loss for name, loss in losses.items() if name.startswith(kind)]
+        assert variant["measures"]["loss_main"]["mean"] == pytest.approx(sum(found) / 2)
+    assert sequential["measures"]["speed_up"]["n"] == 2 and "speed_up" not in baseline["measures"]
+    assert sequential["measures"]["peak_memory_gib"]["mean"] > 0.1
+
+
 def test_two_by_two_trains_and_evaluates(tmp_path):
     argv = ["--over=mtp.kind,mtp.depth=(none,1),(sequential,1)", "--over=seed=0,1", "--config.training.num_steps=3"]
     argv += ["--tasks=loss,acceptance,speculative", "--eval.max_new_tokens=4"]
@@ -420,6 +434,7 @@ def test_two_by_two_trains_and_evaluates(tmp_path):
         assert name.startswith(f"kind={config['mtp']['kind']}") and name.endswith(f"seed={config['seed']}")
     losses = {name: results["loss"]["main"]["loss"] for name, results in found.items()}
     assert len(set(losses.values())) == 4
+    assert_reported(tmp_path, losses)
     again = run_process(*swept(tmp_path, *argv), env=QUICK)
     assert again.returncode == 0 and again.stdout.count("was done before") == 4
 

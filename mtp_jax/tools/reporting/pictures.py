@@ -40,8 +40,8 @@ Curve = list[tuple[int, float]]
 def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
     """Curves over steps, one panel for each group of metrics that any run has.
 
-    A single run: a colour a depth. Several: a panel a depth and a colour a variant, its seeds as thin lines and the mean
-    of those that are finished (or of all, where none is) as a bold one.
+    A single run: a colour a depth. Several: a panel a depth and a colour a variant, its seeds as thin lines and the
+    mean of those that are finished (or of all, where none is) as a bold one.
 
     Raises:
       UserError: there is nothing to draw.

@@ -37,9 +37,11 @@ class Table:
 
     def markdown(self) -> str:
         """A heading, the notes, the table."""
-        align = ["---", *["---:"] * (len(self.header) - 1)]
-        rows = [row if len(row) > 1 else [f"*{row[0]}*", *[""] * (len(self.header) - 1)] for row in self.rows]
-        lines = ["| " + " | ".join(_escaped(cell) for cell in row) + " |" for row in [self.header, align, *rows]]
+        num_blank = len(self.header) - 1
+        lines = [_line([_escaped(name) for name in self.header]), _line(["---", *["---:"] * num_blank])]
+        for row in self.rows:
+            cells = [_escaped(cell.strip()) for cell in row]
+            lines.append(_line(cells if len(row) > 1 else [f"*{cells[0]}*", *[""] * num_blank]))
         return "\n\n".join([f"### {self.title}", *map(_escaped, self.notes), "\n".join(lines)])
 
 
@@ -70,5 +72,9 @@ def depths(row: dict[str, Any], kind: str, digits: int) -> str:
     return " ".join(number(v, digits) for v in values) or MISSING
 
 
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*") if text != "---" else text
+    return text.replace("|", "\\|").replace("*", "\\*")
