@@ -88,7 +88,7 @@ class Progress:
             self._first = step, now
         elif step > self._first[0]:
             each = (now - self._first[1]) / (step - self._first[0])
-            parts.append(f"ETA {_clock(each * (self._num_steps - step))}")
+            parts.append(f"ETA {clock(each * (self._num_steps - step))}")
         return "  ".join(parts)
 
 
@@ -174,7 +174,8 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`1:05` minutes and seconds, `1:02:03` with hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -420,3 +420,13 @@ def test_a_sweep_of_which_nothing_has_begun(tmp_path, run):
     run_of(tmp_path / "a" / "x", last=0)
     code, out, _ = run(f"--sweep={tmp_path / 'a'}")
     assert code == 0 and "not started" in out and "no curves" in out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_config_of_another_version_is_no_obstacle(tmp_path, run):
+    folders = [run_of(tmp_path / "a" / str(seed), seed=seed, evaluation=losses(1.0 + seed)) for seed in (0, 2)]
+    values = json.loads((folders[0] / "config.json").read_text())
+    values["model"]["of_old"] = 1
+    (folders[0] / "config.json").write_text(json.dumps(values))
+    code, out, _ = run(f"--sweep={tmp_path / 'a'}")
+    assert code == 0 and "2.000 ± 1.414" in out

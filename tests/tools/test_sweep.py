@@ -304,7 +304,7 @@ def test_a_failure_is_told_with_its_line_and_the_rest_goes_on(scripted, tmp_path
         scripted(code=lambda script, seed: failing.get((script, seed), usual[script])).run()
     assert "\n" not in str(error.value)
     out = capfd.readouterr().out
-    assert f"s: no memory ({tmp_path / 'seed=1' / 'log.txt'})" in out
+    assert f": no memory ({tmp_path / 'seed=1' / 'log.txt'})" in out
     assert "eval.py failed" in out and "killed by SIGKILL" in out and "2 done, 2 failed" in out
     assert folder.read_record(tmp_path / "seed=1")["error"] == "train.py: no memory"
     assert times(tmp_path) == [["train", "eval"], ["train"], ["train", "eval"]]
@@ -378,6 +378,16 @@ def test_a_signal_ends_the_children_and_the_rest_is_left(scripted, tmp_path, cap
     assert signal.getsignal(signal.SIGTERM) is before
     assert "error" not in folder.read_record(tmp_path / "seed=0")
     os.close(folder.try_lock(tmp_path / "seed=0"))
+
+
+def test_a_run_that_was_trained_but_not_evaluated_when_a_signal_came_is_left(scripted, tmp_path, capfd):
+    train = f"{TRAIN}; import os, signal, time; os.kill({os.getpid()}, signal.SIGTERM); time.sleep(0.1)"
+    train = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {train}"  # and ends well
+    with pytest.raises(Stopped):
+        scripted(1, lambda *_: train).run()
+    assert "1 run: 1 left" in capfd.readouterr().out and times(tmp_path) == [["train"]]
+    scripted(1).run()
+    assert times(tmp_path) == [["train", "eval"]]
 
 
 def test_a_second_signal_does_not_wait(scripted):
@@ -462,10 +472,11 @@ def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
     argv = ["--over=seed=3", f"--config.training.num_steps={num_steps}", "--config.checkpoint.every=50"]
     line = command(*swept(tmp_path, *argv))
     run, metrics = tmp_path / "seed=3", tmp_path / "seed=3" / "metrics.jsonl"
-    for number, step in ((signal.SIGKILL, 60), (signal.SIGTERM, 120)):
-        process = subprocess.Popen(line, cwd=ROOT, env=QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    options = {"cwd": ROOT, "env": QUICK, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    for number, step in ((signal.SIGKILL, 60), (signal.SIGINT, 120)):
+        process = subprocess.Popen(line, **options, start_new_session=True)
         wait_for_step(metrics, step, process)
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as Ctrl-C does: the whole foreground group
         error = process.communicate(timeout=60)[1]
         wanted = (-9, 0) if number == signal.SIGKILL else (1, 1)
         assert (process.returncode, error.count(b"\n")) == wanted, error

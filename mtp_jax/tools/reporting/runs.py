@@ -72,10 +72,14 @@ class Run:
         return self.evaluation
 
     def resolved(self) -> Config | None:
-        """The config, for what can be counted from it; None where it is unknown or not complete yet."""
-        if self.config is None or (self.config.get("model") or {}).get("vocab_size") is None:
+        """The config, for what can be counted from it; None where it is unknown, not complete yet, or one that another
+        version of this program wrote."""
+        if self.settings.get("model.vocab_size") is None:
             return None
-        return from_dict(self.config, str(self.path / CONFIG_FILE))
+        try:
+            return from_dict(self.config or {}, str(self.path / CONFIG_FILE))
+        except UserError:
+            return None
 
 
 def load_runs(workdirs: Iterable[str], sweeps: Iterable[str] = ()) -> list[Run]:

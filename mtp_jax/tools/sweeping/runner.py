@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import Planned
+from mtp_jax.training.metrics import clock
 
 DRAFTING = ("speculative", "advice")  # tasks of eval.py that a model without extra depths cannot do
 POLL_SECONDS = 0.2
@@ -169,7 +170,7 @@ class Runner:
                 return
             if not next_one:
                 self.num_done += 1
-                self._say(task.number, task.run, f"done in {time.monotonic() - task.began:.0f} s")
+                self._say(task.number, task.run, f"done in {clock(time.monotonic() - task.began)}")
         elif self.num_signals:
             self._say(task.number, task.run, f"{task.script} stopped")
         else:
@@ -200,8 +201,8 @@ class Runner:
         error = f"{children.how_it_ended(code)}{folder.last_line(log, task.log_start)}"
         folder.write_record(path, folder.read_record(path) | {"error": f"{task.script}: {error}"})
         self.failed.append(task.run)
-        seconds = time.monotonic() - task.began
-        self._say(task.number, task.run, f"{task.script} failed after {seconds:.0f} s: {error} ({log})")
+        after = clock(time.monotonic() - task.began)
+        self._say(task.number, task.run, f"{task.script} failed after {after}: {error} ({log})")
 
     def _say(self, number: int, run: Planned, text: str) -> None:
         print(f"[{number}/{self.num_runs}] {run.name}: {text}", flush=True)
