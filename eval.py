@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--tasks", default="loss,acceptance", help="comma-separated")
     flags.add_argument("--output", help="write the results to this .json file, and beside it as .md and .png")
     flags.add_argument("--limit", type=int, help="validation batches, prompts, or documents of each benchmark")
+    flags.add_argument("--check_only", action="store_true", help="check the flags, measure nothing (for tools.sweep)")
     decode_tasks.add_flags(flags)
     benchmarks.add_flags(flags)
     distributed.add_flags(flags)
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> None:
     decode_tasks.check(args, decoded)
     names = [t for t in tasks if t not in VALIDATION_TASKS + DECODE_TASKS]
     plan = benchmarks.plan(args, names) if names else None
+    if args.check_only:
+        return
     distributed.initialize(args)
 
     import jax

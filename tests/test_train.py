@@ -61,13 +61,14 @@ def test_metrics_hold_every_step_and_every_key(reference):
     assert [row["step"] for row in lines] == list(range(1, NUM_STEPS + 1))
     depths = [f"{name}_mtp_{k}" for name in ("loss", "accuracy", "agreement") for k in (1, 2)]
     names = {"step", "tokens", "loss", "loss_main", "accuracy_main", *depths, "learning_rate", "mtp_lambda"}
-    names |= {"grad_norm", "tokens_per_second", "mfu", "moe_load_max_over_mean"}
+    names |= {"grad_norm", "tokens_per_second", "mfu", "peak_memory_gib", "moe_load_max_over_mean"}
     for row in lines:
         assert names <= set(row)
         assert row["tokens"] == 8 * 64 * row["step"]
         assert all(math.isfinite(row[name]) for name in names - set(UNTIMED))
         assert all(0 <= row[name] <= 1 for name in names if name.startswith(("accuracy", "agreement")))
     assert all(row["tokens_per_second"] > 0 for row in lines[1:])
+    assert 0 < lines[0]["peak_memory_gib"] <= lines[-1]["peak_memory_gib"] < 64
     assert lines[0]["loss"] == pytest.approx(1.3 * math.log(264), rel=0.01) and lines[-1]["loss"] < 5
 
 

@@ -18,7 +18,7 @@ from mtp_jax.model import Tree, count_parameters
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.flops import peak_flops, train_flops_per_token
-from mtp_jax.training.metrics import MetricsWriter, Progress, check_finite
+from mtp_jax.training.metrics import MetricsWriter, Progress, check_finite, peak_memory_gib
 from mtp_jax.training.step import Trainer, make_trainer
 from mtp_jax.training.transfer import MODEL_PARTS, check_source, copy_sides, load_from
 
@@ -264,6 +264,7 @@ class _Log:
         record: dict[str, Any] = {"tokens": step * self.tokens_per_step} | self.newest
         record["tokens_per_second"] = rate
         record["mfu"] = rate * self.flops_per_token / self.peak if self.peak else None
+        record["peak_memory_gib"] = peak_memory_gib(jax.local_devices())
         if on_grid:
             self.writer.write(step, record)
         if jax.process_index() == 0:

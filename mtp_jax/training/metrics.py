@@ -4,8 +4,10 @@ import json
 import math
 import os
 import pathlib
+import resource
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -86,7 +88,7 @@ class Progress:
             self._first = step, now
         elif step > self._first[0]:
             each = (now - self._first[1]) / (step - self._first[0])
-            parts.append(f"ETA {_clock(each * (self._num_steps - step))}")
+            parts.append(f"ETA {clock(each * (self._num_steps - step))}")
         return "  ".join(parts)
 
 
@@ -101,6 +103,21 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
             f"step {step}: {', '.join(bad)}; lower optimizer.learning_rate or raise optimizer.warmup_steps "
             "(no checkpoint holds this state)"
         )
+
+
+def peak_memory_gib(devices: Iterable[Any]) -> float:
+    """The most memory that was in use at one time since the process began, in GiB.
+
+    Of the fullest of `devices` (jax.local_devices()), where they count it: GPUs and TPUs do. Devices without a memory
+    of their own, such as CPUs, report nothing; then it is the peak of this process's resident memory, with Python and
+    the data in it, so the two kinds of number do not compare.
+    """
+    stats = [device.memory_stats() or {} for device in devices]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks) / 2**30
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but on macOS bytes
+    return resident / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -157,7 +174,8 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`1:05` minutes and seconds, `1:02:03` with hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -38,11 +38,11 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, is_main: bool 
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
     has_config = (path / CONFIG_FILE).exists()
-    changes = _changes(read_config(path), config, workdir) if has_config else []
+    changed = changes(config, workdir) if has_config else []
     if not is_main:
         return
-    if changes:
-        print(f"continuing with {', '.join(changes)}")
+    if changed:
+        print(f"continuing with {', '.join(changed)}")
     if not has_config and any(p.name.isdigit() for p in (path / CHECKPOINTS).glob("*")):
         raise UserError(
             f"--workdir={workdir}: has checkpoints but no {CONFIG_FILE}, so the run they belong to is unknown; "
@@ -73,9 +73,13 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
     return from_dict(with_own_tokenizer(values, path.parent), str(path))
 
 
-def _changes(saved: Config, config: Config, workdir: str | os.PathLike[str]) -> list[str]:
-    """The free keys that differ, as `key old -> new`; any other difference raises."""
-    old, new = _flat(to_dict(saved)), _flat(to_dict(config))
+def changes(config: Config, workdir: str | os.PathLike[str]) -> list[str]:
+    """What `config` changes in the run in `workdir`, as `key old -> new`.
+
+    Raises:
+      UserError: its config.json cannot be used, or is of another run: a key differs that may not.
+    """
+    old, new = flat(to_dict(read_config(workdir))), flat(to_dict(config))
     differing = [key for key in old if old[key] != new[key]]
     bound = [key for key in differing if not key.startswith(FREE_KEYS)]
     if bound:
@@ -84,10 +88,11 @@ def _changes(saved: Config, config: Config, workdir: str | os.PathLike[str]) -> 
     return [f"{key} {old[key]!r} -> {new[key]!r}" for key in differing]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values of a config as `section.key` -> value."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out
 
 

@@ -9,8 +9,8 @@ import pytest
 from mtp_jax.config import UserError
 from mtp_jax.evaluation import benchmark_data, code_tasks
 from mtp_jax.evaluation.sandbox import run_programs
+from tests import real_data
 from tests.conftest import ROOT
-from tests.data.conftest import real_data  # noqa: F401  (a fixture)
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM  # noqa: E402
@@ -25,10 +25,10 @@ NEEDS_SETUP = 367  # its tests use `root`, which its test_setup_code defines; th
 
 
 @pytest.fixture
-def data(real_data, monkeypatch):  # noqa: F811
+def data(monkeypatch):
     """MTP_DATA_DIR is the folder of the benchmarks."""
-    folder = pathlib.Path(real_data("bench/humaneval.jsonl")).parent
-    real_data("bench/mbpp.jsonl")
+    folder = real_data.find("bench/humaneval.jsonl").parent
+    real_data.find("bench/mbpp.jsonl")
     monkeypatch.setenv("MTP_DATA_DIR", str(folder))
     return folder
 

@@ -1,12 +1,20 @@
 """The report command: its table, its picture, and its one-line errors."""
 
+import dataclasses
 import json
 import math
+import re
 
+import numpy as np
 import pytest
 
 from mtp_jax import cli
+from mtp_jax.config import load_config, to_dict
+from mtp_jax.model import count_parameters
 from mtp_jax.tools import report
+from mtp_jax.tools.reporting import pictures, runs, table, variants
+from mtp_jax.training.metrics import read_metrics
+from mtp_jax.training.workdir import read_config
 
 
 def make_run(folder, depth=2, num_steps=60, moe=True, seed=0.0):
@@ -64,8 +72,8 @@ def test_table_and_picture(tmp_path, run):
 
 def test_panels_follow_what_was_logged():
     rows = [{"step": 1, "loss_main": 1.0, "loss_mtp_2": 3.0, "loss_mtp_1": 2.0, "loss_mtp_x": 9.0, "grad_norm": None}]
-    assert report._curves(rows, ("loss_main", "loss_mtp_")) == {0: [(1, 1.0)], 1: [(1, 2.0)], 2: [(1, 3.0)]}
-    assert report._curves(rows, ("grad_norm",)) == {}
+    assert pictures.curves(rows, ("loss_main", "loss_mtp_")) == {0: [(1, 1.0)], 1: [(1, 2.0)], 2: [(1, 3.0)]}
+    assert pictures.curves(rows, ("grad_norm",)) == {}
 
 
 def test_single_run_writes_into_its_workdir_and_passes_over_a_torn_line(tmp_path, run):
@@ -79,7 +87,7 @@ def test_single_run_writes_into_its_workdir_and_passes_over_a_torn_line(tmp_path
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     paths = [str(tmp_path / "x" / "run"), str(tmp_path / "y" / "run")]
-    assert report._short_names(paths) == ["x/run", "y/run"]
+    assert runs.short_names(paths) == ["x/run", "y/run"]
 
 
 def test_unusable_arguments_are_one_line_and_exit_code_2(tmp_path, run):
@@ -112,4 +120,313 @@ def test_output_with_an_unknown_ending(tmp_path, run):
 @pytest.mark.parametrize("depth", [0, 3])
 def test_depths_column(depth):
     row = {"loss_main": 1.0, **{f"loss_mtp_{k}": float(k) for k in range(1, depth + 1)}}
-    assert report._depths(row, "loss", 1) == " ".join(["1.0", "1.0", "2.0", "3.0"][: depth + 1])
+    assert table.depths(row, "loss", 1) == " ".join(["1.0", "1.0", "2.0", "3.0"][: depth + 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Variants of several seeds
+
+
+def run_of(folder, kind="none", depth=1, seed=0, *, last=600, num_steps=600, evaluation=None, error="", **over):
+    """The folder of a run of configs/tiny.py as train.py, eval.py and a sweep leave it; None: not there."""
+    folder.mkdir(parents=True)
+    texts = {"mtp.kind": kind, "mtp.depth": depth, "seed": seed, "training.num_steps": num_steps, **over}
+    overrides = [f"--config.{key}={value}" for key, value in texts.items()]
+    planned = load_config("configs/tiny.py", overrides)
+    record = {"overrides": overrides, "config": to_dict(planned), **({"error": error} if error else {})}
+    (folder / "sweep.json").write_text(json.dumps(record))
+    if last:
+        config = dataclasses.replace(planned, model=dataclasses.replace(planned.model, vocab_size=264))
+        (folder / "config.json").write_text(json.dumps(to_dict(config)))
+        make_run(folder, depth=config.depth, num_steps=last, seed=float(seed))
+    if evaluation is not None:
+        (folder / "eval.json").write_text(json.dumps({"step": last} | evaluation))
+    return folder
+
+
+def losses(*values):
+    """eval.json's losses of the main model and its depths."""
+    names = ["main", *(f"mtp_{k}" for k in range(1, len(values)))]
+    return {"loss": {n: {"loss": v, "bits_per_byte": 2 * v} for n, v in zip(names, values, strict=True)}}
+
+
+def benchmark(value, stderr=None, kind="generative", **facts):
+    metrics = {"other": {"value": 9.0, "stderr": None}, "exact_match": {"value": value, "stderr": stderr}}
+    return {"metrics": metrics, "main_metric": "exact_match", "kind": kind, "num_docs": 200, "num_fewshot": 4, **facts}
+
+
+def rows_of(out, title):
+    """The cells of each line below this title, split at runs of two spaces."""
+    lines = re.split(r"\n\n|\ncurves: ", out.split(title, 1)[1])[0].splitlines()[1:]
+    return [re.split(r"\s{2,}", line.strip()) for line in lines]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Where only the tables are looked at: a picture takes longer than all of them."""
+    monkeypatch.setattr(report, "_draw", lambda *_: None)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Three seeds of a baseline and of sequential depth 1, two of three of parallel depth 3 done, one not started."""
+    root = tmp_path / "sweep"
+    for seed, loss in enumerate((1.30, 1.34, 1.38)):
+        run_of(
+            root / f"none{seed}", seed=seed, evaluation=losses(loss) | {"acceptance": {"main": {"expected_tokens": 1}}}
+        )
+    for seed, loss in enumerate((1.10, 1.13, 1.16)):
+        speculative = {"tokens_per_forward": 1.5 + 0.1 * seed, "speed_up": 1.2}
+        acceptance = {"main": {"expected_tokens": 1}, "mtp_1": {"agreement": 0.6 + 0.1 * seed, "expected_tokens": 1.7}}
+        found = losses(loss, loss + 0.5) | {"acceptance": acceptance, "speculative": speculative}
+        run_of(root / f"seq{seed}", "sequential", 1, seed, evaluation=found)
+    for seed in (0, 1):
+        run_of(root / f"par{seed}", "parallel", 2, seed, evaluation=losses(1.3, 1.4, 1.5) if seed else None)
+    run_of(root / "par2", "parallel", 2, 2, last=300, error="train.py: out of memory")
+    run_of(root / "par3", "parallel", 2, 3, last=0)
+    return root
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_means_and_spreads_over_seeds(sweep, run):
+    code, out, err = run(f"--sweep={sweep}")
+    assert (code, err) == (0, "")
+    learnt = rows_of(out, "runs: what was learnt (held-out documents, eval.json)")
+    assert learnt[1] == ["kind", "depth", "runs", "main loss", "bits/byte", "loss by depth", "agreement by depth"]
+    # 1.30, 1.34, 1.38: mean 1.34, squares of deviations 0.0016 + 0 + 0.0016 over two: 0.0016, its root 0.04
+    assert learnt[2] == ["none", "-", "3", "1.340 ± 0.040", "2.680 ± 0.080", "-", "-"]
+    assert learnt[4] == ["sequential", "1", "3", "1.130 ± 0.030", "2.260 ± 0.060", "1.630±0.030", "0.700±0.100"]
+    # One of the two that are finished is evaluated: no training loss takes the place of the other's.
+    assert learnt[3][:5] == ["parallel", "2", "2 of 4", "1.300 [1]", "2.600 [1]"]
+    assert learnt[3][5:] == ["1.400[1]", "1.500[1]", "-", "-"]
+    costs = {row[0]: row for row in rows_of(out, "runs: what it takes and yields")[2:]}
+    assert costs["sequential"][-3:] == ["1.70 ± 0.00", "1.60 ± 0.10", "1.20 ± 0.00"]
+    assert costs["none"][-3:] == ["1.00 ± 0.00", "-", "-"]
+    assert costs["none"][5] == "1,301 ± 0"  # the median of 1001 ... 1600
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_parameters_are_those_of_the_model(sweep, run):
+    out = run(f"--sweep={sweep}")[1]
+    costs = {row[0]: row for row in rows_of(out, "runs: what it takes and yields")[2:]}
+    for kind, depth, folder in (("none", 1, "none0"), ("parallel", 2, "par0"), ("sequential", 1, "seq0")):
+        config = read_config(sweep / folder)
+        assert (config.mtp.kind, config.mtp.depth) == (kind, depth)
+        counts = count_parameters(config)
+        total = counts.total + counts.mtp_total
+        assert costs[kind][3:5] == [f"{counts.total / 1e6:.2f}", f"{total / 1e6:.2f}"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_run_is_dropped(sweep, run):
+    lines = run(f"--sweep={sweep}")[1].splitlines()
+    states = {line.split()[0]: re.split(r"\s{2,}", line)[-1] for line in lines[1:11]}
+    assert states["par2"] == "failed: train.py: out of memory" and states["par3"] == "not started"
+    assert set(states) == {path.name for path in sweep.iterdir() if path.is_dir()}
+    assert [line for line in lines if line.startswith("par3")][0].split()[1:4] == ["-", "-", "-"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_evaluation_of_fewer_steps_does_not_count(tmp_path, run):
+    run_of(tmp_path / "a" / "x", evaluation=losses(1.0) | {"step": 300})
+    run_of(tmp_path / "a" / "y", seed=1)
+    out = run(f"--sweep={tmp_path / 'a'}")[1]
+    assert "last logged training step" in out and "1.000" not in out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_evaluations_the_last_training_step_counts(tmp_path, run):
+    folders = [run_of(tmp_path / "a" / str(seed), "sequential", 1, seed) for seed in (0, 1)]
+    last = [read_metrics(folder / "metrics.jsonl")[-1] for folder in folders]
+    low, high = sorted(row["loss_main"] for row in last)
+    learnt = rows_of(run(f"--sweep={tmp_path / 'a'}")[1], "runs: what was learnt (last logged training step")
+    mean, deviation = (low + high) / 2, (high - low) / math.sqrt(2)
+    assert learnt[2][:3] == ["all runs", "2", f"{mean:.3f} ± {deviation:.3f}"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_search_over_n(sweep, run):
+    out = run(f"--sweep={sweep}")[1]
+    title = "parallel heads, parameter-matched: the main model gives up a block for each"
+    header, base, three = rows_of(out, f"search over n = 1 + depth: {title}")[-3:]
+    assert header[:5] == ["n", "runs", "blocks", "main loss", "bits/byte"]
+    assert base[:4] == ["1", "3", "4", "1.340 ± 0.040"] and three[:4] == ["3", "2 of 4", "2 + 2", "1.300 [1]"]
+    _, base, two = rows_of(out, "search over n = 1 + depth: sequential modules, on top of the main model")[-3:]
+    assert two[:4] == ["2", "3", "4 + 1", "1.130 ± 0.030*"]  # 0.21 apart, t = 7.3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_setting_that_also_differs_parts_the_tables(tmp_path, run):
+    root, rate = tmp_path / "a", "optimizer.learning_rate"
+    for i, (kind, value) in enumerate([("none", 0.001), ("none", 0.01), ("parallel", 0.001), ("parallel", 0.01)]):
+        scores = {"benchmarks": {"sums": benchmark(0.1 * (i + 1), 0.02)}}
+        run_of(root / str(i), kind, evaluation=losses(*[1.0 + i] * (1 + (i > 1))) | scores, **{rate: value})
+    out = run(f"--sweep={root}")[1]
+    for value, low, high in ((0.001, "1.000", "3.000"), (0.01, "2.000", "4.000")):
+        rows = rows_of(out, f"block for each (learning_rate {value})")
+        assert [row[3] for row in rows[-2:]] == [low, high]
+        assert rows_of(out, f"benchmarks (learning_rate {value})")[-1][-1] == "+0.200*"
+
+
+def benchmarked(root, scores, **facts):
+    """Runs of {(kind, depth): [(value, stderr) of each seed]} on one task."""
+    for (kind, depth), found in scores.items():
+        for seed, (value, stderr) in enumerate(found):
+            task = {"benchmarks": {"sums": benchmark(value, stderr, **facts)}}
+            run_of(
+                root / f"{kind}{depth}{seed}", kind, max(depth, 1), seed, evaluation=losses(*[1.0] * (1 + depth)) | task
+            )
+    return root
+
+
+def test_benchmarks_beside_the_baseline(tmp_path, run):
+    near = {("sequential", 1): [(0.21, 0.001), (0.24, 0.001), (0.27, 0.001)]}
+    scores = {("none", 0): [(0.20, 0.001), (0.22, 0.001), (0.24, 0.001)]}
+    far = {("parallel", 1): [(0.50, 0.001), (0.52, 0.001), (0.54, 0.001)]}
+    root = tmp_path / "a"
+    for (kind, depth), found in (scores | near | far).items():
+        for seed, (value, stderr) in enumerate(found):
+            tasks = {"choices": benchmark(0.5, 0.01, "likelihood"), "sums": benchmark(value, stderr)}
+            evaluation = losses(*[1.0] * (1 + depth)) | {"benchmarks": tasks}
+            run_of(root / f"{kind}{seed}", kind, max(depth, 1), seed, evaluation=evaluation)
+    code, out, _ = run(f"--sweep={root}")
+    table = rows_of(out, "\nbenchmarks")
+    assert code == 0 and ["generative"] in table and ["likelihood-based"] in table
+    (sums,) = [row for row in table if row[0] == "sums (exact_match)"]
+    base, parallel, sequential = "0.220 ± 0.020", ["0.520 ± 0.020", "+0.300*"], ["0.240 ± 0.030", "+0.020"]
+    assert sums[1:] == ["4", "200", base, *parallel, *sequential]
+    (choices,) = [row for row in table if row[0].startswith("choices")]
+    assert choices[3:] == ["0.500 ± 0.000", "0.500 ± 0.000", "+0.000", "0.500 ± 0.000", "+0.000"]
+    assert table.index(["generative"]) < table.index(sums) < table.index(["likelihood-based"]) < table.index(choices)
+    assert (root / "report_benchmarks.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("baseline", "other", "marked"),
+    [
+        # one seed: the standard errors of the task decide, 1.96 * sqrt(2) * 0.05 = 0.139
+        ([(0.20, 0.05)], [(0.35, 0.05)], True),
+        ([(0.20, 0.05)], [(0.33, 0.05)], False),
+        ([(0.20, None)], [(0.90, None)], False),  # nothing is known of chance
+        ([(0.20, 0.01)], [(0.90, None)], False),
+        # seeds agree, but on too few documents
+        ([(0.20, 0.05), (0.20, 0.05)], [(0.30, 0.05), (0.30, 0.05)], False),
+        ([(0.20, None), (0.20, None)], [(0.30, None), (0.30, None)], True),
+        # many documents, but seeds that scatter: two of each have one degree of freedom or two, t = 4.3 at least
+        ([(0.20, 1e-3), (0.30, 1e-3)], [(0.35, 1e-3), (0.45, 1e-3)], False),
+        ([(0.20, 1e-3), (0.21, 1e-3)], [(0.35, 1e-3), (0.36, 1e-3)], True),
+    ],
+)
+def test_what_is_inside_the_noise_is_not_marked(baseline, other, marked, tmp_path, run):
+    root = benchmarked(tmp_path / "a", {("none", 0): baseline, ("sequential", 1): other})
+    row = rows_of(run(f"--sweep={root}")[1], "\nbenchmarks")[-1]
+    assert row[0] == "sums (exact_match)" and row[-1].endswith("*") == marked
+    if len(baseline) == 1 and baseline[0][1] is not None:
+        assert row[3] == f"0.200 ({baseline[0][1]:.3f})"
+
+
+def test_the_test_over_seeds_is_welchs():
+    from scipy.stats import ttest_ind
+
+    rng, found = np.random.default_rng(0), []
+    for _ in range(300):
+        one = rng.normal(0, 1, rng.integers(2, 6))
+        other = rng.normal(2, rng.uniform(0.2, 2), rng.integers(2, 6))
+        found.append(variants.beyond_noise(variants.Sample(tuple(one)), variants.Sample(tuple(other))))
+        assert found[-1] == (ttest_ind(one, other, equal_var=False).pvalue < 0.05)
+    assert 50 < sum(found) < 250
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_a_baseline_there_are_no_differences(tmp_path, run):
+    root = benchmarked(tmp_path / "a", {("sequential", 1): [(0.2, 0.1)], ("parallel", 1): [(0.3, 0.1)]})
+    out = run(f"--sweep={root}")[1]
+    assert "there is no run with mtp.kind=none" in out and not re.search(r"\bdiff\b", out)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_lower_is_better_is_said(tmp_path, run):
+    root = benchmarked(tmp_path / "a", {("none", 0): [(0.2, 0.1)]}, higher_is_better=False, group="arithmetic")
+    assert "arithmetic: sums (exact_match, lower is better)" in run(f"--sweep={root}")[1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_markdown_and_json(sweep, run, tmp_path):
+    markdown, values = tmp_path / "tables.md", tmp_path / "values.json"
+    assert run(f"--sweep={sweep}", f"--markdown={markdown}", f"--json={values}")[0] == 0
+    text = markdown.read_text()
+    assert "### runs: what was learnt" in text and "| none | - | 3 | 1.340 ± 0.040 | 2.680 ± 0.080 | - | - |" in text
+    assert "1.130 ± 0.030\\*" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+    found = json.loads(values.read_text(), parse_constant=pytest.fail)
+    assert found["source"] == "validation" and len(found["runs"]) == 10
+    (sequential,) = [v for v in found["variants"] if v["settings"]["mtp.kind"] == "sequential"]
+    assert (sequential["n"], sequential["num_runs"]) == (2, 3)
+    loss = sequential["measures"]["loss_main"]
+    assert (loss["n"], loss["mean"], loss["deviation"]) == (3, pytest.approx(1.13), pytest.approx(0.03))
+
+
+def test_a_mean_curve_is_of_the_steps_that_all_seeds_have():
+    one, other = [(1, 1.0), (2, 2.0), (3, 3.0)], [(2, 4.0), (3, 5.0), (4, 6.0)]
+    assert pictures.mean_curve([one, other]) == [(2, 3.0), (3, 4.0)]
+    assert pictures.mean_curve([one]) == one
+
+
+def test_seeds_are_thin_and_their_mean_is_bold(sweep, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, output: figures.append(figure))
+    pictures.draw(variants.variants_of(runs.load_runs([], [str(sweep)])), tmp_path / "x.png")
+    axes = {axis.get_title(loc="left"): axis for axis in figures[0].axes}
+    assert {"loss, main", "loss, depth 1", "loss, depth 2", "agreement with the main head, depth 2"} <= set(axes)
+    lines = axes["loss, main"].get_lines()
+    widths = {color: [x.get_linewidth() for x in lines if x.get_color() == color] for color in pictures.COLORS[:3]}
+    assert [(sum(w < 1 for w in ws), sum(w > 1.5 for w in ws)) for ws in widths.values()] == [(3, 1), (3, 1), (3, 1)]
+    (mean,) = [x for x in lines if x.get_color() == pictures.COLORS[1] and x.get_linewidth() > 1.5]
+    assert len(mean.get_xdata()) == 600  # of the finished two: the seed that failed at step 300 does not cut it
+    for axis in axes.values():
+        pictures.plt.close(axis.figure)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sweeps_and_workdirs_together_and_each_run_once(sweep, run, tmp_path):
+    alone = make_run(tmp_path / "alone")
+    argv = [f"--sweep={sweep}", f"--sweep={sweep.parent}", f"--workdir={sweep / 'none0'}", f"--workdir={alone}"]
+    lines = run(*argv, f"--output={tmp_path / 'x.png'}")[1].splitlines()
+    names = [line.split()[0] for line in lines[1 : lines.index("")]]
+    assert len(names) == len(set(names)) == 11 and "alone" in " ".join(names)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_unusable_sweeps(tmp_path, run, sweep):
+    (tmp_path / "empty").mkdir()
+    broken = run_of(tmp_path / "broken" / "x")
+    (broken / "eval.json").write_text("{")
+    cases = [
+        ([f"--sweep={tmp_path / 'absent'}"], "no such folder"),
+        ([f"--sweep={tmp_path / 'empty'}"], "no run in it or below it"),
+        ([f"--sweep={tmp_path / 'broken'}"], "eval.json: not JSON"),
+        ([f"--workdir={sweep}"], f"give the folder of a run, or --sweep={sweep}"),
+        ([f"--sweep={sweep}", f"--json={tmp_path}"], "cannot be written (Is a directory)"),
+        ([f"--sweep={sweep}", f"--markdown={tmp_path}"], "cannot be written (Is a directory)"),
+    ]
+    for argv, message in cases:
+        code, _, err = run(*argv)
+        assert code == 2 and message in err and err.count("\n") == 1, (argv, err)
+
+
+def test_a_sweep_of_which_nothing_has_begun(tmp_path, run):
+    run_of(tmp_path / "a" / "x", last=0)
+    code, out, _ = run(f"--sweep={tmp_path / 'a'}")
+    assert code == 0 and "not started" in out and "no curves" in out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_config_of_another_version_is_no_obstacle(tmp_path, run):
+    folders = [run_of(tmp_path / "a" / str(seed), seed=seed, evaluation=losses(1.0 + seed)) for seed in (0, 2)]
+    values = json.loads((folders[0] / "config.json").read_text())
+    values["model"]["of_old"] = 1
+    (folders[0] / "config.json").write_text(json.dumps(values))
+    code, out, _ = run(f"--sweep={tmp_path / 'a'}")
+    assert code == 0 and "2.000 ± 1.414" in out

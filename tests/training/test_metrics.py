@@ -1,13 +1,15 @@
 """metrics.jsonl stays valid and gapless over kills and resumes; the progress line; the non-finite alarm."""
 
 import json
+import pathlib
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtp_jax.training import metrics as metrics_lib
-from mtp_jax.training.metrics import MetricsWriter, NonFiniteLoss, Progress, check_finite, read_metrics
+from mtp_jax.training.metrics import MetricsWriter, NonFiniteLoss, Progress, check_finite, peak_memory_gib, read_metrics
 
 
 def write(workdir, steps, resume_step=None):
@@ -112,7 +114,7 @@ def test_progress_line_leaves_out_what_is_not_there():
     line = Progress(10).line(1, {"loss": 2.0, "loss_main": 2.0, "mfu": None, "tokens_per_second": 12})
     assert line == "step 1/10  loss 2.000  12 tok/s"
     assert Progress(10).line(1, {}) == "step 1/10"
-    assert metrics_lib._clock(3723.4) == "1:02:03" and metrics_lib._short(2.5e6) == "2.5M"
+    assert metrics_lib.clock(3723.4) == "1:02:03" and metrics_lib._short(2.5e6) == "2.5M"
 
 
 def test_check_finite_names_step_and_terms():
@@ -120,3 +122,24 @@ def test_check_finite_names_step_and_terms():
     with pytest.raises(NonFiniteLoss, match="step 7: loss=nan, loss_mtp_2=inf, grad_norm=nan; ") as error:
         check_finite(7, {"loss": jnp.nan, "loss_main": 1.0, "loss_mtp_2": np.inf, "grad_norm": jnp.float32(jnp.nan)})
     assert "\n" not in str(error.value)
+
+
+def devices(*stats):
+    return [types.SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+
+
+def test_peak_memory_is_the_fullest_devices():
+    found = peak_memory_gib(
+        devices({"peak_bytes_in_use": 2**30, "bytes_in_use": 2**40}, {"peak_bytes_in_use": 3 * 2**30})
+    )
+    assert found == 3.0
+
+
+@pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 2**40}])
+def test_peak_memory_is_the_processs_where_no_device_counts_it(stats):
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("no /proc to compare with")
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    now = int(line.split()[1]) / 2**20
+    assert 0.9 * now < peak_memory_gib(devices(stats)) < now + 64  # in GiB, and at least what is in use now

@@ -50,7 +50,7 @@ def test_what_may_change_changes_and_is_written(tmp_path, capsys):
 def test_free_keys_name_real_keys():
     from mtp_jax.training import workdir
 
-    keys = workdir._flat(dataclasses.asdict(CONFIG))
+    keys = workdir.flat(dataclasses.asdict(CONFIG))
     assert all(any(key.startswith(free) for key in keys) for free in workdir.FREE_KEYS)
 
 

@@ -1,0 +1,227 @@
+"""Curves over training and bars of benchmarks, as PNGs."""
+
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
+
+from mtp_jax.config import UserError  # noqa: E402
+from mtp_jax.tools.reporting.runs import Rows, Run  # noqa: E402
+from mtp_jax.tools.reporting.variants import Variant, benchmark_names  # noqa: E402
+from mtp_jax.training.metrics import METRICS_FILE  # noqa: E402
+
+# panel title, the metrics it shows: a name, or a prefix ending in _ for one curve a depth
+LOSS, ACCURACY, AGREEMENT = "loss", "label accuracy", "agreement with the main head"
+OF_ONE_RUN = (
+    (LOSS, ("loss_main", "loss_mtp_")),
+    (ACCURACY, ("accuracy_main", "accuracy_mtp_")),
+    (AGREEMENT, ("agreement_mtp_",)),
+)
+OF_THE_STEP = (
+    ("learning rate", ("learning_rate",)),
+    ("gradient norm", ("grad_norm",)),
+    ("largest expert load / mean", ("moe_load_max_over_mean",)),
+)
+PEAKED = (LOSS, "gradient norm")  # panels whose first steps would squeeze the rest
+COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
+STYLES: tuple[Any, ...] = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
+GREY, PALE = "#999999", "#e6e6e6"
+
+Curve = list[tuple[int, float]]
+
+
+def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
+    """Curves over steps, one panel for each group of metrics that any run has.
+
+    A single run: a colour a depth. Several: a panel a depth and a colour a variant, its seeds as thin lines and the
+    mean of those that are finished (or of all, where none is) as a bold one.
+
+    Raises:
+      UserError: there is nothing to draw.
+      OSError: the file cannot be written.
+    """
+    logged = [run for v in variants for run in v.runs if run.rows]
+    is_single = len(logged) == 1 and len(variants) == 1
+    panels = [*OF_ONE_RUN, *OF_THE_STEP] if is_single else _panels(logged)
+    panels = [(title, names) for title, names in panels if any(curves(run.rows, names) for run in logged)]
+    if not panels:
+        raise UserError(f"--workdir: the {METRICS_FILE} has none of the metrics that are drawn")
+    figure, axes = _grid(len(panels), 3 if len(panels) <= 9 else 4)
+    for axis, (title, names) in zip(axes, panels, strict=True):
+        if is_single:
+            _draw_run(axis, logged[0].rows, names)
+        else:
+            _draw_variants(axis, variants, names)
+        _dress(axis, title)
+    if is_single:
+        depth = max(curves(logged[0].rows, ("loss_mtp_",)), default=0)
+        labels = [("main" if k == 0 else f"depth {k}", _color(k), "solid") for k in range(depth + 1)]
+    else:
+        drawn = [(i, v) for i, v in enumerate(variants) if any(run.rows for run in v.runs)]
+        labels = [(_legend_label(v), _color(i), _style(i)) for i, v in drawn]
+    _legend(figure, labels, logged[0].name if is_single else None)
+    _save(figure, output)
+
+
+def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
+    """Bars, a panel a benchmark with a scale of its own, a colour a variant. An error bar is the sample standard
+    deviation over seeds, or the task's standard error where there is one seed. False where no run has a benchmark.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    tasks = benchmark_names(variants)
+    if not tasks:
+        return False
+    ordered = [t for kind in ("generative", "likelihood") for t in tasks if t[1]["kind"] == kind]
+    figure, axes = _grid(len(ordered), min(4, max(2, math.ceil(math.sqrt(len(ordered))))))
+    for axis, (task, facts) in zip(axes, ordered, strict=True):
+        for i, variant in enumerate(variants):
+            sample = variant.benchmark(task)
+            if sample is None:
+                continue
+            error = sample.error if sample.deviation is None else sample.deviation
+            axis.bar(i, sample.mean, color=_color(i), width=0.75, hatch=None if i < len(COLORS) else "//")
+            axis.errorbar(i, sample.mean, error, color="#333333", capsize=3, linewidth=1)
+            axis.plot([i] * len(sample.values), sample.values, ".", color="#333333", markersize=3)
+        _dress(axis, "")
+        axis.set_title(f"{task}\n", fontsize=10, loc="left")
+        lower = "" if facts.get("higher_is_better", True) else ", lower is better"
+        what = f"{facts['main_metric']}{lower}; {facts['kind']}"
+        axis.text(0, 1.03, what, fontsize=8, color="#666666", transform=axis.transAxes)
+        axis.set_xticks([])
+        axis.set_xlabel("")
+        axis.set_xlim(-0.75, len(variants) - 0.25)
+    labels = [(_legend_label(v), _color(i), "solid") for i, v in enumerate(variants)]
+    _legend(figure, labels, "error bars: standard deviation over seeds, or standard error of the task for one seed")
+    _save(figure, output)
+    return True
+
+
+def curves(rows: Rows, names: tuple[str, ...]) -> dict[int, Curve]:
+    """Depth -> (step, value) pairs."""
+    out: dict[int, Curve] = {}
+    for row in rows:
+        for key, value in row.items():
+            for name in names:
+                is_depth = name.endswith("_") and key.startswith(name) and key[len(name) :].isdigit()
+                if value is not None and (key == name or is_depth):
+                    out.setdefault(int(key[len(name) :]) if is_depth else 0, []).append((row["step"], value))
+    return dict(sorted(out.items()))
+
+
+def mean_curve(every: Sequence[Curve]) -> Curve:
+    """The mean at the steps that all curves have."""
+    tables = [dict(curve) for curve in every]
+    shared = [step for step, _ in every[0] if all(step in table for table in tables)]
+    return [(step, statistics.fmean(table[step] for table in tables)) for step in shared]
+
+
+def _panels(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
+    """A panel a depth: losses, then agreement, then what belongs to the step."""
+    depth = max((max(curves(run.rows, ("loss_mtp_",)), default=0) for run in runs), default=0)
+    panels = [(f"{LOSS}, main", ("loss_main",))]
+    panels += [(f"{LOSS}, depth {k}", (f"loss_mtp_{k}",)) for k in range(1, depth + 1)]
+    panels += [(f"{ACCURACY}, main", ("accuracy_main",))]
+    panels += [(f"{AGREEMENT}, depth {k}", (f"agreement_mtp_{k}",)) for k in range(1, depth + 1)]
+    return [*panels, *OF_THE_STEP]
+
+
+def _draw_run(axis: Any, rows: Rows, names: tuple[str, ...]) -> None:
+    for depth, curve in curves(rows, names).items():
+        _line(axis, curve, color=_color(depth), linewidth=1.5)
+
+
+def _draw_variants(axis: Any, variants: Sequence[Variant], names: tuple[str, ...]) -> None:
+    for i, variant in enumerate(variants):
+        every = {run: curve for run in variant.runs for curve in curves(run.rows, names).values()}
+        for curve in every.values() if len(every) > 1 else ():
+            _line(axis, curve, color=_color(i), linewidth=0.6, alpha=0.55, linestyle=_style(i))
+        finished = [curve for run, curve in every.items() if run.is_finished]
+        if every:
+            mean = mean_curve(finished or list(every.values()))
+            _line(axis, mean, color=_color(i), linewidth=1.9, linestyle=_style(i))
+
+
+def _line(axis: Any, curve: Curve, **style: Any) -> None:
+    if curve:
+        axis.plot(*zip(*curve, strict=True), marker="o" if len(curve) == 1 else None, **style)
+
+
+def _grid(num_panels: int, num_columns: int) -> tuple[Any, list[Any]]:
+    num_columns = min(num_columns, num_panels)
+    num_rows = -(-num_panels // num_columns)
+    size = (4.6 * num_columns, 3.2 * num_rows)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[num_panels:]:
+        axis.remove()
+    return figure, list(axes.flat[:num_panels])
+
+
+def _dress(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(labelsize=8, color=GREY)
+    axis.grid(color=PALE, linewidth=0.6, axis="both" if title else "y")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(GREY)
+    if title.startswith(PEAKED):
+        _cut_off_the_start(axis)
+    if title == "learning rate":
+        axis.set_ylim(bottom=0)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axis.yaxis.get_offset_text().set_fontsize(8)
+
+
+def _cut_off_the_start(axis: Any) -> None:
+    """The scale is that of the last three quarters of the steps."""
+    lines = [line for line in axis.get_lines() if len(line.get_xdata()) > 20]
+    last = max((line.get_xdata()[-1] for line in lines), default=0)
+    values = [y for line in lines for x, y in zip(*line.get_data(), strict=True) if x > last / 4]
+    if values:
+        margin = 0.05 * (max(values) - min(values)) or 0.05
+        axis.set_ylim(min(values) - margin, max(values) + margin)
+
+
+def _legend(figure: Any, labels: list[tuple[str, str, Any]], title: str | None) -> None:
+    line = matplotlib.lines.Line2D
+    handles = [line([], [], color=color, linestyle=style, linewidth=1.9, label=text) for text, color, style in labels]
+    longest = max(len(text) for text, *_ in labels)
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=max(1, int(figure.get_figwidth() * 11 / (longest + 8))),
+        fontsize=8,
+        frameon=False,
+        title=title,
+        title_fontsize=8,
+        alignment="left",
+    )
+
+
+def _legend_label(variant: Variant) -> str:
+    return f"{variant.label()} ({len(variant.runs)} seeds)" if len(variant.runs) > 1 else variant.label()
+
+
+def _save(figure: Any, output: pathlib.Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=130)
+    finally:
+        plt.close(figure)
+
+
+def _color(index: int) -> str:
+    return COLORS[index % len(COLORS)]
+
+
+def _style(index: int) -> Any:
+    return STYLES[index // len(COLORS) % len(STYLES)]

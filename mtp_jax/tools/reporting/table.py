@@ -1,0 +1,80 @@
+"""A table as text for a terminal and as Markdown, and how its numbers are written."""
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_jax.tools.reporting.variants import Sample
+
+MISSING = "-"
+MARK = "*"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, what its numbers mean, a header and rows of text. A row of one cell is a heading inside the table.
+
+    has_title: whether the terminal shows the title.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: tuple[str, ...] = ()
+    has_title: bool = True
+
+    def text(self) -> str:
+        """Columns padded to their widest cell, numbers to the right."""
+        full = [self.header, *(row for row in self.rows if len(row) > 1)]
+        widths = [max(len(row[i]) for row in full) for i in range(len(self.header))]
+        lines = [self.title] if self.has_title else []
+        lines += [textwrap.fill(note, 120, subsequent_indent="  ") for note in self.notes]
+        is_left = [name in (self.header[0], "state") for name in self.header]
+        for row in [self.header, *self.rows]:
+            cells = zip(row, widths, is_left, strict=False)
+            lines.append("  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in cells).rstrip())
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """A heading, the notes, the table."""
+        num_blank = len(self.header) - 1
+        lines = [_line([_escaped(name) for name in self.header]), _line(["---", *["---:"] * num_blank])]
+        for row in self.rows:
+            cells = [_escaped(cell.strip()) for cell in row]
+            lines.append(_line(cells if len(row) > 1 else [f"*{cells[0]}*", *[""] * num_blank]))
+        return "\n\n".join([f"### {self.title}", *map(_escaped, self.notes), "\n".join(lines)])
+
+
+def number(value: float | None, digits: int) -> str:
+    """With thousands separated; `-` where there is none."""
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def spread(sample: Sample | None, digits: int, num_expected: int | None = None) -> str:
+    """`1.327 ± 0.012`, mean and sample standard deviation; `1.327` of a single run. Where fewer runs have it than
+    expected, their number stands behind it in brackets."""
+    if sample is None:
+        return MISSING
+    text = number(sample.mean, digits)
+    if sample.deviation is not None:
+        text += f" ± {number(sample.deviation, digits)}"
+    count = len(sample.values)
+    return text if num_expected in (None, count) else f"{text} [{count}]"
+
+
+def depths(row: dict[str, Any], kind: str, digits: int) -> str:
+    """Main and every depth's value of one kind; agreement has no main."""
+    values = [row[f"{kind}_main"]] if f"{kind}_main" in row else []
+    depth = 1
+    while f"{kind}_mtp_{depth}" in row:
+        values.append(row[f"{kind}_mtp_{depth}"])
+        depth += 1
+    return " ".join(number(v, digits) for v in values) or MISSING
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")

@@ -1,0 +1,245 @@
+"""Runs that differ by nothing but their seed as one variant, with means and spreads of what was measured."""
+
+import functools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from mtp_jax.model import count_parameters
+from mtp_jax.tools.reporting.runs import Run
+
+CONFIDENCE = 0.95
+SEED = "seed"
+ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One number measured on several runs. errors: the standard error that each run's measurement has by itself."""
+
+    values: tuple[float, ...]
+    errors: tuple[float | None, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Over the runs."""
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation over the runs; None of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def error(self) -> float | None:
+        """Root mean square of the measurements' own standard errors; None where one is not known."""
+        known = [e for e in self.errors if e is not None]
+        if not self.errors or len(known) < len(self.values):
+            return None
+        return math.sqrt(statistics.fmean(e * e for e in known))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs of the same settings. settings: value of each key that not all runs share, but for the seed."""
+
+    settings: dict[str, Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def kind(self) -> str:
+        """mtp.kind; "" where it is unknown."""
+        return self.runs[0].settings.get("mtp.kind", "")
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return self.runs[0].settings.get("mtp.depth", 0)
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that count."""
+        return [run for run in self.runs if run.is_finished]
+
+    @property
+    def num_runs(self) -> str:
+        """`3`, or `2 of 3` where not all are finished."""
+        done, total = len(self.finished), len(self.runs)
+        return str(total) if done == total else f"{done} of {total}"
+
+    def label(self, keys: Sequence[str] | None = None) -> str:
+        """`parallel, depth 3`: the values of `keys`, which may be none; of all settings, or the run's name, if None."""
+        shown = {k: v for k, v in self.settings.items() if (keys is None or k in keys) and v != ABSENT}
+        text = ", ".join(str(v) if k == "mtp.kind" else f"{k.split('.')[-1]} {spelled(v)}" for k, v in shown.items())
+        name = self.runs[0].name if len(self.runs) == 1 else "all runs"
+        return text or (name if keys is None else "")
+
+    def others(self, but: Sequence[str] = ()) -> list[str]:
+        """The settings that are not `but`; with none given, those that are not of the MTP."""
+        return [key for key in self.settings if (key not in but if but else not key.startswith("mtp."))]
+
+    def sample(self, name: str, source: str) -> Sample | None:
+        """A measure of the finished runs that have it. source: as of `measures`."""
+        found = [measures(run, source).get(name) for run in self.finished]
+        values = tuple(v for v in found if v is not None)
+        return Sample(values) if values else None
+
+    def benchmark(self, task: str) -> Sample | None:
+        """The main metric of a benchmark."""
+        found = [run.results().get("benchmarks", {}).get(task) for run in self.finished]
+        metrics = [f["metrics"][f["main_metric"]] for f in found if f]
+        metrics = [m for m in metrics if m["value"] is not None]
+        if not metrics:
+            return None
+        return Sample(tuple(m["value"] for m in metrics), tuple(m.get("stderr") for m in metrics))
+
+
+def variants_of(runs: Sequence[Run]) -> list[Variant]:
+    """The runs grouped, in the order of their first; a run without a config is a variant of its own."""
+    keys = differing_keys(runs)
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        known = [(key, run.settings.get(key, ABSENT)) for key in keys] if run.settings else [("run", run.name)]
+        groups.setdefault(tuple((key, spelled(value)) for key, value in known), []).append(run)
+    out = []
+    for group, members in groups.items():
+        first = members[0].settings
+        out.append(Variant({key: first.get(key, text) if first else text for key, text in group}, tuple(members)))
+    return out
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """The config keys, other than the seed, that have more than one value among the runs that have them."""
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            values.setdefault(key, set()).add(spelled(value))
+    keys = [key for key, found in values.items() if len(found) > 1 and key != SEED]
+    if "mtp.kind" in keys and "mtp.depth" in values and "mtp.depth" not in keys:
+        keys.insert(keys.index("mtp.kind") + 1, "mtp.depth")  # the baseline has none
+    return sorted(keys, key=lambda key: key not in ("mtp.kind", "mtp.depth"))
+
+
+def baseline_of(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
+    """The one without multi-token prediction and otherwise of the same settings."""
+    same = [v for v in variants if v.kind == "none" and v.label(v.others()) == variant.label(variant.others())]
+    return same[0] if same else None
+
+
+def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, dict[str, Any]]]:
+    """(task, what eval.json says of it) of every benchmark that any finished run has, in order, groups together."""
+    found: dict[str, dict[str, Any]] = {}
+    for v in variants:
+        for run in v.finished:
+            for task, facts in run.results().get("benchmarks", {}).items():
+                found.setdefault(task, facts)
+    groups = list(dict.fromkeys(facts.get("group") or task for task, facts in found.items()))
+    return sorted(found.items(), key=lambda item: groups.index(item[1].get("group") or item[0]))
+
+
+def spelled(value: Any) -> str:
+    """A config value as text; equal for equal values."""
+    return ", ".join(map(spelled, value)) or "()" if isinstance(value, (list, tuple)) else str(value)
+
+
+def best_source(runs: Sequence[Run]) -> str:
+    """`validation` where any run has been evaluated, so that no column mixes the two; else `training`."""
+    return "validation" if any(run.results().get("loss") for run in runs) else "training"
+
+
+@functools.cache
+def measures(run: Run, source: str) -> dict[str, float]:
+    """What was measured on a finished run, by name; what was not is missing.
+
+    source: `validation`: losses and agreement on held-out documents, from eval.json; `training`: of the last logged
+    step. tokens_per_second is the median of the logged steps, peak_memory_gib the largest.
+    """
+    last, results = run.rows[-1], run.results()
+    out: dict[str, float | None] = {}
+    if source == "training":
+        out |= {key: value for key, value in last.items() if key.startswith(("loss_", "agreement_"))}
+    for depth, found in results.get("loss", {}).items() if source == "validation" else ():
+        out |= {f"{name}_{depth}": found.get(name) for name in ("loss", "bits_per_byte", "accuracy")}
+    for depth, found in results.get("acceptance", {}).items():
+        out["expected_tokens"] = found.get("expected_tokens")  # of the deepest, which comes last
+        if source == "validation" and depth != "main":
+            out[f"agreement_{depth}"] = found.get("agreement")
+    speculative = results.get("speculative", {})
+    out |= {name: speculative.get(name) for name in ("tokens_per_forward", "speed_up")}
+    speeds = sorted(row["tokens_per_second"] for row in run.rows if row.get("tokens_per_second") is not None)
+    out["tokens_per_second"] = speeds[len(speeds) // 2] if speeds else None
+    out["peak_memory_gib"] = max((r["peak_memory_gib"] for r in run.rows if r.get("peak_memory_gib")), default=None)
+    config = run.resolved()
+    if config is not None:
+        counts = count_parameters(config)
+        out |= {"parameters_main": counts.total, "parameters_total": counts.total + counts.mtp_total}
+    return {name: value for name, value in out.items() if value is not None}
+
+
+def beyond_noise(one: Sample, other: Sample) -> bool | None:
+    """Whether two means differ by more than chance explains; None where nothing is known about chance.
+
+    Both must hold, where they can be computed:
+      * over seeds (at least two on both sides): Welch's t-test, two-sided, at 95 %;
+      * over documents (a standard error of each measurement is known): the difference exceeds 1.96 standard errors. All
+        seeds see the same documents, so more seeds do not shrink these; that both variants see the same ones would,
+        and is left out: rather too few marks than too many.
+    """
+    difference, checks = abs(one.mean - other.mean), []
+    if one.deviation is not None and other.deviation is not None:
+        parts = [s.deviation**2 / len(s.values) for s in (one, other) if s.deviation is not None]
+        checks.append(difference > _welch_bound(parts, [len(one.values), len(other.values)]))
+    if one.error is not None and other.error is not None:
+        checks.append(difference > stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(one.error, other.error))
+    return all(checks) if checks else None
+
+
+def _welch_bound(squared_errors: list[float], counts: list[int]) -> float:
+    """The difference of two means that chance exceeds once in twenty times."""
+    total = sum(squared_errors)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(e**2 / (n - 1) for e, n in zip(squared_errors, counts, strict=True))
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
+
+
+def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> dict[str, Any]:
+    """Everything that the tables are made of: {"source", "runs": [...], "variants": [...]}."""
+    found = [_json(variant, variants, source) for variant in variants]
+    return {"source": source, "runs": [_run_json(run) for run in runs], "variants": found}
+
+
+def _run_json(run: Run) -> dict[str, Any]:
+    kept = {"workdir": str(run.path), "state": run.state, "seed": run.seed, "last": run.rows[-1] if run.rows else None}
+    return {"name": run.name, **kept, "evaluation": run.evaluation or None}
+
+
+def _json(variant: Variant, variants: Sequence[Variant], source: str) -> dict[str, Any]:
+    names = dict.fromkeys(name for run in variant.finished for name in measures(run, source))
+    baseline, tasks = baseline_of(variant, variants), {}
+    for task, facts in benchmark_names([variant]):
+        sample = variant.benchmark(task)
+        tasks[task] = {"metric": facts["main_metric"], **_sample_json(sample)}
+        other = baseline.benchmark(task) if baseline and baseline is not variant else None
+        if sample and other:
+            found = {"difference": sample.mean - other.mean, "beyond_noise": beyond_noise(sample, other)}
+            tasks[task] |= found
+    return {
+        "label": variant.label(),
+        "settings": variant.settings,
+        "n": 1 + variant.depth if variant.kind else None,
+        "num_runs": len(variant.runs),
+        "num_finished": len(variant.finished),
+        "measures": {name: _sample_json(variant.sample(name, source)) for name in names},
+        "benchmarks": tasks,
+    }
+
+
+def _sample_json(sample: Sample | None) -> dict[str, Any]:
+    if sample is None:
+        return {"n": 0, "mean": None, "deviation": None, "stderr": None}
+    return {"n": len(sample.values), "mean": sample.mean, "deviation": sample.deviation, "stderr": sample.error}

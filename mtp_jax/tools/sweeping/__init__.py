@@ -1,0 +1,1 @@
+"""What tools.sweep is made of: the runs asked for, their folders, their processes."""

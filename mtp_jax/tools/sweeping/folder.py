@@ -1,0 +1,82 @@
+"""What a sweep keeps in the folder of a run: sweep.json, the logs of its commands, and a lock.
+
+sweep.json: {"overrides": [...], "config": {...}} and, once there was such an end, "trained": the last step,
+"evaluated": [flags of eval.py], "error": the line a command failed with. It is there from the start of the sweep on: a
+run that fails before it writes anything, or was not yet begun, is still one of the sweep's.
+"""
+
+import fcntl
+import json
+import os
+import pathlib
+import shlex
+from typing import Any
+
+from mtp_jax.config import UserError, to_dict
+from mtp_jax.tools.sweeping.plan import Planned
+
+SWEEP_FILE, EVAL_FILE, LOCK_FILE = "sweep.json", "eval.json", ".sweep.lock"
+PARTIAL_EVAL_FILE = ".eval.json.partial"
+LOGS = {"train.py": "log.txt", "eval.py": "eval_log.txt"}
+
+
+def try_lock(folder: pathlib.Path) -> int | None:
+    """A descriptor that holds the run, or None while a process of another sweep does.
+
+    The lock lasts until each process that has the descriptor has closed it or died: one passed to a child covers it.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def prepare(root: pathlib.Path, runs: list[Planned]) -> None:
+    """A folder with a sweep.json for each run that has none.
+
+    Raises:
+      UserError: a folder cannot be made.
+    """
+    for run in runs:
+        folder = root / run.name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(folder)
+        except OSError as error:
+            raise UserError(f"--workdir={root}: {folder} cannot be written ({error.strerror})") from error
+        if lock is None:  # whoever holds it writes it
+            continue
+        write_record(folder, read_record(folder) | {"overrides": run.overrides, "config": to_dict(run.config)})
+        os.close(lock)
+
+
+def read_record(folder: pathlib.Path) -> dict[str, Any]:
+    """What sweep.json says; nothing where there is none."""
+    path = folder / SWEEP_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_record(folder: pathlib.Path, record: dict[str, Any]) -> None:
+    """Replace sweep.json as a whole, so that a kill leaves the old one or the new one."""
+    partial = folder / f".{SWEEP_FILE}.partial"
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / SWEEP_FILE)
+
+
+def start_of_log(path: pathlib.Path, command: list[str]) -> int:
+    """Write the command to the log, behind what earlier attempts left; where its own output will begin, in bytes."""
+    with path.open("a", encoding="utf-8") as log:
+        log.write(f"$ {shlex.join(command)}\n")
+    return path.stat().st_size
+
+
+def last_line(path: pathlib.Path, start: int) -> str:
+    """The error that a command left in its log behind `start`; else its last line."""
+    with path.open("rb") as log:
+        log.seek(start)
+        lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")

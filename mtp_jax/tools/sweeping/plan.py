@@ -1,0 +1,151 @@
+"""Which runs a sweep asks for: the product of its --over flags, each run with a name and a resolved config.
+
+--over='mtp.kind=none,parallel,sequential'                     one key
+--over='mtp.kind,mtp.depth=(none,1),(parallel,1),(parallel,3)' keys that move together
+--over='mtp.weight_values=(0.3,0.1),(0.3,0.3)'                 values that are tuples
+--over='data.files="a/*.txt,b/*.txt","c/*.txt"'                a text with a comma, in quotes of its own
+"""
+
+import hashlib
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mtp_jax.config import Config, UserError, load_config, to_dict
+from mtp_jax.training.workdir import flat
+
+FORMS = "write KEY=VALUE,VALUE or KEY,KEY=(VALUE,VALUE),(VALUE,VALUE)"
+MAX_VALUE, MAX_NAME = 40, 200  # characters; a file's name may have 255
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: the name of its folder, what the command line of train.py says, and the config this makes."""
+
+    name: str
+    overrides: tuple[str, ...]
+    config: Config
+
+
+def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
+    """The runs of a sweep in order; the last --over varies fastest.
+
+    Args:
+      config_file: as of train.py.
+      fixed: `--config.section.key=value` for every run.
+      overs: the --over flags.
+
+    A run without multi-token prediction ignores the other mtp keys: it has them neither in its overrides nor in its
+    name, and is asked for once however many values they have.
+
+    Raises:
+      UserError: a flag that cannot be read, a config that cannot be resolved, a run asked for twice.
+    """
+    swept = [parse_over(text) for text in overs]
+    keys = [key for over in swept for key in over[0]]
+    _check_keys(keys, fixed)
+    runs: dict[str, Planned] = {}
+    for parts in itertools.product(*swept):
+        chosen = {key: value for part in parts for key, value in part.items()}
+        config = load_config(config_file, fixed + _flags(chosen))
+        used = {key: value for key, value in chosen.items() if not _is_ignored(key, config)}
+        config = load_config(config_file, fixed + _flags(used))
+        name = run_name(list(used), keys, config)
+        if name in runs and len(used) == len(chosen):
+            raise UserError(f"--over: asks for {name} twice; give each value once")
+        runs.setdefault(name, Planned(name, (*fixed, *_flags(used)), config))
+    return list(runs.values())
+
+
+def parse_over(text: str) -> list[dict[str, str]]:
+    """The settings one --over goes through, each a value for each of its keys.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    left, equals, right = text.partition("=")
+    keys = [key.strip() for key in left.split(",")]
+    if not equals or not all(keys):
+        raise UserError(f"--over={text}: not understood; {FORMS}")
+    out = []
+    for item in _split(right, text):
+        values = [item]
+        if len(keys) > 1:
+            values = _split(item[1:-1], text) if item[0] + item[-1] == "()" else []
+            if len(values) != len(keys):
+                raise UserError(f"--over={text}: {item} is not one value in parentheses for each of {left}; {FORMS}")
+        out.append(dict(zip(keys, map(_unquoted, values), strict=True)))
+    return out
+
+
+def run_name(keys: list[str], all_keys: list[str], config: Config) -> str:
+    """`kind=parallel,depth=3,seed=0`: the run's own values of `keys`, by the last part of each key where no other of
+    `all_keys` has the same. It depends on no other run, so a sweep that grows finds its old folders."""
+    last = [key.split(".")[-1] for key in all_keys]
+    short = {key: name if last.count(name) == 1 else key for key, name in zip(all_keys, last, strict=True)}
+    values = flat(to_dict(config))
+    name = ",".join(f"{short[key]}={_spelled(values[key])}" for key in keys) or "run"
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{_digest(name)}"
+
+
+def _check_keys(keys: list[str], fixed: list[str]) -> None:
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"--over: varies {key} twice; give all of its values in one place")
+        for override in fixed:
+            if override.startswith(f"--config.{key}="):
+                raise UserError(f"{override}: --over varies {key}; give it in one place only")
+
+
+def _flags(chosen: dict[str, str]) -> list[str]:
+    return [f"--config.{key}={value}" for key, value in chosen.items()]
+
+
+def _is_ignored(key: str, config: Config) -> bool:
+    return config.mtp.kind == "none" and key.startswith("mtp.") and key != "mtp.kind"
+
+
+def _split(text: str, flag: str) -> list[str]:
+    """The parts between commas that are neither in parentheses, brackets nor quotes."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        at_start = not parts[-1].strip() or parts[-1].rstrip()[-1] in "([,"
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and at_start:
+            quote = char
+        elif char in "([":
+            depth += 1
+        elif char in ")]":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append("")
+            continue
+        parts[-1] += char
+        if depth < 0:
+            break
+    if depth or quote:
+        raise UserError(f"--over={flag}: parentheses or quotes do not match; {FORMS}")
+    parts = [part.strip() for part in parts]
+    if not all(parts):
+        raise UserError(f"--over={flag}: has an empty value; an empty text is written ''")
+    return parts
+
+
+def _unquoted(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if is_quoted else value
+
+
+def _spelled(value: Any) -> str:
+    """A value as part of a folder's name; what had to be changed or cut for it is told apart by a digest."""
+    if isinstance(value, tuple):
+        return "_".join(map(_spelled, value)) or "empty"
+    text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text)
+    return (safe or "empty") if safe == text and len(safe) <= MAX_VALUE else f"{safe[-MAX_VALUE:]}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
