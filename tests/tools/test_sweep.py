@@ -243,7 +243,7 @@ def test_devices_are_those_a_run_will_find(monkeypatch):
 # Working them off, with short scripts in the place of train.py and eval.py
 
 TRAIN = "import pathlib, sys; pathlib.Path(sys.argv[1], 'times').open('a').write('train ')"
-EVALUATE = TRAIN.replace("train ", "eval ") + "; pathlib.Path(sys.argv[1], '.eval.json.partial').write_text('{}')"
+EVALUATE = TRAIN.replace("train ", "eval ") + "; pathlib.Path(sys.argv[1], 'eval.json').write_text('{}')"
 
 
 @pytest.fixture

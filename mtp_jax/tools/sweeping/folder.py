@@ -16,7 +16,6 @@ from mtp_jax.config import UserError, to_dict
 from mtp_jax.tools.sweeping.plan import Planned
 
 SWEEP_FILE, EVAL_FILE, LOCK_FILE = "sweep.json", "eval.json", ".sweep.lock"
-PARTIAL_EVAL_FILE = ".eval.json.partial"
 LOGS = {"train.py": "log.txt", "eval.py": "eval_log.txt"}
 
 

@@ -58,7 +58,7 @@ class Commands:
         workdir = f"--workdir={self.folder(run)}"
         if script == "train.py":
             return children.command(script, [f"--config={self.config_file}", workdir, *run.overrides])
-        output = f"--output={self.folder(run) / folder.PARTIAL_EVAL_FILE}"
+        output = f"--output={self.folder(run) / folder.EVAL_FILE}"
         return children.command(script, [workdir, *self.evaluation(run), output])
 
 
@@ -191,7 +191,6 @@ class Runner:
         path = self.commands.folder(task.run)
         done: dict[str, object] = {"trained": task.run.config.training.num_steps}
         if task.script == "eval.py":
-            os.replace(path / folder.PARTIAL_EVAL_FILE, path / folder.EVAL_FILE)
             done = {"evaluated": self.commands.evaluation(task.run)}
         folder.write_record(path, folder.read_record(path) | done)
 
