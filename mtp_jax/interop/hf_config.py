@@ -87,6 +87,19 @@ def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int |
     return config
 
 
+def longest_text(hf: Values, where: str) -> int:
+    """Tokens that the model of a config.json was made to read at once: max_position_embeddings, as transformers has it.
+
+    Raises:
+      UserError: an unknown layout, or a value that is no number of tokens.
+    """
+    layout = _layout(hf.get("model_type"), where)
+    value = _field(without_aliases(hf, layout, where), layout, where, "max_position_embeddings", int)
+    if value < 2:
+        raise bad(where, "max_position_embeddings", value, "leaves no room for a text; must be at least 2")
+    return value
+
+
 def from_config(config: Config, layout: str, base: Values | None = None) -> Values:
     """config.json for a model in a layout.
 

@@ -10,6 +10,7 @@ import jax
 from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes
 from mtp_jax.interop import folder as hf_folder
+from mtp_jax.interop import hf_config
 from mtp_jax.interop.weights import place
 from mtp_jax.language_model.model import LanguageModel
 from mtp_jax.model import Tree, skeleton
@@ -26,6 +27,9 @@ def load(
     compute_dtype: str | None = None,
 ) -> LanguageModel:
     """A trained model: the newest sound checkpoint of a workdir, or a Hugging Face folder, read without conversion.
+
+    Its context is `config.data.sequence_length`: of a workdir the length it was trained on last, of a folder its
+    max_position_embeddings.
 
     Args:
       path: the workdir or the folder.
@@ -52,6 +56,8 @@ def _mesh(config: MeshConfig | None) -> tuple[MeshConfig, jax.sharding.Mesh]:
 def _from_folder(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
     with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
         config = _with(opened.config, mesh[0], compute_dtype)
+        context = hf_config.longest_text(opened.hf_config, str(path / "config.json"))  # not of a training run
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=context))
         params, biases = place(opened.arrays, _abstract(config, mesh[1])).values()
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None

@@ -621,3 +621,11 @@ def test_the_tables_name_only_fields_that_exist():
         assert {*table.fields.values(), *table.mixture.values(), *table.implied} <= names
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {"max_position_embeddings"}
     assert tuple(hf_config.LAYOUTS) == MODEL_TYPES
+
+
+def test_the_longest_text_is_the_files_own_or_the_class_default():
+    assert hf_config.longest_text(V3, "config.json") == 163_840
+    assert hf_config.longest_text({k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}, "") == 2048
+    for value in (1, "long", None):
+        with pytest.raises(UserError, match="config.json: field 'max_position_embeddings'"):
+            hf_config.longest_text(LLAMA | {"max_position_embeddings": value}, "config.json")

@@ -88,6 +88,7 @@ def test_bfloat16_compute(built, name):
     lm, tokens = mtp_jax.load(str(reference.folder)), tokens_of(name)
     ours, theirs = np.asarray(lm.logits(tokens)), reference.logits(tokens)
     assert lm.config.model.compute_dtype == "bfloat16" and ours.dtype == np.float32
+    assert lm.decoder.context == lm.config.data.sequence_length == 128  # of the folder, not a default of ours
     error = np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
     median = np.median(error, (0, 1))
     assert (median > 1e-3).all() and (median < 0.03).all(), f"relative error of depth 0, 1, ...: {median}"
