@@ -9,7 +9,7 @@ import pytest
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
-from mtp_jax.language_model import LanguageModel
+from mtp_jax.language_model import LanguageModel, texts
 from tests.decoding.models import MLA, build, parallel
 from tests.decoding.trained import CONTEXT, train_small
 
@@ -273,6 +273,24 @@ def test_what_cannot_be_generated_is_one_clear_line(lm, name):
 
 def test_what_has_no_likelihood_is_one_clear_line(lm):
     assert "pair 1: its continuation is empty" in refusal(lm.loglikelihood, [("a", "b"), ("a", "")])
+
+
+class Joined:
+    """One token for `ab`, as where a tokenizer joins a short context with what follows."""
+
+    bos_id, eos_id = None, 7
+
+    def encode(self, text):
+        return np.array([5] if text == "ab" else [ord(c) for c in text], np.int32)
+
+
+def test_something_comes_before_a_continuation_that_is_joined_to_the_context():
+    ids, start = texts.pair(Joined(), 0, "a", "b")
+    assert (ids.tolist(), start) == ([7, 5], 1)
+    assert texts.pair(Joined(), 0, "a", "bc")[0].tolist() == [97, 98, 99]
+    none = Joined()
+    none.eos_id = None
+    assert "pair 3: nothing comes before" in refusal(texts.pair, none, 3, "a", "b")
 
 
 def test_a_model_without_extra_depths_or_with_fewer_heads_says_so():

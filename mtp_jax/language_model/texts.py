@@ -21,9 +21,10 @@ def pair(tokenizer: Tokenizer, n: int, context: str, continuation: str) -> tuple
         raise UserError(f"pair {n}: its continuation is empty; give it at least one character")
     context_ids, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
     num_new = max(1, len(whole) - len(context_ids))  # it may be joined to the context's last token
-    first = tokenizer.bos_id if tokenizer.bos_id is not None or kept else tokenizer.eos_id
-    if first is None and not kept:
-        raise UserError(f"pair {n}: its context is empty and the tokenizer has neither bos nor eos to begin with")
+    has_context = len(whole) > num_new  # without one, as where both are one token, something has to come before
+    first = tokenizer.bos_id if tokenizer.bos_id is not None or has_context else tokenizer.eos_id
+    if first is None and not has_context:
+        raise UserError(f"pair {n}: nothing comes before its continuation, and the tokenizer has neither bos nor eos")
     ids = whole if first is None else np.concatenate([[first], whole])
     return ids.astype(np.int32), len(ids) - num_new
 
