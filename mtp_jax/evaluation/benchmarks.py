@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from mtp_jax.config import UserError
-from mtp_jax.evaluation import benchmark_data
+from mtp_jax.evaluation import benchmark_data, sandbox
 from mtp_jax.language_model import LanguageModel
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
@@ -52,8 +52,8 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
     """Find the tasks and load their documents, before a model is loaded.
 
     Raises:
-      UserError: the harness is not installed; an unknown task (with the nearest), data that is not there, or a
-        task that runs programs without the permission to.
+      UserError: the harness is not installed; an unknown task (with the nearest), data that is not there, or what
+        could only fail after hours: see `_check`.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
@@ -71,10 +71,43 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
     tasks: list[Any] = []
     for name in names:
         tasks += _load(manager, name)
-    unsafe = [task.task_name for top in tasks for task in _leaves(top) if getattr(task, "UNSAFE_CODE", False)]
+    _check([leaf for top in tasks for leaf in _leaves(top)], args)
+    return Plan(list(names), tasks)
+
+
+def _check(leaves: list[Any], args: argparse.Namespace) -> None:
+    """Raises UserError where a task is asked for twice, cannot have so many examples, says of generation what we do not
+    know, or runs programs without the permission to, or on a machine that cannot lock them in."""
+    from mtp_jax.evaluation.harness import generation_options
+
+    found = [task.task_name for task in leaves]
+    twice = [name for name in found if found.count(name) > 1]
+    if twice:
+        raise UserError(f"--tasks: asks for {twice[0]} twice, by its name or as one of a group; leave one out")
+    for task in leaves:
+        if args.num_fewshot:
+            _check_examples(task, args.num_fewshot)
+        if task.OUTPUT_TYPE == "generate_until":
+            try:
+                generation_options(task.config.generation_kwargs or {})
+            except UserError as error:
+                raise UserError(f"--tasks={task.task_name}: {error}") from error
+    unsafe = [task.task_name for task in leaves if getattr(task, "UNSAFE_CODE", False)]
     if unsafe and not args.allow_code_execution:
         raise UserError(f"--tasks={unsafe[0]}: runs programs the model wrote; add --allow_code_execution to allow it")
-    return Plan(list(names), tasks)
+    if unsafe:
+        sandbox.run_programs([])
+
+
+def _check_examples(task: Any, num: int) -> None:
+    """Raises UserError where the harness would not put `num` examples in front, or could not."""
+    if task.get_config("num_fewshot") == 0:  # the harness leaves it so, and says nothing that is seen here
+        raise UserError(
+            f"--num_fewshot={num}: {task.task_name} has num_fewshot: 0 in its file, which is not changed; leave it out"
+        )
+    num_there = len(list(task.fewshot_docs()))
+    if num > num_there:
+        raise UserError(f"--num_fewshot={num}: {task.task_name} has {num_there} examples; use at most {num_there}")
 
 
 def _quiet() -> None:
@@ -192,10 +225,15 @@ def values_of(results: dict[str, Any]) -> dict[str, Any]:
             "higher_is_better": True if is_better is None else is_better,
             "kind": "generative" if config["output_type"] == "generate_until" else "likelihood",
             "num_docs": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-            "num_fewshot": results["n-shot"].get(leaves[0], 0),
+            "num_fewshot": _num_fewshot(config, results["n-shot"].get(leaves[0], 0)),
             "group": parents.get(name),
         }
     return out
+
+
+def _num_fewshot(config: dict[str, Any], put_in_front: int) -> int:
+    """Where the harness puts no example in front, the prompt may have some of its own: the task's metadata says so."""
+    return put_in_front or (config.get("metadata") or {}).get("num_fewshot", 0)
 
 
 def _main_metric(config: dict[str, Any], metrics: dict[str, Any]) -> str:

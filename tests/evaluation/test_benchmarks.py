@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import eval as evaluate
+from mtp_jax.config import UserError
 from mtp_jax.evaluation import benchmarks
 from tests import real_data
 from tests.commands import run_here
@@ -184,6 +185,10 @@ def random_workdir(tmp_path_factory):
         (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=-1"], "--num_fewshot=-1: must be at least 0"),
         (["--tasks=arc_easy", "--data_dir={data}", "--samples=/nowhere/x"], "--samples=/nowhere/x: its folder"),
         (["--tasks=humaneval", "--data_dir={data}"], "humaneval: runs programs the model wrote; add --allow_code_exec"),
+        (["--tasks=mmlu_anatomy,mmlu_stem", "--data_dir={data}"], "--tasks: asks for mmlu_anatomy twice"),
+        (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=25"], "--num_fewshot=25: arc_easy has num_fewshot: 0"),
+        (["--tasks=mmlu_anatomy", "--data_dir={data}", "--num_fewshot=6"], "mmlu_anatomy has 5 examples; use at most 5"),
+        (["--tasks=own", "--tasks_dir={beams}", "--data_dir={data}"], "--tasks=own: generation_kwargs: num_beams=4 is"),
         (["--tasks=arc_easy", "--output=x.txt"], "--output=x.txt: must end in .json"),
         (["--tasks=,"], "--tasks=,: is empty"),
     ],
@@ -195,11 +200,33 @@ def test_unusable_requests_are_one_line(monkeypatch, capsys, tmp_path, workdir, 
     (empty / "own.yaml").write_text(
         "task: own\ncustom_dataset: !function nowhere.dataset\noutput_type: generate_until\n"
     )
-    argv = [a.format(data=local_data, empty=empty) for a in argv]
+    beams = tmp_path / "beams"
+    beams.mkdir()
+    kwargs = "num_fewshot: 0\ngeneration_kwargs: {num_beams: 4, until: []}\n"
+    (beams / "own.yaml").write_text(f"include: {benchmarks.TASKS_FOLDER}/gsm8k/gsm8k.yaml\ntask: own\n{kwargs}")
+    argv = [a.format(data=local_data, empty=empty, beams=beams) for a in argv]
     code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", *argv)
     lines = [line for line in err.splitlines() if line.strip()]
     assert (code, out, len(lines)) == (2, "", 1), err
     assert says in lines[0]
+
+
+def test_a_machine_that_cannot_lock_programs_in_is_refused_before_any_are_written(
+    monkeypatch, capsys, workdir, local_data
+):
+    def no_walls(programs):
+        raise UserError("sandbox: no walls here")
+
+    monkeypatch.setattr(benchmarks.sandbox, "run_programs", no_walls)
+    argv = ["--tasks=humaneval", "--allow_code_execution", "--check_only"]
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", *argv)
+    assert (code, out) == (2, "") and "no walls here" in err
+
+
+def test_examples_that_a_prompt_has_built_in_are_counted(own, local_data):
+    config = own.task_index["bbh_cot_fewshot_word_sorting"].cfg
+    assert benchmarks._num_fewshot(config, 0) == 3 and benchmarks._num_fewshot(config, 5) == 5
+    assert benchmarks._num_fewshot(own.task_index["arc_easy"].cfg, 0) == 0
 
 
 def test_without_the_harness_a_benchmark_says_what_to_install(monkeypatch, capsys, workdir):
