@@ -10,6 +10,7 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from mtp_jax.config import UserError
+from mtp_jax.decoding.decoder import check_drafts
 from mtp_jax.language_model import LanguageModel
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task says nothing
@@ -39,8 +40,13 @@ class HarnessModel(LM):
         Args:
           batch_size: prompts continued at once.
           speculative: generated answers are drafted by the extra depths; the same text when greedy.
+
+        Raises:
+          UserError: a model that cannot draft.
         """
         super().__init__()
+        if speculative:
+            check_drafts(model.config, draft_length or max(1, model.config.depth))
         self.model, self.batch_size, self.seed = model, batch_size, seed
         self.drafts: dict[str, Any] = {"speculative": speculative} if speculative else {}
         if speculative and draft_length is not None:
@@ -51,7 +57,9 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log p in nats, is it greedy) of each request's (context, continuation)."""
         texts, starts = self.model.pair_ids([request.args for request in requests])
-        self.num_cut += sum(len(ids) > self.model.config.data.sequence_length + 1 for ids in texts)
+        longest = self.model.config.data.sequence_length + 1  # the last token is only predicted
+        cut = {request.args[0] for request, ids in zip(requests, texts, strict=True) if len(ids) > longest}
+        self.num_cut += len(cut)  # a context once, however many answers it has
         with _bar("loglikelihood", len(texts)) as progress:
             return self.model.token_loglikelihood(texts, starts, progress)
 
@@ -130,10 +138,10 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {"stop": [until] if isinstance(until, str) else [s for s in until if s]}
     limits = [asked[name] for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if asked.get(name) is not None]
     out["max_new_tokens"] = int(limits[0]) if limits else DEFAULT_NEW_TOKENS
-    temperature = float(asked.get("temperature") or 0.0)
-    if asked.get("do_sample", temperature > 0):
-        out["temperature"] = temperature or 1.0
-        out |= {name: asked[name] for name in ("top_p", "top_k") if asked.get(name) is not None}
+    temperature = asked.get("temperature")
+    if asked.get("do_sample", bool(temperature)) and temperature != 0:
+        out["temperature"] = 1.0 if temperature is None else float(temperature)
+        out |= {name: asked[name] for name in ("top_p", "top_k") if (asked.get(name) or 0) > 0}  # 0: no limit
     return out
 
 

@@ -210,6 +210,16 @@ def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
     assert told._prompt(request.args[0], 4) == [*b"x" * (CONTEXT - 7), *b"end"] and told.num_cut == 1
     assert told._prompt("", 4) == [BOS] and told.num_cut == 1
     assert told._num_new(10_000) == CONTEXT // 2
+    pairs = [("y" * 500, " a"), ("y" * 500, " b"), ("z" * 500, " a"), ("z", " a")]
+    told.loglikelihood([harness.Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    assert told.num_cut == 3  # of two contexts, one with two answers
+
+
+def test_a_model_that_cannot_draft_is_refused_at_once(lm):
+    built = build(MLA)
+    none = LanguageModel(built.config, built.params, built.biases, ByteTokenizer(), lm.mesh)
+    with pytest.raises(UserError, match="mtp.kind=none"):
+        harness.HarnessModel(none, speculative=True)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +230,8 @@ def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
         ({"until": ["a", ""], "temperature": 0.0, "do_sample": False}, {"stop": ["a"], "max_new_tokens": 256}),
         ({"do_sample": True}, {"stop": [], "max_new_tokens": 256, "temperature": 1.0}),
         ({"do_sample": False, "temperature": 0.7}, {"stop": [], "max_new_tokens": 256}),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, {"stop": [], "max_new_tokens": 256}),
+        ({"do_sample": True, "top_k": 0}, {"stop": [], "max_new_tokens": 256, "temperature": 1.0}),
         ({"temperature": 0.7, "top_p": 0.9}, {"stop": [], "max_new_tokens": 256, "temperature": 0.7, "top_p": 0.9}),
     ],
 )
