@@ -20,6 +20,7 @@ from mtp_jax.decoding.scoring import TOKENS_A_BATCH, token_scores
 from mtp_jax.layers.cache import slots_at
 
 CACHE_BYTES = 1 << 30  # of the caches of a batch, those of its continuations included
+FEWEST = 4  # continuations scored together, whatever their caches take
 
 Scores = list[tuple[float, bool]]
 
@@ -38,19 +39,35 @@ def score(
       continuations: of each context at least one, with at least one token each.
       progress: called with the number of continuations done since the last call.
     """
-    sizes = [len(c) - 1 + max(map(len, each)) for c, each in zip(contexts, continuations, strict=True)]
-    order = sorted(range(len(contexts)), key=lambda i: -sizes[i])
-    results: list[Scores] = [[] for _ in contexts]
+    parts = [(i, part) for i, each in enumerate(continuations) for part in _parts(decoder, contexts[i], each)]
+    sizes = [_num_tokens(contexts[i], part) for i, part in parts]
+    order = sorted(range(len(parts)), key=lambda p: -sizes[p])
+    found: list[Scores] = [[] for _ in parts]
     while order:
         num_slots = bucket(sizes[order[0]])
-        num_choices = max(len(continuations[i]) for i in order[: TOKENS_A_BATCH // num_slots + 1])
+        num_choices = max(len(parts[p][1]) for p in order[: TOKENS_A_BATCH // num_slots + 1])
         num = _rows(decoder, num_slots, num_choices)
         batch, order = order[:num], order[num:]
-        scored = _batch(decoder, [contexts[i] for i in batch], [continuations[i] for i in batch], num_slots, num)
-        for i, scores in zip(batch, scored, strict=True):
-            results[i] = scores
+        scored = _batch(decoder, [contexts[parts[p][0]] for p in batch], [parts[p][1] for p in batch], num_slots, num)
+        for p, scores in zip(batch, scored, strict=True):
+            found[p] = scores
         progress(sum(map(len, scored)))
+    results: list[Scores] = [[] for _ in contexts]
+    for (i, _), scores in zip(parts, found, strict=True):
+        results[i] += scores
     return results
+
+
+def _num_tokens(context: np.ndarray, continuations: Sequence[np.ndarray]) -> int:
+    """That go into the model: the last one is only predicted."""
+    return len(context) - 1 + max(map(len, continuations))
+
+
+def _parts(decoder: Decoder, context: np.ndarray, continuations: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+    """The continuations in as many parts as the memory of their caches asks for; each part reads the context anew."""
+    row_bytes = bucket(_num_tokens(context, continuations)) * cache_bytes_per_token(decoder.config)["kept"]
+    most = max(FEWEST, CACHE_BYTES // row_bytes - 1)  # one row is the context's own
+    return [continuations[at : at + most] for at in range(0, len(continuations), most)]
 
 
 def _rows(decoder: Decoder, num_slots: int, num_choices: int) -> int:

@@ -75,10 +75,33 @@ def test_a_context_is_read_once_and_in_few_batches(monkeypatch):
     choices_row = 128 * 2 * (8 + 4) * 4  # slots, layers, latent and rotary key, float32
     monkeypatch.setattr(choices, "CACHE_BYTES", 4 * (1 + 5) * choices_row)
     found = choices.score(built.decoder(), contexts, continuations)
-    # The longest have five continuations, three, two; of shorter ones with fewer, more fit.
-    assert [rows for rows, _ in batches] == [4, 4, 8, 8] and {slots for _, slots in batches} == {128}
+    # At most five continuations twice, then four, then two: of those, more contexts fit.
+    assert [rows for rows, _ in batches] == [4, 4, 4, 8] and {slots for _, slots in batches} == {128}
     for scores, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose([s for s, _ in scores], [s for s, _ in wanted], atol=1e-4)
+
+
+def test_many_continuations_of_one_context_are_scored_in_parts(monkeypatch):
+    built = build(MLA, context=CONTEXT)
+    contexts, continuations = drawn([(20, [3] * 11 + [9, 1]), (17, [1, 2])])
+    expected = choices.score(built.decoder(), contexts, continuations)
+    sizes, batch = [], choices._batch
+
+    def seen(decoder, contexts, continuations, *rest):
+        sizes.extend(map(len, continuations))
+        return batch(decoder, contexts, continuations, *rest)
+
+    monkeypatch.setattr(choices, "_batch", seen)
+    monkeypatch.setattr(choices, "CACHE_BYTES", (1 + 6) * 128 * 2 * (8 + 4) * 4)  # of six, and of the context
+    done = []
+    found = choices.score(built.decoder(), contexts, continuations, done.append)
+    assert sorted(sizes) == [1, 2, 6, 6] and sum(done) == 15
+    for scores, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose([s for s, _ in scores], [s for s, _ in wanted], atol=1e-4)
+    monkeypatch.setattr(choices, "CACHE_BYTES", 1)
+    sizes.clear()
+    choices.score(built.decoder(), contexts, continuations)
+    assert max(sizes) == choices.FEWEST
 
 
 @pytest.mark.parametrize("mesh", [{"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "context": 2}], ids=str)
