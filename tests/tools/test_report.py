@@ -338,6 +338,19 @@ def test_the_test_over_seeds_is_welchs():
     assert 50 < sum(found) < 250
 
 
+def test_a_single_run_is_taken_to_spread_as_the_other_side():
+    """The same as Student's test of one run against several; what the documents alone would say is not enough."""
+    from scipy.stats import ttest_ind
+
+    rng, found = np.random.default_rng(1), []
+    for _ in range(200):
+        one, other = rng.normal(0, 1, 1), rng.normal(3, 1, rng.integers(2, 6))
+        sides = [variants.Sample(tuple(side), (1e-3,) * len(side)) for side in (one, other)]
+        found.append(variants.beyond_noise(*sides))
+        assert found[-1] == variants.beyond_noise(*sides[::-1]) == (ttest_ind(one, other).pvalue < 0.05)
+    assert 30 < sum(found) < 170
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_without_a_baseline_there_are_no_differences(tmp_path, run):
     root = benchmarked(tmp_path / "a", {("sequential", 1): [(0.2, 0.1)], ("parallel", 1): [(0.3, 0.1)]})

@@ -184,14 +184,17 @@ def beyond_noise(one: Sample, other: Sample) -> bool | None:
     """Whether two means differ by more than chance explains; None where nothing is known about chance.
 
     Both must hold, where they can be computed:
-      * over seeds (at least two on both sides): Welch's t-test, two-sided, at 95 %;
+      * over seeds (at least two on one side): Welch's t-test, two-sided, at 95 %; a single run is taken to spread as
+        the other side does, whose degrees of freedom then count alone;
       * over documents (a standard error of each measurement is known): the difference exceeds 1.96 standard errors. All
         seeds see the same documents, so more seeds do not shrink these; that both variants see the same ones would,
         and is left out: rather too few marks than too many.
     """
     difference, checks = abs(one.mean - other.mean), []
-    if one.deviation is not None and other.deviation is not None:
-        parts = [s.deviation**2 / len(s.values) for s in (one, other) if s.deviation is not None]
+    spreads = [s.deviation for s in (one, other) if s.deviation is not None]
+    if spreads:
+        both = [spreads[0] if s.deviation is None else s.deviation for s in (one, other)]
+        parts = [d**2 / len(s.values) for d, s in zip(both, (one, other), strict=True)]
         checks.append(difference > _welch_bound(parts, [len(one.values), len(other.values)]))
     if one.error is not None and other.error is not None:
         checks.append(difference > stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(one.error, other.error))
@@ -203,7 +206,10 @@ def _welch_bound(squared_errors: list[float], counts: list[int]) -> float:
     total = sum(squared_errors)
     if total == 0:
         return 0.0
-    freedom = total**2 / sum(e**2 / (n - 1) for e, n in zip(squared_errors, counts, strict=True))
+    if 1 in counts:
+        freedom = float(max(counts) - 1)
+    else:
+        freedom = total**2 / sum(e**2 / (n - 1) for e, n in zip(squared_errors, counts, strict=True))
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
 
 
