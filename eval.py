@@ -60,6 +60,8 @@ def main(argv: list[str]) -> None:
         texts.append(text)
     if decoded or plan:
         model = decode_tasks.load_model(args.workdir)
+        if model.step is not None:
+            values["step"] = model.step  # tools.report leaves out what was measured before training went on
         for task, (text, found) in decode_tasks.run(args, decoded, model).items() if decoded else ():
             texts.append(text)
             values[task] = found

@@ -75,8 +75,8 @@ def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> Lan
     with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
             raise UserError(f"{path}: has no checkpoints yet; train it first")
-        _, state = saved.restore_part(None, _abstract(config, mesh[1]))
-    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1])
+        step, state = saved.restore_part(None, _abstract(config, mesh[1]))
+    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1], step)
 
 
 def _with(config: Config, mesh: MeshConfig, compute_dtype: Any) -> Config:

@@ -39,6 +39,7 @@ class LanguageModel:
     """Weights on their devices, with the tokenizer they were trained with.
 
     tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
+    step: of training, whose checkpoint this is; None of a Hugging Face folder.
     """
 
     config: Config
@@ -46,6 +47,7 @@ class LanguageModel:
     biases: Tree
     tokenizer: data.Tokenizer | None
     mesh: jax.sharding.Mesh
+    step: int | None = None
 
     def logits(self, tokens: Any) -> np.ndarray:
         """What every depth predicts.

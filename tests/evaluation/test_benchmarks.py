@@ -152,6 +152,14 @@ def test_eval_prints_a_table_and_writes_three_files(monkeypatch, capsys, tmp_pat
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and not output.with_suffix(".partial").exists()
 
 
+def test_what_was_found_has_the_step_it_was_found_at(monkeypatch, capsys, tmp_path, workdir, local_data):
+    """With no task that reads held-out documents too: a report tells by it what is of an earlier step."""
+    output = tmp_path / "out.json"
+    run_eval(monkeypatch, capsys, f"--workdir={workdir}", "--tasks=arc_easy", "--limit=1", f"--output={output}")
+    steps = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert json.loads(output.read_text())["step"] == max(steps)
+
+
 # 1 of 4 and 1 of 5 choices in ARC: chance is the mean of one over their number.
 @pytest.mark.parametrize(("task", "limit"), [("arc_easy", 500), ("hellaswag", 250), ("mmlu", 8)])
 def test_a_random_model_scores_at_chance(monkeypatch, capsys, tmp_path, random_workdir, local_data, task, limit):
