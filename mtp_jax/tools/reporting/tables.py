@@ -17,9 +17,9 @@ from mtp_jax.tools.reporting.variants import (
 SEARCHED = ("mtp.kind", "mtp.depth")
 SPREAD_NOTE = "mean ± sample standard deviation over seeds; [n]: of n runs only"
 NOISE_NOTE = (
-    f"{MARK} differs from the baseline by more than chance: at 95 % by Welch's t-test over seeds (a single run is taken "
-    "to spread as the other side does) and by 1.96 standard errors over documents, each where known; of pairs that do "
-    "not differ one in twenty is marked, at most"
+    f"{MARK} differs from the baseline by more than chance: at 95 % by Welch's t-test over seeds (a single run is "
+    "taken to spread as the other side does) and by 1.96 standard errors over documents, each where known; of pairs "
+    "that do not differ one in twenty is marked, at most"
 )
 SOURCES = {"validation": "held-out documents, eval.json", "training": "last logged training step, no run is evaluated"}
 
