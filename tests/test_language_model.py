@@ -9,6 +9,7 @@ import pytest
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.data import ByteTokenizer
 from mtp_jax.language_model import LanguageModel, texts
 from tests.decoding.models import MLA, build, parallel
 from tests.decoding.trained import CONTEXT, train_small
@@ -105,6 +106,23 @@ def test_a_text_ends_at_a_stop_token_which_is_not_of_the_text(lm, plain, specula
         ends = np.flatnonzero(whole == stop)
         np.testing.assert_array_equal(tokens, whole[: ends[0] + 1] if len(ends) else whole)
         assert text == decoded(whole[: ends[0]] if len(ends) else whole)
+
+
+class Named(ByteTokenizer):
+    """Special tokens with names, one of them beyond what a model writes."""
+
+    def special_id(self, name):
+        return {"<end>": ord("o"), "<none>": 10**6}.get(name)
+
+
+def test_a_stop_string_that_names_a_special_token_is_that_token(lm):
+    """`decode` drops it, so no text ever holds it."""
+    named = dataclasses.replace(lm, tokenizer=Named())
+    found, expected = (
+        named.generate(PROMPTS, NUM_NEW, stop=["<none>", "<end>"]),
+        lm.generate(PROMPTS, NUM_NEW, stop="o"),
+    )
+    assert found.texts == expected.texts and any(len(text) < 50 for text in found.texts)
 
 
 def test_plain_passes_are_as_many_as_tokens_where_a_text_is_cut(lm, plain):

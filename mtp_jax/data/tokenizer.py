@@ -50,6 +50,10 @@ class Tokenizer(Protocol):
         """The text; special and unknown ids are dropped, bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def special_id(self, name: str) -> int | None:
+        """The id of the special token of that name, which `decode` drops; None where there is none."""
+        ...
+
 
 class ByteTokenizer:
     """Ids 0..255 are bytes; 256 begins a document, 257 ends it, 258..260 are the FIM marks."""
@@ -71,6 +75,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
+
+    def special_id(self, name: str) -> int | None:
+        return None  # they have no names
 
 
 # Names by family, most telling first; the first one present is taken. DeepSeek spells its own with a full-width bar
@@ -135,6 +142,10 @@ class HFTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in self._special]
         return self._tokenizer.decode(kept, skip_special_tokens=True)
+
+    def special_id(self, name: str) -> int | None:
+        found = self._tokenizer.token_to_id(name)
+        return found if found in self._special else None
 
     def _count_bytes(self, ids: dict[str, int], spec: dict[str, Any]) -> np.ndarray:
         """int32[vocab_size]; exact for byte-level vocabularies.

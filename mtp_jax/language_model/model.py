@@ -96,7 +96,7 @@ class LanguageModel:
             three tokens at once are other matrix products than one; sampled text is distributed the same.
           draft_length: tokens drafted before each forward pass; None: the trained depth. Sequential modules can draft
             more.
-          stop: a text ends before the first of these strings.
+          stop: a text ends before the first of these strings; one that names a special token is that token.
           stop_tokens: ids that end a text; None: the tokenizer's eos.
 
         Raises:
@@ -116,6 +116,9 @@ class LanguageModel:
             eos = None if self.tokenizer is None else self.tokenizer.eos_id
             stop_tokens = () if eos is None else (eos,)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
+        special = [self._needs_tokenizer().special_id(text) for text in stops]
+        possible = range(self.config.model.vocab_size or 0)  # a tokenizer may have more than the model writes
+        stop_tokens = [*stop_tokens, *(token for token in special if token in possible)]
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
         written = self.decoder.generate(

@@ -81,6 +81,12 @@ def test_text_that_spells_a_special_token_does_not_become_it(saved):
     assert 0 not in tokenizer.encode("a <|endoftext|> b")
 
 
+def test_special_tokens_go_by_their_names_and_words_do_not(saved):
+    tokenizer = saved(byte_level(["<s>", "<|im_end|>"]))
+    assert [tokenizer.special_id(name) for name in ("<|im_end|>", "a", "<no>")] == [1, None, None]
+    assert tokenizer.decode([1]) == "" and ByteTokenizer().special_id("<s>") is None
+
+
 def test_settings_left_in_the_file_do_not_touch_documents(saved):
     made = byte_level(["<s>", "</s>"])
     made.enable_truncation(4)
