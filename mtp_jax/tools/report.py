@@ -58,7 +58,9 @@ def make_tables(runs: list[Run], variants: list, source: str) -> list[Table]:
     out = [tables.newest(runs)]
     if len(runs) > 1 or any(run.evaluation for run in runs):
         out += [tables.learnt(variants, source), tables.costs(variants, source)]
-    return [*out, *tables.searches(variants, source), *tables.benchmarks(variants)]
+    out += [*tables.searches(variants, source), *tables.benchmarks(variants)]
+    seeds = tables.each_seed(variants)
+    return [*out, seeds] if seeds else out
 
 
 def _draw(variants: list, output: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import numpy as np
 import pytest
@@ -356,6 +357,25 @@ def test_without_a_baseline_there_are_no_differences(tmp_path, run):
     root = benchmarked(tmp_path / "a", {("sequential", 1): [(0.2, 0.1)], ("parallel", 1): [(0.3, 0.1)]})
     out = run(f"--sweep={root}")[1]
     assert "there is no run with mtp.kind=none" in out and not re.search(r"\bdiff\b", out)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_every_seed_is_listed(tmp_path, run):
+    """A mean of 0.75 says nothing of runs at 0.5 and 1."""
+    scores = {("none", 0): [(0.5, 0.1), (0.49, 0.1)], ("sequential", 1): [(0.5, 0.1), (1.0, 0.1)]}
+    root = benchmarked(tmp_path / "a", scores)
+    rows = rows_of(run(f"--sweep={root}")[1], "\nbenchmarks of every seed")
+    assert ["sums (exact_match)", "sequential, depth 1", "0.500", "1.000"] in rows
+    assert ["sums (exact_match)", "none", "0.500", "0.490"] in rows
+    one = run(f"--sweep={benchmarked(tmp_path / 'b', {('none', 0): [(0.5, 0.1)]})}")[1]
+    assert "every seed" not in one
+
+
+def test_tasks_of_a_group_that_has_a_number_are_not_listed():
+    found = {"all": {"group": None}, "all_a": {"group": "all"}, "other_a": {"group": "other"}}
+    run = types.SimpleNamespace(is_finished=True, results=lambda: {"benchmarks": found})
+    shown = variants.shown_benchmarks([variants.Variant({}, (run,))])
+    assert [name for name, _ in shown] == ["all", "other_a"]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend wi
 
 from mtp_jax.config import UserError  # noqa: E402
 from mtp_jax.tools.reporting.runs import Rows, Run  # noqa: E402
-from mtp_jax.tools.reporting.variants import Variant, benchmark_names  # noqa: E402
+from mtp_jax.tools.reporting.variants import Variant, shown_benchmarks  # noqa: E402
 from mtp_jax.training.metrics import METRICS_FILE  # noqa: E402
 
 # panel title, the metrics it shows: a name, or a prefix ending in _ for one curve a depth
@@ -77,7 +77,7 @@ def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
     Raises:
       OSError: the file cannot be written.
     """
-    tasks = benchmark_names(variants)
+    tasks = shown_benchmarks(variants)
     if not tasks:
         return False
     ordered = [t for kind in ("generative", "likelihood") for t in tasks if t[1]["kind"] == kind]

@@ -8,9 +8,9 @@ from mtp_jax.tools.reporting.variants import (
     Sample,
     Variant,
     baseline_of,
-    benchmark_names,
     beyond_noise,
     measures,
+    shown_benchmarks,
     spelled,
 )
 
@@ -94,7 +94,7 @@ def searches(variants: Sequence[Variant], source: str) -> list[Table]:
 
 
 def _search(kind: str, others: str, variants: list[Variant], baseline: Variant | None, source: str) -> Table:
-    tasks = benchmark_names(variants)
+    tasks = shown_benchmarks(variants)
     header = ["n", "runs", "blocks", "main loss", "bits/byte", "tokens/forward", "speed-up", *map(_task_label, tasks)]
     rows = []
     for v in variants:
@@ -131,7 +131,7 @@ def benchmarks(variants: Sequence[Variant]) -> list[Table]:
         groups.setdefault(v.label(v.others()), []).append(v)
     tables = []
     for others, members in groups.items():
-        tasks = benchmark_names(members)
+        tasks = shown_benchmarks(members)
         if tasks:
             tables.append(_benchmarks(others, members, tasks))
     return tables
@@ -163,6 +163,21 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list) -> Table:
         NOISE_NOTE if baseline else "no differences: there is no run with mtp.kind=none",
     )
     return Table(title, header, rows, notes)
+
+
+def each_seed(variants: Sequence[Variant]) -> Table | None:
+    """Benchmarks run by run, where a variant has several: a mean hides runs that fall into two groups."""
+    tasks = shown_benchmarks(variants)
+    seeds = sorted({run.seed for v in variants for run in v.finished if run.seed is not None})
+    if not tasks or len(seeds) < 2:
+        return None
+    rows = []
+    for task, facts in tasks:
+        for v in variants:
+            found = {run.seed: run.results().get("benchmarks", {}).get(task) for run in v.finished}
+            values = [found[s]["metrics"][found[s]["main_metric"]]["value"] if found.get(s) else None for s in seeds]
+            rows.append([_task_label((task, facts)), v.label(), *(number(value, 3) for value in values)])
+    return Table("benchmarks of every seed", ["benchmark (metric)", "variant", *map(str, seeds)], rows)
 
 
 def score(sample: Sample | None, num_expected: int) -> str:

@@ -141,6 +141,13 @@ def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, dict[str, An
     return sorted(found.items(), key=lambda item: groups.index(item[1].get("group") or item[0]))
 
 
+def shown_benchmarks(variants: Sequence[Variant]) -> list[tuple[str, dict[str, Any]]]:
+    """`benchmark_names` without the tasks of a group that has a number of its own: MMLU is one row, not 57."""
+    tasks = benchmark_names(variants)
+    names = {name for name, _ in tasks}
+    return [(name, facts) for name, facts in tasks if facts.get("group") not in names]
+
+
 def spelled(value: Any) -> str:
     """A config value as text; equal for equal values."""
     return ", ".join(map(spelled, value)) or "()" if isinstance(value, (list, tuple)) else str(value)
