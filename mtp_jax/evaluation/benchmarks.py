@@ -64,6 +64,8 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
         raise UserError(f"--num_fewshot={args.num_fewshot}: must be at least 0")
     if args.samples and not pathlib.Path(args.samples).absolute().parent.is_dir():
         raise UserError(f"--samples={args.samples}: its folder does not exist; make it first")
+    if args.samples and pathlib.Path(args.samples).is_dir():
+        raise UserError(f"--samples={args.samples}: is a folder; give a .jsonl file")
     if args.data_dir:
         os.environ[benchmark_data.VARIABLE] = args.data_dir  # tasks read it, in files of their own
     _quiet()
