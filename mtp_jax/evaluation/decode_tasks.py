@@ -75,9 +75,8 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
     check_drafts(model.config, max(1, num_drafts))
     sampler = make_sampler(args.temperature, args.top_k, args.top_p)
     prompts = _prompts(model, args)
-    eos = None if model.tokenizer is None else model.tokenizer.eos_id
     options = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": model.config.seed}
-    options |= {"stop_tokens": () if eos is None else (eos,)}
+    options |= {"stop_tokens": model.end_tokens}
     out: dict[str, tuple[str, dict[str, Any]]] = {}
     if "speculative" in tasks:
         result = speculative.measure(

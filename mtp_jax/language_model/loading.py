@@ -1,6 +1,7 @@
 """A trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
 
 import dataclasses
+import json
 import os
 import pathlib
 from typing import Any
@@ -61,7 +62,30 @@ def _from_folder(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> Lang
         params, biases = place(opened.arrays, _abstract(config, mesh[1])).values()
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
-    return LanguageModel(config, params, biases, tokenizer, mesh[1])
+    eos_ids = _eos_ids(path, config.model.vocab_size or 0)
+    return LanguageModel(config, params, biases, tokenizer, mesh[1], eos_ids=eos_ids)
+
+
+def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
+    """What ends a text in a Hugging Face folder: of generation_config.json, else of config.json, as transformers does.
+    Ids that the model does not have (-1, for one) end nothing.
+
+    Raises:
+      UserError: a file that cannot be read, or something else than ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            found = values.get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be read as a JSON object ({error}); fetch the file again") from error
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{path}: field 'eos_token_id'={found!r} must be an integer or several; correct it")
+        return tuple(i for i in ids if 0 <= i < vocab)
+    return ()
 
 
 def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
@@ -72,11 +96,14 @@ def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> Lan
     named = config.data.tokenizer
     has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import
     tokenizer = data.load_tokenizer(named) if has_tokenizer else None
+    eos_ids = (
+        _eos_ids(path / hf_folder.SIDE_FOLDER, config.model.vocab_size or 0) if is_import and named != "bytes" else ()
+    )
     with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
             raise UserError(f"{path}: has no checkpoints yet; train it first")
         step, state = saved.restore_part(None, _abstract(config, mesh[1]))
-    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1], step)
+    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1], step, eos_ids)
 
 
 def _with(config: Config, mesh: MeshConfig, compute_dtype: Any) -> Config:

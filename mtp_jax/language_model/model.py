@@ -40,6 +40,7 @@ class LanguageModel:
 
     tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
     step: of training, whose checkpoint this is; None of a Hugging Face folder.
+    eos_ids: those that a Hugging Face folder names beside the tokenizer's, as chat models do for the end of a turn.
     """
 
     config: Config
@@ -48,6 +49,13 @@ class LanguageModel:
     tokenizer: data.Tokenizer | None
     mesh: jax.sharding.Mesh
     step: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """What ends a text: the tokenizer's eos and `eos_ids`."""
+        eos = None if self.tokenizer is None else self.tokenizer.eos_id
+        return tuple(dict.fromkeys([*([] if eos is None else [eos]), *self.eos_ids]))
 
     def logits(self, tokens: Any) -> np.ndarray:
         """What every depth predicts.
@@ -97,7 +105,7 @@ class LanguageModel:
           draft_length: tokens drafted before each forward pass; None: the trained depth. Sequential modules can draft
             more.
           stop: a text ends before the first of these strings; one that names a special token is that token.
-          stop_tokens: ids that end a text; None: the tokenizer's eos.
+          stop_tokens: ids that end a text; None: `end_tokens`.
 
         Raises:
           UserError: a prompt that is empty or has no room in the context, a token outside the vocabulary, numbers
@@ -113,12 +121,11 @@ class LanguageModel:
         if isinstance(stop_tokens, int):
             stop_tokens = (stop_tokens,)
         if stop_tokens is None:
-            eos = None if self.tokenizer is None else self.tokenizer.eos_id
-            stop_tokens = () if eos is None else (eos,)
+            stop_tokens = self.end_tokens
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         special = [self._needs_tokenizer().special_id(text) for text in stops]
-        possible = range(self.config.model.vocab_size or 0)  # a tokenizer may have more than the model writes
-        stop_tokens = [*stop_tokens, *(token for token in special if token in possible)]
+        vocab = self.config.model.vocab_size or 0  # a tokenizer may have more than the model writes
+        stop_tokens = [*stop_tokens, *(token for token in special if token is not None and token < vocab)]
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
         written = self.decoder.generate(

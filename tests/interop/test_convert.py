@@ -272,6 +272,27 @@ def test_the_tokenizer_travels_and_folders_may_be_moved(monkeypatch, tmp_path, c
         loop.restore(str(tmp_path / "none"))
 
 
+def test_the_ends_of_a_text_are_the_folders_own(monkeypatch, tmp_path, exported):
+    """A chat model's turn ends with a token that is not the tokenizer's eos. Imported, it ends the same."""
+    folder = tmp_path / "hf"
+    shutil.copytree(exported, folder)
+    assert mtp_jax.load(folder).end_tokens == ()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"eos_token_id": 5}))
+    assert mtp_jax.load(folder).end_tokens == (5,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 3, 10**6]}))
+    lm = mtp_jax.load(folder)
+    assert lm.end_tokens == (7, 3)
+    convert_here(monkeypatch, "import", f"--hf={folder}", f"--workdir={tmp_path / 'run'}")
+    assert mtp_jax.load(tmp_path / "run").end_tokens == (7, 3)
+    plain = lm.generate([[1, 2]], 20, stop_tokens=()).tokens[0]
+    ends = replace(lm, eos_ids=(int(plain[4]),))
+    assert ends.generate([[1, 2]], 20).tokens[0].tolist() == plain[: plain.tolist().index(plain[4]) + 1].tolist()
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match="generation_config.json: field 'eos_token_id'='</s>'"):
+        mtp_jax.load(folder)
+
+
 def expected_losses(lm, rows, segments, positions, config):
     """Losses of a batch from `LanguageModel.logits`, document by document: each alone, as the mask makes it."""
     depth, length = config.depth, config.data.sequence_length
