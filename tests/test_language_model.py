@@ -209,7 +209,7 @@ def test_continuations_of_one_context_score_as_they_do_alone(lm):
 def test_a_continuation_longer_than_the_context_is_read_in_pieces(lm):
     """The first token after all of the context there is, each piece's first after one token."""
     text = (LONG * 3)[: 2 * CONTEXT + 10]
-    ids = [BOS, *b"Bob ", *text.encode()]
+    ids = [BOS, *b"Bob:", *text.encode()]
     starts = [(5 + at) for at in range(0, len(ids) - 5, CONTEXT)]
     pieces = [ids[max(0, min(at + CONTEXT, len(ids)) - CONTEXT - 1) : min(at + CONTEXT, len(ids))] for at in starts]
     assert len(pieces) == 3 and pieces[1][0] == ids[4 + CONTEXT]
@@ -218,7 +218,7 @@ def test_a_continuation_longer_than_the_context_is_read_in_pieces(lm):
         num_new = min(at + CONTEXT, len(ids)) - at
         for i in range(len(piece) - num_new, len(piece)):
             expected += logits[b, i - 1][piece[i]] - np.log(np.exp(logits[b, i - 1]).sum())
-    found, is_greedy = lm.loglikelihood([("Bob ", text)])[0]
+    found, is_greedy = lm.loglikelihood([("Bob:", text)])[0]
     assert found == pytest.approx(expected, rel=1e-4) and not is_greedy
 
 
