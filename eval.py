@@ -53,26 +53,30 @@ def main(argv: list[str]) -> None:
 
     texts: list[str] = []
     values: dict[str, object] = {}
+
+    def done(text: str) -> None:
+        """Print a task's table and write all there is: what fails later takes nothing away."""
+        texts.append(text)
+        if jax.process_index() == 0:
+            print(text if len(texts) == 1 else f"\n{text}", flush=True)
+            if args.output:
+                results.write(pathlib.Path(args.output), args.workdir, texts, values)
+
     if validated:
         from mtp_jax.evaluation import validation
 
-        text, values = validation.run(args.workdir, validated, args.limit)
-        texts.append(text)
+        text, found = validation.run(args.workdir, validated, args.limit)
+        values |= found
+        done(text)
     if decoded or plan:
         model = decode_tasks.load_model(args.workdir)
-        if model.step is not None:
-            values["step"] = model.step  # tools.report leaves out what was measured before training went on
+        values |= {} if model.step is None else {"step": model.step}
         for task, (text, found) in decode_tasks.run(args, decoded, model).items() if decoded else ():
-            texts.append(text)
             values[task] = found
+            done(text)
         if plan:
             text, values["benchmarks"] = benchmarks.run(plan, args, model)
-            texts.append(text)
-    if jax.process_index() != 0:
-        return
-    print("\n\n".join(texts))
-    if args.output:
-        results.write(pathlib.Path(args.output), args.workdir, texts, values)
+            done(text)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ class Joined:
 
 
 def test_something_comes_before_a_continuation_that_is_joined_to_the_context():
-    ids, start = texts.pair(Joined(), 0, "a", "b")
+    ids, start = texts.pair(Joined(), Joined().encode, 0, "a", "b")
     assert (ids.tolist(), start) == ([7, 5], 1)
     assert texts.pair(Joined(), 0, "a", "bc")[0].tolist() == [97, 98, 99]
     none = Joined()

@@ -194,7 +194,8 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
         write_samples(args.samples, results["samples"])
     values = values_of(results)
     for name, (num_tokens, num_passes) in answers.passes.items():
-        values[name]["tokens_per_forward"] = num_tokens / max(1, num_passes)
+        if name in values:
+            values[name]["tokens_per_forward"] = num_tokens / max(1, num_passes)
     title = "benchmarks" + (f", {args.limit} documents of each" if args.limit else "")
     if answers.num_cut:
         context = model.config.data.sequence_length

@@ -13,6 +13,7 @@ from mtp_jax.config import MeshConfig, UserError, mesh_sizes
 from mtp_jax.decoding.decoder import Decoder, check_drafts
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.evaluation import advice, speculative
+from mtp_jax.evaluation.results import without_nan
 from mtp_jax.interop.folder import is_hf_folder
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.training.workdir import read_config
@@ -113,7 +114,7 @@ def _advice(decoder: Decoder, prompts: list[np.ndarray], args: argparse.Namespac
         "advice": [dataclasses.asdict(a) for a in advised],
         "stops_paying_at": advice.stops_paying(advised),
     }
-    return advice.text(rates, costs, advised), speculative.without_nan(values)
+    return advice.text(rates, costs, advised), without_nan(values)
 
 
 def _prompts(model: LanguageModel, args: argparse.Namespace) -> list[np.ndarray]:

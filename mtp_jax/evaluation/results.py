@@ -1,6 +1,7 @@
 """What eval.py found, as files: JSON for programs, Markdown and a picture for people."""
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -14,12 +15,18 @@ def check_output(path: str) -> None:
     """Refuse an --output that cannot be written, before anything is measured.
 
     Raises:
-      UserError: another ending than .json, or a folder that is not there.
+      UserError: another ending than .json, a folder that is not there, or one that nothing can be written to.
     """
     if not path.endswith(".json"):
         raise UserError(f"--output={path}: must end in .json")
     if not pathlib.Path(path).absolute().parent.is_dir():
         raise UserError(f"--output={path}: its folder does not exist; make it first")
+    partial = pathlib.Path(path).with_suffix(".partial")
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise UserError(f"--output={path}: cannot be written ({error.strerror}); use another folder") from error
 
 
 def write(path: pathlib.Path, workdir: str, texts: list[str], values: Values) -> None:
@@ -30,8 +37,17 @@ def write(path: pathlib.Path, workdir: str, texts: list[str], values: Values) ->
     tables = "\n".join(f"```\n{text}\n```\n" for text in texts)
     path.with_suffix(".md").write_text(f"# {workdir}\n\n{tables}{picture}", encoding="utf-8")
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def without_nan(values: Any) -> Any:
+    """The same with None for numbers that JSON has no word for."""
+    if isinstance(values, dict):
+        return {key: without_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def draw(values: Values, path: pathlib.Path, title: str) -> bool:

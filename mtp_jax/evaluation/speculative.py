@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mtp_jax import data
@@ -17,6 +16,7 @@ from mtp_jax.config import Config, UserError
 from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.decoding.network import cache_bytes_per_token
 from mtp_jax.decoding.samplers import GREEDY, Sampler, is_greedy
+from mtp_jax.evaluation.results import without_nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +199,3 @@ def text(result: SpeculativeResult) -> str:
 def as_json(result: SpeculativeResult) -> dict[str, Any]:
     """The fields; None for what was not measured."""
     return without_nan(dataclasses.asdict(result))
-
-
-def without_nan(values: Any) -> Any:
-    """The same with None for NaN, which JSON has no word for."""
-    return jax.tree.map(lambda v: None if isinstance(v, float) and math.isnan(v) else v, values)

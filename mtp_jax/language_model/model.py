@@ -169,10 +169,11 @@ class LanguageModel:
     def pair_ids(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[np.ndarray], list[int]]:
         """Token ids of the pairs of `loglikelihood`, and where in each the continuation begins."""
         tokenizer, found = self._needs_tokenizer(), []
+        encode = functools.lru_cache(maxsize=2)(tokenizer.encode)  # the answers of a question share its context
         for n, pair in enumerate(pairs):
             if isinstance(pair, str) or len(pair) != 2:
                 raise UserError(f"pair {n}: {pair!r} is not (context, continuation); give a list of such pairs")
-            found.append(texts_of.pair(tokenizer, n, *pair))
+            found.append(texts_of.pair(tokenizer, encode, n, *pair))
         return [ids for ids, _ in found], [start for _, start in found]
 
     def loglikelihood_rolling(

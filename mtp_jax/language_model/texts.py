@@ -1,15 +1,20 @@
 """Texts to be scored, as token ids and the place where what is predicted begins."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mtp_jax.config import UserError
 from mtp_jax.data import Tokenizer
 
 
-def pair(tokenizer: Tokenizer, n: int, context: str, continuation: str) -> tuple[np.ndarray, int]:
+def pair(
+    tokenizer: Tokenizer, encode: Callable[[str], np.ndarray], n: int, context: str, continuation: str
+) -> tuple[np.ndarray, int]:
     """Token ids of a context with its continuation, int32[N], and where the continuation begins, 1 at least.
 
     Args:
+      encode: the tokenizer's, which may remember contexts.
       n: the pair's number, for errors.
 
     Raises:
@@ -19,7 +24,7 @@ def pair(tokenizer: Tokenizer, n: int, context: str, continuation: str) -> tuple
     continuation = context[len(kept) :] + continuation
     if not continuation:
         raise UserError(f"pair {n}: its continuation is empty; give it at least one character")
-    context_ids, whole = tokenizer.encode(kept), tokenizer.encode(kept + continuation)
+    context_ids, whole = encode(kept), tokenizer.encode(kept + continuation)
     num_new = max(1, len(whole) - len(context_ids))  # it may be joined to the context's last token
     has_context = len(whole) > num_new  # without one, as where both are one token, something has to come before
     first = tokenizer.bos_id if tokenizer.bos_id is not None or has_context else tokenizer.eos_id

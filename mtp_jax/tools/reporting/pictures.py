@@ -99,10 +99,17 @@ def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
         axis.set_xticks([])
         axis.set_xlabel("")
         axis.set_xlim(-0.75, len(variants) - 0.25)
+        if axis.get_ylim()[0] < 0 <= min(v for variant in variants for v in _values(variant, task)):
+            axis.set_ylim(bottom=0)  # where all are 0 the axis would go below
     labels = [(_legend_label(v), _color(i), "solid") for i, v in enumerate(variants)]
     _legend(figure, labels, "error bars: standard deviation over seeds, or standard error of the task for one seed")
     _save(figure, output)
     return True
+
+
+def _values(variant: Variant, task: str) -> tuple[float, ...]:
+    sample = variant.benchmark(task)
+    return sample.values if sample else (0.0,)
 
 
 def curves(rows: Rows, names: tuple[str, ...]) -> dict[int, Curve]:
