@@ -305,10 +305,10 @@ class Joined:
 def test_something_comes_before_a_continuation_that_is_joined_to_the_context():
     ids, start = texts.pair(Joined(), Joined().encode, 0, "a", "b")
     assert (ids.tolist(), start) == ([7, 5], 1)
-    assert texts.pair(Joined(), 0, "a", "bc")[0].tolist() == [97, 98, 99]
+    assert texts.pair(Joined(), Joined().encode, 0, "a", "bc")[0].tolist() == [97, 98, 99]
     none = Joined()
     none.eos_id = None
-    assert "pair 3: nothing comes before" in refusal(texts.pair, none, 3, "a", "b")
+    assert "pair 3: nothing comes before" in refusal(texts.pair, none, none.encode, 3, "a", "b")
 
 
 def test_a_model_without_extra_depths_or_with_fewer_heads_says_so():
