@@ -24,7 +24,7 @@ def get_config():
     model.ffn_dim = 5632
     model.num_experts = 0
     model.compute_dtype = "bfloat16"
-    model.remat = "full"
+    model.remat = "none"
 
     config.data.sequence_length = 4096
     config.data.batch_size = 4

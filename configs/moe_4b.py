@@ -28,7 +28,7 @@ def get_config():
     model.expert_dim = 1408
     model.num_dense_layers = 1
     model.compute_dtype = "bfloat16"
-    model.remat = "full"
+    model.remat = "none"
 
     config.data.sequence_length = 4096
     config.data.batch_size = 4
