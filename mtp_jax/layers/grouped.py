@@ -50,7 +50,8 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel
     if not takes_mosaic(x_ND, w_EDF, kernel):
         return checkpoint_name(jax.lax.ragged_dot(x_ND, w_EDF, sizes_E), RAGGED_DOT)
     # The kernels write no row outside the groups. Zero rows come out as zeros in any group: the last one takes them.
-    sizes_E = sizes_E.at[-1].add(x_ND.shape[0] - sizes_E.sum())
+    is_last_E = jnp.arange(len(sizes_E)) == len(sizes_E) - 1
+    sizes_E = jnp.where(is_last_E, sizes_E + x_ND.shape[0] - sizes_E.sum(), sizes_E)
     return checkpoint_name(differentiable(mosaic_kernels(), x_ND, w_EDF, sizes_E), MOSAIC)
 
 

@@ -33,14 +33,19 @@ def by_group(x_ND, w_EDF, sizes_E, y_NF):
     return out, grad_x, grad_w
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def random_operands(sizes_E, dtype, num_rows, dim, width):
+    keys = jax.random.split(jax.random.key(0), 3)
+    inside = (jnp.arange(num_rows) < sizes_E.sum())[:, None]
+    x_ND = jnp.where(inside, jax.random.normal(keys[0], (num_rows, dim)), 0).astype(dtype)
+    w_EDF = jax.random.normal(keys[1], (len(sizes_E), dim, width)).astype(dtype)
+    y_NF = jnp.where(inside, jax.random.normal(keys[2], (num_rows, width)), 0).astype(dtype)
+    return x_ND, w_EDF, sizes_E, y_NF
+
+
 def operands(sizes, dtype, num_rows=256, dim=128, width=256):
     """x, w, sizes and a cotangent; rows after the last group are zero in all of them."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    inside = (jnp.arange(num_rows) < sum(sizes))[:, None]
-    x_ND = jnp.where(inside, jax.random.normal(keys[0], (num_rows, dim)), 0).astype(dtype)
-    w_EDF = jax.random.normal(keys[1], (len(sizes), dim, width)).astype(dtype)
-    y_NF = jnp.where(inside, jax.random.normal(keys[2], (num_rows, width)), 0).astype(dtype)
-    return x_ND, w_EDF, jnp.asarray(sizes, jnp.int32), y_NF
+    return random_operands(jnp.asarray(sizes, jnp.int32), dtype, num_rows, dim, width)
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
