@@ -7,9 +7,10 @@ segment ids, and B T S numbers of memory.
 Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn's front to it refuses unequal head dims
 
 from mtp_jax.sharding import compute_capability
 
@@ -20,11 +21,19 @@ UNEQUAL = {(192, 128)}  # DeepSeek's (query/key, value) dims, which cuDNN has ke
 MLA_VERSION = 91000  # the first cuDNN with them
 
 
+def _cudnn() -> Any:
+    """jax's own way to cuDNN; the public front to it, in jax.nn, refuses unequal head dims. Imported where it is used:
+    devices without cuDNN need not have it."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
 def attend(
     q_BTHQ: jax.Array, k_BTGQ: jax.Array, v_BTGV: jax.Array, segments_BT: jax.Array | None, scale: float
 ) -> jax.Array:
     """As `attention.attend`, of whole rows."""
-    mask = None
+    cudnn, mask = _cudnn(), None
     if segments_BT is not None:
         causal_TT = jnp.tri(segments_BT.shape[1], dtype=bool)
         mask = (causal_TT & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
@@ -42,8 +51,8 @@ def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS
         return "it takes whole rows, and these are cut over the context axis"
     if dims not in UNEQUAL and (dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256):
         return f"head dims are equal multiples of 8 up to 256, or one of {sorted(UNEQUAL)}, and these are {dims}"
-    if dims in UNEQUAL and cudnn.check_cudnn_version() < MLA_VERSION:
-        return f"head dims {dims} need cuDNN 9.10, and this is {cudnn.check_cudnn_version()}"
+    if dims in UNEQUAL and _cudnn().check_cudnn_version() < MLA_VERSION:
+        return f"head dims {dims} need cuDNN 9.10, and this is {_cudnn().check_cudnn_version()}"
     if segments_BS is not None and (length % 2 or mask_bytes(segments_BS) > MASK_BYTES):
         return f"packed rows {segments_BS.shape} are of odd length, or their mask takes more than {MASK_BYTES} bytes"
     return ""
