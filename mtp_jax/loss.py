@@ -7,13 +7,14 @@ Shape letters: K depths (1 + extra), B rows, T positions, D model, V vocabulary,
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax import sharding
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, platform
 
 
 class DepthSums(NamedTuple):
@@ -121,11 +122,19 @@ def _chunk(hidden_BCD, targets_BC, mask_BC, head_DV):
     """One chunk's logits float32[B, C, V] and per-position nll, log normaliser and argmax."""
     logits_BCV = jnp.einsum("bcd,dv->bcv", hidden_BCD, head_DV, preferred_element_type=jnp.float32)
     logits_BCV = constrain(logits_BCV, "batch", "length", "vocab")
-    log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-    # A masked sum and not a gather: with the vocabulary sharded, a gather would collect the logits.
     is_target_BCV = jnp.arange(logits_BCV.shape[-1]) == targets_BC[..., None]
-    nll_BC = log_z_BC - jnp.where(is_target_BCV, logits_BCV, 0.0).sum(axis=-1)
     picks_BC = jnp.argmax(logits_BCV, axis=-1).astype(jnp.int32)
+    num_devices = math.prod(sharding.num_shards(name) for name in ("batch", "length", "vocab"))
+    if platform() in ("cpu", "tpu") or num_devices > 1:
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        # A masked sum and not a gather: of logits on several devices, a gather may collect them.
+        nll_BC = log_z_BC - jnp.where(is_target_BCV, logits_BCV, 0.0).sum(axis=-1)
+    else:
+        # The same in two passes over the logits instead of four, which on a GPU are in memory by now.
+        chosen_BC2 = jnp.take_along_axis(logits_BCV, jnp.stack([picks_BC, targets_BC], axis=-1), axis=-1)
+        largest_BC, target_BC = chosen_BC2[..., 0], chosen_BC2[..., 1]
+        log_z_BC = largest_BC + jnp.log(jnp.exp(logits_BCV - largest_BC[..., None]).sum(axis=-1))
+        nll_BC = log_z_BC - target_BC
     sums = (
         jnp.where(mask_BC, nll_BC, 0.0).sum(),
         jnp.where(mask_BC, jnp.square(log_z_BC), 0.0).sum(),

@@ -41,21 +41,23 @@ class MTPModel(nnx.Module):
         self.trunk = Trunk(config, rngs)
         self.mtp = make_strategy(config, rngs)
 
-    def __call__(self, inputs_KBT: jax.Array, segments_KBT: jax.Array, positions_BT: jax.Array) -> ModelOutput:
+    def __call__(self, inputs_KBT: jax.Array, segments_KBT: jax.Array | None, positions_BT: jax.Array) -> ModelOutput:
         """Hidden states of every depth.
 
         Args:
           inputs_KBT: int; depth k reads x[i + k] (`targets.build(...).inputs`).
           segments_KBT: int; 0 at depth k marks a position that does not count there: nobody attends to it, no router
-            counts it. Elsewhere the segment id of position i.
+            counts it. Elsewhere the segment id of position i. None: every row is one document and all of it counts.
           positions_BT: int, for the rotary embedding; the same at every depth.
         """
         trunk = self.trunk
-        out = trunk(inputs_KBT[0], positions_BT, segments_KBT[0])
+        segments_BT, segments_NBT = (None, None) if segments_KBT is None else (segments_KBT[0], segments_KBT[1:])
+        out = trunk(inputs_KBT[0], positions_BT, segments_BT)
         seen = MainModel(out.hidden, out.branch, trunk.final_norm, trunk.look_up)
         if self.config.mtp.detach_trunk:
             seen = self._detached(seen)
-        extra = self.mtp(seen, inputs_KBT[1:], segments_KBT[1:], positions_BT)
+        with jax.named_scope("mtp"):
+            extra = self.mtp(seen, inputs_KBT[1:], segments_NBT, positions_BT)
         hidden_KBTD = jnp.concatenate([trunk.final_norm(out.hidden)[None], extra.hidden])
         return ModelOutput(hidden_KBTD, out.stats, extra.stats)
 

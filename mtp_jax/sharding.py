@@ -120,3 +120,8 @@ def platform() -> str:
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def compute_capability() -> str:
+    """Of the GPUs compiled for: "9.0" on Hopper; empty where no GPU is compiled for."""
+    return "" if platform() in ("cpu", "tpu") else str(jax.devices()[0].compute_capability)

@@ -57,8 +57,8 @@ class Trunk(nnx.Module):
         """The output head [D, V] that all depths share."""
         return self.embed[...].T if self.config.tie_embeddings else self.unembed[...]
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> TrunkOutput:
-        """Run every block; see `TrunkOutput`."""
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> TrunkOutput:
+        """Run every block; see `TrunkOutput` and, for the arguments, `Block`."""
 
         def body(block, carry, _):
             hidden_BTD, _ = carry
@@ -69,5 +69,5 @@ class Trunk(nnx.Module):
         carry, stats = (h_BTD, h_BTD), None
         for name in ("dense_blocks", "blocks"):
             if hasattr(self, name):
-                carry, stats = scan_over(getattr(self, name), body, carry, None, self.config.remat)
+                carry, stats = scan_over(getattr(self, name), body, carry, None, self.config)
         return TrunkOutput(*carry, stats)

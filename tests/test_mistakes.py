@@ -152,10 +152,11 @@ def test_recomputation_changes_neither_loss_nor_gradients(kind):
     kept = tiny(f"--config.mtp.kind={kind}", "--config.mtp.parameter_matched=false")
     batch = rows(kept, num_padding=3)
     results = {}
-    for remat in ("none", "full", "dots"):
-        config = replace(kept, model=replace(kept.model, remat=remat))
+    for remat in ("none", "full", "dots", "kernels"):
+        unroll = 2 if remat == "kernels" else 1
+        config = replace(kept, model=replace(kept.model, remat=remat, scan_unroll=unroll))
         results[remat] = run_steps(config, [batch, batch])
-    for remat in ("full", "dots"):
+    for remat in ("full", "dots", "kernels"):
         for a, b in zip(results["none"][1], results[remat][1], strict=True):
             for name in a:
                 assert b[name] == pytest.approx(a[name], rel=1e-5), (remat, name)

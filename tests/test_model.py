@@ -9,7 +9,7 @@ import pytest
 
 from mtp_jax import config as configs
 from mtp_jax.config import Config, ModelConfig, MTPConfig, TrainingConfig, conventions
-from mtp_jax.model import count_parameters, skeleton
+from mtp_jax.model import count_parameters, init, skeleton
 from mtp_jax.training.step import loss_weights, make_loss, step_inputs
 from tests.bridge import packed_rows, to_model
 from tests.reference.model import forward
@@ -130,6 +130,16 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
     agreed = np.asarray(expected["agreement_sums"]).reshape(-1, 2)
     np.testing.assert_array_equal(np.asarray(aux.sums.agree)[1:], agreed[:, 0])
     np.testing.assert_array_equal(np.asarray(aux.sums.num_compared)[1:], agreed[:, 1])
+
+
+@pytest.mark.parametrize("strategy", ["none", "sequential", "sequential_shared", "parallel_unmatched"])
+def test_rows_of_one_document_need_no_segments(strategy):
+    config = Config(model=MOE, mtp=STRATEGIES[strategy])
+    built, (params, biases) = skeleton(config), init(config, 0)
+    inputs_KBT = jax.random.randint(jax.random.key(1), (1 + config.depth, 2, 10), 0, BASE.vocab_size)
+    positions_BT = jnp.broadcast_to(jnp.arange(10), (2, 10))
+    run = jax.jit(lambda segments_KBT: built.merge(params, biases)(inputs_KBT, segments_KBT, positions_BT))
+    jax.tree.map(np.testing.assert_array_equal, run(None), run(jnp.ones_like(inputs_KBT)))
 
 
 def test_a_matched_parallel_model_has_as_many_weights_as_the_next_token_model():

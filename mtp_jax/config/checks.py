@@ -67,7 +67,7 @@ AT_LEAST = {
         *("model.router_bias_rate", "model.router_bias_until", "model.balance_loss_weight", "model.init_std"),
         *("mtp.weight", "training.z_loss_weight", "training.sample_tokens", "data.num_workers"),
         *("optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.learning_rate", "optimizer.weight_decay"),
-        *("data.synthetic_documents", "seed"),
+        *("data.synthetic_documents", "model.scan_unroll", "seed"),
     ),
 }
 AT_LEAST_ONE_WITH = {

@@ -25,7 +25,9 @@ class ModelConfig:
     init_std: float = 0.02
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots"] = "none"  # dots: keep matmul outputs, recompute the rest
+    # What the backward pass recomputes: everything but matmul outputs (dots), but the outputs of attention and of the
+    # experts' matmuls (kernels), or everything (full)
+    remat: Literal["none", "dots", "kernels", "full"] = "none"
 
     attention: Literal["mla", "gqa"] = "mla"
     num_heads: int = 4
@@ -73,6 +75,11 @@ class ModelConfig:
     router_bias_until: int = 0  # step after which gamma is 0; 0: never
     balance_loss_weight: float = 1e-4  # alpha of the sequence-wise balance loss
     moe_dispatch: Literal["auto", "dense", "ragged"] = "auto"
+
+    # Implementations; auto: the fastest that takes the device, the dtype and the shapes
+    attention_kernel: Literal["auto", "xla", "cudnn"] = "auto"
+    expert_kernel: Literal["auto", "xla", "mosaic"] = "auto"  # of the grouped matmuls of moe_dispatch=ragged
+    scan_unroll: int = 0  # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from mtp_jax.config import UserError
+from mtp_jax.layers import attention_cudnn
+from mtp_jax.layers.dispatch import note
+from mtp_jax.sharding import compute_capability
+
+ATTENTION = "attention"  # its output, to policies of recomputation
 # A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
 # where a block's float32 scores would take more than these bytes (128 heads, 4 rows of 4096: 8 MiB a query).
 QUERY_BLOCK = 512
@@ -18,9 +25,10 @@ def attend(
     q_BTHQ: jax.Array,
     k_BSGQ: jax.Array,
     v_BSGV: jax.Array,
-    segments_BS: jax.Array,
+    segments_BS: jax.Array | None,
     scale: float,
     first: jax.Array | int = 0,
+    kernel: str = "auto",
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v, where query i sees key j iff j <= i and both have the same segment id.
 
@@ -28,15 +36,30 @@ def attend(
     the softmax is empty. Scores and softmax are float32.
 
     Args:
+      segments_BS: int; None: every row is one document.
       first: the queries are the positions first .. first + T - 1 of the S; 0 unless the row is cut.
+      kernel: "xla" (below), "cudnn", or "auto": "cudnn" wherever it can.
 
     Returns:
       [B, T, H, V] in the dtype of v.
+
+    Raises:
+      UserError: kernel is "cudnn" where it cannot be.
     """
+    reason = attention_cudnn.why_not(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first)
+    if kernel == "cudnn" and reason:
+        raise UserError(f"model.attention_kernel=cudnn: {reason}; use model.attention_kernel=auto")
+    if kernel != "xla" and not reason:
+        return attention_cudnn.attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, scale)
+    if kernel == "auto" and compute_capability():
+        note(f"attention without cuDNN, slow on GPUs: {reason}")
     length = q_BTHQ.shape[1]
-    segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
-    last_BT = jnp.broadcast_to(first + jnp.arange(length), segments_BT.shape)
+    last_T = first + jnp.arange(length)
     index_S = jnp.arange(k_BSGQ.shape[1])
+    last_BT = jnp.broadcast_to(last_T, (q_BTHQ.shape[0], length))
+    if segments_BS is None:
+        return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, lambda last_BT: index_S <= last_BT[..., None], last_BT)
+    segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
 
     def sees(last_BT, segments_BT):
         causal_BTS = index_S <= last_BT[..., None]
@@ -86,7 +109,7 @@ def _attend(
         cut = tuple(split(x) for x in (q_BTGMQ, *places_BT))
         out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), cut)
         out = jnp.moveaxis(out, 0, 1).reshape(*q_BTGMQ.shape[:-1], v_BSGV.shape[-1])
-    return out.reshape(*q_BTHQ.shape[:3], v_BSGV.shape[-1])
+    return checkpoint_name(out.reshape(*q_BTHQ.shape[:3], v_BSGV.shape[-1]), ATTENTION)
 
 
 def _num_blocks(num_rows: int, length: int, num_heads: int, num_keys: int) -> int:

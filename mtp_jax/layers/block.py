@@ -9,9 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers import attention_cudnn
+from mtp_jax.layers.attention import ATTENTION
 from mtp_jax.layers.cache import NOWHERE, Slots
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.gqa import GroupedQueryAttention
+from mtp_jax.layers.grouped import MOSAIC, RAGGED_DOT
 from mtp_jax.layers.mla import MultiHeadLatentAttention
 from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
@@ -30,18 +33,21 @@ class Block(nnx.Module):
         self.ffn = MixtureOfExperts(config, rngs) if is_moe else SwiGLU(config.ffn_dim, config, rngs)
 
     def __call__(
-        self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+        self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, RouterStats | None]:
         """[B, T, D] -> [B, T, D] and the router's statistics (None for a dense block).
 
         Args:
           h_BTD: the residual stream.
           positions_BT: int, for the rotary embedding.
-          segments_BT: int; 0 is padding, which is seen by no document and counted nowhere.
+          segments_BT: int; 0 is padding, which is seen by no document and counted nowhere. None: every row is one
+            document.
         """
         h_BTD = constrain(h_BTD, "batch", "length", None)
-        h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), positions_BT, segments_BT)
-        return self._feed_forward(h_BTD, segments_BT != 0)
+        with jax.named_scope("attention"):
+            h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), positions_BT, segments_BT)
+        valid_BT = jnp.ones(h_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
+        return self._feed_forward(h_BTD, valid_BT)
 
     def decode(
         self, h_BTD: jax.Array, slots: Slots, cache: Any, num_wanted: int | None = None
@@ -74,7 +80,8 @@ class Block(nnx.Module):
         if isinstance(self.ffn, MixtureOfExperts):
             out_BTD, stats = self.ffn(x_BTD, valid_BT)
         else:
-            out_BTD, stats = self.ffn(x_BTD), None
+            with jax.named_scope("ffn"):
+                out_BTD, stats = self.ffn(x_BTD), None
         return constrain(h_BTD + out_BTD, "batch", "length", None), stats
 
 
@@ -90,13 +97,13 @@ def unstacked(module: Any) -> list[Any]:
 
 
 def scan_over(
-    module: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any, remat: str, is_shared: bool = False
+    module: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any, config: ModelConfig, is_shared: bool = False
 ) -> tuple[Any, Any]:
     """`carry, y = body(one module, carry, x)` over the stack of `module` and the leading dim of `xs`.
 
-    One layer is compiled, whatever the number of layers. The body's activations are kept, recomputed ("full") or
-    recomputed but for the matmuls ("dots") in the backward pass. With is_shared the stack is of one module, which
-    every x goes through.
+    `unrolled` says how many layers are compiled, one in most cases. What config.remat does not keep of the body's
+    activations is recomputed in the backward pass. With is_shared the stack is of one module, which every x goes
+    through.
 
     Returns:
       the last carry and the stacked y.
@@ -110,16 +117,46 @@ def scan_over(
         taps, carry = gradients_together((_taps(state, jax.tree.leaves(carry)[0].dtype), carry))
         scanned = jax.lax.stop_gradient(state), taps
 
+    length = jax.tree.leaves((scanned, xs))[0].shape[0]
+    unroll = unrolled(config, length)
+    # On GPUs what is read as bits is copied first; without a loop there is nothing to keep the cast out of.
+    is_loop = unroll < length or platform() in ("cpu", "tpu")
+
     def step(carry, per_layer):
         layer, x = per_layer
-        weights = shared if is_shared else _cast(read_here(layer[0]), layer[1])
+        weights = shared if is_shared else _cast(read_here(layer[0]) if is_loop else layer[0], layer[1])
         return body(nnx.merge(graph, weights), carry, x)
 
-    if remat == "dots":
-        step = jax.checkpoint(step, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    elif remat == "full":
-        step = jax.checkpoint(step)
-    return jax.lax.scan(step, carry, (scanned, xs))
+    if config.remat != "none":
+        step = jax.checkpoint(step, policy=POLICIES[config.remat])
+    return jax.lax.scan(step, carry, (scanned, xs), unroll=unroll)
+
+
+MOST_UNROLLED = 16  # layers, without being asked: compilation takes its time
+
+
+def unrolled(config: ModelConfig, length: int) -> int:
+    """How many of a scan's layers are compiled side by side: config.scan_unroll, or where that is 0 all of them on GPUs
+    that recompute nothing. A loop copies every activation that is kept into a stack and out again, which took a fifth
+    of a step there (dense_1b, H100)."""
+    if config.scan_unroll:
+        return min(config.scan_unroll, length)
+    is_free = platform() not in ("cpu", "tpu") and config.remat == "none" and length <= MOST_UNROLLED
+    return length if is_free else 1
+
+
+def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    return primitive.name == attention_cudnn.FORWARD  # output and normalisers alike: the backward pass reads both
+
+
+_saved = jax.checkpoint_policies
+_any = _saved.save_from_both_policies
+# A GPU's kernels are matmuls too, though jax's own policies do not know them as such.
+POLICIES = {
+    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _any(_is_attention, _saved.save_only_these_names(MOSAIC))),
+    "kernels": _any(_is_attention, _saved.save_only_these_names(MOSAIC, RAGGED_DOT, ATTENTION)),
+    "full": None,
+}
 
 
 def _taps(state: nnx.State, dtype: Any) -> nnx.State:

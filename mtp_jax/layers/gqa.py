@@ -44,7 +44,7 @@ class GroupedQueryAttention(nnx.Module):
             self.q_norm = RMSNorm(size, config)
             self.k_norm = RMSNorm(size, config)
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
         q_BTHQ, k_BTGQ, v_BTGQ = self._project(x_BTD, positions_BT)
         heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
@@ -83,7 +83,8 @@ class GroupedQueryAttention(nnx.Module):
     def _attend(self, q_BTHQ, k_BTGQ, v_BTGQ, segments_BS):
         """One device's queries over whole rows: keys and values of its groups are collected over the context axis."""
         k_BSGQ, v_BSGQ = whole_length(k_BTGQ), whole_length(v_BTGQ)
-        return attend(q_BTHQ, k_BSGQ, v_BSGQ, segments_BS, self.config.head_dim**-0.5, first_position(q_BTHQ.shape[1]))
+        scale, first = self.config.head_dim**-0.5, first_position(q_BTHQ.shape[1])
+        return attend(q_BTHQ, k_BSGQ, v_BSGQ, segments_BS, scale, first, self.config.attention_kernel)
 
     def _rotate(self, x_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
         rotary = round(self.config.rotary_fraction * self.config.head_dim)

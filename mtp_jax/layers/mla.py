@@ -37,7 +37,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.kv_b = matrix(rngs, (config.kv_lora_rank, heads, nope + value), ("embed", "heads", None), 1, config)
         self.o = matrix(rngs, (heads, value, dim), ("heads", None, "embed"), 2, config)
 
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
         q_BTHQ = self.queries(x_BTD, positions_BT)
         latent_BTC, rotary_BTR = self.latents(x_BTD, positions_BT)
@@ -61,8 +61,8 @@ class MultiHeadLatentAttention(nnx.Module):
         and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
         """
         k_BSHQ, v_BSHV = self._expand(whole_length(latent_BTC), whole_length(rotary_BTR), kv_b_CHX)
-        first = first_position(q_BTHQ.shape[1])
-        return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, rope.mla_softmax_scale(self.config), first)
+        scale, first = rope.mla_softmax_scale(self.config), first_position(q_BTHQ.shape[1])
+        return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, scale, first, self.config.attention_kernel)
 
     def _expand(self, latent_BSC, rotary_BSR, kv_b_CHX):
         """Keys [B, S, H, N + R] and values [B, S, H, V] of every head."""

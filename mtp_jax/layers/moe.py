@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers import permute
 from mtp_jax.layers.exchange import exchanged
 from mtp_jax.layers.ffn import SwiGLU
+from mtp_jax.layers.grouped import grouped_matmul, takes_mosaic
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
 from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, platform, spec
@@ -32,11 +34,14 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
         """[B, T, D] -> [B, T, D], and the router's statistics of valid positions."""
-        gates_BTK, chosen_BTK, stats = self.router(x_BTD, valid_BT)
+        with jax.named_scope("router"):
+            gates_BTK, chosen_BTK, stats = self.router(x_BTD, valid_BT)
         run = self._ragged if uses_ragged(self.config) else self._dense
-        out_BTD = run(x_BTD, gates_BTK.astype(x_BTD.dtype), chosen_BTK)
+        with jax.named_scope("dispatch"):
+            out_BTD = run(x_BTD, gates_BTK.astype(x_BTD.dtype), chosen_BTK)
         if self.config.num_shared_experts:
-            out_BTD = out_BTD + self.shared(x_BTD)
+            with jax.named_scope("ffn"):
+                out_BTD = out_BTD + self.shared(x_BTD)
         return out_BTD, stats
 
     def _dense(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
@@ -62,10 +67,11 @@ class MixtureOfExperts(nnx.Module):
         weights stay where they are, but for the model dim, which is collected over the fsdp axis.
         """
         weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+        experts = functools.partial(_experts, kernel=self.config.expert_kernel)
         if num_shards("batch") * num_shards("length") * num_shards("ffn") == 1:
-            return _grouped(x_BTD, gates_BTK, chosen_BTK, weights, self.config.num_experts, _experts)
-        owned = functools.partial(exchanged, experts=_experts, per_token=self.config.num_experts_per_token)
-        travel = owned if num_shards("experts") > 1 else _experts
+            return _grouped(x_BTD, gates_BTK, chosen_BTK, weights, self.config.num_experts, experts)
+        owned = functools.partial(exchanged, experts=experts, per_token=self.config.num_experts_per_token)
+        travel = owned if num_shards("experts") > 1 else experts
         tokens, wide = spec(("batch", "length", None)), spec(("experts", None, "ffn"))
         specs = (tokens, tokens, tokens, (wide, wide, spec(("experts", "ffn", None))))
 
@@ -82,19 +88,28 @@ def _grouped(x_BTD, gates_BTK, chosen_BTK, weights, num_experts, run):
     """sum_k gate_k * expert_k(x) of one device's tokens; `run` gives the experts' outputs of rows sorted by expert."""
     num_chosen = chosen_BTK.shape[-1]
     expert_N = chosen_BTK.reshape(-1)
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    if platform() not in ("cpu", "tpu"):
+        order_N, place_N, sizes_E = permute.by_expert(expert_N, num_experts)
+        y_ND = run(permute.spread(x_MD, order_N, place_N, num_chosen), sizes_E, weights)
+        return permute.combine(y_ND, gates_BTK.reshape(-1, num_chosen), order_N, place_N).reshape(x_BTD.shape)
     order_N = jnp.argsort(expert_N, stable=True)
     sizes_E = jnp.bincount(expert_N, length=num_experts).astype(jnp.int32)
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])[order_N // num_chosen]
-    y_ND = run(x_ND, sizes_E, weights)
+    y_ND = run(x_MD[order_N // num_chosen], sizes_E, weights)
     y_BTKD = y_ND[jnp.argsort(order_N)].reshape(*chosen_BTK.shape, x_BTD.shape[-1])
     return (y_BTKD * gates_BTK[..., None]).sum(axis=-2)
 
 
-def _experts(x_ND, sizes_E, weights):
-    """SwiGLU of every expert on its group of rows, by ragged_dot."""
+def _experts(x_ND, sizes_E, weights, kernel):
+    """SwiGLU of every expert on its group of rows."""
     gate_EDF, up_EDF, down_EFD = weights
-    h_NF = jax.nn.silu(jax.lax.ragged_dot(x_ND, gate_EDF, sizes_E)) * jax.lax.ragged_dot(x_ND, up_EDF, sizes_E)
-    return jax.lax.ragged_dot(h_NF, down_EFD, sizes_E)
+    product = functools.partial(grouped_matmul, sizes_E=sizes_E, kernel=kernel)
+    with jax.named_scope("experts"):
+        if takes_mosaic(x_ND, gate_EDF, kernel):  # one wide product, whose gradient sums over both at once
+            gate_NF, up_NF = jnp.split(product(x_ND, jnp.concatenate([gate_EDF, up_EDF], axis=-1)), 2, axis=-1)
+        else:
+            gate_NF, up_NF = product(x_ND, gate_EDF), product(x_ND, up_EDF)
+        return product(jax.nn.silu(gate_NF) * up_NF, down_EFD)
 
 
 def uses_ragged(config: ModelConfig) -> bool:

@@ -17,12 +17,12 @@ class ParallelHeads(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
-        self.remat = model.remat
+        self.config = model
         is_moe = bool(model.num_experts) and model.num_layers > model.num_dense_layers  # as the blocks it takes over
         self.block = stacked(lambda r: Block(model, r, is_moe), config.depth, rngs)
 
     def __call__(
-        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array, positions_BT: jax.Array
+        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array | None, positions_BT: jax.Array
     ) -> Extra:
         """Depth k sees z alone; its segments only mark the positions that count."""
         del inputs_NBT
@@ -31,5 +31,5 @@ class ParallelHeads(nnx.Module):
             h_BTD, stats = block(branch_BTD, positions_BT, segments_BT)
             return branch_BTD, (main.final_norm(h_BTD), stats)
 
-        _, (hidden_NBTD, stats) = scan_over(self.block, body, main.branch, segments_NBT, self.remat)
+        _, (hidden_NBTD, stats) = scan_over(self.block, body, main.branch, segments_NBT, self.config)
         return Extra(hidden_NBTD, stats)

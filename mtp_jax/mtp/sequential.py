@@ -34,7 +34,7 @@ class SequentialModule(nnx.Module):
             self.output_norm = RMSNorm(model.embed_dim, model)
 
     def __call__(
-        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ):
         """h_k [B, T, D] before the output norm, and the router's statistics."""
         return self.block(self._join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
@@ -69,13 +69,13 @@ class SequentialModules(nnx.Module):
     """Depths 1..N in a chain; with shared_depths one module, applied N times."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.remat = config.model.remat
+        self.config = config.model
         self.conventions = conventions(config.mtp)
         self.is_shared = config.mtp.shared_depths
         self.module = stacked(lambda r: SequentialModule(config, r), 1 if self.is_shared else config.depth, rngs)
 
     def __call__(
-        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array, positions_BT: jax.Array
+        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array | None, positions_BT: jax.Array
     ) -> Extra:
         """Depth k reads the token at i + k; positions whose token is of another document are padding to its block."""
         ways = self.conventions
@@ -88,5 +88,5 @@ class SequentialModules(nnx.Module):
             return onward_BTD, (normed_BTD, stats)
 
         xs = inputs_NBT, segments_NBT
-        _, (hidden_NBTD, stats) = scan_over(self.module, body, h_0, xs, self.remat, is_shared=self.is_shared)
+        _, (hidden_NBTD, stats) = scan_over(self.module, body, h_0, xs, self.config, is_shared=self.is_shared)
         return Extra(hidden_NBTD, stats)

@@ -41,7 +41,7 @@ class NoMTP(nnx.Module):
         del config, rngs
 
     def __call__(
-        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array, positions_BT: jax.Array
+        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array | None, positions_BT: jax.Array
     ) -> Extra:
         """No depths: [0, B, T, D]."""
         del inputs_NBT, segments_NBT, positions_BT

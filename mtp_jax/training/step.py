@@ -156,8 +156,9 @@ def make_step(config: Config, built: Skeleton, tx: optax.GradientTransformation)
             return grads_of(trained, frozen, state["biases"], inputs, weight_K, num_rows)
 
         (loss, aux), grads = _accumulate(micro, prepared, config.training.accumulate_steps)
-        updates, opt_state = tx.update(grads, state["opt_state"], trained)
-        params = {**frozen, **optax.apply_updates(trained, updates)}
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state["opt_state"], trained)
+            params = {**frozen, **optax.apply_updates(trained, updates)}
         biases = move_biases(config, state["biases"], aux.stats, state["step"])
         metrics = step_metrics(config, loss, aux, count_K) | {
             "mtp_lambda": lambda_,
@@ -174,17 +175,20 @@ def make_loss(config: Config, built: Skeleton):
 
     def loss(trained: Tree, frozen: Tree, biases: Tree, inputs: StepInputs, weight_K: jax.Array, num_rows_K: jax.Array):
         model = built.merge({**jax.lax.stop_gradient(frozen), **trained}, biases)
-        out = model(inputs.inputs_KBT, inputs.segments_KBT, inputs.positions_BT)
-        total, sums = head_loss(
-            out.hidden,
-            model.head(),
-            inputs.targets_KBT,
-            inputs.mask_KBT,
-            weight_K,
-            config.training.z_loss_weight,
-            config.training.loss_chunk,
-            config.mtp.detach_trunk,
-        )
+        # Contiguous rows are one document each, and said to be: attention then compares no segment ids.
+        segments_KBT = inputs.segments_KBT if config.data.packing == "packed" else None
+        out = model(inputs.inputs_KBT, segments_KBT, inputs.positions_BT)
+        with jax.named_scope("loss"):
+            total, sums = head_loss(
+                out.hidden,
+                model.head(),
+                inputs.targets_KBT,
+                inputs.mask_KBT,
+                weight_K,
+                config.training.z_loss_weight,
+                config.training.loss_chunk,
+                config.mtp.detach_trunk,
+            )
         mtp_stats = _active(out.mtp_stats, weight_K[1:])
         total += config.model.balance_loss_weight * balance(out.trunk_stats, num_rows_K[:1])
         total += config.model.balance_loss_weight * balance(mtp_stats, num_rows_K[1:])

@@ -22,6 +22,7 @@ MODEL_PARTS = ("params", "biases")  # of the state: what makes the model, withou
 _FREE = (
     *("param_dtype", "compute_dtype", "remat", "init_std", "router_bias_rate", "router_bias_until"),
     *("balance_loss_weight", "moe_dispatch", "ffn_dim", "num_layers", "num_dense_layers", "vocab_size"),
+    *("attention_kernel", "expert_kernel", "scan_unroll"),
 )
 
 

@@ -18,7 +18,7 @@ CHECKPOINTS = "checkpoints"
 # num_steps stretches the schedules.
 FREE_KEYS = (
     *("training.num_steps", "training.log_every", "training.eval_batches", "training.sample_", "training.loss_chunk"),
-    *("model.remat", "model.moe_dispatch"),
+    *("model.remat", "model.moe_dispatch", "model.attention_kernel", "model.expert_kernel", "model.scan_unroll"),
     *("checkpoint.", "mesh.", "data.num_workers", "data.prefetch", "data.cache_dir"),
 )
 

@@ -437,7 +437,7 @@ def test_families_without_mtp_of_their_own_name_the_depth_only_where_there_is_on
 
 TRAINING = (
     *("param_dtype", "compute_dtype", "remat", "init_std", "router_bias_rate", "router_bias_until"),
-    *("balance_loss_weight", "moe_dispatch"),
+    *("balance_loss_weight", "moe_dispatch", "attention_kernel", "expert_kernel", "scan_unroll"),
 )
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""What the benchmarks of this folder share: how an operation is timed, and the line a result leaves."""
+
+import datetime
+import json
+import pathlib
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h200.jsonl"
+
+
+def milliseconds(run: Callable[[], Any], calls: int = 10, repeats: int = 7) -> float:
+    """Of one call: the median over `repeats` of the mean of `calls`, all sent before the last is waited for. Compiled
+    and run twice first."""
+    jax.block_until_ready([run(), run()])
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(calls)][-1])
+        found.append(1e3 * (time.perf_counter() - started) / calls)
+    return statistics.median(found)
+
+
+def append(output: pathlib.Path, line: dict[str, Any]) -> None:
+    """Write a result as one line, with what it was measured on, and show it."""
+    stamped = line | {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a") as file:
+        file.write(json.dumps(stamped) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def commit() -> str | None:
+    """Of the code that is measured; None outside a git checkout, None with changes of its own."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        changed = subprocess.run([*git, "status", "--porcelain", "mtp_jax"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return None if changed.stdout else head.stdout.strip()

@@ -1,0 +1,173 @@
+"""The operations that a step is made of, each alone: grouped matmul, attention, loss, beside the floor and PyTorch.
+
+    python benchmarks/ops.py [--only=grouped,attention,dispatch,loss] [--peer=torch]
+    python benchmarks/ops.py --sweep=forward,rows      # tiles of the grouped matmul's kernels; minutes
+
+Appends a line a result to benchmarks/results/h200.jsonl: milliseconds forward, and forward and backward; `floor_ms`,
+what the same multiplications take at the rate of one large dense matmul measured in the same call (grouped: of the same
+size, forward and both gradients); PyTorch's figure with --peer=torch, which runs benchmarks/ops_torch.py in a process
+of its own. Sizes are those of configs/moe_4b.py at 4 x 4096 tokens a step.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from benchmarks.measuring import RESULTS, ROOT, append, milliseconds  # noqa: E402
+from mtp_jax import loss as losses  # noqa: E402
+from mtp_jax.layers import attention, grouped, grouped_hopper, permute  # noqa: E402
+
+ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
+TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 102_400
+SHARED_BYTES = 227 << 10  # that a block of threads may use on Hopper
+DOCUMENT = 1024  # tokens, on average, of packed rows
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    """Random bfloat16 on the device."""
+    return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
+
+
+def both_ways(fn, *args, given=()):
+    """(milliseconds forward, milliseconds forward and backward) of fn(*args, *given), differentiated in args."""
+    forward = jax.jit(fn)
+    cotangent = normal(9, *jax.eval_shape(fn, *args, *given).shape)
+
+    @jax.jit
+    def backward(cotangent, args, given):
+        out, pull = jax.vjp(lambda *args: fn(*args, *given), *args)
+        return out, pull(cotangent)
+
+    return milliseconds(lambda: forward(*args, *given)), milliseconds(lambda: backward(cotangent, args, given))
+
+
+def routing() -> tuple[jax.Array, jax.Array]:
+    """Experts of every token's copies int32[N], uneven as after some training, and how many each has int32[E]."""
+    bias_E = 0.3 * jax.random.normal(jax.random.key(1), (EXPERTS,))
+    noise_ME = jax.random.gumbel(jax.random.key(2), (TOKENS, EXPERTS))
+    expert_N = jax.lax.top_k(bias_E + noise_ME, CHOSEN)[1].reshape(-1)
+    return expert_N, jnp.bincount(expert_N, length=EXPERTS).astype(jnp.int32)
+
+
+def rate() -> float:
+    """bfloat16 FLOP/s of a large matmul: the floors' denominator."""
+    a, b = normal(3, 8192, 8192), normal(4, 8192, 8192)
+    return 2 * 8192**3 / (1e-3 * milliseconds(functools.partial(jax.jit(jnp.matmul), a, b), calls=30))
+
+
+def bench_grouped() -> dict:
+    """Gate and up projection of all experts in one."""
+    _, sizes_E = routing()
+    x_ND, w_EDF = normal(5, TOKENS * CHOSEN, DIM), normal(6, EXPERTS, DIM, 2 * WIDTH)
+    dense = both_ways(jnp.matmul, x_ND, w_EDF[0] + 0)
+    found = both_ways(grouped.grouped_matmul, x_ND, w_EDF, given=(sizes_E,))
+    return {"forward_ms": found[0], "both_ms": found[1], "dense_forward_ms": dense[0], "floor_ms": dense[1]}
+
+
+def segments() -> jax.Array:
+    """int32[B, T] of packed rows whose documents are `DOCUMENT` tokens long on average."""
+    begins_BT = jax.random.bernoulli(jax.random.key(7), 1 / DOCUMENT, (ROWS, LENGTH))
+    return 1 + jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)
+
+
+def bench_attention(is_packed: bool) -> dict:
+    """Causal attention with DeepSeek's head dims, over whole rows and over packed documents."""
+    q, k = (normal(seed, ROWS, LENGTH, HEADS, QUERY_DIM) for seed in (5, 6))
+    v = normal(7, ROWS, LENGTH, HEADS, VALUE_DIM)
+    given = (segments(),) if is_packed else (None,)
+    flops = ROWS * HEADS * LENGTH**2 * (QUERY_DIM + VALUE_DIM)  # forward, half masked; backward: 5 of these matmuls
+    flops += ROWS * HEADS * LENGTH**2 * (3 * QUERY_DIM + 2 * VALUE_DIM)
+    found = both_ways(lambda *args: attention.attend(*args, QUERY_DIM**-0.5), q, k, v, given=given)
+    return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * flops / rate()}
+
+
+def bench_dispatch() -> dict:
+    """Sorting copies by expert, spreading tokens to them and adding them up again, with gradients."""
+    expert_N, _ = routing()
+    x_MD, gates_MK = normal(5, TOKENS, DIM), normal(6, TOKENS, CHOSEN)
+
+    def there_and_back(x_MD, gates_MK, expert_N):
+        order_N, place_N, _ = permute.by_expert(expert_N, EXPERTS)
+        return permute.combine(permute.spread(x_MD, order_N, place_N, CHOSEN), gates_MK, order_N, place_N)
+
+    found = both_ways(there_and_back, x_MD, gates_MK, given=(expert_N,))
+    bytes_moved = 2 * DIM * TOKENS * 2 * (1 + 2 * CHOSEN + 1 + CHOSEN + 1)
+    return {"forward_ms": found[0], "both_ms": found[1], "bytes": bytes_moved}
+
+
+def bench_loss() -> dict:
+    """The chunked cross-entropy with its gradients in hidden states and head."""
+    hidden, head = normal(5, 1, ROWS, LENGTH, DIM), 0.02 * normal(6, DIM, VOCAB).astype(jnp.float32)
+    targets = jax.random.randint(jax.random.key(7), (1, ROWS, LENGTH), 0, VOCAB)
+    mask, weight = jnp.ones((1, ROWS, LENGTH), bool), jnp.full((1,), 1 / TOKENS)
+
+    def total(hidden, head):
+        return losses.head_loss(hidden, head, targets, mask, weight)[0]
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1)))
+    found = milliseconds(lambda: step(hidden, head), calls=3)
+    return {"both_ms": found, "floor_ms": 1e3 * 6 * TOKENS * DIM * VOCAB / rate()}
+
+
+BENCHMARKS = {
+    "grouped": bench_grouped,
+    "attention": functools.partial(bench_attention, False),
+    "attention_packed": functools.partial(bench_attention, True),
+    "dispatch": bench_dispatch,
+    "loss": bench_loss,
+}
+TILES = {"block_n": (128,), "block_k": (64, 128), "stages": (2, 3, 4), "turns": (1, 2, 4, 8, 11)}
+
+
+def sweep(product: str, output: pathlib.Path) -> None:
+    """Every tile of one product of the grouped matmul, timed; those that do not fit the chip are passed over."""
+    _, sizes_E = routing()
+    x_ND, y_NF = normal(5, TOKENS * CHOSEN, DIM), normal(6, TOKENS * CHOSEN, 2 * WIDTH)
+    w_EDF = normal(7, EXPERTS, DIM, 2 * WIDTH)
+    first = {"forward": x_ND, "rows": y_NF}[product]
+    for values in itertools.product(*TILES.values()):
+        tiles = grouped_hopper.Tiles(**dict(zip(TILES, values, strict=True)))
+        stage_bytes = 2 * tiles.block_k * (tiles.block_m + 2 * tiles.block_n)
+        if tiles.stages * stage_bytes + 4 * tiles.block_m * tiles.block_n > SHARED_BYTES:
+            continue
+        run = jax.jit(functools.partial(grouped_hopper.product, tiles=tiles, is_transposed=product == "rows"))
+        found = milliseconds(lambda run=run: run(first, w_EDF, sizes_E), calls=5, repeats=3)
+        append(output, {"benchmark": f"sweep_{product}", "tiles": tiles._asdict(), "ms": found})
+
+
+def peers() -> dict[str, dict]:
+    """PyTorch's figures, from a process of its own."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "ops_torch.py")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", default=",".join(BENCHMARKS))
+    flags.add_argument("--sweep", default="", help="products of the grouped matmul whose tiles to try")
+    flags.add_argument("--peer", choices=["none", "torch"], default="none")
+    flags.add_argument("--output", type=pathlib.Path, default=RESULTS)
+    args = flags.parse_args()
+    for product in filter(None, args.sweep.split(",")):
+        sweep(product, args.output)
+    if args.sweep:
+        return
+    beside = peers() if args.peer == "torch" else {}
+    for name in args.only.split(","):
+        append(args.output, {"benchmark": f"op_{name}", **BENCHMARKS[name](), "peer": beside.get(name)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The one grouped matmul: rows sorted by group, and every group has a matrix of its own.
+
+`jax.lax.ragged_dot` is native on TPUs. On GPUs it is compiled to a matmul of every row with every matrix, and its
+gradient to as much again (98,304 x 2048 x 2816 in 64 groups on an H200: 99.6 ms where 1.5 ms is the floor, and no
+memory for the gradient), so Hopper GPUs take kernels of our own (layers/grouped_hopper.py).
+
+Shape letters: N rows, D columns in, F columns out, E groups.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mtp_jax.config import UserError
+from mtp_jax.layers.dispatch import note
+from mtp_jax.sharding import compute_capability
+
+MOSAIC, RAGGED_DOT = "grouped_matmul_mosaic", "grouped_matmul_ragged_dot"  # the outputs, to policies of recomputation
+
+
+BLOCK = 128  # what the kernels cut columns into
+
+
+class Kernels(NamedTuple):
+    """The three products of a grouped matmul.
+
+    forward: (x [N, D], w [E, D, F], sizes [E]) -> [N, F]. rows: (y [N, F], w, sizes) -> [N, D], by each transposed
+    matrix. matrices: (x, y, sizes) -> [E, D, F], x^T y of each group.
+    """
+
+    forward: Callable[..., jax.Array]
+    rows: Callable[..., jax.Array]
+    matrices: Callable[..., jax.Array]
+
+
+def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel: str = "auto") -> jax.Array:
+    """y[n] = x[n] @ w[e] for the sizes[e] rows of each group e in turn. [N, F] in the dtype of x.
+
+    Args:
+      sizes_E: int32, together at most N; rows after the last group are zero, here and in the result.
+      kernel: "xla", "mosaic" (Pallas on Hopper), or "auto": "mosaic" wherever it can.
+
+    Raises:
+      UserError: kernel is "mosaic" where it cannot be.
+    """
+    if not takes_mosaic(x_ND, w_EDF, kernel):
+        return checkpoint_name(jax.lax.ragged_dot(x_ND, w_EDF, sizes_E), RAGGED_DOT)
+    # The kernels write no row outside the groups. Zero rows come out as zeros in any group: the last one takes them.
+    is_last_E = jnp.arange(len(sizes_E)) == len(sizes_E) - 1
+    sizes_E = jnp.where(is_last_E, sizes_E + x_ND.shape[0] - sizes_E.sum(), sizes_E)
+    return checkpoint_name(differentiable(mosaic_kernels(), x_ND, w_EDF, sizes_E), MOSAIC)
+
+
+def takes_mosaic(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> bool:
+    """Whether `grouped_matmul` will take the Hopper kernels. What keeps "auto" from them on a GPU is said, once."""
+    reason = why_not_mosaic(x_ND, w_EDF)
+    if kernel == "mosaic" and reason:
+        raise UserError(f"model.expert_kernel=mosaic: {reason}; use model.expert_kernel=auto")
+    if kernel == "auto" and reason and compute_capability():
+        note(f"experts by jax.lax.ragged_dot, slow on GPUs: {reason}")
+    return kernel != "xla" and not reason
+
+
+def why_not_mosaic(x_ND: jax.Array, w_EDF: jax.Array) -> str:
+    """Why the Hopper kernels cannot take this product; empty where they can."""
+    capability, dims = compute_capability(), (*x_ND.shape[1:], w_EDF.shape[2])
+    if capability != "9.0":
+        return f"the kernels are for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
+    if x_ND.dtype != jnp.bfloat16 or w_EDF.dtype != jnp.bfloat16:
+        return f"the kernels compute in bfloat16, and this is {x_ND.dtype} by {w_EDF.dtype}"
+    if any(dim % BLOCK for dim in dims) or x_ND.shape[0] < BLOCK:
+        return f"they take at least {BLOCK} rows and multiples of {BLOCK} columns, not {x_ND.shape[0]} rows, {dims}"
+    return ""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def differentiable(kernels: Kernels, x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The grouped matmul by `kernels`, and both gradients by them; every row is in a group."""
+    return kernels.forward(x_ND, w_EDF, sizes_E)
+
+
+def _forward(kernels, x_ND, w_EDF, sizes_E):
+    return kernels.forward(x_ND, w_EDF, sizes_E), (x_ND, w_EDF, sizes_E)
+
+
+def _backward(kernels, residuals, grad_NF):
+    x_ND, w_EDF, sizes_E = residuals
+    return kernels.rows(grad_NF, w_EDF, sizes_E), kernels.matrices(x_ND, grad_NF, sizes_E), None
+
+
+differentiable.defvjp(_forward, _backward)
+
+
+@functools.cache
+def mosaic_kernels() -> Kernels:
+    """The Pallas kernels, with the tiles that were fastest on one H200 (docs/log.md). A batch of products is done one
+    after another.
+
+    Imported where they are used: they need what only a jax with CUDA has.
+    """
+    from mtp_jax.layers import grouped_hopper
+    from mtp_jax.layers.grouped_hopper import Tiles
+
+    forward = functools.partial(grouped_hopper.product, tiles=Tiles(turns=11), is_transposed=False)
+    rows = functools.partial(grouped_hopper.product, tiles=Tiles(turns=8), is_transposed=True)
+    matrices = functools.partial(grouped_hopper.matrices, tiles=Tiles(turns=8))
+    return Kernels(*map(jax.custom_batching.sequential_vmap, (forward, rows, matrices)))

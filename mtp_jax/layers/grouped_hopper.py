@@ -1,0 +1,265 @@
+"""Grouped matmul for Hopper GPUs in Pallas: two warpgroups multiply while a third one fetches.
+
+A block of the result is computed by one block of threads, which goes on to the next one without waiting for its stores.
+Its two computing warpgroups share one operand's blocks and halve the other's. Groups begin and end anywhere: a block of
+rows that holds several groups is computed once for each, and only the group's own rows are stored.
+
+Shape letters: N rows, D columns in, F columns out, E groups, S blocks of rows, each of one group.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+NUM_WARPGROUPS = 2  # that compute
+PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+SWIZZLE = 128  # bytes: 64 numbers of bfloat16
+TRANSFORMS = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
+
+
+class Tiles(NamedTuple):
+    """How the work is cut.
+
+    block_m, block_n: rows and columns of a result that one warpgroup computes. block_k: summed at a time. stages:
+    blocks of the operands in flight. turns: columns of blocks that take turns, so that operands are found in the cache.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    stages: int = 3
+    turns: int = 4
+
+
+class Blocks(NamedTuple):
+    """The blocks of rows, int32[S]: the group of each, its first row, where in it the group begins, and how many rows
+    are the group's; no rows in blocks that are left over, whose number is not known before the groups are."""
+
+    group: jax.Array
+    row: jax.Array
+    begin: jax.Array
+    size: jax.Array
+
+
+def blocks_of_rows(sizes_E: jax.Array, num_rows: int, block_m: int) -> Blocks:
+    """Blocks of block_m rows from multiples of block_m on, those that two groups share once for each."""
+    num_groups = sizes_E.shape[0]
+    ends_E = _running_sum(sizes_E)
+    begins_E = ends_E - sizes_E
+    first_E = begins_E // block_m
+    count_E = jnp.where(sizes_E > 0, (ends_E - 1) // block_m - first_E + 1, 0)
+    total_E = _running_sum(count_E)
+    index_S = jnp.arange(pl.cdiv(num_rows, block_m) + num_groups - 1)
+    group_S = jnp.minimum((index_S[:, None] >= total_E).sum(axis=1), num_groups - 1)
+    row_S = (first_E - (total_E - count_E))[group_S] + index_S
+    row_S = jnp.where(index_S < total_E[-1], row_S, 0) * block_m
+    begin_S = jnp.maximum(begins_E[group_S] - row_S, 0)
+    end_S = jnp.minimum(ends_E[group_S] - row_S, block_m)
+    size_S = jnp.where(index_S < total_E[-1], end_S - begin_S, 0)
+    begin_S = jnp.where(size_S > 0, begin_S, 0)
+    return Blocks(*(x.astype(jnp.int32) for x in (group_S, row_S, begin_S, size_S)))
+
+
+def product(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiles: Tiles, is_transposed: bool) -> jax.Array:
+    """x[n] @ w[e] for each row of each group: [N, F]; or x[n] @ w[e]^T of x [N, F]: [N, D]. Every row is in a group.
+
+    block_k divides the columns of x. The two warpgroups compute neighbouring columns of the same rows.
+    """
+    num_rows, num_summed = x_ND.shape
+    num_columns = w_EDF.shape[1 if is_transposed else 2]
+    width = NUM_WARPGROUPS * tiles.block_n
+    blocks = blocks_of_rows(sizes_E, num_rows, tiles.block_m)
+    grid = blocks.size.shape[0], pl.cdiv(num_columns, width)
+    w_block, w_place = (tiles.block_k, width), lambda k: (k, 0)
+    if is_transposed:
+        w_block, w_place = w_block[::-1], lambda k: (0, k)
+    specs = [_spec((tiles.block_m, tiles.block_k), lambda k: (0, k)), _spec(w_block, w_place)]
+
+    def body(group_ref, row_ref, begin_ref, size_ref, x_ref, w_ref, out_ref):
+        pipeline = functools.partial(_pipeline, specs, tiles, num_summed // tiles.block_k)
+
+        @functools.partial(
+            pl.run_scoped,
+            buffers=pipeline(_nothing, _nothing).get_allocations(x_ref, w_ref.at[0]),
+            out_smem=plgpu.SMEM((NUM_WARPGROUPS, tiles.block_m, tiles.block_n), x_ND.dtype),
+            collective_axes="warpgroup",
+        )
+        def run(buffers, out_smem):
+            mine = lax.axis_index("warpgroup")
+
+            @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="processor")
+            def each_block(loop):
+                block, column = plgpu.planar_snake(loop.index[0], grid, 1, tiles.turns)
+                row, begin, size = pl.multiple_of(row_ref[block], tiles.block_m), begin_ref[block], size_ref[block]
+
+                def multiply(_, x_smem, w_smem, total):
+                    own = pl.ds(mine * tiles.block_n, tiles.block_n)
+                    w_own = w_smem.at[own].transpose((1, 0)) if is_transposed else w_smem.at[:, own]
+                    plgpu.wgmma(total, x_smem, w_own)
+                    plgpu.wgmma_wait(0)
+                    return total
+
+                def store(total):
+                    _stage(out_smem, mine, total)
+                    at, num = begin, tiles.block_m
+                    # A copy's rows are fixed at compile time: one of each power of two, for those that add up to size.
+                    while num:
+
+                        @pl.when(size & num != 0)
+                        def _(at=at, num=num):
+                            first = pl.ds(row + at, num), pl.ds(column * width + mine * tiles.block_n, tiles.block_n)
+                            plgpu.copy_smem_to_gmem(out_smem.at[mine, pl.ds(at, num)], out_ref.at[first])
+
+                        at, num = at + (size & num), num // 2
+
+                @pl.when(size > 0)
+                def _():
+                    columns, w = pl.ds(column * width, width), w_ref.at[group_ref[block]]
+                    pipeline(multiply, _accumulated(tiles, store))(
+                        x_ref.at[pl.ds(row, tiles.block_m), :],
+                        w.at[columns, :] if is_transposed else w.at[:, columns],
+                        allocations=buffers,
+                    )
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    return _kernel(body, (num_rows, num_columns), x_ND.dtype)(*blocks, x_ND, w_EDF)
+
+
+def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles) -> jax.Array:
+    """x^T y of each group: [E, D, F]. Every row is in a group; block_n divides F.
+
+    The two warpgroups compute neighbouring rows of the same columns, D being cut in halves of twice block_m.
+    """
+    num_rows, dim = x_ND.shape
+    num_groups, num_columns = sizes_E.shape[0], y_NF.shape[1]
+    height = NUM_WARPGROUPS * tiles.block_m
+    ends_E = _running_sum(sizes_E)
+    first_E = (ends_E - sizes_E) // tiles.block_k * tiles.block_k
+    count_E = jnp.where(sizes_E > 0, pl.cdiv(ends_E - first_E, tiles.block_k), 0)
+    where = [x.astype(jnp.int32) for x in (first_E, ends_E - sizes_E - first_E, ends_E - first_E, count_E)]
+    grid = pl.cdiv(dim, height), pl.cdiv(num_columns, tiles.block_n)
+    specs = [_spec((tiles.block_k, n), lambda k: (k, 0)) for n in (height, tiles.block_n)]
+
+    def body(first_ref, begin_ref, end_ref, count_ref, x_ref, y_ref, out_ref):
+        pipeline = functools.partial(_pipeline, specs, tiles)
+
+        @functools.partial(
+            pl.run_scoped,
+            buffers=pipeline(num_rows // tiles.block_k, _nothing, _nothing).get_allocations(x_ref, y_ref),
+            out_smem=plgpu.SMEM((NUM_WARPGROUPS, tiles.block_m, tiles.block_n), x_ND.dtype, transforms=TRANSFORMS),
+            collective_axes="warpgroup",
+        )
+        def run(buffers, out_smem):
+            mine = lax.axis_index("warpgroup")
+
+            @plgpu.nd_loop((num_groups, grid[0] * grid[1]), collective_axes="processor")
+            def each_block(loop):
+                group = loop.index[0]
+                block, column = plgpu.planar_snake(loop.index[1], grid, 1, tiles.turns)
+                begin, end, count = begin_ref[group], end_ref[group], count_ref[group]
+                own_rows = pl.ds(block * height + mine * tiles.block_m, tiles.block_m)
+                columns = pl.ds(column * tiles.block_n, tiles.block_n)
+
+                def multiply(step, x_smem, y_smem, total):
+                    x_own = x_smem.at[:, pl.ds(mine * tiles.block_m, tiles.block_m)]
+
+                    @pl.when((step[0] == 0) | (step[0] == count - 1))
+                    def _():  # the first and the last block may hold other groups' rows
+                        shape = tiles.block_k, tiles.block_m
+                        at = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), plgpu.Layout.WGMMA)
+                        at = at + step[0] * tiles.block_k
+                        x_own[...] = x_own[...] * ((at >= begin) & (at < end)).astype(x_ND.dtype)
+                        plgpu.commit_smem()
+
+                    plgpu.wgmma(total, x_own.transpose((1, 0)), y_smem)
+                    plgpu.wgmma_wait(0)
+                    return total
+
+                def store(total):
+                    _stage(out_smem, mine, total)
+                    plgpu.copy_smem_to_gmem(out_smem.at[mine], out_ref.at[group, own_rows, columns])
+
+                @pl.when(count > 0)
+                def _():
+                    rows = pl.ds(
+                        pl.multiple_of(first_ref[group], tiles.block_k), num_rows
+                    )  # no more than count is read
+                    pipeline(count, multiply, _accumulated(tiles, store))(
+                        x_ref.at[rows, pl.ds(block * height, height)], y_ref.at[rows, columns], allocations=buffers
+                    )
+
+                @pl.when((count == 0) & (mine < NUM_WARPGROUPS))
+                def _():
+                    zero = jnp.zeros((tiles.block_m, tiles.block_n), x_ND.dtype)
+                    store(plgpu.layout_cast(zero, plgpu.Layout.WGMMA))
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    return _kernel(body, (num_groups, dim, num_columns), x_ND.dtype)(*where, x_ND, y_NF)
+
+
+def _running_sum(x_E: jax.Array) -> jax.Array:
+    """jnp.cumsum of a few numbers in one step of a GPU, not in several that wait for each other."""
+    return jnp.where(jnp.tri(x_E.shape[0], dtype=bool), x_E, 0).sum(axis=1)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """A pipeline's body where only its buffers are wanted."""
+
+
+def _spec(block: tuple[int, int], place: Callable[..., Any]) -> plgpu.BlockSpec:
+    # A block is given back when its product is done (delay_release=0): a later release is not waited for at the end of
+    # a pipeline, and the next one would fetch over operands in use.
+    return plgpu.BlockSpec(block, place, transforms=TRANSFORMS, memory_space=plgpu.SMEM)
+
+
+def _pipeline(specs: list[Any], tiles: Tiles, num_steps: Any, multiply: Any, context: Any) -> Any:
+    """Over the summed dim: the last warpgroup fetches blocks of both operands, the others multiply them."""
+    return plgpu.emit_pipeline_warp_specialized(
+        multiply,
+        grid=(num_steps,),
+        memory_registers=40,
+        in_specs=specs,
+        wg_axis="warpgroup",
+        num_compute_wgs=NUM_WARPGROUPS,
+        max_concurrent_steps=tiles.stages,
+        compute_context=context,
+    )
+
+
+def _accumulated(tiles: Tiles, store: Callable[[jax.Array], None]) -> Callable[..., None]:
+    """What a computing warpgroup does around its pipeline: sums in registers, float32, then stored."""
+
+    def context(run_pipeline):
+        @functools.partial(pl.run_scoped, total=plgpu.ACC((tiles.block_m, tiles.block_n), jnp.float32))
+        def _(total):
+            run_pipeline(total)
+            store(total[...])
+
+    return context
+
+
+def _stage(out_smem: Any, mine: jax.Array, total: jax.Array) -> None:
+    """A block of the result into shared memory, once the copy of the one before has been read from there."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem[mine] = total.astype(out_smem.dtype)
+    plgpu.commit_smem()
+
+
+def _kernel(body: Callable[..., None], shape: tuple[int, ...], dtype: Any) -> Callable[..., jax.Array]:
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(jax.devices()[0].core_count,),
+        grid_names=("processor",),
+        num_threads=NUM_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=PARAMS,
+    )

@@ -1,0 +1,75 @@
+"""Tokens to rows sorted by expert, and the experts' outputs back to tokens, where the gradients are gathers too.
+
+Left to differentiation, the gradient of a gather is a scatter that adds row by row; here every row's place is known
+both ways, so it is a gather and a sum over a token's K rows.
+
+Shape letters: M tokens, K experts a token, N = M * K rows, D model.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def by_expert(expert_N: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The order of copies sorted by expert, every copy's place in it, and how many each of E experts has; int32.
+
+    One sort: the inverse is written to its places, and the counts are of comparisons, not of additions one by one.
+    """
+    order_N = jnp.argsort(expert_N.astype(jnp.uint32), stable=True).astype(jnp.int32)
+    index_N = jnp.arange(len(order_N), dtype=jnp.int32)
+    place_N = jnp.zeros_like(order_N).at[order_N].set(index_N, mode="promise_in_bounds", unique_indices=True)
+    sizes_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
+    return order_N, place_N, sizes_E
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def spread(x_MD: jax.Array, order_N: jax.Array, place_N: jax.Array, num_chosen: int) -> jax.Array:
+    """Each token's K copies, sorted: [M, D] -> [N, D].
+
+    Args:
+      order_N: int32; sorted row n is copy order[n] % K of token order[n] // K.
+      place_N: int32, its inverse.
+      num_chosen: K.
+    """
+    return _rows(x_MD, order_N // num_chosen)
+
+
+def _rows(x_ND, index):
+    return x_ND.at[index].get(mode="promise_in_bounds")
+
+
+def _spread_forward(x_MD, order_N, place_N, num_chosen):
+    return spread(x_MD, order_N, place_N, num_chosen), place_N
+
+
+def _spread_backward(num_chosen, place_N, grad_ND):
+    return _rows(grad_ND, place_N).reshape(-1, num_chosen, grad_ND.shape[-1]).sum(axis=1), None, None
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def combine(y_ND: jax.Array, gates_MK: jax.Array, order_N: jax.Array, place_N: jax.Array) -> jax.Array:
+    """sum_k gates[m, k] * y[the row of copy k of token m]: [N, D] -> [M, D]."""
+    return (_unsorted(y_ND, gates_MK, place_N) * gates_MK[..., None]).sum(axis=1)
+
+
+def _unsorted(y_ND, gates_MK, place_N):
+    return _rows(y_ND, place_N).reshape(*gates_MK.shape, y_ND.shape[-1])
+
+
+def _combine_forward(y_ND, gates_MK, order_N, place_N):
+    return combine(y_ND, gates_MK, order_N, place_N), (y_ND, gates_MK, order_N, place_N)
+
+
+def _combine_backward(residuals, grad_MD):
+    y_ND, gates_MK, order_N, place_N = residuals
+    grad_ND = _rows(grad_MD, order_N // gates_MK.shape[1]) * gates_MK.reshape(-1)[order_N][:, None]
+    grad_MK = (_unsorted(y_ND, gates_MK, place_N) * grad_MD[:, None]).sum(axis=-1, dtype=jnp.float32)
+    return grad_ND, grad_MK.astype(gates_MK.dtype), None, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)

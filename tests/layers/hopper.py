@@ -1,0 +1,20 @@
+"""What the tests of GPU kernels share: where they run, and how close is close."""
+
+import jax
+import numpy as np
+import pytest
+
+
+def _is_hopper():
+    device = jax.devices()[0]
+    return device.platform == "gpu" and str(device.compute_capability) == "9.0"
+
+
+hopper_only = pytest.mark.skipif(not _is_hopper(), reason="needs a GPU of compute capability 9.0")
+
+
+def assert_close(found, expected, tolerance):
+    """Relative error of the whole array, in float64; NaN is never close."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)

@@ -1,0 +1,158 @@
+"""Grouped matmul: the rule that chooses, the gradients around any three kernels, and the kernels on a Hopper GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.config import UserError
+from mtp_jax.layers import grouped, grouped_hopper
+from mtp_jax.layers.dispatch import note
+from tests.layers.hopper import assert_close, hopper_only
+
+SIZES = {
+    "even": [64, 64, 64, 64],
+    "uneven": [3, 190, 0, 63],
+    "one takes all": [0, 0, 256, 0],
+    "first and last empty": [0, 130, 126, 0],
+    "rows left over": [10, 20, 30, 40],
+}
+
+
+def by_group(x_ND, w_EDF, sizes_E, y_NF):
+    """float64 oracle, group by group: the product and, for the cotangent y, both gradients."""
+    x_ND, w_EDF, y_NF = (np.asarray(a, np.float64) for a in (x_ND, w_EDF, y_NF))
+    out, grad_x, grad_w = np.zeros((len(x_ND), w_EDF.shape[2])), np.zeros(x_ND.shape), np.zeros(w_EDF.shape)
+    start = 0
+    for group, size in enumerate(sizes_E):
+        rows = slice(start, start := start + int(size))
+        out[rows], grad_x[rows] = x_ND[rows] @ w_EDF[group], y_NF[rows] @ w_EDF[group].T
+        grad_w[group] = x_ND[rows].T @ y_NF[rows]
+    return out, grad_x, grad_w
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def random_operands(sizes_E, dtype, num_rows, dim, width):
+    keys = jax.random.split(jax.random.key(0), 3)
+    inside = (jnp.arange(num_rows) < sizes_E.sum())[:, None]
+    x_ND = jnp.where(inside, jax.random.normal(keys[0], (num_rows, dim)), 0).astype(dtype)
+    w_EDF = jax.random.normal(keys[1], (len(sizes_E), dim, width)).astype(dtype)
+    y_NF = jnp.where(inside, jax.random.normal(keys[2], (num_rows, width)), 0).astype(dtype)
+    return x_ND, w_EDF, sizes_E, y_NF
+
+
+def operands(sizes, dtype, num_rows=256, dim=128, width=256):
+    """x, w, sizes and a cotangent; rows after the last group are zero in all of them."""
+    return random_operands(jnp.asarray(sizes, jnp.int32), dtype, num_rows, dim, width)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def both_ways(x_ND, w_EDF, sizes_E, y_NF, kernel="auto"):
+    out, pull = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, sizes_E, kernel), x_ND, w_EDF)
+    return out, *pull(y_NF)
+
+
+def check_both_ways(arguments, tolerance, **kernel):
+    for found, expected in zip(both_ways(*arguments, **kernel), by_group(*arguments), strict=True):
+        assert_close(found, expected, tolerance)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_and_gradients_are_those_of_each_row(sizes):
+    check_both_ways(operands(sizes, jnp.float32, dim=24, width=40), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_kernels_are_called_right(stand_ins, sizes):
+    both_ways.clear_cache()
+    check_both_ways(operands(sizes, jnp.bfloat16), 1e-2)
+    both_ways.clear_cache()
+
+
+def test_a_batch_of_products_is_done_one_by_one(stand_ins):
+    x_ND, w_EDF, sizes_E, _ = operands(SIZES["uneven"], jnp.bfloat16)
+    batch = jnp.stack([w_EDF, 2 * w_EDF])
+    found = jax.vmap(lambda w_EDF: grouped.grouped_matmul(x_ND, w_EDF, sizes_E))(batch)
+    expected = grouped.grouped_matmul(x_ND, w_EDF, sizes_E)
+    np.testing.assert_array_equal(found, jnp.stack([expected, 2 * expected]))
+
+
+REFUSED = {
+    "another device": ({}, "9.0"),
+    "another dtype": ({"dtype": jnp.float32}, "bfloat16"),
+    "odd columns in": ({"dim": 64}, "multiples of 128"),
+    "odd columns out": ({"width": 192}, "multiples of 128"),
+    "few rows": ({"num_rows": 64}, "at least 128 rows"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernels_cannot_take_goes_to_ragged_dot_and_is_said_once(stand_ins, monkeypatch, capsys, name):
+    changes, reason = REFUSED[name]
+    capability = "8.0" if name == "another device" else "9.0"
+    monkeypatch.setattr(grouped, "compute_capability", lambda: capability)
+    note.cache_clear()
+    arguments = {"sizes": [10, 20, 30, 4], "dtype": jnp.bfloat16} | changes
+    x_ND, w_EDF, sizes_E, _ = operands(**arguments)
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            grouped.grouped_matmul(x_ND, w_EDF, sizes_E), jax.lax.ragged_dot(x_ND, w_EDF, sizes_E)
+        )
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and reason in said[0]
+    with pytest.raises(UserError, match="model.expert_kernel=mosaic"):
+        grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "mosaic")
+
+
+def test_the_config_can_ask_for_ragged_dot(stand_ins, capsys):
+    x_ND, w_EDF, sizes_E, _ = operands(SIZES["even"], jnp.bfloat16)
+    asked = jax.make_jaxpr(lambda x, w: grouped.grouped_matmul(x, w, sizes_E, "xla"))(x_ND, w_EDF)
+    free = jax.make_jaxpr(lambda x, w: grouped.grouped_matmul(x, w, sizes_E))(x_ND, w_EDF)
+    assert "ragged_dot" in str(asked) and "ragged_dot_general" not in str(free)
+    assert not capsys.readouterr().err
+
+
+def test_blocks_of_rows_hold_every_row_once():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.multinomial(1000, rng.dirichlet(np.full(rng.integers(1, 9), 0.3)))
+        blocks = grouped_hopper.blocks_of_rows(jnp.asarray(sizes, jnp.int32), 1000, 128)
+        group_of_row = np.full(1000, -1)
+        for group, row, begin, size in zip(*map(np.asarray, blocks), strict=True):
+            assert row % 128 == 0 and begin >= 0 and begin + size <= 128
+            own = group_of_row[row + begin : row + begin + size]
+            assert (own == -1).all()
+            own[:] = group
+        np.testing.assert_array_equal(group_of_row, np.repeat(np.arange(len(sizes)), sizes))
+
+
+class SomeHopper:
+    core_count = 132
+
+
+@pytest.mark.parametrize(("dim", "width"), [(2048, 2816), (1408, 2048)])
+@pytest.mark.parametrize("product", grouped.Kernels._fields)
+def test_the_kernels_lower_for_cuda(monkeypatch, product, dim, width):
+    monkeypatch.setattr(jax, "devices", lambda: [SomeHopper()])
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x, y, w, sizes = (
+        shape((9000, dim)),
+        shape((9000, width)),
+        shape((8, dim, width)),
+        jax.ShapeDtypeStruct((8,), "int32"),
+    )
+    operands = {"forward": (x, w), "rows": (y, w), "matrices": (x, y)}[product]
+    run = jax.jit(getattr(grouped.mosaic_kernels(), product))
+    assert "mosaic_gpu" in run.trace(*operands, sizes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@hopper_only
+@pytest.mark.parametrize(("num_rows", "dim", "width"), [(256, 128, 256), (1000, 256, 384), (5000, 2048, 1408)])
+@pytest.mark.parametrize("name", SIZES)
+def test_on_hopper_the_kernels_equal_the_oracle(name, num_rows, dim, width):
+    sizes = [size * num_rows // 256 for size in SIZES[name]]
+    if name != "rows left over":
+        sizes[2] += num_rows - sum(sizes)
+    check_both_ways(operands(sizes, jnp.bfloat16, num_rows, dim, width), 1e-2, kernel="mosaic")

@@ -1,0 +1,57 @@
+"""The experts as GPUs run them, on a stand-in for one, against the way of all other devices."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers import grouped, moe
+from mtp_jax.layers.moe import MixtureOfExperts
+from tests.layers.hopper import assert_close, hopper_only
+
+CONFIG = ModelConfig(embed_dim=128, num_experts=4, num_experts_per_token=2, expert_dim=128, compute_dtype="bfloat16")
+
+
+def both_ways(config):
+    """Output and gradients of one layer in x and its weights; the same weights and x whatever the config."""
+    graph, state = nnx.split(MixtureOfExperts(config, nnx.Rngs(params=jax.random.key(0))))
+    state = jax.tree.map(lambda w: 10 * w, state)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 96, 128)).astype(config.compute_dtype)
+
+    @jax.jit
+    def run(state, x_BTD):
+        return nnx.merge(graph, state)(x_BTD, jnp.ones((2, 96), bool))[0]
+
+    out_BTD, pull = jax.vjp(run, state, x_BTD)
+    return jax.tree.leaves(
+        (out_BTD, pull(jnp.cos(jnp.arange(out_BTD.size)).reshape(out_BTD.shape).astype(out_BTD.dtype)))
+    )
+
+
+def check(config):
+    expected = both_ways(replace(CONFIG, moe_dispatch="dense", expert_kernel="xla"))
+    for a, b in zip(both_ways(config), expected, strict=True):
+        assert_close(a, b, 2e-2)
+
+
+def test_experts_on_a_gpu_equal_every_expert_on_every_token(monkeypatch, stand_ins):
+    monkeypatch.setattr(moe, "platform", lambda: "gpu")
+    calls = []
+    differentiable = grouped.differentiable
+    monkeypatch.setattr(grouped, "differentiable", lambda *a: calls.append(a[2].shape) or differentiable(*a))
+    check(CONFIG)
+    assert calls == [(4, 128, 256), (4, 128, 128)]  # gate and up in one
+
+
+@pytest.mark.parametrize("kernel", ["auto", "xla"])
+def test_experts_on_a_gpu_without_the_kernels(monkeypatch, kernel):
+    monkeypatch.setattr(moe, "platform", lambda: "gpu")
+    check(replace(CONFIG, expert_kernel=kernel))
+
+
+@hopper_only
+def test_on_hopper_experts_equal_every_expert_on_every_token():
+    check(replace(CONFIG, expert_kernel="mosaic"))
