@@ -2,7 +2,7 @@
 
     bash experiments/star_graph/run.sh
 
-Hardware: 2 CPU cores, about 10 minutes for 15 runs. Expected (Bachmann and Nagarajan, 2403.06963): next-token models
+Hardware: 2 CPU cores, about 15 minutes for 30 runs. Expected (Bachmann and Nagarajan, 2403.06963): next-token models
 stay near 50 %, multi-token models find the path; when they do depends on the seed. Obtained: README.md beside this
 file.
 """
@@ -13,7 +13,7 @@ from mtp_jax.config import default_config
 def get_config():
     config = default_config()
     config.model.attention = "gqa"
-    config.model.num_layers = 4
+    config.model.num_layers = 3
     config.model.embed_dim = 64
     config.model.num_heads = 2
     config.model.num_kv_heads = 2
@@ -34,8 +34,10 @@ def get_config():
     config.optimizer.beta2 = 0.98
     config.optimizer.weight_decay = 0.0
 
-    config.training.num_steps = 2000
+    config.mtp.parameter_matched = False  # every kind has the same main model of three blocks
+
+    config.training.num_steps = 2500
     config.training.log_every = 100
     config.training.sample_tokens = 0
-    config.checkpoint.every = 2000
+    config.checkpoint.every = 2500
     return config
