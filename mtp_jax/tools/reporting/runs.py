@@ -90,18 +90,18 @@ def load_runs(workdirs: Iterable[str], sweeps: Iterable[str] = ()) -> list[Run]:
     Raises:
       UserError: a workdir that does not exist or has no metrics, a sweep without runs, a file that cannot be read.
     """
-    paths: dict[pathlib.Path, str] = {}
+    paths: dict[pathlib.Path, tuple[pathlib.Path, str]] = {}  # each folder once, under the path it was given by
     for workdir in workdirs:
         _check_workdir(workdir)
-        paths.setdefault(pathlib.Path(workdir).resolve(), f"--workdir={workdir}")
+        paths.setdefault(pathlib.Path(workdir).resolve(), (pathlib.Path(workdir), f"--workdir={workdir}"))
     for sweep in sweeps:
         found = find_runs(sweep)
         if not found:
             raise UserError(f"--sweep={sweep}: no run in it or below it")
         for path in found:
-            paths.setdefault(path.resolve(), f"--sweep={sweep}")
+            paths.setdefault(path.resolve(), (path, f"--sweep={sweep}"))
     names = short_names([str(path) for path in paths])
-    return [_load(path, name, flag) for (path, flag), name in zip(paths.items(), names, strict=True)]
+    return [_load(path, name, flag) for (path, flag), name in zip(paths.values(), names, strict=True)]
 
 
 def find_runs(root: str) -> list[pathlib.Path]:
