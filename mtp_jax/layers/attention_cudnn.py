@@ -54,7 +54,7 @@ def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS
     if dims in UNEQUAL and _cudnn().check_cudnn_version() < MLA_VERSION:
         return f"head dims {dims} need cuDNN 9.10, and this is {_cudnn().check_cudnn_version()}"
     if segments_BS is not None and (length % 2 or mask_bytes(segments_BS) > MASK_BYTES):
-        return f"packed rows {segments_BS.shape} are of odd length, or their mask takes more than {MASK_BYTES} bytes"
+        return f"packed rows are of even length with masks of at most {MASK_BYTES} bytes, and these are not"
     return ""
 
 

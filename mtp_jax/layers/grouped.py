@@ -60,7 +60,8 @@ def takes_mosaic(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> bool:
     reason = why_not_mosaic(x_ND, w_EDF)
     if kernel == "mosaic" and reason:
         raise UserError(f"model.expert_kernel=mosaic: {reason}; use model.expert_kernel=auto")
-    if kernel == "auto" and reason and compute_capability():
+    is_small = x_ND.shape[0] < BLOCK  # as in decoding, where nothing is lost
+    if kernel == "auto" and reason and compute_capability() and not is_small:
         note(f"experts by jax.lax.ragged_dot, slow on GPUs: {reason}")
     return kernel != "xla" and not reason
 
@@ -73,7 +74,7 @@ def why_not_mosaic(x_ND: jax.Array, w_EDF: jax.Array) -> str:
     if x_ND.dtype != jnp.bfloat16 or w_EDF.dtype != jnp.bfloat16:
         return f"the kernels compute in bfloat16, and this is {x_ND.dtype} by {w_EDF.dtype}"
     if any(dim % BLOCK for dim in dims) or x_ND.shape[0] < BLOCK:
-        return f"they take at least {BLOCK} rows and multiples of {BLOCK} columns, not {x_ND.shape[0]} rows, {dims}"
+        return f"the kernels take at least {BLOCK} rows of multiples of {BLOCK} columns, and these are {dims} columns"
     return ""
 
 

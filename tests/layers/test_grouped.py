@@ -101,7 +101,10 @@ def test_what_the_kernels_cannot_take_goes_to_ragged_dot_and_is_said_once(stand_
             grouped.grouped_matmul(x_ND, w_EDF, sizes_E), jax.lax.ragged_dot(x_ND, w_EDF, sizes_E)
         )
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and reason in said[0]
+    if name == "few rows":  # decoding, which is no slower for it
+        assert not said
+    else:
+        assert len(said) == 1 and reason in said[0]
     with pytest.raises(UserError, match="model.expert_kernel=mosaic"):
         grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "mosaic")
 
