@@ -3,6 +3,7 @@
 #   make train [ARGS="--config.a.b=VALUE ..."] [CONFIG=configs/NAME.py] [WORKDIR=DIR]
 #   make test  [ARGS="-k targets"]
 #   make experiments [JOBS=2]    # the findings in experiments/, with their tables
+#   make bench CONFIG=configs/NAME.py [ARGS="--peer=hf --profile"]    # a training step's time, and where it goes
 #   make eval       # what the benchmarks of eval.py need
 #   make hf         # torch and transformers, the oracles of the weight conversion; without them its tests skip
 #   make lint
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 TEST_ENV := XLA_PYTHON_CLIENT_PREALLOCATE=false MALLOC_ARENA_MAX=2
 
-.PHONY: train test experiments eval hf lint clean
+.PHONY: train test experiments bench eval hf lint clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -33,6 +34,9 @@ test: $(VENV)/dev.stamp
 
 experiments: $(VENV)/eval.stamp
 	for each in experiments/*/run.sh; do PYTHON=$(BIN)/python JOBS=$(JOBS) bash $$each || exit; done
+
+bench: $(VENV)/run.stamp
+	$(BIN)/python benchmarks/train_step.py --config=$(CONFIG) $(ARGS)
 
 eval: $(VENV)/eval.stamp
 
