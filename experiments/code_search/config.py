@@ -2,7 +2,7 @@
 
     bash experiments/code_search/run.sh
 
-Hardware: 2 CPU cores, about 25 minutes for 14 runs. Expected: the main loss is unchanged by sequential modules at
+Hardware: 2 CPU cores, about 20 minutes for 14 runs. Expected: the main loss is unchanged by sequential modules at
 lambda 0.3 and rises with n for matched parallel heads, which at this size hurt (their table for 0.3 B models); more
 tokens a forward pass for larger n. Obtained: README.md beside this file.
 """
