@@ -4,7 +4,8 @@ A program is a Python process of its own in new user, process, mount, network an
 filter of system calls and limits of time, memory, disk and output. Where a machine does not allow that, nothing is run.
 It needs Linux 5.3 or newer on x86_64 or arm64, as root or as anybody, and no packages. Threads are refused where the
 system does not count them (to the machine's root in a namespace without other users); before Linux 5.14 those of all an
-ordinary user's processes are counted, so a program may get none.
+ordinary user's processes are counted, so a program may get none. /tmp is the program's folder, unless this interpreter
+or its packages lie below it: then it is read-only, and TMPDIR says where to write.
 
 What a pass means: the last line of the check was reached, in the program's own interpreter. A program that looks for it
 there can still pretend: by shadowing what the check calls, by values that equal everything, or by finding the runner's

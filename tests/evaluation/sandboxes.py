@@ -104,14 +104,17 @@ class Watch:
         self.thread.join()
 
     def descendants(self):
-        """(pid, start time, threads, resident bytes) of each that runs."""
+        """(pid, start time, threads, resident bytes) of each that runs. One that has not become its program yet is a copy
+        of the process that started it: its memory is that process's."""
         found, parents = {}, {}
+        copied = _command_line(self.pid)
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 if fields[0] != "Z":
                     parents[int(folder.name)] = int(fields[1])
-                    found[int(folder.name)] = (int(fields[19]), int(fields[17]), int(fields[21]) * 4096)
+                    size = 0 if _command_line(folder.name) == copied else int(fields[21]) * 4096
+                    found[int(folder.name)] = (int(fields[19]), int(fields[17]), size)
         inside = {self.pid}
         while more := {p for p, parent in parents.items() if parent in inside} - inside:
             inside |= more
@@ -128,6 +131,10 @@ class Watch:
     def left(self):
         """Those that were seen and still run; at once, without waiting for them."""
         return [pid for pid, start in self.seen if _start_time(pid) == start]
+
+
+def _command_line(pid):
+    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _start_time(pid):

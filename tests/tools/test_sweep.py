@@ -221,7 +221,7 @@ def test_the_folder_of_another_run_is_refused(monkeypatch, capfd, tmp_path):
 def test_eval_looks_at_its_flags_before_anything_is_trained(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(children, "devices", lambda: ("cpu", 1))
     for argv, expected in {
-        ("--tasks=loss,bleu",): "no task 'bleu'",
+        ("--tasks=loss,aceptance",): "no such task; did you mean acceptance? (from eval.py)",
         ("--eval.limt=3",): "--limt=3",
         ("--eval.limit=0",): "--limit=0: must be at least 1",
     }.items():

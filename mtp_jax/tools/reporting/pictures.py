@@ -165,7 +165,7 @@ def _line(axis: Any, curve: Curve, **style: Any) -> None:
 def _grid(num_panels: int, num_columns: int) -> tuple[Any, list[Any]]:
     num_columns = min(num_columns, num_panels)
     num_rows = -(-num_panels // num_columns)
-    size = (4.6 * num_columns, 3.2 * num_rows)
+    size = (max(6.4, 4.6 * num_columns), 3.2 * num_rows)  # the legend's widest line
     figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[num_panels:]:
         axis.remove()
