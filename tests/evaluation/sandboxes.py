@@ -104,8 +104,8 @@ class Watch:
         self.thread.join()
 
     def descendants(self):
-        """(pid, start time, threads, resident bytes) of each that runs. One that has not become its program yet is a copy
-        of the process that started it: its memory is that process's."""
+        """(pid, start time, threads, resident bytes) of each that runs. One that has not become its program yet is a
+        copy of the process that started it: its memory is that process's."""
         found, parents = {}, {}
         copied = _command_line(self.pid)
         for folder in pathlib.Path("/proc").glob("[0-9]*"):

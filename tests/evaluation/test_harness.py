@@ -81,11 +81,18 @@ def log_softmax(logits):
     return logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
 
 
+def scores(logits, rows, nums_new):
+    """log p of the last ids of each row, so many as are new; a row's end where it is too long."""
+    rows = [row[-(CONTEXT + 1) :] for row in rows]
+    out = []
+    for row, num_new, found in zip(rows, nums_new, logits(rows + [[0]] * (5 - len(rows))), strict=False):
+        at = np.arange(len(row) - num_new, len(row))
+        out.append(log_softmax(found[at - 1])[np.arange(num_new), [row[i] for i in at]].sum())
+    return out
+
+
 def score(logits, ids, num_new):
-    """log p of the last `num_new` ids, each row by itself, its end where it is too long."""
-    ids = ids[-(CONTEXT + 1) :]
-    log_p = log_softmax(logits([ids])[0])
-    return sum(log_p[i - 1, ids[i]] for i in range(len(ids) - num_new, len(ids)))
+    return scores(logits, [ids], [num_new])[0]
 
 
 def test_multiple_choice(evaluate, main_logits):
@@ -95,7 +102,8 @@ def test_multiple_choice(evaluate, main_logits):
     for doc, sample in zip(lines_of("arc_easy_test.jsonl"), samples["arc_easy"], strict=True):
         context = f"Question: {doc['question']}\nAnswer:".encode()
         answers = [f" {text}".encode() for text in doc["choices"]["text"]]
-        expected = [score(main_logits, [BOS, *context, *answer], len(answer)) for answer in answers]
+        rows = [[BOS, *context, *answer] for answer in answers]
+        expected = scores(main_logits, rows, [len(answer) for answer in answers])
         found = [response[0] for response in sample["filtered_resps"]]
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         gold = doc["choices"]["label"].index(doc["answerKey"])
