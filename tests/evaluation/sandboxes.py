@@ -134,7 +134,10 @@ class Watch:
 
 
 def _command_line(pid):
-    return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    """Empty of a process that is gone."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _start_time(pid):
