@@ -19,6 +19,7 @@ ATTENTION = "attention"  # its output, to policies of recomputation
 # where a block's float32 scores would take more than these bytes (128 heads, 4 rows of 4096: 8 MiB a query).
 QUERY_BLOCK = 512
 SCORE_BYTES = 1 << 30
+MOSAIC_BLOCK, MOSAIC_DIMS = 128, 320  # positions that our kernels take together; dims that registers hold
 
 
 def attend(
@@ -32,27 +33,65 @@ def attend(
 ) -> jax.Array:
     """softmax(scale * q k^T + mask) v, where query i sees key j iff j <= i and both have the same segment id.
 
-    Padding is a segment like any other: its positions see only each other, and every query sees itself, so no row of
-    the softmax is empty. Scores and softmax are float32.
+    A document is a run of equal ids, and so is padding (0): its positions see only padding, and every query sees
+    itself, so no row of the softmax is empty. Scores and softmax are float32.
 
     Args:
       segments_BS: int; None: every row is one document.
       first: the queries are the positions first .. first + T - 1 of the S; 0 unless the row is cut.
-      kernel: "xla" (below), "cudnn", or "auto": "cudnn" wherever it can.
+      kernel: "xla" (below), a name of `KERNELS`, or "auto": the first of them that can.
 
     Returns:
       [B, T, H, V] in the dtype of v.
 
     Raises:
-      UserError: kernel is "cudnn" where it cannot be.
+      UserError: the kernel asked for cannot be.
     """
-    reason = attention_cudnn.why_not(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first)
-    if kernel == "cudnn" and reason:
-        raise UserError(f"model.attention_kernel=cudnn: {reason}; use model.attention_kernel=auto")
-    if kernel != "xla" and not reason:
-        return attention_cudnn.attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, scale)
+    inputs = q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first
+    reasons = {name: why_not(*inputs) for name, (why_not, _) in KERNELS.items() if kernel in (name, "auto")}
+    if reasons.get(kernel):
+        raise UserError(f"model.attention_kernel={kernel}: {reasons[kernel]}; use model.attention_kernel=auto")
+    for name, reason in reasons.items():
+        if not reason:
+            return KERNELS[name][1](*inputs, scale)
     if kernel == "auto" and compute_capability():
-        note(f"attention without cuDNN, slow on GPUs: {reason}")
+        note("attention by XLA, slow on GPUs: " + "; ".join(f"not {name}, {why}" for name, why in reasons.items()))
+    return _plain(*inputs, scale)
+
+
+def _why_not_mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
+    """Why our kernels (layers/attention_hopper.py) cannot take this attention; empty where they can."""
+    capability, lengths, dims = (
+        compute_capability(),
+        (q_BTHQ.shape[1], k_BSGQ.shape[1]),
+        (q_BTHQ.shape[3], v_BSGV.shape[3]),
+    )
+    if capability != "9.0":
+        return f"it is for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
+    if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
+    if any(length % MOSAIC_BLOCK for length in lengths):
+        return f"it takes lengths that are multiples of {MOSAIC_BLOCK}, and these are {lengths}"
+    if any(dim % 64 for dim in dims) or dims[1] > dims[0] or sum(dims) > MOSAIC_DIMS:
+        return f"head dims are multiples of 64, values' no larger, together at most {MOSAIC_DIMS}; these are {dims}"
+    return ""
+
+
+def _mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale):
+    from mtp_jax.layers import attention_hopper  # needs what only a jax with CUDA has
+
+    if segments_BS is None:
+        segments_BS = jnp.zeros(k_BSGQ.shape[:2], jnp.int32)
+    seen = attention_hopper.ranges(segments_BS, first, q_BTHQ.shape[1])
+    return attention_hopper.attend(q_BTHQ, k_BSGQ, v_BSGV, seen, scale, attention_hopper.Tiles())
+
+
+# In order of preference, each with the rule that says why it cannot take an attention.
+KERNELS = {"mosaic": (_why_not_mosaic, _mosaic), "cudnn": (attention_cudnn.why_not, attention_cudnn.attend)}
+
+
+def _plain(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale):
+    """Attention by XLA, on every platform."""
     length = q_BTHQ.shape[1]
     last_T = first + jnp.arange(length)
     index_S = jnp.arange(k_BSGQ.shape[1])

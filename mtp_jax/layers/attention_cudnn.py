@@ -30,9 +30,9 @@ def _cudnn() -> Any:
 
 
 def attend(
-    q_BTHQ: jax.Array, k_BTGQ: jax.Array, v_BTGV: jax.Array, segments_BT: jax.Array | None, scale: float
+    q_BTHQ: jax.Array, k_BTGQ: jax.Array, v_BTGV: jax.Array, segments_BT: jax.Array | None, first: int, scale: float
 ) -> jax.Array:
-    """As `attention.attend`, of whole rows."""
+    """As `attention.attend`, of whole rows (`first` is 0)."""
     cudnn, mask = _cudnn(), None
     if segments_BT is not None:
         causal_TT = jnp.tri(segments_BT.shape[1], dtype=bool)

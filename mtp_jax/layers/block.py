@@ -12,9 +12,10 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.layers import attention_cudnn
 from mtp_jax.layers.attention import ATTENTION
 from mtp_jax.layers.cache import NOWHERE, Slots
+from mtp_jax.layers.dispatch import KERNEL
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.gqa import GroupedQueryAttention
-from mtp_jax.layers.grouped import MOSAIC, RAGGED_DOT
+from mtp_jax.layers.grouped import RAGGED_DOT
 from mtp_jax.layers.mla import MultiHeadLatentAttention
 from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
@@ -153,8 +154,8 @@ _saved = jax.checkpoint_policies
 _any = _saved.save_from_both_policies
 # A GPU's kernels are matmuls too, though jax's own policies do not know them as such.
 POLICIES = {
-    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _any(_is_attention, _saved.save_only_these_names(MOSAIC))),
-    "kernels": _any(_is_attention, _saved.save_only_these_names(MOSAIC, RAGGED_DOT, ATTENTION)),
+    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _any(_is_attention, _saved.save_only_these_names(KERNEL))),
+    "kernels": _any(_is_attention, _saved.save_only_these_names(KERNEL, RAGGED_DOT, ATTENTION)),
     "full": None,
 }
 

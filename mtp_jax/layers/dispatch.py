@@ -3,6 +3,8 @@
 import functools
 import sys
 
+KERNEL = "kernel"  # what a kernel of ours or of a library leaves for its backward pass, to policies of recomputation
+
 
 @functools.cache
 def note(line: str) -> None:

@@ -16,12 +16,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import UserError
-from mtp_jax.layers.dispatch import note
+from mtp_jax.layers.dispatch import KERNEL, note
 from mtp_jax.sharding import compute_capability
 
-MOSAIC, RAGGED_DOT = "grouped_matmul_mosaic", "grouped_matmul_ragged_dot"  # the outputs, to policies of recomputation
-
-
+RAGGED_DOT = "grouped_matmul_ragged_dot"  # its output, to policies of recomputation
 BLOCK = 128  # what the kernels cut columns into
 
 
@@ -52,7 +50,7 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel
     # The kernels write no row outside the groups. Zero rows come out as zeros in any group: the last one takes them.
     is_last_E = jnp.arange(len(sizes_E)) == len(sizes_E) - 1
     sizes_E = jnp.where(is_last_E, sizes_E + x_ND.shape[0] - sizes_E.sum(), sizes_E)
-    return checkpoint_name(differentiable(mosaic_kernels(), x_ND, w_EDF, sizes_E), MOSAIC)
+    return checkpoint_name(differentiable(mosaic_kernels(), x_ND, w_EDF, sizes_E), KERNEL)
 
 
 def takes_mosaic(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> bool:

@@ -1,0 +1,165 @@
+"""What the three attention kernels share: which block a warpgroup computes, ranges, masks, tiles, the pipeline.
+
+Shape letters: B rows, T queries, S keys.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+NUM_WARPGROUPS = 2  # that compute
+ROWS = 64  # of a block that one warpgroup computes: what one wgmma takes
+BLOCK = NUM_WARPGROUPS * ROWS  # the lengths are multiples of it
+SWIZZLE = 128  # bytes: 64 numbers of bfloat16
+COLUMNS = SWIZZLE // 2
+TRANSFORMS = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE))
+PARAMS = plgpu.CompilerParams(approx_math=True)
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # a score; finite, so that a row without a key so far is a number, which its first key makes 0
+AXES = ("heads", "blocks", "rows")
+TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+class Tiles(NamedTuple):
+    """Keys or queries taken in at a time by each kernel, and how many such blocks are in flight."""
+
+    forward: tuple[int, int] = (128, 2)
+    queries: tuple[int, int] = (64, 2)
+    keys: tuple[int, int] = (64, 2)
+
+
+class Ranges(NamedTuple):
+    """Which queries see which keys, int32.
+
+    start_BT: the first key that each query sees. end_BS: one after the last query that sees each key, if no query were
+    cut off. Both never decrease along a row. first_1: the position of the first query; keys begin at 0.
+    """
+
+    start_BT: jax.Array
+    end_BS: jax.Array
+    first_1: jax.Array
+
+
+def ranges(segments_BS: jax.Array, first: jax.Array | int, num_queries: int) -> Ranges:
+    """Of rows in which a document is a run of equal ids."""
+    num_keys = segments_BS.shape[1]
+    index_S = jnp.arange(num_keys, dtype=jnp.int32)
+    begins_BS = jnp.pad(segments_BS[:, 1:] != segments_BS[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    start_BS = lax.cummax(jnp.where(begins_BS, index_S, 0), axis=1)
+    next_BS = jnp.where(jnp.roll(begins_BS, -1, axis=1), index_S + 1, num_keys)
+    end_BS = lax.cummin(next_BS, axis=1, reverse=True)
+    start_BT = lax.dynamic_slice_in_dim(start_BS, first, num_queries, axis=1)
+    return Ranges(start_BT, end_BS, jnp.asarray(first, jnp.int32).reshape(1))
+
+
+class Place:
+    """Which part of the result this warpgroup computes: `own` are its positions in its row, from `begin` on."""
+
+    def __init__(self, of_ref: Any, key_ref: Any, num_blocks: int, is_reversed: bool = False):
+        self.row, self.head, self.warpgroup = (lax.axis_index(name) for name in ("rows", "heads", "warpgroup"))
+        block = lax.axis_index("blocks")
+        self.block = num_blocks - 1 - block if is_reversed else block  # the longest ranges first
+        self.begin = self.block * BLOCK + self.warpgroup * ROWS
+        self.own = pl.ds(self.begin, ROWS)
+        self.key_head = lax.div(self.head, jnp.int32(of_ref.shape[2] // key_ref.shape[2]))
+
+
+class Seen:
+    """Which keys this warpgroup's queries see, in blocks of `block`: block `low` to before block `high` at most."""
+
+    def __init__(self, start_ref: Any, first_ref: Any, place: Place, block: int):
+        first = first_ref[0]
+        self.block, self.query = block, first + place.begin
+        self.latest = start_ref[place.row, place.begin + ROWS - 1]  # the last query's start
+        self.low = lax.div(start_ref[place.row, place.block * BLOCK], jnp.int32(block))
+        self.high = pl.cdiv(first + (place.block + 1) * BLOCK, jnp.int32(block))
+
+    def masked(self, scores: jax.Array, index: jax.Array, start: jax.Array) -> jax.Array:
+        """Scores of the queries by block `index` of those keys, without keys after a query or before its start."""
+        key = (self.low + index) * self.block
+
+        def masked():
+            query_at = self.query + plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=TILE)
+            key_at = key + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
+            return jnp.where((key_at <= query_at) & (key_at >= across(start, scores.shape)), scores, MASKED)
+
+        return lax.cond((key + self.block > self.query) | (key < self.latest), masked, lambda: scores)
+
+
+class Seeing:
+    """Which queries see this warpgroup's keys, in blocks of `block`: block `low` to before block `high` at most.
+
+    A block of keys that no query here sees has one block of queries all the same, which is masked as a whole.
+    """
+
+    def __init__(self, end_ref: Any, first_ref: Any, place: Place, block: int, num_queries: int):
+        self.block, self.key, self.first = block, place.begin, first_ref[0]
+        self.earliest = end_ref[place.row, place.begin]  # the first key's end
+        last = end_ref[place.row, place.block * BLOCK + BLOCK - 1]
+        before = lax.div(jnp.maximum(place.block * BLOCK - self.first, 0), jnp.int32(block))
+        self.low = jnp.clip(before, 0, num_queries // block - 1)
+        self.high = jnp.clip(pl.cdiv(last - self.first, jnp.int32(block)), self.low + 1, num_queries // block)
+
+    def masked(self, scores: jax.Array, index: jax.Array, end: jax.Array) -> jax.Array:
+        """Scores of the keys by block `index` of those queries, without queries before a key or at its end or later."""
+        query = self.first + (self.low + index) * self.block
+
+        def masked():
+            key_at = self.key + plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=TILE)
+            query_at = query + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
+            return jnp.where((key_at <= query_at) & (query_at < across(end, scores.shape)), scores, MASKED)
+
+        return lax.cond((self.key + ROWS > query) | (query + self.block > self.earliest), masked, lambda: scores)
+
+
+def across(x_M: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A number a row of a tile, for each of its columns."""
+    return lax.broadcast_in_dim(x_M, shape, [0])
+
+
+def load(ref: Any, layout: Any, is_shared: bool = False) -> jax.Array:
+    """A vector in the registers of those that compute with it; is_shared: from shared memory."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 wants one, later versions none
+    return plgpu.load(ref, *index, layout=layout, optimized=is_shared)
+
+
+def smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+
+
+def spec(block: tuple[int | None, ...], place: Callable[..., Any]) -> plgpu.BlockSpec:
+    return plgpu.BlockSpec(block, place, transforms=TRANSFORMS)
+
+
+def pipeline(step: Any, compute: Any, grid: tuple[Any, ...], stages: int, specs: list[Any]) -> Any:
+    """The last warpgroup fetches blocks; each other one runs `compute`, and there `step` on block after block."""
+    return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=grid,
+        max_concurrent_steps=stages,
+        num_compute_wgs=NUM_WARPGROUPS,
+        memory_registers=40,
+        wg_axis="warpgroup",
+        manual_consumed_barriers=True,
+        compute_context=compute,
+        in_specs=specs,
+    )
+
+
+def kernel(body: Callable[..., None], out: Any, grid: tuple[int, ...], scratch: tuple[Any, ...]) -> Any:
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=AXES,
+        num_threads=NUM_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=PARAMS,
+    )
