@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 
-def _is_hopper():
+def is_hopper():
+    """Whether this process computes on Hopper GPUs."""
     device = jax.devices()[0]
     return device.platform == "gpu" and str(device.compute_capability) == "9.0"
 
 
-hopper_only = pytest.mark.skipif(not _is_hopper(), reason="needs a GPU of compute capability 9.0")
+hopper_only = pytest.mark.skipif(not is_hopper(), reason="needs a GPU of compute capability 9.0")
 
 
 def assert_close(found, expected, tolerance):
