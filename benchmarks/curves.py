@@ -32,7 +32,7 @@ MODEL = ModelConfig(
     **{"num_experts": 8, "num_experts_per_token": 2, "expert_dim": 256},
 )
 RUNS = {
-    "kernels": {"compute_dtype": "bfloat16", "attention_kernel": "cudnn", "expert_kernel": "mosaic"},
+    "kernels": {"compute_dtype": "bfloat16", "attention_kernel": "mosaic", "expert_kernel": "mosaic"},
     "plain": {"compute_dtype": "bfloat16", "attention_kernel": "xla", "expert_kernel": "xla"},
     "float32": {"compute_dtype": "float32", "attention_kernel": "xla", "expert_kernel": "xla"},
 }

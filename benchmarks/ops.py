@@ -1,12 +1,13 @@
-"""The operations that a step is made of, each alone: grouped matmul, attention, loss, beside the floor and PyTorch.
+"""The operations that a step is made of, each alone, beside the floor and PyTorch.
 
-    python benchmarks/ops.py [--only=grouped,attention,dispatch,loss] [--peer=torch]
+    python benchmarks/ops.py [--only=grouped,attention,attention_packed,router,dispatch,loss] [--peer=torch]
     python benchmarks/ops.py --sweep=forward,rows      # tiles of the grouped matmul's kernels; minutes
 
 Appends a line a result to benchmarks/results/h200.jsonl: milliseconds forward, and forward and backward; `floor_ms`,
 what the same multiplications take at the rate of one large dense matmul measured in the same call (grouped: of the same
-size, forward and both gradients); PyTorch's figure with --peer=torch, which runs benchmarks/ops_torch.py in a process
-of its own. Sizes are those of configs/moe_4b.py at 4 x 4096 tokens a step.
+size, forward and both gradients), or where nothing is multiplied, what the bytes that have to be read and written take
+at the rate of one large copy; PyTorch's figure with --peer=torch, which runs benchmarks/ops_torch.py in a process of
+its own. Sizes are those of configs/moe_4b.py at 4 x 4096 tokens a step.
 """
 
 import argparse
@@ -23,10 +24,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+from flax import nnx  # noqa: E402
 
 from benchmarks.measuring import RESULTS, ROOT, append, milliseconds  # noqa: E402
 from mtp_jax import loss as losses  # noqa: E402
+from mtp_jax.config import ModelConfig  # noqa: E402
 from mtp_jax.layers import attention, grouped, grouped_hopper, permute  # noqa: E402
+from mtp_jax.layers.router import Router  # noqa: E402
 
 ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
 TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 102_400
@@ -42,7 +46,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def both_ways(fn, *args, given=()):
     """(milliseconds forward, milliseconds forward and backward) of fn(*args, *given), differentiated in args."""
     forward = jax.jit(fn)
-    cotangent = normal(9, *jax.eval_shape(fn, *args, *given).shape)
+    out = jax.eval_shape(fn, *args, *given)
+    cotangent = normal(9, *out.shape).astype(out.dtype)
 
     @jax.jit
     def backward(cotangent, args, given):
@@ -66,6 +71,12 @@ def rate() -> float:
     return 2 * 8192**3 / (1e-3 * milliseconds(functools.partial(jax.jit(jnp.matmul), a, b), calls=30))
 
 
+def bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy."""
+    x = normal(3, 1 << 30)
+    return 2 * x.nbytes / (1e-3 * milliseconds(functools.partial(jax.jit(lambda x: -x), x), calls=30))
+
+
 def bench_grouped() -> dict:
     """Gate and up projection of all experts in one."""
     _, sizes_E = routing()
@@ -85,11 +96,31 @@ def bench_attention(is_packed: bool) -> dict:
     """Causal attention with DeepSeek's head dims, over whole rows and over packed documents."""
     q, k = (normal(seed, ROWS, LENGTH, HEADS, QUERY_DIM) for seed in (5, 6))
     v = normal(7, ROWS, LENGTH, HEADS, VALUE_DIM)
-    given = (segments(),) if is_packed else (None,)
-    flops = ROWS * HEADS * LENGTH**2 * (QUERY_DIM + VALUE_DIM)  # forward, half masked; backward: 5 of these matmuls
-    flops += ROWS * HEADS * LENGTH**2 * (3 * QUERY_DIM + 2 * VALUE_DIM)
+    seen = LENGTH * (LENGTH + 1) / 2 * ROWS  # pairs of a query and a key
+    if is_packed:
+        seen = float(
+            (pairs := segments()[:, :, None] == segments()[:, None, :]).sum() / 2 + pairs.shape[0] * LENGTH / 2
+        )
+    flops = 2 * seen * HEADS * (4 * QUERY_DIM + 3 * VALUE_DIM)  # two matmuls forward, and five of them backward
+    given = (segments() if is_packed else None,)
     found = both_ways(lambda *args: attention.attend(*args, QUERY_DIM**-0.5), q, k, v, given=given)
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * flops / rate()}
+
+
+def bench_router() -> dict:
+    """Scores of every expert in float32, the K best of each token, their gates and the statistics of the balance."""
+    config = ModelConfig(
+        **{"embed_dim": DIM, "num_experts": EXPERTS, "num_experts_per_token": CHOSEN, "compute_dtype": "bfloat16"}
+    )
+    graph, state = nnx.split(Router(config, nnx.Rngs(0)))
+    x_BTD, valid_BT = normal(5, ROWS, LENGTH, DIM), jnp.ones((ROWS, LENGTH), bool)
+
+    def gates(x_BTD, state):
+        return nnx.merge(graph, state)(x_BTD, valid_BT)[0]
+
+    found = both_ways(lambda x_BTD: gates(x_BTD, state), x_BTD)
+    bytes_moved = 2 * TOKENS * DIM * (1 + 2) + 4 * TOKENS * EXPERTS * 2  # hidden states twice, their gradient; scores
+    return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}
 
 
 def bench_dispatch() -> dict:
@@ -102,8 +133,9 @@ def bench_dispatch() -> dict:
         return permute.combine(permute.spread(x_MD, order_N, place_N, CHOSEN), gates_MK, order_N, place_N)
 
     found = both_ways(there_and_back, x_MD, gates_MK, given=(expert_N,))
-    bytes_moved = 2 * DIM * TOKENS * 2 * (1 + 2 * CHOSEN + 1 + CHOSEN + 1)
-    return {"forward_ms": found[0], "both_ms": found[1], "bytes": bytes_moved}
+    # Forward: tokens read, copies written, read and added up; backward: the same, and copies once more for the gates.
+    bytes_moved = 2 * DIM * TOKENS * (2 * (1 + 2 * CHOSEN + 1) + CHOSEN)
+    return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}
 
 
 def bench_loss() -> dict:
@@ -124,6 +156,7 @@ BENCHMARKS = {
     "grouped": bench_grouped,
     "attention": functools.partial(bench_attention, False),
     "attention_packed": functools.partial(bench_attention, True),
+    "router": bench_router,
     "dispatch": bench_dispatch,
     "loss": bench_loss,
 }

@@ -7,7 +7,8 @@ import time
 import torch
 
 ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
-TOKENS, DIM, WIDTH, EXPERTS, CHOSEN = ROWS * LENGTH, 2048, 1408, 64, 6
+TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 102_400
+DOCUMENT = 1024
 
 
 def milliseconds(run, calls=10, repeats=7):
@@ -35,6 +36,66 @@ def both_ways(fn, *shapes):
     }
 
 
+def attention():
+    queries, values = (ROWS, HEADS, LENGTH, QUERY_DIM), (ROWS, HEADS, LENGTH, VALUE_DIM)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return both_ways(lambda q, k, v: attend(q, k, v, is_causal=True), queries, queries, values)
+
+
+def attention_packed():
+    """FlexAttention, compiled, with a mask of blocks that skips what is in other documents."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    begins = torch.rand(ROWS, LENGTH, device="cuda") < 1 / DOCUMENT
+    segments = 1 + begins.cumsum(1)
+
+    def sees(b, h, q, k):
+        return (q >= k) & (segments[b, q] == segments[b, k])
+
+    mask = create_block_mask(sees, ROWS, None, LENGTH, LENGTH)
+    attend = torch.compile(flex_attention)
+    queries, values = (ROWS, HEADS, LENGTH, QUERY_DIM), (ROWS, HEADS, LENGTH, VALUE_DIM)
+    return both_ways(lambda q, k, v: attend(q, k, v, block_mask=mask), queries, queries, values)
+
+
+def router():
+    weight, bias = torch.randn(EXPERTS, DIM, device="cuda") * DIM**-0.5, torch.zeros(EXPERTS, device="cuda")
+
+    @torch.compile
+    def gates(x):
+        scores = torch.sigmoid(x.float() @ weight.T)
+        gates = scores.gather(1, (scores.detach() + bias).topk(CHOSEN).indices)
+        return gates / gates.sum(1, keepdim=True)
+
+    return both_ways(gates, (TOKENS, DIM))
+
+
+def dispatch(chosen):
+    """Copies sorted by expert, and added up again by token."""
+
+    @torch.compile
+    def there_and_back(x, gates):
+        order = chosen.argsort(stable=True)
+        copies = x[order // CHOSEN] * gates.reshape(-1, 1)[order]
+        return torch.zeros_like(x).index_add(0, order // CHOSEN, copies)
+
+    return both_ways(there_and_back, (TOKENS, DIM), (TOKENS, CHOSEN))
+
+
+def loss():
+    """The whole logits, compiled; the head's weights are in float32, as with us."""
+    head = (0.02 * torch.randn(VOCAB, DIM, device="cuda")).requires_grad_()
+    hidden = torch.randn(TOKENS, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(VOCAB, (TOKENS,), device="cuda")
+
+    @torch.compile
+    def total(hidden, head):
+        return torch.nn.functional.cross_entropy((hidden @ head.bfloat16().T).float(), targets)
+
+    return {"both_ms": milliseconds(lambda: torch.autograd.grad(total(hidden, head), (hidden, head)), calls=3)}
+
+
 def main():
     bias = 0.3 * torch.randn(EXPERTS, device="cuda")
     noise = -torch.log(torch.empty(TOKENS, EXPERTS, device="cuda").exponential_())
@@ -43,12 +104,13 @@ def main():
     found = {
         "grouped": both_ways(
             lambda x, w: torch._grouped_mm(x, w, ends), (TOKENS * CHOSEN, DIM), (EXPERTS, DIM, 2 * WIDTH)
-        )
+        ),
+        "attention": attention(),
+        "attention_packed": attention_packed(),
+        "router": router(),
+        "dispatch": dispatch(chosen),
+        "loss": loss(),
     }
-    queries, values = (ROWS, HEADS, LENGTH, QUERY_DIM), (ROWS, HEADS, LENGTH, VALUE_DIM)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-        attend = torch.nn.functional.scaled_dot_product_attention
-        found["attention"] = both_ways(lambda q, k, v: attend(q, k, v, is_causal=True), queries, queries, values)
     print(json.dumps(found))
 
 

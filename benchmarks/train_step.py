@@ -165,7 +165,7 @@ def main() -> None:
     line = {"benchmark": "train_step", "config": pathlib.Path(args.config).stem, "overrides": overrides}
     beside = peer(config) if args.peer == "hf" else {"peer": None, "peer_tokens_per_second": None}
     validate(config, jax.device_count())  # the first to take the device, whose memory the peer wants for itself
-    line |= measure(config, args.steps, args.profile) | beside
+    line |= {"num_devices": jax.device_count()} | measure(config, args.steps, args.profile) | beside
     append(args.output, line)
     if args.peer == "hf":
         print(f"{line['tokens_per_second'] / line['peer_tokens_per_second']:.2f} times {line['peer']}")
