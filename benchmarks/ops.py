@@ -130,7 +130,9 @@ def bench_dispatch() -> dict:
 
     def there_and_back(x_MD, gates_MK, expert_N):
         order_N, place_N, _ = permute.by_expert(expert_N, EXPERTS)
-        return permute.combine(permute.spread(x_MD, order_N, place_N, CHOSEN), gates_MK, order_N, place_N)
+        # Without the barrier the compiler joins the two, and writes no copies.
+        copies_ND = jax.lax.optimization_barrier(permute.spread(x_MD, order_N, place_N, CHOSEN))
+        return permute.combine(copies_ND, gates_MK, order_N, place_N)
 
     found = both_ways(there_and_back, x_MD, gates_MK, given=(expert_N,))
     # Forward: tokens read, copies written, read and added up; backward: the same, and copies once more for the gates.

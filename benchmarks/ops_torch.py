@@ -75,10 +75,18 @@ def dispatch(chosen):
     """Copies sorted by expert, and added up again by token."""
 
     @torch.compile
-    def there_and_back(x, gates):
+    def spread(x):
         order = chosen.argsort(stable=True)
-        copies = x[order // CHOSEN] * gates.reshape(-1, 1)[order]
-        return torch.zeros_like(x).index_add(0, order // CHOSEN, copies)
+        return x[order // CHOSEN], order
+
+    @torch.compile
+    def combine(copies, gates, order):
+        weighted = copies * gates.reshape(-1, 1)[order]
+        return torch.zeros(TOKENS, DIM, device="cuda", dtype=copies.dtype).index_add(0, order // CHOSEN, weighted)
+
+    def there_and_back(x, gates):
+        copies, order = spread(x)
+        return combine(copies, gates, order)
 
     return both_ways(there_and_back, (TOKENS, DIM), (TOKENS, CHOSEN))
 

@@ -24,6 +24,7 @@ class SequentialModule(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
+        self.recomputes_nothing = model.remat == "none"
         self.is_embedding_first = conventions(config.mtp).concat_order == "embedding_first"
         is_moe = bool(model.num_experts) and config.num_main_layers > model.num_dense_layers
         self.embed_norm = RMSNorm(model.embed_dim, model)
@@ -37,7 +38,9 @@ class SequentialModule(nnx.Module):
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ):
         """h_k [B, T, D] before the output norm, and the router's statistics."""
-        return self.block(self._join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
+        # What the projection reads is twice as wide as the rest of a block, and made of what is kept anyway.
+        join = jax.checkpoint(self._join) if self.recomputes_nothing else self._join
+        return self.block(join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
 
     def decode(
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Any, num_wanted: int | None = None

@@ -5,7 +5,6 @@ Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M)
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -21,6 +20,7 @@ from mtp_jax.layers.attention_hopper.blocks import (
     Seeing,
     Seen,
     across,
+    down,
     kernel,
     load,
     pipeline,
@@ -140,10 +140,8 @@ def gradient_of_keys(seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delta_B
 
             scores = pl.run_scoped(product, plgpu.ACC((ROWS, block), jnp.float32)) * (scale * LOG2E)
             scores = queries.masked(scores, index[0], end)
-            total, delta = (load(ref, COLUMN, True) for ref in (total_smem, delta_smem))
+            probs = jnp.exp2(scores - down(load(total_smem, COLUMN, True), scores.shape))
             plgpu.barrier_arrive(total_done)
-            plgpu.barrier_arrive(delta_done)
-            probs = jnp.exp2(scores - lax.broadcast_in_dim(total, scores.shape, [1]))
 
             def products(refs):
                 sums, grads = refs
@@ -153,7 +151,8 @@ def gradient_of_keys(seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delta_B
             zero = plgpu.layout_cast(jnp.zeros(scores.shape, jnp.float32), TILE)
             dv, grads = pl.run_state(products)((plgpu.ACC.init(dv), plgpu.ACC.init(zero)))
             plgpu.barrier_arrive(grad_done)
-            grads = (probs * (grads - lax.broadcast_in_dim(delta, scores.shape, [1]))).astype(dtype)
+            grads = (probs * (grads - down(load(delta_smem, COLUMN, True), scores.shape))).astype(dtype)
+            plgpu.barrier_arrive(delta_done)
             dk = pl.run_state(lambda sums: plgpu.wgmma(sums, grads, q_smem))(plgpu.ACC.init(dk))
             plgpu.barrier_arrive(q_done)
             return dk, dv, end

@@ -123,6 +123,11 @@ def across(x_M: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x_M, shape, [0])
 
 
+def down(x_N: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A number a column of a tile, for each of its rows."""
+    return lax.broadcast_in_dim(x_N, shape, [1])
+
+
 def load(ref: Any, layout: Any, is_shared: bool = False) -> jax.Array:
     """A vector in the registers of those that compute with it; is_shared: from shared memory."""
     index = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 wants one, later versions none
