@@ -113,7 +113,7 @@ def profile(step, state, batch, num_steps: int = 3) -> dict:
     scale = 1e-6 / num_steps
     return {
         "parts_ms": {part: round(ns * scale, 2) for part, ns in parts.most_common()},
-        "largest_ms": {op: round(ns * scale, 2) for op, ns in ops.most_common(40)},
+        "largest_ms": {op: round(ns * scale, 2) for op, ns in ops.most_common(12)},
         "gap": round(1 - covered(spans) / (max(s[1] for s in spans) - min(s[0] for s in spans)), 4) if spans else None,
     }
 
