@@ -77,7 +77,7 @@ class ModelConfig:
     moe_dispatch: Literal["auto", "dense", "ragged"] = "auto"
 
     # Implementations; auto: the fastest that takes the device, the dtype and the shapes
-    attention_kernel: Literal["auto", "xla", "cudnn"] = "auto"
+    attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # cudnn: Hopper GPUs; splash: TPUs
     expert_kernel: Literal["auto", "xla", "mosaic"] = "auto"  # of the grouped matmuls of moe_dispatch=ragged
     scan_unroll: int = 0  # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
 

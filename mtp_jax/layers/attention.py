@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import UserError
-from mtp_jax.layers import attention_cudnn
+from mtp_jax.layers import attention_cudnn, attention_splash
 from mtp_jax.layers.dispatch import note
-from mtp_jax.sharding import compute_capability
+from mtp_jax.sharding import compute_capability, platform
 
 ATTENTION = "attention"  # its output, to policies of recomputation
 # A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
@@ -38,21 +38,19 @@ def attend(
     Args:
       segments_BS: int; None: every row is one document.
       first: the queries are the positions first .. first + T - 1 of the S; 0 unless the row is cut.
-      kernel: "xla" (below), "cudnn", or "auto": "cudnn" wherever it can.
+      kernel: "xla" (below), "cudnn" (GPUs), "splash" (TPUs), or "auto": the device's own wherever it can.
 
     Returns:
       [B, T, H, V] in the dtype of v.
 
     Raises:
-      UserError: kernel is "cudnn" where it cannot be.
+      UserError: kernel is "cudnn" or "splash" where it cannot be.
     """
-    reason = attention_cudnn.why_not(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first)
-    if kernel == "cudnn" and reason:
-        raise UserError(f"model.attention_kernel=cudnn: {reason}; use model.attention_kernel=auto")
-    if kernel != "xla" and not reason:
+    chosen = _choose(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, kernel)
+    if chosen == "splash":
+        return attention_splash.attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, scale, first)
+    if chosen == "cudnn":
         return attention_cudnn.attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, scale)
-    if kernel == "auto" and compute_capability():
-        note(f"attention without cuDNN, slow on GPUs: {reason}")
     length = q_BTHQ.shape[1]
     last_T = first + jnp.arange(length)
     index_S = jnp.arange(k_BSGQ.shape[1])
@@ -66,6 +64,24 @@ def attend(
         return causal_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
 
     return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, sees, last_BT, segments_BT)
+
+
+def _choose(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, kernel: str) -> str:
+    """ "xla" or the kernel that computes; arguments as `attend`. What keeps "auto" from the device's is said, once."""
+    reasons = {
+        "cudnn": attention_cudnn.why_not(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first),
+        "splash": attention_splash.why_not(q_BTHQ, k_BSGQ, v_BSGV),
+        "xla": "",
+    }
+    if kernel != "auto" and reasons[kernel]:
+        raise UserError(f"model.attention_kernel={kernel}: {reasons[kernel]}; use model.attention_kernel=auto")
+    if kernel != "auto":
+        return kernel
+    own = "splash" if platform() == "tpu" else "cudnn" if compute_capability() else "xla"
+    if reasons[own]:
+        note(f"attention without {own}, slow on {'TPUs' if own == 'splash' else 'GPUs'}: {reasons[own]}")
+        return "xla"
+    return own
 
 
 def attend_cached(
