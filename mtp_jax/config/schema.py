@@ -78,7 +78,8 @@ class ModelConfig:
 
     # Implementations; auto: the fastest that takes the device, the dtype and the shapes
     attention_kernel: Literal["auto", "xla", "cudnn", "splash"] = "auto"  # cudnn: Hopper GPUs; splash: TPUs
-    expert_kernel: Literal["auto", "xla", "mosaic"] = "auto"  # of the grouped matmuls of moe_dispatch=ragged
+    # of the grouped matmuls of moe_dispatch=ragged; mosaic: Hopper GPUs; megablox: TPUs
+    expert_kernel: Literal["auto", "xla", "mosaic", "megablox"] = "auto"
     scan_unroll: int = 0  # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
 
 
