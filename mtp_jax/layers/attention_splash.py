@@ -43,9 +43,7 @@ def attend(
 ) -> jax.Array:
     """As `attention.attend`, of queries that are one of S / T equal parts of their rows.
 
-    Head dims are taken as they are, 192 beside 128 too; nothing is padded by hand. In memory the kernel's operands have
-    the head dim last, where 192 numbers take the room of 256: of queries and keys a third more than the compiler's own
-    layouts of the slow path.
+    Head dims are taken as they are, 192 beside 128 too; nothing is padded.
 
     Args:
       interpret: run the kernels as plain jax, on any device.
@@ -58,7 +56,7 @@ def attend(
     if segments_BS is not None:
         segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
         segments = _splash().SegmentIds(segments_BT, segments_BS)
-    kernel = _kernel(q_BTHQ.shape[2], length, num_keys, first, interpret)
+    kernel = _kernel(q_BTHQ.shape[2:], length, num_keys, first, interpret)
     return jnp.swapaxes(_run(kernel, *heads_first, segments), 1, 2)
 
 
@@ -84,13 +82,22 @@ def _run_backward(back, grad_BHTV):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _kernel(num_heads: int, length: int, num_keys: int, first: jax.Array | int, interpret: bool) -> Any:
-    """(q [H, T, Q], k [G, S, Q], v [G, S, V], segments) -> [H, T, V], with a gradient, of one row's part."""
-    splash, num_parts = _splash(), num_keys // length
+def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array | int, interpret: bool) -> Any:
+    """(q [H, T, Q], k [G, S, Q], v [G, S, V], segments) -> [H, T, V], with a gradient, of one row's part.
+
+    Args:
+      heads: H and Q.
+    """
+    splash, num_parts, (num_heads, dim) = _splash(), num_keys // length, heads
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    # What has 192 numbers a head last takes the room of 256 in memory, and is kept for the backward pass so; positions
+    # last leave no gaps.
+    layout = splash.QKVLayout.SEQ_MINOR if dim % LANES else splash.QKVLayout.HEAD_DIM_MINOR
     whole = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((num_keys, num_keys))] * num_heads),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block_of(length) for name in names}),
+        block_sizes=splash.BlockSizes(
+            **{f"block_{name}": block_of(length) for name in names}, q_layout=layout, k_layout=layout
+        ),
         head_shards=1,
         q_seq_shards=num_parts,
         residual_checkpoint_name=SPLASH,
