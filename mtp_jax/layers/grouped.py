@@ -1,7 +1,7 @@
 """The one grouped matmul: rows sorted by group, and every group has a matrix of its own.
 
-On TPUs `jax.lax.ragged_dot` is native but for the gradient of the matrices, which multiplies every row for every group:
-jax's megablox kernels do not (layers/grouped_megablox.py). On GPUs it is compiled to a matmul of every row with every
+On TPUs `jax.lax.ragged_dot` is native from jax 0.11 on. Before, the gradient of the matrices multiplies every row for
+every group, so jax's megablox kernels are taken instead (layers/grouped_megablox.py). On GPUs it is compiled to a matmul of every row with every
 matrix, and its gradient to as much again (98,304 x 2048 x 2816 in 64 groups on an H200: 99.6 ms where 1.5 ms is the
 floor, and no memory for the gradient), so Hopper GPUs take kernels of our own (layers/grouped_hopper.py).
 
@@ -25,6 +25,7 @@ MOSAIC, RAGGED_DOT = "grouped_matmul_mosaic", "grouped_matmul_ragged_dot"  # the
 
 
 BLOCK = 128  # what the kernels cut columns into
+NATIVE_SINCE = (0, 11)  # jax, on TPUs: libtpu 0.0.48 multiplies each row once in all three products, 0.0.42 in two
 
 
 class Kernels(NamedTuple):
@@ -44,8 +45,8 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel
 
     Args:
       sizes_E: int32, together at most N; rows after the last group are zero, here and in the result.
-      kernel: "xla", "mosaic" (Pallas on Hopper), "megablox" (Pallas on TPUs), or "auto": the device's own wherever it
-        can.
+      kernel: "xla", "mosaic" (Pallas on Hopper), "megablox" (Pallas on TPUs), or "auto": what is fast on the device,
+        wherever it can.
 
     Raises:
       UserError: kernel is "mosaic" or "megablox" where it cannot be.
@@ -63,13 +64,16 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel
 
 
 def choose(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> str:
-    """ "xla" or the kernels that `grouped_matmul` takes. What keeps "auto" from the device's own is said, once."""
+    """ "xla" or the kernels that `grouped_matmul` takes. What keeps "auto" from the device's kernels is said, once."""
     reasons = {"mosaic": why_not_mosaic(x_ND, w_EDF), "megablox": grouped_megablox.why_not(x_ND, w_EDF), "xla": ""}
     if kernel != "auto" and reasons[kernel]:
         raise UserError(f"model.expert_kernel={kernel}: {reasons[kernel]}; use model.expert_kernel=auto")
     if kernel != "auto":
         return kernel
-    own = "megablox" if platform() == "tpu" else "mosaic" if compute_capability() else "xla"
+    if platform() == "tpu":
+        own = "megablox" if jax.__version_info__ < NATIVE_SINCE else "xla"
+    else:
+        own = "mosaic" if compute_capability() else "xla"
     if not reasons[own]:
         return own
     if x_ND.shape[0] >= BLOCK:  # fewer are those of decoding, where nothing is lost

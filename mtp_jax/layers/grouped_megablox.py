@@ -1,7 +1,6 @@
 """Grouped matmul on TPUs by jax's megablox kernels, which multiply each tile of rows with the matrices it has rows of.
 
-jax.lax.ragged_dot is as good forward and for the gradient of the rows: there the compiler has such kernels itself. For
-the gradient of the matrices it has none, and multiplies all rows for every group (docs/log.md).
+For jax before 0.11, whose compiler has no such kernel for the gradient of the matrices (docs/log.md).
 
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
@@ -39,7 +38,8 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bo
     """x^T y of each group's rows, [E, D, F] in the dtype of x; zeros of a group without rows."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    tiles = _tiles(*x_ND.shape, y_NF.shape[1], x_ND.dtype.itemsize)
+    (num_rows, dim), width = x_ND.shape, y_NF.shape[1]
+    tiles = _tiles(num_rows, dim, width, x_ND.dtype.itemsize)
     return tgmm(x_ND.T, y_NF, sizes_E, x_ND.dtype, tiles, interpret=interpret)
 
 

@@ -18,6 +18,7 @@ def as_on_tpu(monkeypatch):
     """The point of dispatch takes this machine for a TPU; the kernels run as plain jax, in tiles of 128."""
     for module in (grouped, grouped_megablox):
         monkeypatch.setattr(module, "platform", lambda: "tpu")
+    monkeypatch.setattr(grouped, "NATIVE_SINCE", (99,))
     monkeypatch.setattr(grouped_megablox, "ROWS", 128)
     monkeypatch.setattr(grouped_megablox, "COLUMNS", 128)
     for name in ("product", "matrices"):
@@ -70,8 +71,12 @@ def test_what_megablox_cannot_take_goes_to_ragged_dot_and_is_said_once(as_on_tpu
         grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "megablox")
 
 
-@pytest.mark.parametrize(("kernel", "is_megablox"), [("auto", True), ("megablox", True), ("xla", False)])
-def test_a_tpu_takes_it_and_the_config_can_ask_for_ragged_dot(as_on_tpu, capsys, kernel, is_megablox):
+@pytest.mark.parametrize(
+    ("kernel", "native_since", "is_megablox"),
+    [("auto", (99,), True), ("auto", (0, 1), False), ("megablox", (0, 1), True), ("xla", (99,), False)],
+)
+def test_a_tpu_takes_it_where_ragged_dot_is_dense(as_on_tpu, monkeypatch, capsys, kernel, native_since, is_megablox):
+    monkeypatch.setattr(grouped, "NATIVE_SINCE", native_since)
     x_ND, w_EDF, sizes_E, _ = operands(SIZES["even"], jnp.float32)
     text = str(jax.make_jaxpr(lambda x, w: grouped.grouped_matmul(x, w, sizes_E, kernel))(x_ND, w_EDF))
     assert ("pallas_call" in text) == is_megablox and ("ragged_dot_general" in text) != is_megablox
