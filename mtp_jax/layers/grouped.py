@@ -1,9 +1,10 @@
 """The one grouped matmul: rows sorted by group, and every group has a matrix of its own.
 
 On TPUs `jax.lax.ragged_dot` is native from jax 0.11 on. Before, the gradient of the matrices multiplies every row for
-every group, so jax's megablox kernels are taken instead (layers/grouped_megablox.py). On GPUs it is compiled to a matmul of every row with every
-matrix, and its gradient to as much again (98,304 x 2048 x 2816 in 64 groups on an H200: 99.6 ms where 1.5 ms is the
-floor, and no memory for the gradient), so Hopper GPUs take kernels of our own (layers/grouped_hopper.py).
+every group, so jax's megablox kernels are taken instead (layers/grouped_megablox.py). On GPUs it is compiled to a
+matmul of every row with every matrix, and its gradient to as much again (98,304 x 2048 x 2816 in 64 groups on an H200:
+99.6 ms where 1.5 ms is the floor, and no memory for the gradient), so Hopper GPUs take kernels of our own
+(layers/grouped_hopper.py).
 
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
