@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import UserError
-from mtp_jax.layers import attention_cudnn
+from mtp_jax.layers import attention_cudnn, attention_splash
 from mtp_jax.layers.dispatch import note
-from mtp_jax.sharding import compute_capability
+from mtp_jax.sharding import compute_capability, platform
 
 ATTENTION = "attention"  # its output, to policies of recomputation
 # A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
@@ -54,18 +54,16 @@ def attend(
     for name, reason in reasons.items():
         if not reason:
             return KERNELS[name][1](*inputs, scale)
-    if kernel == "auto" and compute_capability():
-        note("attention by XLA, slow on GPUs: " + "; ".join(f"not {name}, {why}" for name, why in reasons.items()))
+    if kernel == "auto" and (compute_capability() or platform() == "tpu"):
+        own = {name: why for name, why in reasons.items() if (name == "splash") == (platform() == "tpu")}
+        note("attention by XLA, slow here: " + "; ".join(f"not {name}, {why}" for name, why in own.items()))
     return _plain(*inputs, scale)
 
 
 def _why_not_mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
     """Why our kernels (layers/attention_hopper.py) cannot take this attention; empty where they can."""
-    capability, lengths, dims = (
-        compute_capability(),
-        (q_BTHQ.shape[1], k_BSGQ.shape[1]),
-        (q_BTHQ.shape[3], v_BSGV.shape[3]),
-    )
+    capability, lengths = compute_capability(), (q_BTHQ.shape[1], k_BSGQ.shape[1])
+    dims = q_BTHQ.shape[3], v_BSGV.shape[3]
     if capability != "9.0":
         return f"it is for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
@@ -87,7 +85,11 @@ def _mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale):
 
 
 # In order of preference, each with the rule that says why it cannot take an attention.
-KERNELS = {"mosaic": (_why_not_mosaic, _mosaic), "cudnn": (attention_cudnn.why_not, attention_cudnn.attend)}
+KERNELS = {
+    "mosaic": (_why_not_mosaic, _mosaic),
+    "cudnn": (attention_cudnn.why_not, attention_cudnn.attend),
+    "splash": (attention_splash.why_not, attention_splash.attend),
+}
 
 
 def _plain(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale):

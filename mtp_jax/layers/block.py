@@ -152,10 +152,11 @@ def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
 
 _saved = jax.checkpoint_policies
 _any = _saved.save_from_both_policies
-# A GPU's kernels are matmuls too, though jax's own policies do not know them as such.
+# Kernels are matmuls too, though jax's own policies do not know them as such.
+_kernels = _any(_is_attention, _saved.save_only_these_names(KERNEL))
 POLICIES = {
-    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _any(_is_attention, _saved.save_only_these_names(KERNEL))),
-    "kernels": _any(_is_attention, _saved.save_only_these_names(KERNEL, RAGGED_DOT, ATTENTION)),
+    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _kernels),
+    "kernels": _any(_kernels, _saved.save_only_these_names(RAGGED_DOT, ATTENTION)),
     "full": None,
 }
 

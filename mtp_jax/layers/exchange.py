@@ -175,22 +175,34 @@ def sum_of_rounds(one_round: Callable[..., jax.Array], count: jax.Array, constan
       count: int32, the same on every device that takes part in the rounds' collectives.
       constants: integers; not differentiated.
     """
-    first = one_round(0, constants, inputs)
-    return jax.lax.fori_loop(1, count, lambda r, total: total + one_round(r, constants, inputs), first)
+    return _add_rounds(one_round, count, constants, inputs, one_round(0, constants, inputs))
+
+
+def _add_rounds(one_round, count, constants, inputs, first):
+    def add_round(r, total):
+        return total + one_round(r, constants, _in_the_loop(r, inputs))
+
+    return jax.lax.fori_loop(1, count, add_round, first)
+
+
+def _in_the_loop(r: jax.Array, inputs: Any) -> Any:
+    """`inputs`, tied to the round. Else the compiler copies the rows to the layout in which they are sent before the
+    loop, and keeps the copies beside them until the last round."""
+    return jax.lax.optimization_barrier((r, inputs))[1]
 
 
 def _rounds_forward(one_round, count, constants, inputs):
     first, first_back = jax.vjp(lambda inputs: one_round(0, constants, inputs), inputs)
-    total = jax.lax.fori_loop(1, count, lambda r, total: total + one_round(r, constants, inputs), first)
-    return total, (first_back, count, constants, inputs)
+    return _add_rounds(one_round, count, constants, inputs, first), (first_back, count, constants, inputs)
 
 
 def _rounds_backward(one_round, residuals, cotangent):
     first_back, count, constants, inputs = residuals
 
     def add_round(r, grads):
-        back = jax.vjp(lambda inputs: one_round(r, constants, inputs), inputs)[1]
-        return jax.tree.map(jnp.add, grads, back(cotangent)[0])
+        here, cotangent_here = _in_the_loop(r, (inputs, cotangent))
+        back = jax.vjp(lambda inputs: one_round(r, constants, inputs), here)[1]
+        return jax.tree.map(jnp.add, grads, back(cotangent_here)[0])
 
     return None, None, jax.lax.fori_loop(1, count, add_round, first_back(cotangent)[0])
 

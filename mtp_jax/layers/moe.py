@@ -13,7 +13,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.layers import permute
 from mtp_jax.layers.exchange import exchanged
 from mtp_jax.layers.ffn import SwiGLU
-from mtp_jax.layers.grouped import grouped_matmul, takes_mosaic
+from mtp_jax.layers.grouped import choose, grouped_matmul
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
 from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, platform, spec
@@ -105,7 +105,7 @@ def _experts(x_ND, sizes_E, weights, kernel):
     gate_EDF, up_EDF, down_EFD = weights
     product = functools.partial(grouped_matmul, sizes_E=sizes_E, kernel=kernel)
     with jax.named_scope("experts"):
-        if takes_mosaic(x_ND, gate_EDF, kernel):  # one wide product, whose gradient sums over both at once
+        if choose(x_ND, gate_EDF, kernel) == "mosaic":  # one wide product, whose gradient sums over both at once
             gate_NF, up_NF = jnp.split(product(x_ND, jnp.concatenate([gate_EDF, up_EDF], axis=-1)), 2, axis=-1)
         else:
             gate_NF, up_NF = product(x_ND, gate_EDF), product(x_ND, up_EDF)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError, load_config
+from mtp_jax.layers import attention_splash, grouped, grouped_megablox
+from mtp_jax.layers.dispatch import note
 from mtp_jax.tools import plan as plan_command
 from mtp_jax.tools.planning import buffers, collectives, estimate, hlo, roofline, search, topology, traffic
-from mtp_jax.tools.planning.compile import matmul_flops
+from mtp_jax.tools.planning.compile import compile_step, resolve
+from mtp_jax.tools.planning.work import matmul_flops
 from mtp_jax.training.flops import train_flops_per_token
 from tests.commands import run_here
 
@@ -173,6 +176,42 @@ def test_flops_of_the_real_step_are_the_models_own():
     assert model < counted < 1.35 * model
 
 
+def test_flops_of_kernels_are_those_of_the_blocks_they_compute():
+    shapes = [jax.ShapeDtypeStruct((2, 2048, heads, dim), "bfloat16") for heads, dim in ((4, 192), (2, 192), (2, 128))]
+
+    def attend(q, k, v):
+        return attention_splash.attend(q, k, v, None, 0, 0.1).astype(jnp.float32).sum()
+
+    pairs = 2 * 4 * 512 * 512 * (4 * 5 / 2)  # four blocks a row, those above the diagonal left out
+    forward = 2 * (192 + 128)
+    backward = 2 * (2 * 192 + 128) + 2 * (2 * 192 + 2 * 128)  # dq; dk and dv
+    assert matmul_flops(jax.make_jaxpr(attend)(*shapes).jaxpr, 1) == pairs * forward
+    both = matmul_flops(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(*shapes).jaxpr, 1)
+    assert both == pytest.approx(pairs * (forward + backward), rel=1e-3)  # and normalisers
+
+    x, w, sizes = (
+        jax.ShapeDtypeStruct(*a) for a in (((256, 128), "bfloat16"), ((4, 128, 384), "bfloat16"), ((4,), "int32"))
+    )
+    assert matmul_flops(jax.make_jaxpr(grouped_megablox.product)(x, w, sizes).jaxpr, 1) == 2 * 256 * 128 * 384
+
+
+KERNEL = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %kernel = (f32[8,128]{1,0}, f32[8,128]{1,0:S(1)}) custom-call(%p, %p), custom_call_target="tpu_custom_call", a={b={
+"c":"d"
+}}, metadata={op_name="kernel"}
+  %double = f32[8,128]{1,0} add(%p, %p)
+}
+"""
+
+
+def test_attributes_of_several_lines_end_no_program():
+    module = hlo.parse(KERNEL)
+    assert [i.name for i in module.computations["main"]] == ["p", "kernel", "double"]
+    assert 'op_name="kernel"' in module.computations["main"][1].rest
+    assert traffic.memory_bytes(module) == (3 + 3) * 8 * 128 * 4  # operands and results, but what stays on the chip
+
+
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 4096, thread-local:
 allocation 1: size 1048576, parameter 0, shape |f32[512,512]| at ShapeIndex {}, maybe-live-out:
@@ -240,7 +279,7 @@ def libtpu_or_skip():
 SMALL = [
     *("--config.model.num_layers=2", "--config.mtp.depth=1", "--config.data.batch_size=16"),
     *("--config.model.compute_dtype=bfloat16", "--config.model.remat=full", "--config.mesh.fsdp=16"),
-    "--config.mesh.data=1",
+    *("--config.mesh.data=1", "--config.data.sequence_length=128"),
 ]
 
 
@@ -267,6 +306,29 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
     assert {"all-gather"} <= {row["kind"] for row in result["collectives"]}
     assert {tuple(row["axes"]) for row in result["collectives"]} == {("fsdp",)}
     assert 0 < result["mfu"] < 1 and result["bound"] in result["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("context", "length", "is_splash"),
+    [(1, 256, True), (2, 256, True), (2, 128, False)],
+    ids=["whole rows", "cut rows", "cut too short"],
+)
+def test_a_mixture_of_experts_compiles_to_the_tpu_kernels_on_every_axis(here, capsys, context, length, is_splash):
+    libtpu_or_skip()
+    note.cache_clear()
+    mesh = {"fsdp": 4 // context, "expert": 2, "context": context, "tensor": 2}
+    overrides = [*SMALL, f"--config.data.sequence_length={length}", "--config.model.remat=kernels"]
+    overrides += [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
+    devices = topology.open_topology("v5e:4x4")
+    program = compile_step(resolve(load_config("configs/tiny.py", overrides), devices), devices)
+    assert not program.is_over_full
+    calls = [i for body in hlo.parse(program.hlo).computations.values() for i in body if "tpu_custom_call" in i.rest]
+    kernels = {kernel: sum(f"splash_mha_{kernel}_" in i.name for i in calls) for kernel in ("fwd", "dq", "dkv")}
+    num_layers = 3  # of the trunk a dense one and one with experts, and one of the MTP module
+    assert kernels == dict.fromkeys(kernels, num_layers if is_splash else 0)
+    assert ("tgmm" in program.hlo) == (jax.__version_info__ < grouped.NATIVE_SINCE) != ("ragged-dot" in program.hlo)
+    said = capsys.readouterr().err
+    assert ("attention by XLA, slow here: not splash" in said) != is_splash
 
 
 def test_an_over_full_step_is_one_line(here, capsys, tmp_path):

@@ -18,6 +18,7 @@ from mtp_jax.config import Config, validate
 from mtp_jax.data import tokenizer
 from mtp_jax.model import Tree
 from mtp_jax.tools.planning.topology import Topology
+from mtp_jax.tools.planning.work import matmul_flops
 from mtp_jax.training.loop import with_vocabulary
 from mtp_jax.training.step import Trainer, make_trainer
 
@@ -122,54 +123,3 @@ def _dumped(folder: str, part: str) -> str:
     if not found:
         raise CompilerError(f"the compiler left no {part} text; this libtpu is not known to work, use the one jax pins")
     return found[-1].read_text(encoding="utf-8")
-
-
-def matmul_flops(jaxpr: Any, num_devices: int) -> float:
-    """FLOPs of the matrix products of a traced program, over all devices: 2 x rows x columns x summed.
-
-    A scan's body counts as often as it runs, a shard_map's on every device, a grouped product once a row; a loop whose
-    bound is known at run time only counts as not run, as in `hlo`. What the compiler would drop as unused counts.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        times = 1
-        if eqn.primitive.name == "dot_general":
-            (lhs_dims, _), _ = eqn.params["dimension_numbers"]
-            summed = _product(eqn.invars[0].aval.shape[d] for d in lhs_dims)
-            total += 2.0 * _product(eqn.outvars[0].aval.shape) * summed
-        elif eqn.primitive.name == "ragged_dot_general":
-            total += _ragged_flops(eqn)
-        elif eqn.primitive.name == "scan":
-            times = eqn.params["length"]
-        elif eqn.primitive.name == "shard_map":
-            times = num_devices
-        elif eqn.primitive.name == "while":
-            times = 0
-        total += times * sum(matmul_flops(inner, num_devices) for inner in _inner(eqn))
-    return total
-
-
-def _inner(eqn: Any) -> list[Any]:
-    """The programs among an equation's parameters, without their constants."""
-    out = []
-    for value in eqn.params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
-                out.append(one)
-    return out
-
-
-def _ragged_flops(eqn: Any) -> float:
-    """Each row meets one group only: rows x what is summed x what is produced, whichever of them is ragged."""
-    (lhs, rhs), dims = (v.aval.shape for v in eqn.invars[:2]), eqn.params["ragged_dot_dimension_numbers"]
-    (_, rhs_summed), (_, rhs_batch) = dims.dot_dimension_numbers
-    kept = [n for d, n in enumerate(rhs) if d not in (*rhs_summed, *rhs_batch, *dims.rhs_group_dimensions)]
-    return 2.0 * _product(lhs) * _product(kept)
-
-
-def _product(sizes: Any) -> float:
-    out = 1.0
-    for size in sizes:
-        out *= size
-    return out

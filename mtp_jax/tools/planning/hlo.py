@@ -8,7 +8,7 @@ tokens between experts, which an even load does not need.
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -62,12 +62,14 @@ def parse(text: str) -> Module:
         if header:
             current = module.computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):
             current = None
         elif current is not None:
             found = _INSTRUCTION.match(line)
             if found:
                 current.append(Instruction(*found.groups()))
+            elif current:  # an attribute of several lines, as Pallas kernels have: the last begins with "}}"
+                current[-1] = replace(current[-1], rest=f"{current[-1].rest} {line}")
     module.sources = _sources(text)
     _count(module, entry)
     return module

@@ -1,0 +1,146 @@
+"""Causal attention within a document on TPUs, by jax's splash attention: no scores in main memory, forward or backward.
+
+Blocks of scores above the diagonal are not computed. Inside the others causality and the borders of documents are a
+mask made from positions and segment ids where the scores are. Of a row that is cut over the context axis each device
+takes its own lines of the table of blocks.
+
+Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.layers.dispatch import KERNEL
+from mtp_jax.sharding import platform
+
+LANES = 128  # of the vector unit: what blocks are multiples of
+# Queries and keys of a block, in all three kernels, and dq apart from dk and dv: MaxText's defaults (its
+# configs/types.py, sa_block_* and sa_use_fused_bwd_kernel). Larger blocks read keys and values less often and mask more
+# in vain; 2048, as some recipes for v5p have them, need more vector memory than a program gets by default.
+BLOCK = 512
+MOST_DIM = 256  # of a head: what compiles in blocks of 512 in both dtypes for v5e, v5p and v6e; 576 in float32 does not
+
+
+def _splash() -> Any:
+    """jax's kernels, the same in 0.10 to 0.12. Imported where they are used: no other device needs them."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    return splash_attention
+
+
+def attend(
+    q_BTHQ: jax.Array,
+    k_BSGQ: jax.Array,
+    v_BSGV: jax.Array,
+    segments_BS: jax.Array | None,
+    first: jax.Array | int,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.attend`, of queries that are one of S / T equal parts of their rows.
+
+    Head dims are taken as they are, 192 beside 128 too; nothing is padded.
+
+    Args:
+      interpret: run the kernels as plain jax, on any device.
+    """
+    length, num_keys = q_BTHQ.shape[1], k_BSGQ.shape[1]
+    # The kernels know no scale. Queries are scaled in float32 and rounded once more.
+    scaled_BTHQ = (q_BTHQ.astype(jnp.float32) * scale).astype(q_BTHQ.dtype)
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled_BTHQ, k_BSGQ, v_BSGV))
+    segments = None
+    if segments_BS is not None:
+        segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
+        segments = _splash().SegmentIds(segments_BT, segments_BS)
+    kernel = _kernel(q_BTHQ.shape[2:], length, num_keys, first, interpret)
+    return jnp.swapaxes(_run(kernel, *heads_first, segments), 1, 2)
+
+
+@jax.custom_vjp
+def _run(kernel: Any, q_BHTQ: jax.Array, k_BGSQ: jax.Array, v_BGSV: jax.Array, segments: Any) -> jax.Array:
+    """The kernel row by row, [B, H, T, V]; its gradient is the kernel's own.
+
+    The kernel writes each query's normaliser 128 times. The compiler would cut one of them out where it is read, in the
+    backward pass, and keep all 128 until then: the barrier has it done before the output is used.
+    """
+    return jax.vmap(kernel)(q_BHTQ, k_BGSQ, v_BGSV, segments)
+
+
+def _run_forward(kernel, q_BHTQ, k_BGSQ, v_BGSV, segments):
+    out_and_back = jax.vjp(lambda *qkv: jax.vmap(kernel)(*qkv, segments), q_BHTQ, k_BGSQ, v_BGSV)
+    return jax.lax.optimization_barrier(out_and_back)
+
+
+def _run_backward(back, grad_BHTV):
+    return None, *back(grad_BHTV), None
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array | int, interpret: bool) -> Any:
+    """(q [H, T, Q], k [G, S, Q], v [G, S, V], segments) -> [H, T, V], with a gradient, of one row's part.
+
+    Args:
+      heads: H and Q.
+    """
+    splash, num_parts, (num_heads, dim) = _splash(), num_keys // length, heads
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    # What has 192 numbers a head last takes the room of 256 in memory, and is kept for the backward pass so; positions
+    # last leave no gaps.
+    layout = splash.QKVLayout.SEQ_MINOR if dim % LANES else splash.QKVLayout.HEAD_DIM_MINOR
+    whole = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((num_keys, num_keys))] * num_heads),
+        block_sizes=splash.BlockSizes(
+            **{f"block_{name}": block_of(length) for name in names}, q_layout=layout, k_layout=layout
+        ),
+        head_shards=1,
+        q_seq_shards=num_parts,
+        residual_checkpoint_name=KERNEL,
+        interpret=interpret,
+    )
+    if num_parts == 1:
+        return whole
+
+    def of_part(x):  # tables [heads, blocks of queries, blocks of keys], and the queries' positions
+        dim = {3: 1, 1: 0}[x.ndim]
+        size = x.shape[dim] // num_parts
+        return jax.lax.dynamic_slice_in_dim(x, first // length * size, size, axis=dim)
+
+    return jax.tree.map(of_part, whole)
+
+
+def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, *_: Any) -> str:
+    """Why splash attention cannot take this attention; empty where it can. Arguments as `attention.attend`."""
+    dtypes, dims = {x.dtype for x in (q_BTHQ, k_BSGQ, v_BSGV)}, (q_BTHQ.shape[-1], v_BSGV.shape[-1])
+    if platform() != "tpu":
+        return f"it is for TPUs, and this is {platform()}"
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
+        return f"it computes in bfloat16 or float32, and this is {', '.join(sorted(map(str, dtypes)))}"
+    if q_BTHQ.shape[1] % LANES:
+        return f"it takes a multiple of {LANES} positions a device, and these are {q_BTHQ.shape[1]}"
+    if k_BSGQ.shape[1] % q_BTHQ.shape[1]:
+        return f"queries are an equal part of their rows, and these are {q_BTHQ.shape[1]} of {k_BSGQ.shape[1]}"
+    if max(dims) > MOST_DIM:
+        return f"head dims are at most {MOST_DIM}, and these are {dims}"
+    return ""
+
+
+def block_of(length: int) -> int:
+    """The largest block that divides the length, itself a multiple of 128."""
+    return next(block for block in range(BLOCK, 0, -LANES) if length % block == 0)
+
+
+def computed_blocks(name: str, grid: Sequence[int]) -> float:
+    """How many of a grid's blocks a kernel computes, by its name: those on the diagonal and below. The mean of a row's
+    parts where it is cut.
+
+    Args:
+      grid: [rows, heads, blocks of queries, blocks of keys]; for dk and dv [rows, blocks of keys, heads, of queries].
+    """
+    num_blocks = grid[-3] if "_dkv" in name else grid[-1]  # of keys: a whole row's
+    return math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)

@@ -1,0 +1,66 @@
+"""Grouped matmul on TPUs by jax's megablox kernels, which multiply each tile of rows with the matrices it has rows of.
+
+For jax before 0.11, whose compiler has no such kernel for the gradient of the matrices (docs/log.md).
+
+Shape letters: N rows, D columns in, F columns out, E groups.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.sharding import platform
+
+LANES = 128
+# Most rows and columns of a tile: MaxText's defaults (its configs/base.yml, wi_tile_* and wo_tile_*). Two of each
+# operand's tiles, two results and a sum in float32 take 12 MiB of vector memory, of the 16 that a kernel gets.
+ROWS, COLUMNS = 512, 1024
+
+
+def product(
+    x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, is_transposed: bool = False, interpret: bool = False
+) -> jax.Array:
+    """x[n] @ w[e] for the rows of each group, [N, F] in the dtype of x; is_transposed: by w[e]^T, with w [E, F, D].
+
+    Args:
+      x_ND: a multiple of 128 rows, here and in `matrices`. sizes_E: int32, together N.
+      interpret: run the kernels as plain jax, on any device.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    (num_rows, dim), width = x_ND.shape, w_EDF.shape[1 if is_transposed else 2]
+    tiles = _tiles(num_rows, dim, width, x_ND.dtype.itemsize)
+    return gmm(x_ND, w_EDF, sizes_E, x_ND.dtype, tiles, transpose_rhs=is_transposed, interpret=interpret)
+
+
+def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
+    """x^T y of each group's rows, [E, D, F] in the dtype of x; zeros of a group without rows."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    (num_rows, dim), width = x_ND.shape, y_NF.shape[1]
+    tiles = _tiles(num_rows, dim, width, x_ND.dtype.itemsize)
+    return tgmm(x_ND.T, y_NF, sizes_E, x_ND.dtype, tiles, interpret=interpret)
+
+
+def why_not(x_ND: jax.Array, w_EDF: jax.Array) -> str:
+    """Why megablox cannot take this product; empty where it can."""
+    dtypes = {x_ND.dtype, w_EDF.dtype}
+    if platform() != "tpu":
+        return f"the kernels are for TPUs, and this is {platform()}"
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
+        return f"the kernels compute in bfloat16 or float32, and this is {x_ND.dtype} by {w_EDF.dtype}"
+    if x_ND.shape[0] < LANES:
+        return f"the kernels take at least {LANES} rows, and these are {x_ND.shape[0]}"
+    return ""
+
+
+def _tiles(num_rows: int, dim: int, width: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows that divide all rows, and columns in equal shares, which the last may not fill."""
+    rows = next(rows for rows in range(ROWS, 0, -LANES) if num_rows % rows == 0)
+    most = COLUMNS * 2 // itemsize
+
+    def share(size: int) -> int:
+        return size if size <= most else LANES * math.ceil(size / math.ceil(size / most) / LANES)
+
+    return rows, share(dim), share(width)

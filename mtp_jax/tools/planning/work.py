@@ -1,0 +1,69 @@
+"""Matrix products of a step as it was traced, before the compiler: recomputation is in it, fusions are not."""
+
+from typing import Any
+
+from mtp_jax.layers import attention_splash
+
+
+def matmul_flops(jaxpr: Any, num_devices: int) -> float:
+    """FLOPs of the matrix products of a traced program, over all devices: 2 x rows x columns x summed.
+
+    A scan's body counts as often as it runs, a shard_map's on every device, a grouped product once a row; a loop whose
+    bound is known at run time only counts as not run, as in `hlo`. What the compiler would drop as unused counts. Of a
+    Pallas kernel the body counts once for each block that it computes, unless the kernel says itself what it takes, as
+    those do whose blocks only the run knows.
+    """
+    total = 0.0
+    times: float
+    for eqn in jaxpr.eqns:
+        times = 1
+        if eqn.primitive.name == "dot_general":
+            (lhs_dims, _), _ = eqn.params["dimension_numbers"]
+            summed = _product(eqn.invars[0].aval.shape[d] for d in lhs_dims)
+            total += 2.0 * _product(eqn.outvars[0].aval.shape) * summed
+        elif eqn.primitive.name == "ragged_dot_general":
+            total += _ragged_flops(eqn)
+        elif eqn.primitive.name == "scan":
+            times = eqn.params["length"]
+        elif eqn.primitive.name == "shard_map":
+            times = num_devices
+        elif eqn.primitive.name == "while":
+            times = 0
+        elif eqn.primitive.name == "pallas_call" and eqn.params["cost_estimate"]:
+            total, times = total + eqn.params["cost_estimate"].flops, 0
+        elif eqn.primitive.name == "pallas_call":
+            times = _blocks(eqn)
+        total += times * sum(matmul_flops(inner, num_devices) for inner in _inner(eqn))
+    return total
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """The programs among an equation's parameters, without their constants."""
+    out = []
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            one = getattr(one, "jaxpr", one)
+            if hasattr(one, "eqns"):
+                out.append(one)
+    return out
+
+
+def _blocks(eqn: Any) -> float:
+    """How often a Pallas kernel's body computes: once a point of its grid, where the kernel does not skip some."""
+    name, grid = eqn.params["name"], eqn.params["grid_mapping"].grid
+    return attention_splash.computed_blocks(name, grid) if name.startswith("splash_") else _product(grid)
+
+
+def _ragged_flops(eqn: Any) -> float:
+    """Each row meets one group only: rows x what is summed x what is produced, whichever of them is ragged."""
+    (lhs, rhs), dims = (v.aval.shape for v in eqn.invars[:2]), eqn.params["ragged_dot_dimension_numbers"]
+    (_, rhs_summed), (_, rhs_batch) = dims.dot_dimension_numbers
+    kept = [n for d, n in enumerate(rhs) if d not in (*rhs_summed, *rhs_batch, *dims.rhs_group_dimensions)]
+    return 2.0 * _product(lhs) * _product(kept)
+
+
+def _product(sizes: Any) -> float:
+    out = 1.0
+    for size in sizes:
+        out *= size
+    return out

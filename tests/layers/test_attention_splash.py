@@ -1,0 +1,157 @@
+"""Splash attention, as plain jax on a CPU: against the slow path, and the rule that chooses it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+from mtp_jax import sharding
+from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.layers import attention, attention_splash
+from mtp_jax.layers.block import POLICIES
+from mtp_jax.layers.dispatch import note
+from mtp_jax.sharding import first_position, local, whole_length
+from tests.layers.hopper import assert_close
+
+LENGTH, SCALE = 256, 0.2
+
+
+@pytest.fixture
+def as_on_tpu(monkeypatch):
+    """The point of dispatch takes this machine for a TPU; the kernels run as plain jax, in blocks of 128."""
+    for module in (attention, attention_splash):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention_splash, "BLOCK", 128)
+    interpreted = functools.partial(attention_splash.attend, interpret=True)
+    monkeypatch.setitem(attention.KERNELS, "splash", (attention_splash.why_not, interpreted))
+
+
+def inputs(heads=4, groups=2, dims=(24, 16), dtype=jnp.float32, length=LENGTH):
+    """q, k, v and a cotangent."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    shapes = (heads, dims[0]), (groups, dims[0]), (groups, dims[1]), (heads, dims[1])
+    return [jax.random.normal(key, (2, length, *s)).astype(dtype) for key, s in zip(keys, shapes, strict=True)]
+
+
+def documents(length=LENGTH):
+    """Documents with padding between them, as the deeper depths of MTP have, and padding at the end."""
+    segments_BT = jnp.sort(jax.random.randint(jax.random.key(4), (2, length), 1, 6), axis=1)
+    segments_BT = jnp.where(jnp.diff(segments_BT, append=9, axis=1) != 0, 0, segments_BT)
+    return segments_BT.at[:, -40:].set(0)
+
+
+@functools.partial(jax.jit, static_argnames="kernel")
+def both_ways(q, k, v, grad, segments_BS=None, first=0, kernel="auto"):
+    out, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, segments_BS, SCALE, first, kernel), q, k, v)
+    return out, *pull(grad.astype(out.dtype))
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "dims", "is_packed"),
+    [(2, 2, (192, 128), True), (4, 2, (24, 16), False), (4, 1, (32, 32), True)],
+)
+def test_values_and_gradients_are_those_of_the_slow_path(as_on_tpu, heads, groups, dims, is_packed):
+    arguments = inputs(heads, groups, dims)
+    segments_BT = documents() if is_packed else None
+    found = both_ways(*arguments, segments_BT, kernel="splash")
+    for a, b in zip(found, both_ways(*arguments, segments_BT, kernel="xla"), strict=True):
+        assert_close(a, b, 2e-6)
+
+
+def test_bfloat16_is_about_as_near_to_float32_as_the_slow_path_is(as_on_tpu, monkeypatch):
+    """At a scale that models have: queries are scaled before the product, and rounded once more than there."""
+    monkeypatch.setitem(globals(), "SCALE", 192**-0.5)
+    both_ways.clear_cache()
+    arguments = inputs(2, 2, (192, 128), jnp.bfloat16)
+    exact = both_ways(*(x.astype(jnp.float32) for x in arguments), documents(), kernel="xla")
+
+    def errors(kernel):
+        found = both_ways(*arguments, documents(), kernel=kernel)
+        return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
+
+    for splash, slow in zip(errors("splash"), errors("xla"), strict=True):
+        assert splash < 1.6 * slow < 0.01
+    both_ways.clear_cache()
+
+
+def test_parts_of_a_row_begin_where_the_run_says(as_on_tpu):
+    q, k, v, grad = inputs(2, 1, length=512)
+    for part in range(4):  # one program
+        cut = slice(128 * part, 128 * part + 128)
+        arguments = (q[:, cut], k, v, grad[:, cut], documents(512), jnp.int32(128 * part))
+        found = both_ways(*arguments, kernel="splash")
+        for a, b in zip(found, both_ways(*arguments, kernel="xla"), strict=True):
+            assert_close(a, b, 2e-6)
+
+
+def test_on_a_mesh_that_cuts_rows_positions_and_heads(as_on_tpu):
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
+    heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
+
+    def run(kernel, q, k, v, segments_BS, grad):
+        def one_device(q, k, v, segments_BS):
+            first = first_position(q.shape[1])
+            return attention.attend(q, whole_length(k), whole_length(v), segments_BS, SCALE, first, kernel)
+
+        attend = local(one_device, (heads, groups, groups, ("batch", None)), heads)
+        out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments_BS), q, k, v)
+        return out, *pull(grad)
+
+    q, k, v, grad = inputs(length=256)
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(run, "splash"))(q, k, v, documents(256), grad)
+    for a, b in zip(found, both_ways(q, k, v, grad, documents(256), kernel="xla"), strict=True):
+        assert_close(a, b, 2e-6)
+
+
+REFUSED = {
+    "another device": ({}, "and this is cpu"),
+    "another dtype": ({"dtype": jnp.float16}, "float16"),
+    "a short row": ({"length": 64}, "multiple of 128"),
+    "an odd row": ({"length": 200}, "multiple of 128"),
+    "large heads": ({"dims": (320, 128)}, "at most 256"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu, monkeypatch, capsys, name):
+    shape, reason = REFUSED[name]
+    if name == "another device":
+        monkeypatch.setattr(attention_splash, "platform", lambda: "cpu")
+    note.cache_clear()
+    *qkv, _ = inputs(**shape)
+    for _ in range(2):
+        found = attention.attend(*qkv, None, SCALE)
+        np.testing.assert_array_equal(found, attention.attend(*qkv, None, SCALE, kernel="xla"))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and reason in said[0]
+    with pytest.raises(UserError, match="model.attention_kernel=splash"):
+        attention.attend(*qkv, None, SCALE, kernel="splash")
+
+
+@pytest.mark.parametrize(("kernel", "is_splash"), [("auto", True), ("splash", True), ("xla", False)])
+def test_a_tpu_takes_it_where_it_can_and_the_config_can_ask_for_another(as_on_tpu, capsys, kernel, is_splash):
+    *qkv, _ = inputs()
+    text = str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, documents(), SCALE, kernel=kernel))(*qkv))
+    assert ("splash_mha_fwd" in text) == is_splash
+    assert not capsys.readouterr().err
+
+
+def test_recomputation_runs_the_kernel_once_where_its_outputs_are_kept(as_on_tpu):
+    def runs(policy):
+        def loss(q, k, v):
+            return jax.checkpoint(lambda *qkv: attention.attend(*qkv, documents(), SCALE), policy=policy)(q, k, v).sum()
+
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs()[:3]).jaxpr
+        used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        return str(used).count("name=splash_mha_fwd")
+
+    assert {name: runs(policy) for name, policy in POLICIES.items()} == {"dots": 1, "kernels": 1, "full": 2}
+
+
+@pytest.mark.parametrize(("length", "block"), [(128, 128), (384, 384), (640, 128), (1024, 512), (4096, 512)])
+def test_blocks_divide_the_row(length, block):
+    assert attention_splash.block_of(length) == block
