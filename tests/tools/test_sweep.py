@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mtp_jax.config import UserError, load_config
+from mtp_jax.evaluation import decode_tasks
 from mtp_jax.tools import sweep
 from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import parse_over, plan
@@ -292,6 +293,10 @@ def test_a_model_without_depths_is_not_asked_to_draft(tmp_path):
     assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
     assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative,advice", "--limit=2"]
     assert Commands(TINY, tmp_path, ["speculative"], []).evaluation(runs[0]) == []
+    flags = ["--limit=2", *(f"--{name}=1" for name in decode_tasks.OWN_FLAGS)]  # refused where none drafts
+    commands = Commands(TINY, tmp_path, ["loss", "speculative"], flags)
+    assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
+    assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative", *flags]
 
 
 def test_a_failure_is_told_with_its_line_and_the_rest_goes_on(scripted, tmp_path, capfd):
