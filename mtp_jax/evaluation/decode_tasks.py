@@ -86,8 +86,8 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
     num_drafts = args.draft_length or model.config.depth
     check_drafts(model.config, max(1, num_drafts))
     prompts = _prompts(model, args)
-    options = {"max_new_tokens": args.max_new_tokens or NUM_NEW, "sampler": _sampler(args), "seed": model.config.seed}
-    options |= {"stop_tokens": model.end_tokens}
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or NUM_NEW, "sampler": _sampler(args)}
+    options |= {"seed": model.config.seed, "stop_tokens": model.end_tokens}
     out: dict[str, tuple[str, dict[str, Any]]] = {}
     if "speculative" in tasks:
         result = speculative.measure(
