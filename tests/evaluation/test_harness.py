@@ -2,6 +2,7 @@
 the files, makes the prompts by hand and asks for the logits of whole rows."""
 
 import argparse
+import dataclasses
 import json
 import re
 import string
@@ -12,10 +13,11 @@ import pytest
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
-from mtp_jax.data import ByteTokenizer
+from mtp_jax.data import ByteTokenizer, load_tokenizer
+from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.evaluation import benchmarks, decode_tasks, harness
 from mtp_jax.language_model import LanguageModel
-from tests import real_data
+from tests import real_data, sentencepiece
 from tests.decoding.models import MLA, build, replace, sequential
 
 pytest.importorskip("lm_eval")
@@ -210,6 +212,30 @@ def test_sampled_answers_repeat_and_differ(evaluate, tmp_path):
     first, second = (evaluate("--tasks=written", "--limit=5", folder)[1]["written"] for _ in range(2))
     assert [s["resps"] for s in first] == [s["resps"] for s in second]
     assert all(len(set(s["resps"][0])) > 1 for s in first)
+
+
+def test_answers_keep_the_blanks_they_begin_with(lm, monkeypatch, tmp_path):
+    """The indentation of a program is the answer's, whatever the tokenizer makes of the beginning of a text."""
+    sentencepiece.llama_style().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode("def f():\n return 1  STOP at 3")
+    num_before = len(tokenizer.encode("def f():\n"))
+
+    def scripted(self, prompts, max_new_tokens, *, ends, **options):
+        rows = [ids[num_before : num_before + max_new_tokens] for _ in prompts]
+        rows = [row[: ends(b, row) or len(row)] for b, row in enumerate(rows)]
+        return Generation(rows, np.ones(len(rows), int), *np.zeros((2, len(rows), 0), int))
+
+    monkeypatch.setattr(Decoder, "generate", scripted)
+    told = harness.HarnessModel(dataclasses.replace(lm, tokenizer=tokenizer))
+
+    def answer(context, until):
+        request = harness.Instance("generate_until", {}, (context, {"until": until, "max_gen_toks": 64}), 0)
+        return told.generate_until([request])[0]
+
+    assert answer("def f():\n", ["STOP"]) == " return 1  "
+    assert answer("def f():\n", [" re"]) == ""
+    assert answer("", ["STOP"]) == "return 1  "  # after a bos alone it is the beginning of a text
 
 
 def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
