@@ -16,11 +16,10 @@ from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import parse_over, plan
 from mtp_jax.tools.sweeping.runner import Commands, Runner, RunsFailed, Stopped
 from mtp_jax.training.metrics import read_metrics
-from tests.commands import CPU, SMALL, command, run_here, run_process
+from tests.commands import CPU, QUICK, SMALL, command, run_here, run_process
 from tests.conftest import ROOT
 
 TINY = "configs/tiny.py"
-QUICK = {**CPU, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 DENSE = [*SMALL, "--config.model.num_experts=0"]
 
 
