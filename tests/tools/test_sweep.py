@@ -464,9 +464,10 @@ def test_a_run_that_fails_does_not_end_the_rest(tmp_path):
     assert "source=python_source,files=empty: done" in done.stdout
 
 
-def wait_for_step(path, step, process):
-    end = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < step:
+def wait_for_step(run, step, process):
+    """Until the step is in metrics.jsonl and a checkpoint is complete, which on a busy machine comes later."""
+    end, path = time.monotonic() + 120, run / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < step or not list(run.glob("checkpoints/*[0-9]")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
 
@@ -479,7 +480,7 @@ def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
     options = {"cwd": ROOT, "env": QUICK, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for number, step in ((signal.SIGKILL, 60), (signal.SIGINT, 120)):
         process = subprocess.Popen(line, **options, start_new_session=True)
-        wait_for_step(metrics, step, process)
+        wait_for_step(run, step, process)
         os.killpg(process.pid, number)  # as Ctrl-C does: the whole foreground group
         error = process.communicate(timeout=60)[1]
         wanted = (-9, 0) if number == signal.SIGKILL else (1, 1)
