@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from mtp_jax import cli
-from tests.conftest import ROOT
+from tests.conftest import QUICK_FLAGS, ROOT
 
 # Small enough to compile in seconds; the sample would be one more program.
 SMALL = [
@@ -17,6 +17,7 @@ SMALL = [
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "MTP_JAX_CACHE")
 PLAIN = {name: os.environ[name] for name in ("PATH", "HOME", *CACHES) if name in os.environ}
 CPU = {**PLAIN, "JAX_PLATFORMS": "cpu"}
+QUICK = {**CPU, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": QUICK_FLAGS}  # little is run and much compiled
 
 
 def command(script, *argv):
@@ -49,9 +50,9 @@ def start_two(script, *argv, before=(), heartbeat=10, **env):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**CPU, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "TF_CPP_MIN_LOG_LEVEL": "3", **env}
     # gloo waits 30 s for the other process at the first collective: the two must not compile for long.
-    env |= {"PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = {**QUICK, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1", **env}
+    env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--heartbeat_seconds={heartbeat}"]
     return [
         subprocess.Popen(

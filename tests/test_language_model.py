@@ -9,9 +9,10 @@ import pytest
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
-from mtp_jax.data import ByteTokenizer
+from mtp_jax.data import ByteTokenizer, load_tokenizer
 from mtp_jax.language_model import LanguageModel, texts
-from tests.decoding.models import MLA, build, parallel
+from tests import sentencepiece
+from tests.decoding.models import MLA, build, parallel, replace
 from tests.decoding.trained import CONTEXT, train_small
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -123,6 +124,45 @@ def test_a_stop_string_that_names_a_special_token_is_that_token(lm):
         lm.generate(PROMPTS, NUM_NEW, stop="o"),
     )
     assert found.texts == expected.texts and any(len(text) < 50 for text in found.texts)
+
+
+@pytest.fixture(scope="module", params=["llama", "unigram"])
+def blanks(request, tmp_path_factory):
+    """A random model whose tokenizer takes the first blank off what it decodes."""
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    getattr(sentencepiece, f"{request.param}_style")().save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    built = build(replace(MLA, vocab_size=tokenizer.vocab_size), context=64)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    return LanguageModel(built.config, built.params, built.biases, tokenizer, mesh)
+
+
+def written_after(lm):
+    """Rows enough that some of a random model begin with a blank: one token in twenty does."""
+    texts = ["the station", "Bob", "  at 3", "def f(x):\n", "café", "a "]
+    befores = [*lm.prompt_ids(texts), [lm.tokenizer.bos_id]]
+    return befores * 24
+
+
+def test_a_text_keeps_the_blank_it_begins_with(blanks):
+    """The prompt's text with what was written is the text of all tokens; after a bos alone, which has none, as well."""
+    befores, decode = written_after(blanks), blanks.tokenizer.decode
+    out = blanks.generate(befores, 6, temperature=3.0, stop_tokens=())
+    for before, tokens, text in zip(befores, out.tokens, out.texts, strict=True):
+        assert decode(before) + text == decode([*before, *tokens])
+    num_kept = sum(text == " " + decode(tokens) for text, tokens in zip(out.texts, out.tokens, strict=True))
+    assert num_kept > 2
+
+
+def test_a_stop_string_is_found_with_the_blank_it_begins_with(blanks):
+    befores, options = written_after(blanks), {"temperature": 3.0, "stop_tokens": ()}
+    whole = blanks.generate(befores, 6, **options)
+    stop = next(text[:2] for text in whole.texts if text[0] == " " and text[1:2].isalpha())
+    out = blanks.generate(befores, 6, stop=stop, **options)
+    for before, text, tokens, uncut in zip(befores, out.texts, out.tokens, whole.texts, strict=True):
+        assert text == uncut.split(stop)[0]
+        assert stop not in blanks.tokenizer.decode_after(before, tokens[:-1])  # none more than completes it
+    assert "" in out.texts
 
 
 def test_plain_passes_are_as_many_as_tokens_where_a_text_is_cut(lm, plain):

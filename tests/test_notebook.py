@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.commands import CPU, run_process
+from tests.commands import QUICK, run_process
 from tests.conftest import ROOT
 
 NOTEBOOK = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())
@@ -51,8 +51,7 @@ def test_cells_run_in_order(tmp_path):
     script.write_text(
         "\n\n".join([NO_PIP, cells.pop("install"), cells.pop("train"), again, *cells.values(), FIGURES]) + "\n"
     )
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "MPLBACKEND": "Agg"}  # little is run and much compiled
-    done = run_process(script, env=CPU | quick)
+    done = run_process(script, env=QUICK | {"MPLBACKEND": "Agg"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed  from step 3" in done.stdout
     # Losses of three depths and agreement of two; bars of plain decoding and of one to three drafts, twice.

@@ -1,5 +1,6 @@
 """Text to ids and back: bytes, or a Hugging Face tokenizer.json. One interface."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -50,6 +51,12 @@ class Tokenizer(Protocol):
         """The text; special and unknown ids are dropped, bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
+        """The text that `ids` add to that of `before`: with it, `decode` of both, where `before` ends with a whole
+        character. By itself the first id may be less: SentencePiece takes a blank off the beginning of a text.
+        """
+        ...
+
     def special_id(self, name: str) -> int | None:
         """The id of the special token of that name, which `decode` drops; None where there is none."""
         ...
@@ -75,6 +82,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
+
+    def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
+        return self.decode(ids)
 
     def special_id(self, name: str) -> int | None:
         return None  # they have no names
@@ -140,8 +150,23 @@ class HFTokenizer:
         return [np.array(e.ids, np.int32) for e in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        kept = [int(i) for i in ids if 0 <= i < self.vocab_size and int(i) not in self._special]
-        return self._tokenizer.decode(kept, skip_special_tokens=True)
+        return self._tokenizer.decode([int(i) for i in ids if self._is_text(i)], skip_special_tokens=True)
+
+    def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
+        if not any(map(self._is_text, before)):
+            return self.decode(ids)  # after a bos, say, they are the beginning
+        lead, text = self._lead
+        return self.decode([*lead, *ids])[len(text) :]
+
+    def _is_text(self, i: int) -> bool:
+        return 0 <= i < self.vocab_size and int(i) not in self._special
+
+    @functools.cached_property
+    def _lead(self) -> tuple[list[int], str]:
+        """An id and its text, which stays as it is whatever ids follow: one without a part of a character. The last of
+        what really comes before may be such a part, and would spoil the bytes behind it."""
+        texts = (([i], self.decode([i])) for i in range(self.vocab_size))
+        return next(((ids, text) for ids, text in texts if text and "\ufffd" not in text), ([], ""))
 
     def special_id(self, name: str) -> int | None:
         found = self._tokenizer.token_to_id(name)

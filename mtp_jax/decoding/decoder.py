@@ -73,7 +73,7 @@ class Decoder:
         num_drafts: int = 0,
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
-        ends: Callable[[np.ndarray], int | None] | None = None,
+        ends: Callable[[int, np.ndarray], int | None] | None = None,
     ) -> Generation:
         """Continue every prompt until `max_new_tokens`, the model's context or a stop.
 
@@ -82,7 +82,8 @@ class Decoder:
           num_drafts: K tokens drafted before each forward pass of the main model; 0 is plain decoding.
           seed: of the draws. What a row draws depends on its place in the batch, not on the rows beside it.
           stop_tokens: ids that end a row.
-          ends: given what a row has written so far, how many tokens of it to keep if it has come to its end.
+          ends: given a row's number and what it has written so far, how many tokens of it to keep if it has come to
+            its end.
 
         Raises:
           UserError: prompts or numbers that cannot be used; see `start`.
@@ -94,7 +95,7 @@ class Decoder:
             rounds = ROUNDS_A_CALL if ends is None else ROUNDS_A_CALL_WATCHED
             state = self.write(state, rounds, sampler=sampler, stop_tokens=stop_tokens)
             rows, is_done = _written(state, starts)
-            found = {} if ends is None else {b: ends(row) for b, row in enumerate(rows) if b not in kept}
+            found = {} if ends is None else {b: ends(b, row) for b, row in enumerate(rows) if b not in kept}
             kept |= {b: end for b, end in found.items() if end is not None}
             is_done[list(kept)] = True
             if is_done.all():

@@ -42,10 +42,12 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Benchmarks that are known and allowed. tasks: the harness's objects, in the order asked for."""
+    """Benchmarks that are known and allowed. tasks: the harness's objects, in the order asked for; manager: who knows
+    them, and no more than has to be read."""
 
     names: list[str]
     tasks: list[Any]
+    manager: Any
 
 
 def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
@@ -74,7 +76,7 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
     for name in names:
         tasks += _load(manager, name)
     _check([leaf for top in tasks for leaf in _leaves(top)], args)
-    return Plan(list(names), tasks)
+    return Plan(list(names), tasks, manager)
 
 
 def _check(leaves: list[Any], args: argparse.Namespace) -> None:
@@ -183,6 +185,7 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
         results: Any = simple_evaluate(
             model=answers,
             tasks=plan.tasks,
+            task_manager=plan.manager,  # or it would read the files of all its own tasks, for seconds
             num_fewshot=args.num_fewshot,
             limit=args.limit,
             bootstrap_iters=BOOTSTRAP,

@@ -11,7 +11,7 @@ import numpy as np
 from mtp_jax import language_model
 from mtp_jax.config import MeshConfig, UserError, mesh_sizes
 from mtp_jax.decoding.decoder import Decoder, check_drafts
-from mtp_jax.decoding.samplers import make_sampler
+from mtp_jax.decoding.samplers import Sampler, make_sampler
 from mtp_jax.evaluation import advice, speculative
 from mtp_jax.evaluation.results import without_nan
 from mtp_jax.interop.folder import is_hf_folder
@@ -21,31 +21,42 @@ from mtp_jax.training.workdir import read_config
 NUM_PROMPTS = 16
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 BEYOND_DEPTH = 2  # drafts more than trained depths that the advice looks at
+NUM_NEW, TEMPERATURE = 128, 0.0
+OWN_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # None where not given: others ignore them
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """Those of both tasks; benchmarks share --draft_length and --batch_size."""
-    group = flags.add_argument_group("speculative, advice")
+    group = flags.add_argument_group(
+        "speculative, advice",
+        "Benchmarks read --draft_length and --batch_size; the rest is said by their task files (generation_kwargs).",
+    )
     group.add_argument(
         "--prompts", help="a file with a prompt a line, or .jsonl with a field prompt; default: held out"
     )
     group.add_argument(
         "--draft_length", type=int, help="tokens drafted a forward pass; default mtp.depth. advice: at most"
     )
-    group.add_argument("--max_new_tokens", type=int, default=128)
+    group.add_argument("--max_new_tokens", type=int, help=f"after each prompt; default {NUM_NEW}")
     group.add_argument("--batch_size", type=int, help="texts written at once; default 1, benchmarks 16")
-    group.add_argument("--temperature", type=float, default=0.0)
-    group.add_argument("--top_k", type=int)
-    group.add_argument("--top_p", type=float)
+    group.add_argument("--temperature", type=float, help="default 0, which is greedy")
+    group.add_argument("--top_k", type=int, help="sample from so many of the likeliest tokens")
+    group.add_argument("--top_p", type=float, help="sample from the likeliest tokens that have this mass")
 
 
 def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     """Refuse unusable flags before anything is loaded.
 
     Raises:
-      UserError: a number outside its range, or prompts that are not there.
+      UserError: a number outside its range, prompts that are not there, or flags that no task of `tasks` would read.
     """
-    make_sampler(args.temperature, args.top_k, args.top_p)
+    given = [name for name in OWN_FLAGS if getattr(args, name) is not None]
+    if given and not tasks:
+        raise UserError(
+            f"--{given[0]}={getattr(args, given[0])}: is read by --tasks=speculative,advice only; benchmarks write as "
+            "generation_kwargs of their task files say (for others give a file of your own, with --tasks_dir)"
+        )
+    _sampler(args)
     if args.prompts:
         speculative.read_prompts(args.prompts)
     elif tasks and is_hf_folder(args.workdir):
@@ -74,10 +85,9 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
     """
     num_drafts = args.draft_length or model.config.depth
     check_drafts(model.config, max(1, num_drafts))
-    sampler = make_sampler(args.temperature, args.top_k, args.top_p)
     prompts = _prompts(model, args)
-    options = {"max_new_tokens": args.max_new_tokens, "sampler": sampler, "seed": model.config.seed}
-    options |= {"stop_tokens": model.end_tokens}
+    options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or NUM_NEW, "sampler": _sampler(args)}
+    options |= {"seed": model.config.seed, "stop_tokens": model.end_tokens}
     out: dict[str, tuple[str, dict[str, Any]]] = {}
     if "speculative" in tasks:
         result = speculative.measure(
@@ -87,6 +97,11 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
     if "advice" in tasks:
         out["advice"] = _advice(model.decoder, prompts, args, options)
     return out
+
+
+def _sampler(args: argparse.Namespace) -> Sampler:
+    temperature = TEMPERATURE if args.temperature is None else args.temperature
+    return make_sampler(temperature, args.top_k, args.top_p)
 
 
 def _mesh(workdir: str) -> MeshConfig | None:

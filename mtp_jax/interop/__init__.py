@@ -2,7 +2,7 @@
 
     tensorfiles.py   safetensors files: lazy reading, streamed writing
     fp8.py           DeepSeek's block-wise fp8, dequantised
-    hf_config.py     config.json <-> Config
+    hf_config/       config.json <-> Config, both ways from the tables of hf_fields.py
     families.py      one table of names per family, the same for both directions
     weights.py       tables and shapes together: a folder as our stacked arrays, our arrays as a folder
 

@@ -28,7 +28,8 @@ SHORTEST_SHARED = 16  # tokens of a context below which reading it once for seve
 class Completions(Generation):
     """A `Generation` with its texts.
 
-    texts: what was written after each prompt, up to the stop string or token; empty without a tokenizer.
+    texts: what was written after each prompt, up to the stop string or token. A prompt's text and this are the text of
+      all tokens. Empty without a tokenizer.
     """
 
     texts: list[str]
@@ -128,17 +129,18 @@ class LanguageModel:
         stop_tokens = [*stop_tokens, *(token for token in special if token is not None and token < vocab)]
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
+        befores = self.prompt_ids(prompts)
         written = self.decoder.generate(
-            self.prompt_ids(prompts),
+            befores,
             max_new_tokens,
             sampler=sampler,
             num_drafts=num_drafts,
             seed=seed,
             stop_tokens=stop_tokens,
-            ends=self._finder(stops) if stops else None,
+            ends=self._finder(befores, stops) if stops else None,
         )
         parts = {f.name: getattr(written, f.name) for f in dataclasses.fields(written)}
-        return Completions(**parts, texts=self._texts(written.tokens, stops, stop_tokens))
+        return Completions(**parts, texts=self._texts(befores, written.tokens, stops, stop_tokens))
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -256,35 +258,40 @@ class LanguageModel:
             ids.append(tokens)
         return ids
 
-    def _finder(self, stops: list[str]) -> Callable[[np.ndarray], int | None]:
+    def _finder(self, befores: list[np.ndarray], stops: list[str]) -> Callable[[int, np.ndarray], int | None]:
         """How many tokens of a row are kept: those up to the one that completes a stop string."""
-        decode = self._needs_tokenizer().decode
+        decode_after = self._needs_tokenizer().decode_after
         if not all(stops):
             raise UserError("stop='': an empty string stops nothing; leave it out")
 
-        def ends(tokens: np.ndarray) -> int | None:
-            if not any(s in decode(tokens) for s in stops):
+        def ends(b: int, tokens: np.ndarray) -> int | None:
+            def is_complete(num: int) -> bool:
+                text = decode_after(befores[b], tokens[:num])
+                return any(s in text for s in stops)
+
+            if not is_complete(len(tokens)):
                 return None
             low, high = 1, len(tokens)  # the longer the text, the more it holds
             while low < high:
                 middle = (low + high) // 2
-                found = any(s in decode(tokens[:middle]) for s in stops)
-                low, high = (low, middle) if found else (middle + 1, high)
+                low, high = (low, middle) if is_complete(middle) else (middle + 1, high)
             return low
 
         return ends
 
-    def _texts(self, rows: list[np.ndarray], stops: list[str], stop_tokens: Sequence[int]) -> list[str]:
+    def _texts(
+        self, befores: list[np.ndarray], rows: list[np.ndarray], stops: list[str], stop_tokens: Sequence[int]
+    ) -> list[str]:
         if self.tokenizer is None:
             return []
         texts = []
-        for tokens in rows:
-            text = self.tokenizer.decode(tokens)
+        for before, tokens in zip(befores, rows, strict=True):
+            text = self.tokenizer.decode_after(before, tokens)
             cuts = [text.index(s) for s in stops if s in text]
             if cuts:
                 text = text[: min(cuts)]
             elif len(tokens) and tokens[-1] in list(stop_tokens):
-                text = self.tokenizer.decode(tokens[:-1])
+                text = self.tokenizer.decode_after(before, tokens[:-1])
             texts.append(text)
         return texts
 

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mtp_jax.config import UserError
 from mtp_jax.data import ByteTokenizer, load_tokenizer
+from tests import sentencepiece
 
 TEXTS = ["def f(x):\n    return x  # é ü 漢字 🙂\n", "aaaa bbbb  cccc\t\r\n", "<|endoftext|> is spelled here"]
 
@@ -122,6 +123,36 @@ def test_sentencepiece_pieces_count_their_text(saved):
     tokenizer = saved(made)
     assert tokenizer.token_bytes.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
     assert tokenizer.token_bytes[tokenizer.encode("a aé")].sum() == len("a aé".encode())
+
+
+@pytest.mark.parametrize("make", [sentencepiece.llama_style, sentencepiece.unigram_style, byte_level])
+def test_a_text_decoded_in_two_parts_is_the_text(saved, make):
+    """Wherever it is cut between two characters, at its ends too, and whatever special tokens stand there."""
+    tokenizer = saved(make())
+    for text in [*sentencepiece.TEXTS, "  Bob 漢字 🙂🙂 at 3", "a<|x|>  b"]:
+        ids = tokenizer.encode(text).tolist()
+        whole, cuts = tokenizer.decode(ids), 0
+        for n in range(len(ids) + 1):
+            before = tokenizer.decode(ids[:n])
+            if whole.startswith(before):  # else in the middle of a character
+                assert before + tokenizer.decode_after(ids[:n], ids[n:]) == whole
+                cuts += 1
+        assert cuts > 6 and tokenizer.decode_after([], []) == tokenizer.decode_after(ids, []) == ""
+
+
+def test_what_follows_no_text_is_the_beginning_of_one(saved):
+    tokenizer = saved(sentencepiece.llama_style())
+    bos, ids = tokenizer.bos_id, tokenizer.encode("the station")
+    assert tokenizer.decode_after([bos], ids) == tokenizer.decode_after([], ids) == "the station"
+    assert tokenizer.decode_after([bos, *ids], ids) == tokenizer.decode_after(ids, [bos, *ids]) == " the station"
+
+
+def test_part_of_a_character_before_spoils_no_byte_behind_it(saved):
+    """The library makes every byte of a run U+FFFD where one is: a prompt cut in mid-character is no such run."""
+    tokenizer = saved(sentencepiece.llama_style())
+    letter = [tokenizer._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "漢".encode()]
+    assert tokenizer.decode_after(letter[:1], letter) == "漢" and tokenizer.decode([letter[0], *letter]) == "\ufffd" * 4
+    assert tokenizer.decode_after(letter[:1], letter[1:]) == "\ufffd" * 2
 
 
 def test_fingerprint_tells_files_apart(saved):

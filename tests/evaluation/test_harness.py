@@ -2,6 +2,7 @@
 the files, makes the prompts by hand and asks for the logits of whole rows."""
 
 import argparse
+import dataclasses
 import json
 import re
 import string
@@ -12,15 +13,17 @@ import pytest
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
-from mtp_jax.data import ByteTokenizer
+from mtp_jax.data import ByteTokenizer, load_tokenizer
+from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.evaluation import benchmarks, decode_tasks, harness
 from mtp_jax.language_model import LanguageModel
-from tests import real_data
+from tests import real_data, sentencepiece
 from tests.decoding.models import MLA, build, replace, sequential
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONTEXT, NUM_ITEMS, BOS, EOS = 384, 200, 256, 257
+ROWS = 50  # scored at once by the tests' own scorer
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +36,12 @@ def lm():
 
 @pytest.fixture(scope="module")
 def main_logits(lm):
-    """float[B, 1 + CONTEXT, V] of the next token after each of a few rows, one length for all."""
+    """float[ROWS, T, V] of the next token after each of up to ROWS rows; T is one of three lengths, each a program."""
 
     def logits(rows):
-        tokens = np.zeros((len(rows), 1 + CONTEXT + lm.config.depth), int)
-        for row, ids in zip(tokens, rows, strict=True):
+        length = -(-(max(map(len, rows)) - 1) // 128) * 128
+        tokens = np.zeros((ROWS, 1 + length + lm.config.depth), int)
+        for row, ids in zip(tokens, rows, strict=False):
             row[: len(ids)] = ids
         return lm.logits(tokens)[:, :, 0].astype(np.float64)
 
@@ -48,6 +52,7 @@ def main_logits(lm):
 def evaluate(lm, monkeypatch, tmp_path):
     """(values, samples by task) of benchmarks.run with eval.py's flags, on the real files."""
     monkeypatch.setenv("MTP_DATA_DIR", str(real_data.find("bench")))
+    monkeypatch.setattr("lm_eval.evaluator.TaskManager", None)  # the plan's own is used: another reads 13,000 files
 
     def run(*argv, model=lm):
         flags = argparse.ArgumentParser()
@@ -84,32 +89,34 @@ def log_softmax(logits):
 def scores(logits, rows, nums_new):
     """log p of the last ids of each row, so many as are new; a row's end where it is too long."""
     rows = [row[-(CONTEXT + 1) :] for row in rows]
-    out = []
-    for row, num_new, found in zip(rows, nums_new, logits(rows + [[0]] * (5 - len(rows))), strict=False):
-        at = np.arange(len(row) - num_new, len(row))
-        out.append(log_softmax(found[at - 1])[np.arange(num_new), [row[i] for i in at]].sum())
+    order, out = sorted(range(len(rows)), key=lambda i: len(rows[i])), [0.0] * len(rows)
+    for at in range(0, len(rows), ROWS):
+        found = logits([rows[i] for i in order[at : at + ROWS]])
+        for i, logits_TV in zip(order[at : at + ROWS], found, strict=False):
+            new = np.arange(len(rows[i]) - nums_new[i], len(rows[i]))
+            out[i] = log_softmax(logits_TV[new - 1])[np.arange(len(new)), [rows[i][n] for n in new]].sum()
     return out
-
-
-def score(logits, ids, num_new):
-    return scores(logits, [ids], [num_new])[0]
 
 
 def test_multiple_choice(evaluate, main_logits):
     """ARC-Easy, 200 questions: the log-likelihood of every answer, and both accuracies."""
     values, samples = evaluate("--tasks=arc_easy", f"--limit={NUM_ITEMS}")
-    right, right_norm = [], []
-    for doc, sample in zip(lines_of("arc_easy_test.jsonl"), samples["arc_easy"], strict=True):
+    docs, rows, nums_new, right, right_norm = lines_of("arc_easy_test.jsonl"), [], [], [], []
+    for doc in docs:
         context = f"Question: {doc['question']}\nAnswer:".encode()
         answers = [f" {text}".encode() for text in doc["choices"]["text"]]
-        rows = [[BOS, *context, *answer] for answer in answers]
-        expected = scores(main_logits, rows, [len(answer) for answer in answers])
+        rows += [[BOS, *context, *answer] for answer in answers]
+        nums_new += [len(answer) for answer in answers]
+    all_expected = iter(scores(main_logits, rows, nums_new))
+    for doc, sample in zip(docs, samples["arc_easy"], strict=True):
+        answers = doc["choices"]["text"]
+        expected = [next(all_expected) for _ in answers]
         found = [response[0] for response in sample["filtered_resps"]]
         np.testing.assert_allclose(found, expected, rtol=1e-4)
         gold = doc["choices"]["label"].index(doc["answerKey"])
         right.append(np.argmax(expected) == gold)
         # the harness divides by the characters of the answer as the file has it
-        right_norm.append(np.argmax([e / len(a[1:].decode()) for e, a in zip(expected, answers, strict=True)]) == gold)
+        right_norm.append(np.argmax([e / len(a) for e, a in zip(expected, answers, strict=True)]) == gold)
     metrics = values["arc_easy"]["metrics"]
     assert metrics["acc"]["value"] == pytest.approx(np.mean(right))
     assert metrics["acc_norm"]["value"] == pytest.approx(np.mean(right_norm))
@@ -135,16 +142,18 @@ metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}]
 """,
     )
     values, samples = evaluate("--tasks=rolled", f"--limit={NUM_ITEMS}", folder)
-    total, num_bytes, num_long = 0.0, 0, 0
-    for doc, sample in zip(lines_of("lambada_openai_test.jsonl"), samples["rolled"], strict=True):
-        text = doc["text"].encode()
-        ids, expected = [BOS, *text], 0.0
+    texts = [doc["text"].encode() for doc in lines_of("lambada_openai_test.jsonl")]
+    windows, nums_new, owners = [], [], []
+    for n, text in enumerate(texts):
+        ids = [BOS, *text]
         for at in range(1, len(ids), CONTEXT):
             end = min(at + CONTEXT, len(ids))
-            expected += score(main_logits, ids[:end], end - at)
-        assert sample["filtered_resps"] == [pytest.approx(expected, rel=1e-4)]
-        total, num_bytes, num_long = total + expected, num_bytes + len(text), num_long + (len(text) > CONTEXT)
-    assert num_long > 10
+            windows, nums_new, owners = [*windows, ids[:end]], [*nums_new, end - at], [*owners, n]
+    expected = np.bincount(owners, scores(main_logits, windows, nums_new))
+    found = [sample["filtered_resps"][0] for sample in samples["rolled"]]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert sum(len(text) > CONTEXT for text in texts) > 10
+    total, num_bytes = expected.sum(), sum(map(len, texts))
     found = values["rolled"]["metrics"]
     assert found["bits_per_byte"]["value"] == pytest.approx(-total / num_bytes / np.log(2), rel=1e-4)
     assert found["byte_perplexity"]["value"] == pytest.approx(np.exp(-total / num_bytes), rel=1e-4)
@@ -176,8 +185,8 @@ def test_generative(evaluate, lm, main_logits, tmp_path):
     rows = [[BOS, *f"Q: {doc['question']}?\nA:".encode()] for doc in docs]
     starts = [len(row) for row in rows]
     for _ in range(8):
-        for at in range(0, len(rows), 50):
-            for row, logits in zip(rows[at : at + 50], main_logits(rows[at : at + 50]), strict=True):
+        for at in range(0, len(rows), ROWS):
+            for row, logits in zip(rows[at : at + ROWS], main_logits(rows[at : at + ROWS]), strict=True):
                 row.append(int(logits[len(row) - 1].argmax()))
     right = []
     for doc, row, start, sample in zip(docs, rows, starts, samples["written"], strict=True):
@@ -210,6 +219,30 @@ def test_sampled_answers_repeat_and_differ(evaluate, tmp_path):
     first, second = (evaluate("--tasks=written", "--limit=5", folder)[1]["written"] for _ in range(2))
     assert [s["resps"] for s in first] == [s["resps"] for s in second]
     assert all(len(set(s["resps"][0])) > 1 for s in first)
+
+
+def test_answers_keep_the_blanks_they_begin_with(lm, monkeypatch, tmp_path):
+    """The indentation of a program is the answer's, whatever the tokenizer makes of the beginning of a text."""
+    sentencepiece.llama_style().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    ids = tokenizer.encode("def f():\n return 1  STOP at 3")
+    num_before = len(tokenizer.encode("def f():\n"))
+
+    def scripted(self, prompts, max_new_tokens, *, ends, **options):
+        rows = [ids[num_before : num_before + max_new_tokens] for _ in prompts]
+        rows = [row[: ends(b, row) or len(row)] for b, row in enumerate(rows)]
+        return Generation(rows, np.ones(len(rows), int), *np.zeros((2, len(rows), 0), int))
+
+    monkeypatch.setattr(Decoder, "generate", scripted)
+    told = harness.HarnessModel(dataclasses.replace(lm, tokenizer=tokenizer))
+
+    def answer(context, until):
+        request = harness.Instance("generate_until", {}, (context, {"until": until, "max_gen_toks": 64}), 0)
+        return told.generate_until([request])[0]
+
+    assert answer("def f():\n", ["STOP"]) == " return 1  "
+    assert answer("def f():\n", [" re"]) == ""
+    assert answer("", ["STOP"]) == "return 1  "  # after a bos alone it is the beginning of a text
 
 
 def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):

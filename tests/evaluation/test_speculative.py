@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import eval as evaluate
-from mtp_jax.evaluation import advice, speculative
+from mtp_jax.decoding.samplers import make_sampler
+from mtp_jax.evaluation import advice, decode_tasks, speculative
 from mtp_jax.evaluation.advice import Advice, Cost
 from tests.commands import run_here
 from tests.decoding.trained import train_small
@@ -87,6 +88,36 @@ def test_unusable_flags_are_one_line(monkeypatch, capsys, workdir, argv, message
     assert err.startswith(message)
 
 
+GIVEN = {"prompts": "p.txt", "max_new_tokens": "8", "temperature": "0.0", "top_k": "3", "top_p": "0.5"}
+
+
+@pytest.mark.parametrize("tasks", ["loss,acceptance", "gsm8k", "loss,humaneval_64"])
+@pytest.mark.parametrize("name", decode_tasks.OWN_FLAGS)
+def test_flags_that_no_task_would_read_are_refused(monkeypatch, capsys, workdir, tasks, name):
+    """A benchmark's temperature is part of what is measured and said by its file: another would go unnoticed."""
+    argv = [f"--tasks={tasks}", f"--{name}={GIVEN[name]}"]
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", *argv)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"error: {argv[1]}: is read by --tasks=speculative,advice only; benchmarks write as")
+
+
+@pytest.mark.parametrize("task", ["speculative", "advice"])
+def test_beside_a_task_that_reads_them_such_flags_are_taken(monkeypatch, capsys, tmp_path, workdir, task):
+    (tmp_path / "p.txt").write_text("the café")
+    given = GIVEN | {"temperature": "0.7", "prompts": str(tmp_path / "p.txt")}
+    argv = [f"--workdir={workdir}", f"--tasks=loss,{task}", "--check_only", *(f"--{k}={v}" for k, v in given.items())]
+    assert run_eval(monkeypatch, capsys, *argv) == (0, "", "")
+
+
+def test_the_temperature_given_is_the_one_that_texts_are_written_at(monkeypatch, capsys, tmp_path, workdir):
+    found = []
+    monkeypatch.setattr(speculative, "measure", lambda *args, sampler, **options: found.append(sampler) or 1 / 0)
+    argv = [f"--workdir={workdir}", "--tasks=speculative"]
+    run_eval(monkeypatch, capsys, *argv, "--temperature=0.7", "--top_k=3")
+    run_eval(monkeypatch, capsys, *argv)
+    assert found == [make_sampler(0.7, top_k=3), make_sampler(0.0)]
+
+
 @pytest.mark.parametrize("content", ['{"text": "a"}\n', "no json\n", "", "[1]\n", '{"prompt": ["a"]}\n'])
 def test_a_file_without_prompts_is_one_line(monkeypatch, capsys, tmp_path, workdir, content):
     path = tmp_path / "p.jsonl"
@@ -114,7 +145,6 @@ def test_a_hugging_face_folder_needs_prompts(monkeypatch, capsys, tmp_path):
 
 def test_batches_are_sampled_with_draws_of_their_own(workdir):
     import mtp_jax
-    from mtp_jax.decoding.samplers import make_sampler
 
     prompt = np.arange(97, 107)
     options = {"max_new_tokens": 20, "sampler": make_sampler(1.5), "num_drafts": 0}

@@ -12,7 +12,7 @@ import pytest
 from mtp_jax.config import Config, ModelConfig, MTPConfig, UserError, load_config, validate
 from mtp_jax.interop import hf_config
 from mtp_jax.interop.hf_config import MODEL_TYPES, from_config, layout_of, read_config, to_config
-from mtp_jax.interop.hf_fields import IGNORED, WINDOW_KEYS
+from mtp_jax.interop.hf_fields import IGNORED, LAYOUTS, WINDOW_KEYS
 from mtp_jax.layers import rope
 
 V3 = json.loads("""{
@@ -617,10 +617,10 @@ def test_a_missing_transformers_is_a_failure_in_ci(monkeypatch):
 
 def test_the_tables_name_only_fields_that_exist():
     names = {f.name for f in dataclasses.fields(ModelConfig)}
-    for table in hf_config.LAYOUTS.values():
+    for table in LAYOUTS.values():
         assert {*table.fields.values(), *table.mixture.values(), *table.implied} <= names
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {"max_position_embeddings"}
-    assert tuple(hf_config.LAYOUTS) == MODEL_TYPES
+    assert tuple(LAYOUTS) == MODEL_TYPES
 
 
 def test_the_longest_text_is_the_files_own_or_the_class_default():

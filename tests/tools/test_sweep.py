@@ -10,16 +10,16 @@ import time
 import pytest
 
 from mtp_jax.config import UserError, load_config
+from mtp_jax.evaluation import decode_tasks
 from mtp_jax.tools import sweep
 from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import parse_over, plan
 from mtp_jax.tools.sweeping.runner import Commands, Runner, RunsFailed, Stopped
 from mtp_jax.training.metrics import read_metrics
-from tests.commands import CPU, SMALL, command, run_here, run_process
+from tests.commands import CPU, QUICK, SMALL, command, run_here, run_process
 from tests.conftest import ROOT
 
 TINY = "configs/tiny.py"
-QUICK = {**CPU, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 DENSE = [*SMALL, "--config.model.num_experts=0"]
 
 
@@ -292,6 +292,10 @@ def test_a_model_without_depths_is_not_asked_to_draft(tmp_path):
     assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
     assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative,advice", "--limit=2"]
     assert Commands(TINY, tmp_path, ["speculative"], []).evaluation(runs[0]) == []
+    flags = ["--limit=2", *(f"--{name}=1" for name in decode_tasks.OWN_FLAGS)]  # refused where none drafts
+    commands = Commands(TINY, tmp_path, ["loss", "speculative"], flags)
+    assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
+    assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative", *flags]
 
 
 def test_a_failure_is_told_with_its_line_and_the_rest_goes_on(scripted, tmp_path, capfd):
@@ -460,9 +464,10 @@ def test_a_run_that_fails_does_not_end_the_rest(tmp_path):
     assert "source=python_source,files=empty: done" in done.stdout
 
 
-def wait_for_step(path, step, process):
-    end = time.monotonic() + 120
-    while not path.exists() or len(path.read_text().splitlines()) < step:
+def wait_for_step(run, step, process):
+    """Until the step is in metrics.jsonl and a checkpoint is complete, which on a busy machine comes later."""
+    end, path = time.monotonic() + 120, run / "metrics.jsonl"
+    while not path.exists() or len(path.read_text().splitlines()) < step or not list(run.glob("checkpoints/*[0-9]")):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
 
@@ -475,7 +480,7 @@ def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
     options = {"cwd": ROOT, "env": QUICK, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for number, step in ((signal.SIGKILL, 60), (signal.SIGINT, 120)):
         process = subprocess.Popen(line, **options, start_new_session=True)
-        wait_for_step(metrics, step, process)
+        wait_for_step(run, step, process)
         os.killpg(process.pid, number)  # as Ctrl-C does: the whole foreground group
         error = process.communicate(timeout=60)[1]
         wanted = (-9, 0) if number == signal.SIGKILL else (1, 1)

@@ -13,6 +13,7 @@ from mtp_jax.tools.sweeping.plan import Planned
 from mtp_jax.training.metrics import clock
 
 DRAFTING = ("speculative", "advice")  # tasks of eval.py that a model without extra depths cannot do
+THEIR_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # which eval.py refuses without them
 POLL_SECONDS = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -41,7 +42,10 @@ class Commands:
     def evaluation(self, run: Planned) -> list[str]:
         """The flags of eval.py; none where there is nothing to measure."""
         tasks = [task for task in self.tasks if run.config.depth or task not in DRAFTING]
-        return [f"--tasks={','.join(tasks)}", *self.eval_flags] if tasks else []
+        flags = self.eval_flags
+        if not any(task in DRAFTING for task in tasks):
+            flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in THEIR_FLAGS]
+        return [f"--tasks={','.join(tasks)}", *flags] if tasks else []
 
     def is_trained(self, run: Planned) -> bool:
         """Whether train.py ended well after the config's last step."""
