@@ -56,6 +56,11 @@ def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
             f"--{given[0]}={getattr(args, given[0])}: is read by --tasks=speculative,advice only; benchmarks write as "
             "generation_kwargs of their task files say (for others give a file of your own, with --tasks_dir)"
         )
+    if args.draft_length is not None and not tasks and not args.speculative:
+        raise UserError(
+            f"--draft_length={args.draft_length}: is read by --tasks=speculative,advice, and by benchmarks with "
+            "--speculative; leave it out, or add that"
+        )
     _sampler(args)
     if args.prompts:
         speculative.read_prompts(args.prompts)

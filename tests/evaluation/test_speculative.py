@@ -101,6 +101,15 @@ def test_flags_that_no_task_would_read_are_refused(monkeypatch, capsys, workdir,
     assert err.startswith(f"error: {argv[1]}: is read by --tasks=speculative,advice only; benchmarks write as")
 
 
+@pytest.mark.parametrize("tasks", ["loss,acceptance", "gsm8k"])
+def test_a_draft_length_without_drafts_is_refused(monkeypatch, capsys, workdir, tasks):
+    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", f"--tasks={tasks}", "--draft_length=2")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(
+        "error: --draft_length=2: is read by --tasks=speculative,advice, and by benchmarks with --spec"
+    )
+
+
 @pytest.mark.parametrize("task", ["speculative", "advice"])
 def test_beside_a_task_that_reads_them_such_flags_are_taken(monkeypatch, capsys, tmp_path, workdir, task):
     (tmp_path / "p.txt").write_text("the café")

@@ -296,6 +296,9 @@ def test_a_model_without_depths_is_not_asked_to_draft(tmp_path):
     commands = Commands(TINY, tmp_path, ["loss", "speculative"], flags)
     assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
     assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative", *flags]
+    for flags, kept in ((["--draft_length=2"], []), (["--speculative", "--draft_length=2"],) * 2):
+        commands = Commands(TINY, tmp_path, ["gsm8k", "speculative"], flags)
+        assert commands.evaluation(runs[0]) == ["--tasks=gsm8k", *kept]
 
 
 def test_a_failure_is_told_with_its_line_and_the_rest_goes_on(scripted, tmp_path, capfd):

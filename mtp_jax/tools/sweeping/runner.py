@@ -44,7 +44,8 @@ class Commands:
         tasks = [task for task in self.tasks if run.config.depth or task not in DRAFTING]
         flags = self.eval_flags
         if not any(task in DRAFTING for task in tasks):
-            flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in THEIR_FLAGS]
+            theirs = THEIR_FLAGS if "--speculative" in flags else (*THEIR_FLAGS, "draft_length")
+            flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in theirs]
         return [f"--tasks={','.join(tasks)}", *flags] if tasks else []
 
     def is_trained(self, run: Planned) -> bool:
