@@ -23,6 +23,7 @@ from mtp_jax.layers.attention_hopper.blocks import (
     down,
     kernel,
     load,
+    over_keys,
     pipeline,
     smem,
     spec,
@@ -71,13 +72,7 @@ def gradient_of_queries(seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delt
             plgpu.barrier_arrive(k_done)
             return sums, start, total, delta
 
-        pipeline(
-            step,
-            compute,
-            (keys.high - keys.low,),
-            stages,
-            [spec((block, ref.shape[-1]), lambda i: (keys.low + i, 0)) for ref in (k_ref, v_ref)],
-        )(k_ref.at[place.row, :, place.key_head], v_ref.at[place.row, :, place.key_head])
+        over_keys(step, compute, keys, stages, k_ref, v_ref)
 
     return kernel(
         attention_queries,

@@ -75,7 +75,7 @@ class Seen:
 
     def __init__(self, start_ref: Any, first_ref: Any, place: Place, block: int):
         first = first_ref[0]
-        self.block, self.query = block, first + place.begin
+        self.place, self.block, self.query = place, block, first + place.begin
         self.latest = start_ref[place.row, place.begin + ROWS - 1]  # the last query's start
         self.low = lax.div(start_ref[place.row, place.block * BLOCK], jnp.int32(block))
         self.high = pl.cdiv(first + (place.block + 1) * BLOCK, jnp.int32(block))
@@ -155,6 +155,16 @@ def pipeline(step: Any, compute: Any, grid: tuple[Any, ...], stages: int, specs:
         compute_context=compute,
         in_specs=specs,
     )
+
+
+def over_keys(step: Any, compute: Any, keys: Seen, stages: int, k_ref: Any, v_ref: Any) -> None:
+    """`pipeline` over the blocks of keys and values that a block of queries sees."""
+    place, specs = (
+        keys.place,
+        [spec((keys.block, ref.shape[-1]), lambda i: (keys.low + i, 0)) for ref in (k_ref, v_ref)],
+    )
+    run = pipeline(step, compute, (keys.high - keys.low,), stages, specs)
+    run(*(ref.at[place.row, :, place.key_head] for ref in (k_ref, v_ref)))
 
 
 def kernel(body: Callable[..., None], out: Any, grid: tuple[int, ...], scratch: tuple[Any, ...]) -> Any:

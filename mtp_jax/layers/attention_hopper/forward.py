@@ -24,9 +24,8 @@ from mtp_jax.layers.attention_hopper.blocks import (
     across,
     kernel,
     load,
-    pipeline,
+    over_keys,
     smem,
-    spec,
 )
 
 
@@ -96,13 +95,7 @@ def forward(
             plgpu.barrier_arrive(v_done)
             return total, new, out, start
 
-        pipeline(
-            step,
-            compute,
-            (keys.high - keys.low,),
-            stages,
-            [spec((block, ref.shape[-1]), lambda i: (keys.low + i, 0)) for ref in (k_ref, v_ref)],
-        )(k_ref.at[place.row, :, place.key_head], v_ref.at[place.row, :, place.key_head])
+        over_keys(step, compute, keys, stages, k_ref, v_ref)
 
     return kernel(
         attention_forward,
