@@ -61,11 +61,13 @@ def attend(
 
 
 def _why_not_mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
-    """Why our kernels (layers/attention_hopper.py) cannot take this attention; empty where they can."""
+    """Why our kernels (layers/attention_hopper) cannot take this attention; empty where they can."""
     capability, lengths = compute_capability(), (q_BTHQ.shape[1], k_BSGQ.shape[1])
     dims = q_BTHQ.shape[3], v_BSGV.shape[3]
     if capability != "9.0":
         return f"it is for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
+    if 12080 <= _cuda_version() < 12091:  # as jax's own causal kernel says, jax.experimental.pallas.ops.gpu
+        return f"CUDA 12.8 to 12.9.0 compiles its masks wrongly, and this is {_cuda_version()}"
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
     if any(length % MOSAIC_BLOCK for length in lengths):
@@ -73,6 +75,13 @@ def _why_not_mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
     if any(dim % 64 for dim in dims) or dims[1] > dims[0] or sum(dims) > MOSAIC_DIMS:
         return f"head dims are multiples of 64, values' no larger, together at most {MOSAIC_DIMS}; these are {dims}"
     return ""
+
+
+def _cuda_version() -> int:
+    """12080 for CUDA 12.8; 0 where there is none."""
+    from jax._src.lib import cuda_versions  # jax has no public way to it
+
+    return cuda_versions.cuda_runtime_get_version() if cuda_versions else 0
 
 
 def _mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale):

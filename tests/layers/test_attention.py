@@ -56,6 +56,7 @@ def inputs(num_rows=2, length=256, heads=4, groups=2, dims=(192, 128), dtype=jnp
 
 REFUSED = {  # by our kernels, then by cuDNN too
     "another device": ({}, {}, "8.0", "8.0"),
+    "a CUDA that compiles wrongly": ({"length": 255}, {"cuda": 12080}, "CUDA 12.8 to 12.9.0", "even length"),
     "another dtype": ({"dtype": jnp.float32}, {}, "float32", "float32"),
     "odd head dims": ({"dims": (20, 20)}, {}, "multiples of 64", "head dims"),
     "unequal head dims": ({"dims": (96, 64)}, {}, "multiples of 64", "head dims"),
@@ -70,7 +71,8 @@ REFUSED = {  # by our kernels, then by cuDNN too
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypatch, as_on_hopper, capsys, name):
     shape, more, *reasons = REFUSED[name]
-    more = {"version": 91500, "limit": attention_cudnn.MASK_BYTES, "first": 0} | more
+    more = {"version": 91500, "limit": attention_cudnn.MASK_BYTES, "first": 0, "cuda": 12091} | more
+    monkeypatch.setattr(attention, "_cuda_version", lambda: more["cuda"])
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: more["version"])
     monkeypatch.setattr(attention_cudnn, "MASK_BYTES", more["limit"])
     if name == "another device":
