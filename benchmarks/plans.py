@@ -29,6 +29,7 @@ PLANS = {
     "671b_none": [*V3, "--config.mtp.kind=none"],
     "671b_depth1": V3,
     "671b_depth1_fsdp": [*V3, *PURE_FSDP],
+    "671b_default": V3[:2],
     **{
         f"layers_{n}": [*TINY, "--topology=v5e:4x4", "--config.data.batch_size=16", f"--config.model.num_layers={n}"]
         for n in (4, 16, 61)
