@@ -1,14 +1,17 @@
-"""PyTorch's side of benchmarks/ops.py, in a process of its own: one JSON object, operation -> milliseconds, last."""
+"""PyTorch's side of benchmarks/ops.py, in a process of its own: one JSON object, operation -> milliseconds, last.
+
+python benchmarks/ops_torch.py '[[row, position where a document begins], ...]'
+"""
 
 import json
 import statistics
+import sys
 import time
 
 import torch
 
 ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
 TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 102_400
-DOCUMENT = 1024
 
 
 def milliseconds(run, calls=10, repeats=7):
@@ -43,11 +46,13 @@ def attention():
         return both_ways(lambda q, k, v: attend(q, k, v, is_causal=True), queries, queries, values)
 
 
-def attention_packed():
+def attention_packed(documents):
     """FlexAttention, compiled, with a mask of blocks that skips what is in other documents."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    begins = torch.rand(ROWS, LENGTH, device="cuda") < 1 / DOCUMENT
+    begins = torch.zeros(ROWS, LENGTH, device="cuda", dtype=torch.int32)
+    for row, position in documents:
+        begins[row, position] = 1
     segments = 1 + begins.cumsum(1)
 
     def sees(b, h, q, k):
@@ -114,7 +119,7 @@ def main():
             lambda x, w: torch._grouped_mm(x, w, ends), (TOKENS * CHOSEN, DIM), (EXPERTS, DIM, 2 * WIDTH)
         ),
         "attention": attention(),
-        "attention_packed": attention_packed(),
+        "attention_packed": attention_packed(json.loads(sys.argv[1])),
         "router": router(),
         "dispatch": dispatch(chosen),
         "loss": loss(),

@@ -77,11 +77,9 @@ class ModelConfig:
     moe_dispatch: Literal["auto", "dense", "ragged"] = "auto"
 
     # Implementations; auto: the fastest that takes the device, the dtype and the shapes
-    # mosaic and cudnn are for Hopper GPUs, splash and megablox for TPUs; expert_kernel: of moe_dispatch=ragged
+    # mosaic and cudnn are for Hopper GPUs, splash and megablox for TPUs; experts': where moe_dispatch=ragged
     attention_kernel: Literal["auto", "xla", "mosaic", "cudnn", "splash"] = "auto"
-    expert_kernel: Literal["auto", "xla", "mosaic", "megablox"] = (
-        "auto"  # of the grouped matmuls of moe_dispatch=ragged
-    )
+    expert_kernel: Literal["auto", "xla", "mosaic", "megablox"] = "auto"
     scan_unroll: int = 0  # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
 
 
