@@ -8,6 +8,7 @@ from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, validate
 from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict, with_own_tokenizer
 from mtp_jax.config.schema import (
     CONVENTIONS,
+    Architecture,
     CheckpointConfig,
     Config,
     Conventions,
@@ -24,6 +25,7 @@ from mtp_jax.config.schema import (
 __all__ = [
     "CONVENTIONS",
     "MAX_DEPTH",
+    "Architecture",
     "CheckpointConfig",
     "Config",
     "Conventions",

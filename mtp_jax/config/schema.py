@@ -190,6 +190,14 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """The part of a Config that decides what weights compute; hashable, a key of what was compiled for it."""
+
+    model: ModelConfig
+    mtp: MTPConfig
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -202,6 +210,11 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     init_from: str = ""  # a workdir whose matching weights start this run
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the weights of this run compute."""
+        return Architecture(self.model, self.mtp)
 
     @property
     def depth(self) -> int:
