@@ -43,6 +43,7 @@ def report(run, workdir: str) -> None:
 def sample(run, is_main: bool) -> None:
     """A text of training.sample_tokens, drafted by the extra depths where there are any."""
     from mtp_jax.decoding import decoder, samplers
+    from mtp_jax.mtp import kind_of
 
     config, tokenizer = run.config, run.corpus.tokenizer
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -50,17 +51,19 @@ def sample(run, is_main: bool) -> None:
     prompt = prompt[: config.data.sequence_length // 2]  # the rest of the context is for the sample
     if not config.training.sample_tokens or not len(prompt):
         return
+    kind = kind_of(config)
+    num_drafts = min(kind.depth, kind.max_drafts) if kind.max_drafts is not None else kind.depth
     writer = decoder.Decoder(config, run.state["params"], run.state["biases"], run.mesh)
     out = writer.generate(
         [prompt],
         config.training.sample_tokens,
         sampler=samplers.make_sampler(0.7),
-        num_drafts=config.depth,
+        num_drafts=num_drafts,
         seed=config.seed,
         stop_tokens=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
     )
     if is_main:
-        passes = f", {out.tokens_per_forward:.2f} tokens a forward pass" if config.depth else ""
+        passes = f", {out.tokens_per_forward:.2f} tokens per forward pass" if num_drafts else ""
         text = tokenizer.decode(np.concatenate([prompt, out.tokens[0]]))
         print(f"\nsample, temperature 0.7{passes}\n{'-' * 64}\n{text}\n{'-' * 64}")
 

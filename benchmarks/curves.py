@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402
 from benchmarks.measuring import RESULTS, append  # noqa: E402
 from mtp_jax import sharding  # noqa: E402
 from mtp_jax.config import Config, DataConfig, ModelConfig, MTPConfig, OptimizerConfig, TrainingConfig  # noqa: E402
+from mtp_jax.mtp import kind_of  # noqa: E402
 from mtp_jax.training.step import make_trainer  # noqa: E402
 
 MODEL = ModelConfig(
@@ -43,7 +44,7 @@ def batches(config: Config, num: int):
     """Rows of documents of 100 tokens on average, each a walk over the same random graph."""
     rng = np.random.default_rng(0)
     successors = rng.integers(0, config.model.vocab_size, (config.model.vocab_size, SUCCESSORS))
-    shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+    shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).depth)
     for _ in range(num):
         begins = rng.random(shape) < 1 / DOCUMENT
         begins[:, 0] = True

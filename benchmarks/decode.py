@@ -27,6 +27,7 @@ import mtp_jax  # noqa: E402
 from mtp_jax.decoding.samplers import make_sampler  # noqa: E402
 from mtp_jax.evaluation import speculative  # noqa: E402
 from mtp_jax.model import count_parameters  # noqa: E402
+from mtp_jax.mtp import kind_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.jsonl"
 LEAST_PROMPTS = 8
@@ -75,7 +76,7 @@ def record(model: mtp_jax.language_model.LanguageModel, args: argparse.Namespace
         "model": pathlib.Path(args.workdir).name,
         "parameters": counts.total,
         "mtp": config.mtp.kind,
-        "depth": config.depth,
+        "depth": kind_of(config).depth,
         "temperature": args.temperature,
         **speculative.as_json(result),
         "plain_ms": 1e3 * result.batch_size / result.plain_tokens_per_second,

@@ -27,7 +27,7 @@ import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from benchmarks.measuring import RESULTS, ROOT, append, milliseconds  # noqa: E402
-from mtp_jax import loss as losses  # noqa: E402
+from mtp_jax import losses  # noqa: E402
 from mtp_jax.config import ModelConfig  # noqa: E402
 from mtp_jax.layers import attention, grouped, grouped_hopper, permute  # noqa: E402
 from mtp_jax.layers.router import Router  # noqa: E402
@@ -142,10 +142,11 @@ def bench_loss() -> dict:
     """The chunked cross-entropy with its gradients in hidden states and head."""
     hidden, head = normal(5, 1, ROWS, LENGTH, DIM), 0.02 * normal(6, DIM, VOCAB).astype(jnp.float32)
     targets = jax.random.randint(jax.random.key(7), (1, ROWS, LENGTH), 0, VOCAB)
-    mask, weight = jnp.ones((1, ROWS, LENGTH), bool), jnp.full((1,), 1 / TOKENS)
+    weight, scale = jnp.ones((1, ROWS, LENGTH)), jnp.full((1,), 1 / TOKENS)
 
     def total(hidden, head):
-        return losses.head_loss(hidden, head, targets, mask, weight)[0]
+        term = losses.Term(losses.CrossEntropy(), hidden, head, targets, weight, scale)
+        return losses.evaluate([term])[0]
 
     step = jax.jit(jax.value_and_grad(total, (0, 1)))
     found = milliseconds(lambda: step(hidden, head), calls=3)

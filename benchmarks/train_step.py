@@ -29,8 +29,10 @@ import numpy as np  # noqa: E402
 
 from benchmarks.measuring import RESULTS, ROOT, append  # noqa: E402
 from mtp_jax import sharding  # noqa: E402
-from mtp_jax.config import Config, load_config, validate  # noqa: E402
+from mtp_jax.config import Config, load_config  # noqa: E402
 from mtp_jax.data import tokenizer  # noqa: E402
+from mtp_jax.model import validate  # noqa: E402
+from mtp_jax.mtp import kind_of  # noqa: E402
 from mtp_jax.training.flops import peak_flops, train_flops_per_token  # noqa: E402
 from mtp_jax.training.loop import with_vocabulary  # noqa: E402
 from mtp_jax.training.step import make_trainer  # noqa: E402
@@ -41,7 +43,7 @@ PARTS = ("optimizer", "loss", "mtp", "experts", "router", "dispatch", "attention
 
 def batch_of(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Random tokens, as `mtp_jax.data.packing.Row` has them."""
-    shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+    shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).lookahead)
     begins = rng.random(shape) < 1 / DOCUMENT if config.data.packing == "packed" else np.zeros(shape, bool)
     begins[:, 0] = True
     index = np.broadcast_to(np.arange(shape[1]), shape)

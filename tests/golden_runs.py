@@ -19,6 +19,8 @@ import sys
 import tarfile
 import tempfile
 
+from mtp_jax.mtp import kind_of
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 RUNS = GOLDEN / "runs.json"
 EXPORTS = GOLDEN / "exports.json"
@@ -54,6 +56,7 @@ def run(kind, mesh_name):
     from mtp_jax.sharding import make_mesh
     from mtp_jax.training.step import make_trainer
 
+    jax.config.update("jax_disable_most_optimizations", True)  # compiled in half the time
     config = dataclasses.replace(config_of(kind), mesh=MeshConfig(**MESHES[mesh_name]))
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(vars(config.mesh).values())])
     with jax.set_mesh(mesh):
@@ -63,6 +66,7 @@ def run(kind, mesh_name):
             batch = jax.device_put(_batch(config, seed), trainer.batch_sharding)
             state, metrics = trainer.step(state, batch)
             found.append((metrics["loss"], metrics["grad_norm"]))
+    jax.config.update("jax_disable_most_optimizations", False)
     return [[float(np.asarray(x)) for x in pair] for pair in jax.device_get(found)]
 
 
@@ -79,7 +83,7 @@ def _batch(config, seed):
 
 
 def _lookahead(config):
-    return config.depth
+    return kind_of(config).depth
 
 
 def exports():
@@ -96,7 +100,7 @@ def exports():
         config = config_of("gqa" if changes else kind)
         if changes:  # as GLM-4.5 lays its heads out
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_interleaved=False))
-        params, biases = jax.device_get(jax.jit(lambda config=config: init(config, 3))())
+        params, biases = jax.device_get(jax.jit(lambda config=config: init(config.architecture, 3))())
         leaves = weights.flat(params, "params") | weights.flat(biases, "biases")
         layout = hf_config.layout_of(config)
         listed = [t for t in weights.tensors(config, layout) if not t.repeats]

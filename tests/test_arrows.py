@@ -12,9 +12,10 @@ LINES = [
     ["mtp_jax.config", "mtp_jax.targets"],
     ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli", "mtp_jax.distributed"],
     ["mtp_jax.layers"],
-    ["mtp_jax.trunk", "mtp_jax.mtp"],
+    ["mtp_jax.decoder", "mtp_jax.losses"],
+    ["mtp_jax.mtp"],
     ["mtp_jax.model"],
-    ["mtp_jax.decoding", "mtp_jax.loss", "mtp_jax.interop"],
+    ["mtp_jax.decoding", "mtp_jax.interop"],
     ["mtp_jax.training"],
     ["mtp_jax.language_model", "mtp_jax.cli"],
     ["mtp_jax.evaluation", "mtp_jax"],  # mtp_jax itself: what its __init__ offers
@@ -110,9 +111,9 @@ def test_imports_point_down_only():
 
 
 def _house(root, files):
-    for name in ("config", "targets", "sharding", "trunk", "model", "loss", "language_model"):
+    for name in ("config", "targets", "sharding", "decoder", "model", "language_model"):
         files.setdefault(f"mtp_jax/{name}.py", "")
-    for name in ("data", "layers", "mtp", "decoding", "interop", "training", "evaluation", "tools"):
+    for name in ("data", "layers", "losses", "mtp", "decoding", "interop", "training", "evaluation", "tools"):
         files.setdefault(f"mtp_jax/{name}/__init__.py", "")
     for name, text in files.items():
         path = root / name
@@ -124,7 +125,7 @@ def _house(root, files):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("mtp_jax/model.py", "from mtp_jax import config, targets\nfrom mtp_jax.trunk import Trunk\nimport jax"),
+        ("mtp_jax/model.py", "from mtp_jax import config, targets\nfrom mtp_jax.decoder import Decoder\nimport jax"),
         ("mtp_jax/layers/block.py", "from . import norm\nfrom .mla import Attention\nfrom ..config import ModelConfig"),
         ("mtp_jax/training/loop.py", "from mtp_jax.data import pipeline\nfrom mtp_jax.model import Model"),
         ("mtp_jax/__init__.py", "def load(path):\n    from mtp_jax.language_model import load\n    return load(path)"),
@@ -144,11 +145,11 @@ def test_imports_that_point_down_pass(tmp_path, name, text):
         ("mtp_jax/data/pipeline.py", "import mtp_jax.sharding", "point down only"),
         ("mtp_jax/layers/block.py", "from .. import model", "point down only"),
         ("mtp_jax/layers/block.py", "def late():\n    from ..training import step", "point down only"),
-        ("mtp_jax/trunk.py", "from mtp_jax.mtp import sequential", "point down only"),
-        ("mtp_jax/mtp/sequential.py", "from mtp_jax.trunk import Trunk", "point down only"),
+        ("mtp_jax/decoder.py", "from mtp_jax.mtp import sequential", "point down only"),
+        ("mtp_jax/mtp/sequential.py", "from mtp_jax.model import MTPModel", "point down only"),
         ("mtp_jax/model.py", "from mtp_jax import load", "point down only"),
         ("mtp_jax/layers/mla.py", "from mtp_jax.data.packing import pack", "meet in training"),
-        ("mtp_jax/loss.py", "from mtp_jax import data", "meet in training"),
+        ("mtp_jax/losses/driver.py", "from mtp_jax import data", "meet in training"),
         ("mtp_jax/interop/weights.py", "import mtp_jax.data.tokenizer", "meet in training"),
         ("train.py", "from mtp_jax.tools import report", "nothing imports"),
         ("mtp_jax/helpers.py", "", "has no line"),
@@ -159,3 +160,53 @@ def test_imports_that_point_down_pass(tmp_path, name, text):
 def test_an_import_that_points_up_is_found(tmp_path, name, text, says):
     found = violations(_house(tmp_path, {name: text}))
     assert len(found) == 1 and says in found[0], found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A kind of multi-token prediction is known by name in mtp_jax/mtp/ alone.
+
+KIND_NAMES = {"parallel", "sequential", "top", "nextlat"}
+
+
+def kinds_named(source):
+    """Lines of a module that name a kind in a string, or compare `.kind` of an `mtp` with one."""
+    tree, found = ast.parse(source), []
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and _has_docstring(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value in KIND_NAMES and node not in docstrings:
+            found.append(f"{node.lineno}: names {node.value!r}")
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(isinstance(s, ast.Attribute) and s.attr == "kind" and _is_mtp(s.value) for s in sides):
+                found.append(f"{node.lineno}: compares mtp.kind")
+    return found
+
+
+def _has_docstring(node):
+    first = node.body[0] if node.body else None
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+
+
+def _is_mtp(node):
+    return (isinstance(node, ast.Attribute) and node.attr == "mtp") or (isinstance(node, ast.Name) and node.id == "mtp")
+
+
+def test_no_kind_is_known_by_name_outside_its_package():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in _source_files(ROOT)
+        if path.is_relative_to(ROOT / "mtp_jax") and not path.is_relative_to(ROOT / "mtp_jax" / "mtp")
+        for line in kinds_named(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source", ["if config.mtp.kind == NONE:\n    pass", "x = mtp.kind in KINDS", "run({'parallel': 1})", "k = 'top'"]
+)
+def test_a_kind_known_by_name_is_found(source):
+    assert kinds_named(source)

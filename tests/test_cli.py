@@ -11,7 +11,7 @@ import pytest
 import eval as eval_script
 import train as train_script
 from mtp_jax.config import CheckpointConfig, load_config
-from mtp_jax.model import skeleton
+from mtp_jax.model import abstract_model
 from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.transfer import MODEL_PARTS
@@ -187,7 +187,7 @@ def test_a_workdir_that_is_a_file_is_refused(refused, tmp_path):
 
 def _save_weights(workdir, config):
     """A checkpoint of zeros in the shapes of config's model, as a run would save them."""
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
     state = {"params": built.params, "biases": built.biases, "step": jax.ShapeDtypeStruct((), jnp.int32)}
     with Checkpoints(workdir / "checkpoints", CheckpointConfig(async_save=False)) as saved:
         saved.save(1, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import MeshConfig
+from mtp_jax.mtp import kind_of
 from mtp_jax.sharding import make_mesh
 from mtp_jax.training.step import make_trainer
 from tests import hlo
@@ -42,7 +43,7 @@ def crossing(sizes, *overrides):
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, mesh)
-        shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+        shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).depth)
         row = jax.ShapeDtypeStruct(shape, np.int32, sharding=trainer.batch_sharding)
         batch = dict.fromkeys(("tokens", "segment_ids", "positions"), row)
         text = trainer.step.lower(trainer.abstract_state, batch).compile().as_text()

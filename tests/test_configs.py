@@ -6,6 +6,7 @@ import pytest
 
 from mtp_jax.config import load_config, validate
 from mtp_jax.model import count_parameters
+from mtp_jax.mtp import kind_of
 from mtp_jax.training.loop import with_vocabulary
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -21,7 +22,7 @@ def test_config_is_documented_and_valid(path):
     config = load_config(str(path))
     validate(config, DEVICES.get(path.stem, 1))
     counted = count_parameters(with_vocabulary(config, BYTE_VOCABULARY))
-    assert (counted.mtp_total > 0) == (config.depth > 0) and counted.active <= counted.total
+    assert (counted.mtp_total > 0) == (kind_of(config).depth > 0) and counted.active <= counted.total
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the program computed before it was rearranged, it computes still (tests/golden_runs.py says how it was recorded)."""
+"""Losses, exports and checkpoints equal those recorded before the architecture changed (tests/golden_runs.py)."""
 
 import json
 import tarfile

@@ -8,6 +8,7 @@ import pytest
 
 from mtp_jax import sharding
 from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MTPConfig, OptimizerConfig, TrainingConfig
+from mtp_jax.mtp import kind_of
 from mtp_jax.training.step import make_trainer
 from tests.layers.hopper import is_hopper
 
@@ -29,7 +30,7 @@ two_gpus = pytest.mark.skipif(not is_hopper() or jax.device_count() < 2, reason=
 
 def losses(config, num_devices):
     """Of a few steps on packed documents."""
-    rng, shape = np.random.default_rng(0), (4, LENGTH + 1 + config.depth)
+    rng, shape = np.random.default_rng(0), (4, LENGTH + 1 + kind_of(config).depth)
     begins = rng.random(shape) < 1 / 100
     begins[:, 0] = True
     index = np.broadcast_to(np.arange(shape[1]), shape)

@@ -11,6 +11,7 @@ from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
 from mtp_jax.data import ByteTokenizer, load_tokenizer
 from mtp_jax.language_model import LanguageModel, texts
+from mtp_jax.mtp import kind_of
 from tests import sentencepiece
 from tests.decoding.models import MLA, build, parallel, replace
 from tests.decoding.trained import CONTEXT, train_small
@@ -38,7 +39,7 @@ def decoded(tokens):
 
 def all_logits(lm, rows):
     """[B, T, V] of the main model, T = 1 + CONTEXT, of rows of any lengths."""
-    tokens = np.zeros((len(rows), 1 + CONTEXT + lm.config.depth), int)
+    tokens = np.zeros((len(rows), 1 + CONTEXT + kind_of(lm.config).depth), int)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
     return lm.logits(tokens)[:, :, 0]
@@ -63,7 +64,7 @@ def test_speculated_texts_are_the_plain_ones_in_fewer_passes(lm, plain):
     assert found.texts == plain.texts
     for one, other in zip(found.tokens, plain.tokens, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert len(found.acceptance) == lm.config.depth == 2 and min(found.acceptance) > 0.4  # chance: 1 / 261
+    assert len(found.acceptance) == kind_of(lm.config).depth == 2 and min(found.acceptance) > 0.4  # chance: 1 / 261
     assert found.num_forward_passes < 0.7 * plain.num_forward_passes
     assert found.tokens_per_forward == pytest.approx(sum(map(len, found.tokens)) / found.rounds.sum())
     # Expected tokens a pass: 1 + a_1 + a_1 a_2, but for the last round of a row, which the limit cuts.

@@ -9,9 +9,10 @@ import pytest
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, load_config
-from mtp_jax.loss import head_loss
-from mtp_jax.model import skeleton
-from mtp_jax.training.step import make_trainer, step_inputs
+from mtp_jax.losses import CrossEntropy, Term, evaluate
+from mtp_jax.model import abstract_model
+from mtp_jax.mtp import kind_of
+from mtp_jax.training.step import make_trainer, rows_of
 from tests.bridge import packed_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -25,7 +26,7 @@ def tiny(*overrides):
 
 
 def rows(config, seed=0, num_padding=0):
-    length = config.data.sequence_length + 1 + config.depth
+    length = config.data.sequence_length + 1 + kind_of(config).depth
     rng = np.random.default_rng(seed)
     names = ("tokens", "segment_ids", "positions")
     arrays = packed_rows(rng, config.data.batch_size, length, config.model.vocab_size, num_padding)
@@ -49,18 +50,17 @@ def test_packed_documents_do_not_see_each_other_at_any_depth(kind):
     """Mistake 1. Change every token of one document: no valid position of any other document, at any depth, moves."""
     config = tiny(f"--config.mtp.kind={kind}", "--config.mtp.depth=3", "--config.mtp.parameter_matched=false")
     batch = rows(config)
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
     from mtp_jax.model import init
 
-    params, biases = jax.jit(lambda: init(config, 0))()
+    params, biases = jax.jit(lambda: init(config.architecture, 0))()
 
     @jax.jit
     def hidden(batch):
-        inputs = step_inputs(batch, config.depth)
-        return built.merge(params, biases)(inputs.inputs_KBT, inputs.segments_KBT, inputs.positions_BT).hidden
+        return built.merge(params, biases)(rows_of(batch, kind_of(config))).hidden
 
     before = np.asarray(hidden(batch))
-    mask = np.asarray(step_inputs(batch, config.depth).mask_KBT)
+    mask = np.asarray(rows_of(batch, kind_of(config)).weight_KBT) > 0
     for segment in (1, 2, 3):
         inside = batch["segment_ids"] == segment
         changed = {**batch, "tokens": np.where(inside, (batch["tokens"] + 7) % 40, batch["tokens"]).astype(np.int32)}
@@ -78,7 +78,7 @@ def test_depths_are_divided_by_the_global_count_and_an_empty_device_is_not_0_ove
     batch["segment_ids"][:4] = np.arange(batch["segment_ids"].shape[1]) // 2 + 1  # two tokens a document
     _, one = run_steps(config, [batch, batch])
     _, eight = run_steps(config, [batch, batch], num_devices=8)
-    mask = np.asarray(step_inputs(batch, 2).mask_KBT)
+    mask = np.asarray(rows_of(batch, kind_of(config)).weight_KBT) > 0
     assert not mask[1:, :4].any() and mask[2, 4:].any()
     for a, b in zip(one, eight, strict=True):
         assert np.isfinite(list(a.values())).all()
@@ -89,7 +89,7 @@ def test_depths_are_divided_by_the_global_count_and_an_empty_device_is_not_0_ove
 def test_the_divisor_is_the_papers_or_the_depths_own():
     config = tiny()
     batch = rows(config)
-    count = np.asarray(step_inputs(batch, 2).mask_KBT).sum((1, 2))
+    count = np.asarray(rows_of(batch, kind_of(config)).weight_KBT).sum((1, 2))
     _, (paper,) = run_steps(config, [batch])
     _, (valid,) = run_steps(tiny("--config.mtp.normalize=valid"), [batch])
     for k in (1, 2):
@@ -177,13 +177,13 @@ def _temporary_bytes(depth, chunk_tokens):
     shape = (depth + 1, 2, 64, 16)
     vocab = 4096
     hidden = jax.ShapeDtypeStruct(shape, jnp.float32)
-    ints, mask = jax.ShapeDtypeStruct(shape[:3], jnp.int32), jax.ShapeDtypeStruct(shape[:3], bool)
+    ints, ones = jax.ShapeDtypeStruct(shape[:3], jnp.int32), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
     head, weights = jax.ShapeDtypeStruct((16, vocab), jnp.float32), jax.ShapeDtypeStruct((depth + 1,), jnp.float32)
 
-    def loss(hidden, head, targets, mask, weights):
-        return head_loss(hidden, head, targets, mask, weights, 0.0, chunk_tokens)[0]
+    def loss(hidden, head, targets, weight, scale):
+        return evaluate([Term(CrossEntropy(), hidden, head, targets, weight, scale)], chunk_tokens)[0]
 
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, ints, mask, weights).compile()
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, head, ints, ones, weights).compile()
     return compiled.memory_analysis().temp_size_in_bytes, vocab
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from mtp_jax import config as configs
+from mtp_jax import targets
 from mtp_jax.config import Config, ModelConfig, MTPConfig, TrainingConfig, conventions
-from mtp_jax.model import count_parameters, init, skeleton
-from mtp_jax.training.step import loss_weights, make_loss, step_inputs
+from mtp_jax.model import abstract_model, count_parameters, init
+from mtp_jax.mtp import kind_of
+from mtp_jax.training.step import loss_scales, make_loss, rows_of
 from tests.bridge import packed_rows, to_model
 from tests.reference.model import forward
 from tests.reference.params import random_params
@@ -93,24 +95,22 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
         training=TrainingConfig(z_loss_weight=0.01, loss_chunk=7),
     )
     ways = conventions(config.mtp)
-    reference_params = random_params(config, config.num_main_layers, ways.output_norm)
-    depth, length = config.depth, 12
+    reference_params = random_params(config, kind_of(config).num_main_layers, ways.output_norm)
+    depth, length = kind_of(config).depth, 12
     rng = np.random.default_rng(1)
     tokens, segments, positions = packed_rows(rng, 3, length + 1 + depth, config.model.vocab_size, num_padding=3)
     expected = forward(reference_params, config, tokens, segments, positions[:, :length], ways)
 
     params, biases = to_model(reference_params)
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, built.params)
-    inputs = step_inputs({"tokens": tokens, "segment_ids": segments, "positions": positions}, depth)
-    out = jax.jit(lambda p, b, i: built.merge(p, b)(i.inputs_KBT, i.segments_KBT, i.positions_BT))(
-        params, biases, inputs
-    )
+    rows = rows_of({"tokens": tokens, "segment_ids": segments, "positions": positions}, kind_of(config))
+    out = jax.jit(lambda p, b, rows: built.merge(p, b)(rows))(params, biases, rows)
 
     valid = expected["targets"].valid
-    np.testing.assert_array_equal(np.asarray(inputs.mask_KBT), valid)
+    np.testing.assert_array_equal(np.asarray(rows.weight_KBT), valid)
     np.testing.assert_allclose(np.asarray(out.hidden)[valid], expected["hidden"][valid], rtol=2e-4, atol=2e-4)
-    for stats, aux in ((out.trunk_stats, expected["aux"]["trunk"]), (out.mtp_stats, expected["aux"]["mtp"])):
+    for stats, aux in ((out.decoder_stats, expected["aux"]["trunk"]), (out.mtp_stats, expected["aux"]["mtp"])):
         aux = [a for a in aux if a is not None]
         assert (stats is None) == (not aux)
         if aux:
@@ -118,11 +118,10 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
             mean = np.asarray(stats.balance / stats.num_rows)
             np.testing.assert_allclose(mean, [a["balance"] for a in aux], rtol=1e-4)
 
-    count_K = inputs.mask_KBT.sum((1, 2), dtype=jnp.float32)
-    weight_K, _ = loss_weights(config, count_K, jnp.int32(0))
+    scales = loss_scales(config, rows.weight_KBT.sum((1, 2)), jnp.int32(0))
     quiet = replace(config, model=replace(config.model, balance_loss_weight=0.0))
     ones = jnp.ones(depth + 1)
-    loss, aux = jax.jit(make_loss(quiet, built))(params, {}, biases, inputs, weight_K, ones)
+    loss, aux = jax.jit(make_loss(quiet, built))(params, {}, biases, rows, scales, ones)
     np.testing.assert_allclose(float(loss), expected["loss"], rtol=1e-4)
     np.testing.assert_allclose(np.asarray(aux.sums.nll), expected["nll_sums"], rtol=1e-4)
     np.testing.assert_array_equal(np.asarray(aux.sums.num), expected["counts"])
@@ -135,16 +134,18 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
 @pytest.mark.parametrize("strategy", ["none", "sequential", "sequential_shared", "parallel_unmatched"])
 def test_rows_of_one_document_need_no_segments(strategy):
     config = Config(model=MOE, mtp=STRATEGIES[strategy])
-    built, (params, biases) = skeleton(config), init(config, 0)
-    inputs_KBT = jax.random.randint(jax.random.key(1), (1 + config.depth, 2, 10), 0, BASE.vocab_size)
-    positions_BT = jnp.broadcast_to(jnp.arange(10), (2, 10))
-    run = jax.jit(lambda segments_KBT: built.merge(params, biases)(inputs_KBT, segments_KBT, positions_BT))
-    jax.tree.map(np.testing.assert_array_equal, run(None), run(jnp.ones_like(inputs_KBT)))
+    built, (params, biases) = abstract_model(config.architecture), init(config.architecture, 0)
+    tokens = jax.random.randint(jax.random.key(1), (2, 10 + kind_of(config).depth), 0, BASE.vocab_size)
+    rows = targets.one_document_rows(tokens, kind_of(config).depth)
+    run = jax.jit(lambda rows: built.merge(params, biases)(rows))
+    jax.tree.map(np.testing.assert_array_equal, run(rows._replace(segments_KBT=None)), run(rows))
 
 
 def test_a_matched_parallel_model_has_as_many_weights_as_the_next_token_model():
-    none = count_parameters(Config(model=replace(BASE, num_layers=6)))
-    parallel = count_parameters(Config(model=replace(BASE, num_layers=6), mtp=MTPConfig(kind="parallel", depth=3)))
+    none = count_parameters(Config(model=replace(BASE, num_layers=6)).architecture)
+    parallel = count_parameters(
+        Config(model=replace(BASE, num_layers=6), mtp=MTPConfig(kind="parallel", depth=3)).architecture
+    )
     assert parallel.mtp_total > 0 and parallel.total + parallel.mtp_total == none.total
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes, validate
-from mtp_jax.model import skeleton
+from mtp_jax.model import abstract_model
 from mtp_jax.sharding import LOGICAL_AXES, make_mesh
 from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, run_steps, tiny
@@ -115,7 +115,7 @@ ODD_SIZES = [
 @pytest.mark.parametrize("keys", ODD_SIZES, ids=" ".join)
 def test_a_mesh_is_refused_in_one_line_or_cuts_everything_evenly(keys):
     config = tiny(*(f"--config.{key}" for key in keys))
-    built, refused = skeleton(config), 0
+    built, refused = abstract_model(config.architecture), 0
     for sizes in MESHES_OF_8:
         mesh = MeshConfig(**dict(zip(AXES, sizes, strict=True)))
         try:

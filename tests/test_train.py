@@ -14,6 +14,7 @@ import pytest
 
 from mtp_jax import data
 from mtp_jax.config import MeshConfig, UserError, load_config, to_dict
+from mtp_jax.mtp import kind_of
 from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
@@ -303,7 +304,7 @@ ONE_PLAIN_STEP = [
 def trunk_after_a_step(*overrides):
     config = tiny(*ONE_PLAIN_STEP, "--config.mtp.parameter_matched=false", *overrides)
     batch = rows(tiny())
-    length = config.data.sequence_length + 1 + config.depth
+    length = config.data.sequence_length + 1 + kind_of(config).depth
     state, _ = run_steps(config, [{name: array[:, :length] for name, array in batch.items()}])
     return leaves(state["params"]["trunk"])
 

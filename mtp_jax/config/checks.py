@@ -19,7 +19,6 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
       UserError: on the first problem, naming field, value and remedy.
     """
     _check_numbers(config)
-    _check_mtp(config)
     _check_experts(config)
     sizes = mesh_sizes(config.mesh, num_devices)
     _check_mesh(config, sizes)
@@ -151,57 +150,6 @@ def _check_rope(model: ModelConfig) -> None:
 
 
 MAX_DEPTH = 16
-
-
-def _check_mtp(config: Config) -> None:
-    mtp = config.mtp
-    if mtp.kind == "none":
-        for key in ("freeze_trunk", "detach_trunk"):
-            if getattr(mtp, key):
-                raise UserError(f"mtp.{key}=true: there are no MTP modules to train; set mtp.kind, or mtp.{key}=false")
-        return
-    if not 1 <= mtp.depth <= MAX_DEPTH:
-        raise UserError(f"mtp.depth={mtp.depth}: must lie between 1 and {MAX_DEPTH}; for no MTP set mtp.kind=none")
-    if mtp.kind == "parallel":
-        _check_trunk_left(config)
-    if len(mtp.weight_values) != len(mtp.weight_boundaries):
-        raise UserError(
-            f"mtp.weight_values={mtp.weight_values}: needs one value a boundary, "
-            f"mtp.weight_boundaries={mtp.weight_boundaries}"
-        )
-    if mtp.weight_unit == "steps" and max(mtp.weight_boundaries, default=0) >= 2**31:
-        raise UserError(
-            f"mtp.weight_boundaries={mtp.weight_boundaries}: steps must stay below 2^31; use weight_unit=tokens"
-        )
-    if list(mtp.weight_boundaries) != sorted(set(mtp.weight_boundaries)):
-        raise UserError(f"mtp.weight_boundaries={mtp.weight_boundaries}: must increase")
-    if mtp.depth_decay <= 0:
-        raise UserError(f"mtp.depth_decay={mtp.depth_decay}: must be above 0")
-    if mtp.shared_depths and mtp.kind == "parallel":
-        raise UserError(
-            "mtp.shared_depths=true: parallel heads that share weights are one head; use mtp.kind=sequential"
-        )
-
-
-def _check_trunk_left(config: Config) -> None:
-    """Parallel heads start at the input of the main model's last block, and a block must come before it."""
-    mtp, model = config.mtp, config.model
-    if config.num_main_layers >= 2:
-        dense = model.num_dense_layers if model.num_experts else 0
-        if config.num_main_layers < dense:
-            raise UserError(
-                f"mtp.depth={mtp.depth}: leaves {config.num_main_layers} of model.num_layers={model.num_layers} to the "
-                f"main model, fewer than model.num_dense_layers={dense}; use mtp.parameter_matched=false"
-            )
-        return
-    if not mtp.parameter_matched:
-        raise UserError(f"model.num_layers={model.num_layers}: parallel heads need at least 2")
-    deepest = model.num_layers - 2
-    shallower = f"a depth of at most {deepest}, " if deepest > 0 else ""
-    raise UserError(
-        f"mtp.depth={mtp.depth}: parallel heads take {mtp.depth} of model.num_layers={model.num_layers} and leave no "
-        f"trunk; use {shallower}more layers, or mtp.parameter_matched=false"
-    )
 
 
 def _check_experts(config: Config) -> None:

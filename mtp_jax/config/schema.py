@@ -87,7 +87,7 @@ class ModelConfig:
 class MTPConfig:
     """Multi-token prediction: which extra heads, how they are wired and how they are weighted."""
 
-    kind: Literal["none", "parallel", "sequential"] = "none"
+    kind: str = "none"  # a name of mtp_jax.mtp.KINDS
     depth: int = 1  # D extra tokens; ignored when kind is none
     # lambda: L = L_0 + lambda * sum_k w_k L_k / sum_k w_k. None: 0.3 (sequential), or depth (parallel), which makes
     # the plain sum of 2404.19737
@@ -215,17 +215,6 @@ class Config:
     def architecture(self) -> Architecture:
         """What the weights of this run compute."""
         return Architecture(self.model, self.mtp)
-
-    @property
-    def depth(self) -> int:
-        """D: extra tokens predicted at each position; 0 for next-token models."""
-        return 0 if self.mtp.kind == "none" else self.mtp.depth
-
-    @property
-    def num_main_layers(self) -> int:
-        """Blocks on the path to the next token. Matched parallel heads are taken out of model.num_layers."""
-        gives_up = self.depth if self.mtp.kind == "parallel" and self.mtp.parameter_matched else 0
-        return self.model.num_layers - gives_up
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Corpus:
       store: the tokens of all documents.
       train, validation: int64, the documents of each split in source order. Validation is empty when
         data.validation_fraction is 0.
+      lookahead: tokens of a row beyond its positions and the next token.
     """
 
     config: Config
@@ -36,6 +37,7 @@ class Corpus:
     store: TokenStore
     train: np.ndarray
     validation: np.ndarray
+    lookahead: int = 0
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -61,7 +63,7 @@ class Corpus:
             if config.data.fim_rate and self.tokenizer.fim_ids is not None:
                 fim = FIM(config.data.fim_rate, self.tokenizer.fim_ids, config.seed)
         stream = Stream(self.store, documents, fim)
-        return Rows(stream, config.data.sequence_length, config.depth, packed=config.data.packing == "packed")
+        return Rows(stream, config.data.sequence_length, self.lookahead, packed=config.data.packing == "packed")
 
     def batches(self, split: Split, start_step: int = 0, row_slice: tuple[int, int] | None = None) -> Batches:
         """The batches of a split: endless and shuffled for training, one epoch in order for validation.
@@ -96,8 +98,11 @@ class Corpus:
         return {"train": self.train, "validation": self.validation}[split]
 
 
-def prepare(config: Config) -> Corpus:
+def prepare(config: Config, lookahead: int = 0) -> Corpus:
     """Tokenise the source of a config, or find it in the cache, and check that both splits have rows.
+
+    Args:
+      lookahead: tokens of a row beyond its positions and the next token (`Kind.lookahead`).
 
     Raises:
       UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens.
@@ -120,7 +125,7 @@ def prepare(config: Config) -> Corpus:
     )
     tokens = TokenStore(folder)
     train, validation = store.split_documents(tokens.hashes, data.validation_fraction)
-    corpus = Corpus(config, tokenizer, tokens, train, validation)
+    corpus = Corpus(config, tokenizer, tokens, train, validation, lookahead)
     corpus.batches("train")
     if data.validation_fraction:
         _check_validation(corpus)

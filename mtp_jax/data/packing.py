@@ -20,7 +20,7 @@ from mtp_jax.data.tokenizer import FIMTokens
 
 
 class Row(NamedTuple):
-    """int32[T + 1 + D] each. Segment 0 is left to padding (`targets.PADDING`), of which there is none here.
+    """int32[T + 1 + lookahead] each. Segment 0 is padding (`targets.PADDING`): what a row would read past the stream.
 
     tokens: the ids.
     segment_ids: 1, 2, 3 .. for each document in the row; all 1 in contiguous rows.
@@ -120,20 +120,20 @@ class Stream:
 
 
 class Rows:
-    """The rows of a stream; a sequence of `Row`s of T + 1 + D tokens."""
+    """The rows of a stream; a sequence of `Row`s of T + 1 + lookahead tokens."""
 
-    def __init__(self, stream: Stream, sequence_length: int, depth: int, packed: bool = True):
+    def __init__(self, stream: Stream, sequence_length: int, lookahead: int, packed: bool = True):
         """
         Args:
           stream: the tokens.
           sequence_length: T.
-          depth: D <= MAX_DEPTH.
+          lookahead: tokens beyond the next one. Beyond MAX_DEPTH of them the last rows may reach past the stream: what
+            is missing there is padding.
           packed: whether documents are told apart.
         """
-        assert 0 <= depth <= MAX_DEPTH, depth
         self._stream = stream
         self._length = sequence_length
-        self._depth = depth
+        self._lookahead = lookahead
         self._packed = packed
 
     def __len__(self) -> int:
@@ -143,14 +143,16 @@ class Rows:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         start = row * self._length
-        size = self._length + 1 + self._depth
-        tokens, ranks, offsets = self._stream.read(start, start + size)
-        positions = np.arange(size, dtype=np.int32)
-        if not self._packed:
-            return Row(tokens, np.ones(size, np.int32), positions)
-        # a document that began before the row counts from the row's start
-        positions = np.minimum(positions, offsets).astype(np.int32)
-        return Row(tokens, (ranks - ranks[0] + 1).astype(np.int32), positions)
+        size = self._length + 1 + self._lookahead
+        tokens, ranks, offsets = self._stream.read(start, min(start + size, len(self._stream)))
+        positions = np.arange(len(tokens), dtype=np.int32)
+        segments = np.ones(len(tokens), np.int32)
+        if self._packed:
+            # a document that began before the row counts from the row's start
+            positions = np.minimum(positions, offsets).astype(np.int32)
+            segments = (ranks - ranks[0] + 1).astype(np.int32)
+        missing = size - len(tokens)
+        return Row(*(np.pad(x, (0, missing)) if missing else x for x in (tokens, segments, positions)))
 
 
 def shuffled(documents: np.ndarray, seed: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 Shape letters: G contexts, J continuations of each, B = G * J rows, C tokens of a continuation, S slots, V vocabulary.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import sharding
-from mtp_jax.config import Config
 from mtp_jax.decoding import state as states
 from mtp_jax.decoding.decoder import Decoder, bucket
 from mtp_jax.decoding.network import Network, cache_bytes_per_token, placed, run_main
-from mtp_jax.decoding.scoring import TOKENS_A_BATCH, token_scores
+from mtp_jax.decoding.scoring import TOKENS_PER_BATCH, chunk_tokens
 from mtp_jax.layers.cache import slots_at
+from mtp_jax.losses import token_scores
+from mtp_jax.sharding import constrain
 
 CACHE_BYTES = 1 << 30  # of the caches of a batch, those of its continuations included
 FEWEST = 4  # continuations scored together, whatever their caches take
@@ -45,7 +45,7 @@ def score(
     found: list[Scores] = [[] for _ in parts]
     while order:
         num_slots = bucket(sizes[order[0]])
-        num_choices = max(len(parts[p][1]) for p in order[: TOKENS_A_BATCH // num_slots + 1])
+        num_choices = max(len(parts[p][1]) for p in order[: TOKENS_PER_BATCH // num_slots + 1])
         num = _rows(decoder, num_slots, num_choices)
         batch, order = order[:num], order[num:]
         scored = _batch(decoder, [contexts[parts[p][0]] for p in batch], [parts[p][1] for p in batch], num_slots, num)
@@ -65,15 +65,15 @@ def _num_tokens(context: np.ndarray, continuations: Sequence[np.ndarray]) -> int
 
 def _parts(decoder: Decoder, context: np.ndarray, continuations: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
     """The continuations in as many parts as the memory of their caches asks for; each part reads the context anew."""
-    row_bytes = bucket(_num_tokens(context, continuations)) * cache_bytes_per_token(decoder.config)["kept"]
+    row_bytes = bucket(_num_tokens(context, continuations)) * cache_bytes_per_token(decoder.architecture)["kept"]
     most = max(FEWEST, CACHE_BYTES // row_bytes - 1)  # one row is the context's own
     return [continuations[at : at + most] for at in range(0, len(continuations), most)]
 
 
 def _rows(decoder: Decoder, num_slots: int, num_choices: int) -> int:
     """Contexts of a batch: few enough for the memory of their caches, a power of two."""
-    row_bytes = num_slots * cache_bytes_per_token(decoder.config)["kept"] * (1 + num_choices)
-    most = max(1, min(TOKENS_A_BATCH // num_slots, CACHE_BYTES // row_bytes))
+    row_bytes = num_slots * cache_bytes_per_token(decoder.architecture)["kept"] * (1 + num_choices)
+    most = max(1, min(TOKENS_PER_BATCH // num_slots, CACHE_BYTES // row_bytes))
     return 1 << (most.bit_length() - 1)
 
 
@@ -95,9 +95,9 @@ def _batch(decoder: Decoder, contexts, continuations, num_slots: int, num_rows: 
                 inputs_GJC[g, j, : len(tokens)] = [context[-1], *tokens[:-1]]
                 targets_GJC[g, j, : len(tokens)] = tokens
         network = decoder.network
-        state = states.begin(decoder.config, 0, network, tokens_GS, lengths_G, lengths_G, np.uint32(0))
-        state = states.read_all(decoder.config, network, state, int(lengths_G.max()) - 1)
-        found = _continued(decoder.config, network, state.caches, lengths_G, inputs_GJC, targets_GJC)
+        state = states.begin(decoder.architecture, 0, network, tokens_GS, lengths_G, lengths_G, np.uint32(0))
+        state = states.prefill_all(decoder.architecture, network, state, int(lengths_G.max()) - 1)
+        found = _continued(network, state.caches, lengths_G, inputs_GJC, targets_GJC)
         log_p_GJC, is_best_GJC = jax.device_get(found)
     out = []
     for g, each in enumerate(continuations):
@@ -108,9 +108,9 @@ def _batch(decoder: Decoder, contexts, continuations, num_slots: int, num_rows: 
     return out
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jax.jit
 def _continued(
-    config: Config, network: Network, caches: Any, lengths_G: Any, inputs_GJC: Any, targets_GJC: Any
+    network: Network, caches: list[Any], lengths_G: jax.Array, inputs_GJC: jax.Array, targets_GJC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """log p of the targets, float32[G, J, C], and whether each is the likeliest token.
 
@@ -123,7 +123,8 @@ def _continued(
     caches = placed(jax.tree.map(lambda x: jnp.repeat(x, num_choices, axis=0), caches))
     starts_B = jnp.repeat(lengths_G - 1, num_choices)
     slots = slots_at(starts_B[:, None] + jnp.arange(shape[2]), num_slots)
-    main = run_main(network, inputs_GJC.reshape(-1, shape[2]), slots, caches)
-    hidden_BCD = network.final_norm(main.hidden_BTD)
-    log_p_BC, is_best_BC = token_scores(hidden_BCD, network.parts.head_DV, targets_GJC.reshape(-1, shape[2]))
+    main, _ = run_main(network, inputs_GJC.reshape(-1, shape[2]), slots, caches)
+    hidden_BCD, head_DV = network.final_norm(main.hidden), network.parts.head_DV
+    scores = token_scores(hidden_BCD, head_DV, targets_GJC.reshape(-1, shape[2]), chunk_tokens(head_DV))
+    log_p_BC, is_best_BC = (constrain(x, None, None) for x in scores)
     return log_p_BC.reshape(shape), is_best_BC.reshape(shape)

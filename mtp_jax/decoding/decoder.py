@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from mtp_jax import sharding
-from mtp_jax.config import Config, UserError
+from mtp_jax.config import Architecture, Config, UserError
 from mtp_jax.decoding import state as states
-from mtp_jax.decoding.network import take_apart
+from mtp_jax.decoding.network import unstack
 from mtp_jax.decoding.samplers import GREEDY, Sampler
 from mtp_jax.decoding.state import State, bucket
 from mtp_jax.model import Tree
+from mtp_jax.mtp import kind_of
 
 ROUNDS_A_CALL = 64  # between two looks at what was written
 ROUNDS_A_CALL_WATCHED = 16  # the same where somebody looks for the end of the text
@@ -58,11 +59,11 @@ class Decoder:
     """A model ready to write. Its weights are a copy in the compute dtype; see `Network`."""
 
     def __init__(self, config: Config, params: Tree, biases: Tree, mesh: jax.sharding.Mesh):
-        self.config = Config(model=config.model, mtp=config.mtp)  # programs do not depend on the rest
+        self.architecture = config.architecture
         self.context = config.data.sequence_length
         self.mesh = mesh
         with jax.set_mesh(mesh):
-            self.network = take_apart(self.config, params, biases)
+            self.network = unstack(self.architecture, params, biases)
 
     def generate(
         self,
@@ -126,8 +127,8 @@ class Decoder:
             tokens = np.zeros((len(lengths), bucket(int(limits.max()))), np.int32)
             for row, prompt in zip(tokens, prompts, strict=False):
                 row[: len(prompt)] = prompt
-            state = states.begin(self.config, num_drafts, self.network, tokens, lengths, limits, np.uint32(seed))
-            return states.read_all(self.config, self.network, state, int(lengths.max()) - 1)
+            state = states.begin(self.architecture, num_drafts, self.network, tokens, lengths, limits, np.uint32(seed))
+            return states.prefill_all(self.architecture, self.network, state, int(lengths.max()) - 1)
 
     def write(
         self, state: State, num_rounds: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
@@ -136,7 +137,7 @@ class Decoder:
         stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes: few programs
         stops[: len(stop_tokens)] = stop_tokens
         with jax.set_mesh(self.mesh):
-            return states.write(self.config, sampler, self.network, stops, state, np.int32(num_rounds))
+            return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_rounds))
 
     def check(
         self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, num_drafts: int, seed: int = 0
@@ -146,8 +147,8 @@ class Decoder:
             raise UserError("prompts: there are none; give at least one")
         check_integer("max_new_tokens", max_new_tokens, 1)
         check_integer("seed", seed, 0, 2**32 - 1)
-        check_drafts(self.config, num_drafts)
-        vocab = self.config.model.vocab_size or 0
+        check_drafts(self.architecture, num_drafts)
+        vocab = self.architecture.model.vocab_size or 0
         for b, prompt in enumerate(prompts):
             ids = np.asarray(prompt)
             if not len(ids):
@@ -172,18 +173,19 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
         raise UserError(f"{name}={value}: must be at most {most}")
 
 
-def check_drafts(config: Config, num_drafts: int) -> None:
+def check_drafts(architecture: Architecture, num_drafts: int) -> None:
     """Raises UserError where the model cannot draft so many tokens."""
     check_integer("draft_length", num_drafts, 0)
-    if num_drafts and not config.depth:
+    kind = kind_of(architecture)
+    if num_drafts and kind.max_drafts == 0:
         raise UserError(
-            "speculative decoding: the model has no multi-token prediction to draft with (mtp.kind=none); it can only "
-            "be decoded plainly"
+            "speculative decoding: the model has no multi-token prediction to draft with "
+            f"(mtp.kind={kind.name}); it can only be decoded plainly"
         )
-    if config.mtp.kind == "parallel" and num_drafts > config.depth:
+    if kind.max_drafts is not None and num_drafts > kind.max_drafts:
         raise UserError(
-            f"draft_length={num_drafts}: the model has {config.depth} parallel heads, which draft one token each; use "
-            f"at most {config.depth}"
+            f"draft_length={num_drafts}: {kind.name} heads of depth {kind.depth} draft one token each; use at most "
+            f"{kind.max_drafts}"
         )
 
 

@@ -1,4 +1,4 @@
-"""A model taken apart for decoding: one module a layer, its weights in the compute dtype, run over caches.
+"""A model unstacked for inference: one module per layer, its weights in the compute dtype, run over caches.
 
 A loop over stacked weights would copy each layer's out of the stack, and cast it, for every token.
 
@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import Config
+from mtp_jax.config import Architecture
 from mtp_jax.layers.block import Block, unstacked
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
-from mtp_jax.model import Tree, skeleton
+from mtp_jax.model import Tree, abstract_model
+from mtp_jax.mtp import Caches, MainModel, kind_of
 from mtp_jax.sharding import constrain
 
 
 class Parts(NamedTuple):
     """blocks: of the main model, first to last.
-    depths: what drafts: a list of sequential modules (one where depths share it), the parallel heads' blocks as one
-      with stacked weights, since they run side by side, or an empty list.
+    mtp: what drafts, as the MTP kind unstacks it.
     """
 
     embed_VD: jax.Array
     head_DV: jax.Array
     final_norm: RMSNorm
     blocks: list[Block]
-    depths: Any
+    mtp: Any
 
 
 class _Structure:
@@ -72,8 +72,8 @@ class Network:
         return self.parts.blocks
 
     @property
-    def depths(self) -> Any:
-        return self.parts.depths
+    def mtp(self) -> Any:
+        return self.parts.mtp
 
     @property
     def vocab_size(self) -> int:
@@ -83,7 +83,7 @@ class Network:
     def final_norm(self) -> RMSNorm:
         return self.parts.final_norm
 
-    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """Embeddings [B, T, D]."""
         return constrain(jnp.take(self.parts.embed_VD, tokens_BT, axis=0), "batch", None, None)
 
@@ -92,19 +92,11 @@ class Network:
         return jnp.einsum("btd,dv->btv", hidden_BTD, self.parts.head_DV, preferred_element_type=jnp.float32)
 
 
-class MainOutput(NamedTuple):
-    """hidden, branch: [B, T, D] as `trunk.TrunkOutput`. caches: with the new tokens' entries."""
-
-    hidden_BTD: jax.Array
-    branch_BTD: jax.Array
-    caches: list[Any]
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def take_apart(config: Config, params: Tree, biases: Tree) -> Network:
+def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
     """The network of a model's weights: a copy of them, in the compute dtype but for norms, biases and routers."""
-    model = skeleton(config).merge(params, biases)
-    dtype = jnp.dtype(config.model.compute_dtype)
+    model = abstract_model(architecture).merge(params, biases)
+    dtype = jnp.dtype(architecture.model.compute_dtype)
 
     def one(variable: nnx.Variable) -> nnx.Variable:
         info = variable.get_metadata().get("info")
@@ -117,50 +109,43 @@ def take_apart(config: Config, params: Tree, biases: Tree) -> Network:
     def ready(module: Any) -> Any:
         return jax.tree.map(one, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-    trunk = model.trunk
-    groups = [getattr(trunk, name) for name in ("dense_blocks", "blocks") if hasattr(trunk, name)]
-    depths: Any = []
-    if config.mtp.kind == "sequential":
-        depths = [ready(module) for module in unstacked(model.mtp.module)]
-    elif config.mtp.kind == "parallel":
-        depths = ready(model.mtp.block)
+    decoder = model.trunk
     parts = Parts(
-        embed_VD=constrain(trunk.embed[...].astype(dtype), "vocab", "embed"),
-        head_DV=constrain(trunk.head().astype(dtype), "embed", "vocab"),
-        final_norm=trunk.final_norm,
-        blocks=[ready(block) for group in groups for block in unstacked(group)],
-        depths=depths,
+        embed_VD=constrain(decoder.embed[...].astype(dtype), "vocab", "embed"),
+        head_DV=constrain(decoder.output_head().astype(dtype), "embed", "vocab"),
+        final_norm=decoder.final_norm,
+        blocks=[ready(block) for group in decoder.groups for block in unstacked(group)],
+        mtp=model.kind.unstack(model.mtp, ready),
     )
     return Network(parts)
 
 
-def run_main(network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Any]) -> MainOutput:
-    """New tokens through the main model."""
-    h_BTD = branch_BTD = network.look_up(tokens_BT)
+def run_main(network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Any]) -> tuple[MainModel, list[Any]]:
+    """New tokens through the main model: what drafting sees of it, and the caches with the new tokens' entries."""
+    h_BTD = branch_BTD = network.embed(tokens_BT)
     written = []
     for block, cache in zip(network.blocks, caches, strict=True):
         branch_BTD = h_BTD
         h_BTD, cache = block.decode(h_BTD, slots, cache)
         written.append(cache)
-    return MainOutput(h_BTD, branch_BTD, written)
+    return MainModel(h_BTD, branch_BTD, network.final_norm, network.embed), written
 
 
-def empty_caches(config: Config, network: Network, num_depths: int, num_rows: int, num_slots: int) -> tuple[Any, Any]:
-    """Caches of every main block, and of the first `num_depths` extra depths: a list, stacked for parallel heads."""
-    dtype = jnp.dtype(config.model.compute_dtype)
+def empty_caches(
+    architecture: Architecture, network: Network, num_drafts: int, num_rows: int, num_slots: int
+) -> tuple[list[Any], Caches]:
+    """Caches of every main block, and of what drafts `num_drafts` tokens."""
+    dtype, kind = jnp.dtype(architecture.model.compute_dtype), kind_of(architecture)
 
-    def empty(*stacked: int) -> Any:
-        cache = network.blocks[0].attention.empty_cache(num_rows, num_slots, dtype)  # all layers attend alike
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacked, *x.shape)), cache)
+    def empty() -> Any:
+        return network.blocks[0].attention.empty_cache(num_rows, num_slots, dtype)  # all layers attend alike
 
     main = placed([empty() for _ in network.blocks])
-    if config.mtp.kind == "parallel" and num_depths:
-        return main, placed(empty(num_depths), is_stacked=True)
-    return main, placed([empty() for _ in range(num_depths)])
+    return main, placed(kind.empty_caches(empty, num_drafts), kind.stacks_caches)
 
 
 def placed(caches: Any, is_stacked: bool = False) -> Any:
-    """Caches cut by rows and, where heads have their own entries, by heads; latents are shared by all."""
+    """Caches sharded by rows and, where heads have their own entries, by heads; latents are shared by all."""
 
     def one(x: jax.Array) -> jax.Array:
         leading = (None,) * is_stacked
@@ -170,15 +155,15 @@ def placed(caches: Any, is_stacked: bool = False) -> Any:
     return jax.tree.map(one, caches)
 
 
-def cache_bytes_per_token(config: Config) -> dict[str, int]:
-    """What decoding keeps of one token in the main model, bytes.
+def cache_bytes_per_token(architecture: Architecture) -> dict[str, int]:
+    """Bytes that decoding keeps of one token in the main model.
 
     Returns:
       "kept": of this model. "multi_head": plain multi-head attention with as many heads of the same value size, keys
       and values of every head, which is what the DeepSeek-V2 report compares with (2405.04434, table 1).
     """
-    model = config.model
-    layers, itemsize = config.num_main_layers, jnp.dtype(model.compute_dtype).itemsize
+    model = architecture.model
+    layers, itemsize = kind_of(architecture).num_main_layers, jnp.dtype(model.compute_dtype).itemsize
     if model.attention == "mla":
         kept, size = model.kv_lora_rank + model.qk_rope_head_dim, model.v_head_dim
     else:

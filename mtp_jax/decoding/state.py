@@ -1,9 +1,9 @@
-"""A batch of texts being written, and the two programs that move it: reading prompts, and one round of drafts.
+"""A batch of texts being generated, and the two programs that move it: prefill, and speculative steps.
 
-Plain decoding is a round without drafts. Every array keeps its shape from the first token to the last.
+Plain decoding is a step without drafts. Every array keeps its shape from the first token to the last.
 
 Shape letters: B rows, S slots (room for the longest text), T tokens run at once, W window of the drafting depths,
-D model, K drafts a round.
+D model, K drafts per step, N extra depths.
 """
 
 import functools
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import Config
-from mtp_jax.decoding import drafting
+from mtp_jax.config import Architecture
+from mtp_jax.decoding.drafting import draft, window_size
 from mtp_jax.decoding.network import Network, empty_caches, placed, run_main
 from mtp_jax.decoding.samplers import Sampler
 from mtp_jax.decoding.verify import Verdict, verify
 from mtp_jax.layers.cache import slots_at
+from mtp_jax.mtp import Caches, Text, kind_of
 from mtp_jax.sharding import constrain
 
 PROMPT_CHUNK = 512  # prompt tokens run at once, at most
@@ -39,8 +40,8 @@ class State(NamedTuple):
     tokens_BS: int32, the text; known up to length_B (prompt included), 0 from there on.
     limit_B: int32, the length a row may reach. is_done_B: bool, it has, or it came to a stop token.
     keys_B: one random key a row: what it draws does not depend on the rows beside it.
-    recent_BWD: `drafting.hidden_for_depths` at the last W positions the main model has read, length - 1 - W onward.
-    caches, depth_caches: entries of positions 0 .. length - 2.
+    recent_BWD: `Kind.draft_hidden` at the last W positions the main model has read, length - 1 - W onward.
+    caches, mtp_caches: entries of positions 0 .. length - 2.
     """
 
     tokens_BS: jax.Array
@@ -50,7 +51,7 @@ class State(NamedTuple):
     keys_B: jax.Array
     recent_BWD: jax.Array
     caches: list[Any]
-    depth_caches: Any
+    mtp_caches: Caches
     counts: Counts
 
     @property
@@ -61,26 +62,38 @@ class State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def begin(
-    config: Config, num_drafts: int, network: Network, tokens_BS: Any, length_B: Any, limit_B: Any, seed: Any
+    architecture: Architecture,
+    num_drafts: int,
+    network: Network,
+    tokens_BS: jax.Array,
+    length_B: jax.Array,
+    limit_B: jax.Array,
+    seed: jax.typing.ArrayLike,
 ) -> State:
     """Prompts laid in their rows, nothing read yet."""
     num_rows, num_slots = tokens_BS.shape
-    depths = drafting.num_depths(config, num_drafts)
-    caches, depth_caches = empty_caches(config, network, depths, num_rows, num_slots)
-    window = drafting.window_size(num_drafts)
-    recent_BWD = jnp.zeros((num_rows, window, config.model.embed_dim), config.model.compute_dtype)
+    model = architecture.model
+    caches, mtp_caches = empty_caches(architecture, network, num_drafts, num_rows, num_slots)
+    recent_BWD = jnp.zeros((num_rows, window_size(num_drafts), model.embed_dim), model.compute_dtype)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_rows))
     zero_BK = jnp.zeros((num_rows, num_drafts), jnp.int32)
     return State(
-        *(tokens_BS, length_B, limit_B, length_B >= limit_B, keys_B),
-        constrain(recent_BWD, "batch", None, None),
-        *(caches, depth_caches),
-        Counts(jnp.zeros(num_rows, jnp.int32), zero_BK, zero_BK),
+        tokens_BS=tokens_BS,
+        length_B=length_B,
+        limit_B=limit_B,
+        is_done_B=length_B >= limit_B,
+        keys_B=keys_B,
+        recent_BWD=constrain(recent_BWD, "batch", None, None),
+        caches=caches,
+        mtp_caches=mtp_caches,
+        counts=Counts(jnp.zeros(num_rows, jnp.int32), zero_BK, zero_BK),
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def read(config: Config, num_tokens: int, num_visible: int, network: Network, state: State, start: jax.Array) -> State:
+def prefill(
+    architecture: Architecture, num_tokens: int, num_visible: int, network: Network, state: State, start: jax.Array
+) -> State:
     """Run `num_tokens` positions of every prompt from `start` on. The last known token is left to the first round.
 
     What a row has beyond its prompt is read too, and overwritten before anything sees it.
@@ -95,26 +108,27 @@ def read(config: Config, num_tokens: int, num_visible: int, network: Network, st
     def tokens_at(ahead: int) -> jax.Array:
         return jnp.take(state.tokens_BS, jnp.minimum(index_T + ahead, num_slots - 1), axis=1)
 
-    main = run_main(network, tokens_at(0), slots, state.caches)
+    main, caches = run_main(network, tokens_at(0), slots, state.caches)
     if not state.num_drafts:
-        return state._replace(caches=main.caches)
-    hidden_BTD = drafting.hidden_for_depths(config, network, main)
-    depths = drafting.num_depths(config, state.num_drafts)
-    ahead_KBT = jnp.stack([tokens_at(k + 1) for k in range(depths)])
-    depth_caches = drafting.read_prompt(config, network, hidden_BTD, ahead_KBT, slots, state.depth_caches)
+        return state._replace(caches=caches)
+    kind = kind_of(architecture)
+    hidden_BTD = kind.draft_hidden(main)
+    depths = min(state.num_drafts, kind.depth)
+    ahead_NBT = jnp.stack([tokens_at(k + 1) for k in range(depths)])
+    mtp_caches = kind.read_prompt(network.mtp, main, hidden_BTD, ahead_NBT, slots, state.mtp_caches)
     num_new_B = jnp.clip(state.length_B - 1 - start, 0, num_tokens)
     recent_BWD = _moved(state.recent_BWD, hidden_BTD, num_new_B)
-    return state._replace(caches=main.caches, depth_caches=depth_caches, recent_BWD=recent_BWD)
+    return state._replace(caches=caches, mtp_caches=mtp_caches, recent_BWD=recent_BWD)
 
 
-def read_all(config: Config, network: Network, state: State, num_tokens: int) -> State:
+def prefill_all(architecture: Architecture, network: Network, state: State, num_tokens: int) -> State:
     """Run the first `num_tokens` positions of every prompt, in pieces of few sizes. The state given is used up."""
     if not num_tokens:
         return state
     chunk = min(PROMPT_CHUNK, max(16, 1 << (num_tokens - 1).bit_length()))
     for at in range(0, num_tokens, chunk):
         visible = min(bucket(at + chunk), state.tokens_BS.shape[1])
-        state = read(config, chunk, visible, network, state, np.int32(at))
+        state = prefill(architecture, chunk, visible, network, state, np.int32(at))
     return state
 
 
@@ -126,15 +140,15 @@ def bucket(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="state")
-def write(
-    config: Config,
+def generate(
+    architecture: Architecture,
     sampler: Sampler,
     network: Network,
     stop_tokens: jax.Array,
     state: State,
     num_rounds: jax.Array,
 ) -> State:
-    """Up to `num_rounds` rounds: fewer once every row is done.
+    """Up to `num_rounds` speculative steps: fewer once every row is done.
 
     Args:
       stop_tokens: int[N]; a row ends with the first of them.
@@ -146,48 +160,49 @@ def write(
 
     def one(carry):
         done_rounds, state = carry
-        return done_rounds + 1, _round(config, sampler, network, stop_tokens, state)
+        return done_rounds + 1, _step(architecture, sampler, network, stop_tokens, state)
 
     state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
     # Every process can read what was written, and the next call finds all where this one did.
     return state._replace(
         recent_BWD=constrain(state.recent_BWD, "batch", None, None),
         caches=placed(state.caches),
-        depth_caches=placed(state.depth_caches, is_stacked=config.mtp.kind == "parallel"),
+        mtp_caches=placed(state.mtp_caches, kind_of(architecture).stacks_caches),
         tokens_BS=constrain(state.tokens_BS, None, None),
         length_B=constrain(state.length_B, None),
         is_done_B=constrain(state.is_done_B, None),
-        counts=Counts(*(constrain(x, *(None,) * x.ndim) for x in state.counts)),
+        counts=jax.tree.map(lambda x: constrain(x, *(None for _ in x.shape)), state.counts),
     )
 
 
-def _round(config: Config, sampler: Sampler, network: Network, stop_tokens: jax.Array, state: State) -> State:
-    """Draft, verify in one forward of the main model, keep what it agrees with and one token more."""
-    num_slots, num_drafts = state.tokens_BS.shape[1], state.num_drafts
+def _step(
+    architecture: Architecture, sampler: Sampler, network: Network, stop_tokens: jax.Array, state: State
+) -> State:
+    """Draft, verify in one forward pass of the main model, keep what it agrees with and one token more."""
+    num_slots, num_drafts, kind = state.tokens_BS.shape[1], state.num_drafts, kind_of(architecture)
     last_B = state.length_B - 1
-    keys_BK = _round_keys(state, num_drafts)
+    keys_BK = _step_keys(state, num_drafts)
     drafts_BK, draft_logits_BKV = jnp.zeros((len(last_B), 0), jnp.int32), None
-    depth_caches = state.depth_caches
     if num_drafts:
-        drafts_BK, draft_logits_BKV, depth_caches = drafting.draft(
-            *(config, network, sampler, num_drafts, state.tokens_BS, last_B, state.recent_BWD, depth_caches),
-            keys_BK[:, 1:],
-        )
+        text = Text(state.tokens_BS, last_B, state.recent_BWD)
+        drafts = draft(architecture, network, sampler, num_drafts, text, state.mtp_caches, keys_BK[:, 1:])
+        drafts_BK, draft_logits_BKV = drafts.tokens_BK, drafts.logits_BKV
+        state = state._replace(mtp_caches=drafts.caches)
     newest_B1 = jnp.take_along_axis(state.tokens_BS, last_B[:, None], axis=1)
     tokens_BT = jnp.concatenate([newest_B1, drafts_BK], axis=1)
     slots = slots_at(last_B[:, None] + jnp.arange(1 + num_drafts), num_slots)
-    main = run_main(network, tokens_BT, slots, state.caches)
-    logits_BTV = network.logits(network.final_norm(main.hidden_BTD))
+    main, caches = run_main(network, tokens_BT, slots, state.caches)
+    logits_BTV = network.logits(network.final_norm(main.hidden))
     verdict = verify(sampler, logits_BTV, drafts_BK, draft_logits_BKV, keys_BK[:, 0])
     state = _extended(state, drafts_BK, verdict, stop_tokens)
     if num_drafts:
-        hidden_BTD = drafting.hidden_for_depths(config, network, main)
+        hidden_BTD = kind.draft_hidden(main)
         state = state._replace(recent_BWD=_moved(state.recent_BWD, hidden_BTD, state.length_B - 1 - last_B))
-    return state._replace(caches=main.caches, depth_caches=depth_caches)
+    return state._replace(caches=caches)
 
 
 def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> State:
-    """The text with the kept drafts and the token after them, cut at the limit and behind a stop token."""
+    """The text with the kept drafts and the token after them, truncated at the limit and behind a stop token."""
     num_slots, num_drafts = state.tokens_BS.shape[1], state.num_drafts
     index_T = jnp.arange(1 + num_drafts)
     accepted_B1 = verdict.num_accepted_B[:, None]
@@ -214,8 +229,8 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
     return state._replace(tokens_BS=tokens_BS, length_B=length_B, is_done_B=is_done_B, counts=counts)
 
 
-def _round_keys(state: State, num_drafts: int) -> jax.Array:
-    """[B, 1 + K] keys of this round: for the verdict, and for each draft. A function of the row and its length."""
+def _step_keys(state: State, num_drafts: int) -> jax.Array:
+    """[B, 1 + K] keys of this step: for the verdict, and for each draft. A function of the row and its length."""
 
     def row(key, length):
         return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, length)))(

@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import Config
+from mtp_jax.config import Architecture
 from mtp_jax.decoding import drafting
 from mtp_jax.decoding.decoder import Decoder
 from mtp_jax.decoding.network import Network, run_main
 from mtp_jax.decoding.samplers import GREEDY
 from mtp_jax.decoding.state import State
 from mtp_jax.layers.cache import slots_at
-from mtp_jax.loss import expected_tokens_per_pass
+from mtp_jax.losses import expected_tokens_per_pass
+from mtp_jax.mtp import Text
 
 ITERATIONS = 32
 REPEATS = 5
@@ -92,24 +93,24 @@ def measure_costs(decoder: Decoder, batch_sizes: Sequence[int], max_drafts: int,
 def _time(run: Any, decoder: Decoder, state: State, num: int) -> float:
     """Milliseconds of one iteration."""
     best = math.inf
-    jax.block_until_ready(run(decoder.config, num, decoder.network, state))
+    jax.block_until_ready(run(decoder.architecture, num, decoder.network, state))
     for _ in range(REPEATS):
         started = time.monotonic()
-        jax.block_until_ready(run(decoder.config, num, decoder.network, state))
+        jax.block_until_ready(run(decoder.architecture, num, decoder.network, state))
         best = min(best, time.monotonic() - started)
     return best / ITERATIONS * 1e3
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _verify(config: Config, num_tokens: int, network: Network, state: State) -> jax.Array:
+def _verify(architecture: Architecture, num_tokens: int, network: Network, state: State) -> jax.Array:
     """The main model on `num_tokens` a row, again and again."""
     slots = slots_at(state.length_B[:, None] - 1 + jnp.arange(num_tokens), state.tokens_BS.shape[1])
 
     def one(_, carry):
         tokens_BT, caches = carry
-        main = run_main(network, tokens_BT, slots, caches)
-        logits_BTV = network.logits(network.final_norm(main.hidden_BTD))
-        return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32), main.caches
+        main, caches = run_main(network, tokens_BT, slots, caches)
+        logits_BTV = network.logits(network.final_norm(main.hidden))
+        return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32), caches
 
     rows = len(state.length_B)  # different tokens in each, which choose different experts
     tokens_BT = jnp.arange(rows * num_tokens, dtype=jnp.int32).reshape(rows, num_tokens) % network.vocab_size
@@ -118,19 +119,18 @@ def _verify(config: Config, num_tokens: int, network: Network, state: State) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _draft(config: Config, num_drafts: int, network: Network, state: State) -> jax.Array:
+def _draft(architecture: Architecture, num_drafts: int, network: Network, state: State) -> jax.Array:
     """The depths on one window, again and again."""
     keys = jnp.broadcast_to(state.keys_B[:, None], (len(state.keys_B), num_drafts))
 
     def one(_, carry):
         tokens_BS, caches = carry
-        drafts = drafting.draft(
-            *(config, network, GREEDY, num_drafts, tokens_BS, state.length_B - 1, state.recent_BWD, caches, keys)
-        )
+        text = Text(tokens_BS, state.length_B - 1, state.recent_BWD)
+        drafts = drafting.draft(architecture, network, GREEDY, num_drafts, text, caches, keys)
         # What is drafted next depends on what was: no iteration can be left out.
         return tokens_BS.at[:, 0].set(drafts.tokens_BK[:, -1]), drafts.caches
 
-    return jax.lax.fori_loop(0, ITERATIONS, one, (state.tokens_BS, state.depth_caches))[0]
+    return jax.lax.fori_loop(0, ITERATIONS, one, (state.tokens_BS, state.mtp_caches))[0]
 
 
 def text(acceptance: Sequence[float], costs: Sequence[Cost], advice: Sequence[Advice]) -> str:

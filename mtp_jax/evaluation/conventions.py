@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import language_model, targets
-from mtp_jax.config import Config, MeshConfig, UserError, conventions
+from mtp_jax.config import Architecture, MeshConfig, UserError, conventions
 from mtp_jax.language_model import LanguageModel
-from mtp_jax.loss import head_loss
-from mtp_jax.model import Tree, skeleton
+from mtp_jax.losses import CrossEntropy, Term, depth_sums, evaluate
+from mtp_jax.model import Tree, abstract_model
+from mtp_jax.mtp import kind_of
 from mtp_jax.training import workdir as workdirs
 
 ROWS, LENGTH = 8, 256  # of the text that is read
@@ -56,11 +57,11 @@ def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
     Raises:
       UserError: a model without sequential MTP modules.
     """
-    config = lm.config
-    if config.mtp.kind != "sequential":
+    config, kind = lm.config, kind_of(lm.config)
+    if not kind.has_conventions:
         raise UserError("--check: the model has no MTP layers, so there are no conventions to compare")
     own = dataclasses.asdict(conventions(config.mtp))
-    free = [name for name in CHOICES if config.depth > 1 or name not in BEYOND_DEPTH_1]
+    free = [name for name in CHOICES if kind.depth > 1 or name not in BEYOND_DEPTH_1]
     if own["output_norm"] == "main":  # there are no weights for another
         free.remove("output_norm")
     tried = [own | dict(zip(free, choice, strict=True)) for choice in itertools.product(*(CHOICES[n] for n in free))]
@@ -70,25 +71,27 @@ def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
 
 def _losses(lm: LanguageModel, ways: dict[str, str], tokens_BN: np.ndarray) -> tuple[float, ...]:
     changes: dict[str, Any] = dict(ways)
-    config = dataclasses.replace(lm.config, mtp=dataclasses.replace(lm.config.mtp, **changes))
+    architecture = Architecture(lm.config.model, dataclasses.replace(lm.config.mtp, **changes))
     params = lm.params
     if ways["output_norm"] == "main":
         module = {name: value for name, value in params["mtp"]["module"].items() if name != "output_norm"}
         params = {**params, "mtp": {"module": module}}
     with jax.set_mesh(lm.mesh):
-        nll_K, num_K = jax.device_get(_sums(config, params, lm.biases, jnp.asarray(tokens_BN)))
+        nll_K, num_K = jax.device_get(_sums(architecture, params, lm.biases, jnp.asarray(tokens_BN)))
     return tuple(float(x) for x in nll_K / num_K)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(config: Config, params: Tree, biases: Tree, tokens_BN: jax.Array) -> tuple[Any, Any]:
+def _sums(architecture: Architecture, params: Tree, biases: Tree, tokens_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(nll, positions), float32[K]."""
-    model = skeleton(config).merge(params, biases)
-    built = targets.build(tokens_BN, jnp.ones_like(tokens_BN), config.depth)
-    positions = jnp.broadcast_to(jnp.arange(built.inputs.shape[-1]), built.inputs.shape[1:])
-    hidden = model(built.inputs, jnp.ones_like(built.inputs), positions).hidden
-    zeros = jnp.zeros(config.depth + 1)
-    sums = head_loss(hidden, model.head(), built.targets, built.valid, zeros, chunk_tokens=1024)[1]
+    model, depth = abstract_model(architecture).merge(params, biases), kind_of(architecture).depth
+    ones_BN = jnp.ones_like(tokens_BN)
+    positions_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1]), tokens_BN.shape)
+    rows = targets.rows(tokens_BN, ones_BN, positions_BN, depth)
+    scale_K = jnp.zeros(depth + 1)
+    hidden_KBTD, head_DV = model(rows).hidden, model.head()
+    term = Term(CrossEntropy(), hidden_KBTD, head_DV, rows.targets_KBT, rows.weight_KBT, scale_K, first_depth=0)
+    sums = depth_sums([term], evaluate([term], chunk_tokens=1024)[1])
     return sums.nll, sums.num
 
 
@@ -156,6 +159,6 @@ def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
             f"data.tokenizer={lm.config.data.tokenizer} is not this model's"
         )
     length = min(LENGTH, len(ids) // ROWS)
-    if length < 8 * (1 + lm.config.depth):
+    if length < 8 * (1 + kind_of(lm.config).depth):
         raise UserError(f"--check={text_file}: has {len(ids)} tokens, too few to tell; give a longer text")
     return ids[: ROWS * length].reshape(ROWS, length)

@@ -16,6 +16,7 @@ from mtp_jax.evaluation import advice, speculative
 from mtp_jax.evaluation.results import without_nan
 from mtp_jax.interop.folder import is_hf_folder
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.mtp import kind_of
 from mtp_jax.training.workdir import read_config
 
 NUM_PROMPTS = 16
@@ -88,8 +89,8 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
     Raises:
       UserError: a model that cannot draft, or prompts that cannot be used.
     """
-    num_drafts = args.draft_length or model.config.depth
-    check_drafts(model.config, max(1, num_drafts))
+    num_drafts = args.draft_length or kind_of(model.config).depth
+    check_drafts(model.config.architecture, max(1, num_drafts))
     prompts = _prompts(model, args)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or NUM_NEW, "sampler": _sampler(args)}
     options |= {"seed": model.config.seed, "stop_tokens": model.end_tokens}
@@ -123,8 +124,8 @@ def _mesh(workdir: str) -> MeshConfig | None:
 
 
 def _advice(decoder: Decoder, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
-    beyond = BEYOND_DEPTH if decoder.config.mtp.kind == "sequential" else 0
-    most = args.draft_length or decoder.config.depth + beyond
+    kind = kind_of(decoder.architecture)
+    most = args.draft_length or (kind.depth + BEYOND_DEPTH if kind.max_drafts is None else kind.max_drafts)
     rates = speculative.write_all(decoder, prompts, args.batch_size or 1, num_drafts=most, **options).acceptance
     costs = advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
     advised = advice.advise(rates, costs)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mtp_jax.config import UserError
 from mtp_jax.decoding.decoder import check_drafts
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.mtp import kind_of
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task says nothing
 # What tasks may say of generation. The second line says how to search, which greedy and sampled decoding need not know.
@@ -46,7 +47,7 @@ class HarnessModel(LM):
         """
         super().__init__()
         if speculative:
-            check_drafts(model.config, draft_length or max(1, model.config.depth))
+            check_drafts(model.config.architecture, draft_length or max(1, kind_of(model.config).depth))
         self.model, self.batch_size, self.seed = model, batch_size, seed
         self.drafts: dict[str, Any] = {"speculative": speculative} if speculative else {}
         if speculative and draft_length is not None:

@@ -155,7 +155,7 @@ def measure(
 
 def _result(decoder, batch_size, rows, every, num_same, plain_seconds, seconds) -> SpeculativeResult:
     num_tokens, num_plain = sum(map(len, every.tokens)), sum(map(len, rows))
-    cache = cache_bytes_per_token(decoder.config)
+    cache = cache_bytes_per_token(decoder.architecture)
     return SpeculativeResult(
         draft_length=every.tested.shape[1],
         batch_size=batch_size,

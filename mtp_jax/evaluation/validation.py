@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.loss import expected_tokens_per_pass
+from mtp_jax.losses import expected_tokens_per_pass
 from mtp_jax.training import loop
 from mtp_jax.training.loop import Run, global_batches
 

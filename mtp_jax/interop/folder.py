@@ -26,6 +26,7 @@ from mtp_jax.interop import hf_config, weights
 from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS, ROUTER_BIAS
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
 from mtp_jax.interop.weights import BIAS_DTYPE, Tensor, Tree
+from mtp_jax.mtp import kind_of
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "deepseek_v3": ("deepseek_v3", "deepseek_v2"),
@@ -152,7 +153,7 @@ def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_typ
     biases = {t.name for t in listed if t.path[0] == "biases"}
     others = {name: dtype for name, dtype in dtypes.items() if dtype != main or name in biases}
     repeated = {_kind(t, model_type) for t in listed if t.repeats and t.name in files.infos}
-    return Origin(model_type, config.depth, main, others, sorted(repeated))
+    return Origin(model_type, kind_of(config).depth, main, others, sorted(repeated))
 
 
 def _kind(tensor: Tensor, model_type: str) -> str:

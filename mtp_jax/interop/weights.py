@@ -17,7 +17,8 @@ from mtp_jax.interop import fp8
 from mtp_jax.interop.families import DERIVED_SUFFIXES, LAYOUTS, OUTSIDE_BLOCKS, Layout, Names
 from mtp_jax.interop.tensorfiles import TensorFolder
 from mtp_jax.layers.param import ParamInfo
-from mtp_jax.model import skeleton
+from mtp_jax.model import abstract_model
+from mtp_jax.mtp import kind_of
 
 Tree = dict[str, Any]
 Path = tuple[str, ...]
@@ -58,7 +59,8 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
     Raises:
       UserError: a weight the layout has no name for.
     """
-    layout, built = LAYOUTS[model_type], skeleton(config)
+    layout, built = LAYOUTS[model_type], abstract_model(config.architecture)
+    stack = ("mtp", *(kind_of(config).released_path or ()))
     leaves = flat(built.params, "params") | flat(built.biases, "biases")
     infos = flat(built.infos, "params")
     out: list[Tensor] = []
@@ -82,11 +84,11 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
             names = layout.expert_block if _has_experts(leaves, ("params", "trunk", group)) else layout.block
             add(layout.layer.format(layer=layer), ("trunk", group), names, (i,))
             layer += 1
-    for depth in range(_num_stacked(leaves, ("params", "mtp", "module"))):
+    for depth in range(_num_stacked(leaves, ("params", *stack))):
         prefix = layout.module_layer.format(layer=layer + depth, depth=depth)
-        add(prefix, ("mtp", "module"), layout.module, (depth,))
-        names = layout.expert_block if _has_experts(leaves, ("params", "mtp", "module", "block")) else layout.block
-        add(prefix, ("mtp", "module", "block"), names, (depth,))
+        add(prefix, stack, layout.module, (depth,))
+        names = layout.expert_block if _has_experts(leaves, ("params", *stack, "block")) else layout.block
+        add(prefix, (*stack, "block"), names, (depth,))
         out.extend(_again(prefix, layout, out))
     _refuse_unnamed(set(leaves) - used, model_type)
     return out
@@ -219,7 +221,7 @@ def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> T
     Args:
       listed: `tensors(config, layout)`, all of which the folder has in their shapes (`check_folder`).
     """
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
     parts: dict[Path, dict[tuple[int, ...], Tensor]] = {}
     for tensor in listed:
         if not tensor.repeats:

@@ -14,7 +14,7 @@ from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop import hf_config
 from mtp_jax.interop.weights import place
 from mtp_jax.language_model.model import LanguageModel
-from mtp_jax.model import Tree, skeleton
+from mtp_jax.model import Tree, abstract_model
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 
@@ -115,7 +115,7 @@ def _with(config: Config, mesh: MeshConfig, compute_dtype: Any) -> Config:
 
 def _abstract(config: Config, mesh: jax.sharding.Mesh) -> Tree:
     """Shapes, dtypes and places of the weights."""
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
 
     def at(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import data, sharding
-from mtp_jax.config import Config, UserError
+from mtp_jax import data, sharding, targets
+from mtp_jax.config import Architecture, Config, UserError
 from mtp_jax.decoding import choices, scoring
 from mtp_jax.decoding.decoder import Decoder, Generation, check_drafts, check_integer
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.language_model import texts as texts_of
-from mtp_jax.model import Tree, skeleton
-from mtp_jax.targets import PADDING
+from mtp_jax.model import Tree, abstract_model
+from mtp_jax.mtp import kind_of
 
 SHORTEST_SHARED = 16  # tokens of a context below which reading it once for several continuations saves nothing
 
@@ -72,12 +72,12 @@ class LanguageModel:
           UserError: another shape, or tokens outside the vocabulary.
         """
         tokens_BN = self._checked(tokens)
-        num_rows, length = len(tokens_BN), tokens_BN.shape[1] - self.config.depth
+        num_rows, length = len(tokens_BN), tokens_BN.shape[1] - kind_of(self.config).depth
         with jax.set_mesh(self.mesh):
             rows, cut = sharding.num_shards("batch"), sharding.num_shards("length")
             # The mesh wants equal shares; what is added comes after everything that is read.
             tokens_BN = np.pad(tokens_BN, ((0, -num_rows % rows), (0, -length % cut)))
-            logits_BTKV = _logits(self.config, self.params, self.biases, jnp.asarray(tokens_BN))
+            logits_BTKV = _logits(self.config.architecture, self.params, self.biases, jnp.asarray(tokens_BN))
         return np.asarray(jax.device_get(logits_BTKV))[:num_rows, :length]
 
     def generate(
@@ -117,8 +117,10 @@ class LanguageModel:
             raise UserError(f"draft_length={draft_length}: is for speculative decoding; add speculative=True")
         if draft_length is not None:
             check_integer("draft_length", draft_length, 1)
-        num_drafts = (max(1, self.config.depth) if draft_length is None else draft_length) if speculative else 0
-        check_drafts(self.config, num_drafts)
+        num_drafts = (
+            (max(1, kind_of(self.config).depth) if draft_length is None else draft_length) if speculative else 0
+        )
+        check_drafts(self.config.architecture, num_drafts)
         if isinstance(stop_tokens, int):
             stop_tokens = (stop_tokens,)
         if stop_tokens is None:
@@ -230,9 +232,9 @@ class LanguageModel:
             for each, scores in zip(shared, scored, strict=True):
                 out |= dict(zip(each, scores, strict=True))
         with jax.set_mesh(self.mesh):
-            config = Config(model=self.config.model, mtp=self.config.mtp)  # programs do not depend on the rest
-            picked = [pieces[i][0] for i in alone], [pieces[i][1] for i in alone]
-            scored_alone = scoring.score(config, self.params, self.biases, *picked, progress)
+            texts, starts = [pieces[i][0] for i in alone], [pieces[i][1] for i in alone]
+            architecture = self.config.architecture
+            scored_alone = scoring.score(architecture, self.params, self.biases, texts, starts, progress)
         out |= dict(zip(alone, scored_alone, strict=True))
         return [out[i] for i in range(len(pieces))]
 
@@ -303,7 +305,7 @@ class LanguageModel:
         return self.tokenizer
 
     def _checked(self, tokens: Any) -> np.ndarray:
-        tokens_BN, depth, vocab = np.asarray(tokens), self.config.depth, self.config.model.vocab_size or 0
+        tokens_BN, depth, vocab = np.asarray(tokens), kind_of(self.config).depth, self.config.model.vocab_size or 0
         if tokens_BN.ndim != 2 or not np.issubdtype(tokens_BN.dtype, np.integer):
             raise UserError(f"tokens {tokens_BN.dtype}{list(tokens_BN.shape)}: give integers of shape [B, N]")
         if not len(tokens_BN) or tokens_BN.shape[1] <= depth:
@@ -315,12 +317,9 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: Config, params: Tree, biases: Tree, tokens_BN: jax.Array) -> jax.Array:
-    model, length = skeleton(config).merge(params, biases), tokens_BN.shape[1] - config.depth
-    inputs_KBT = jnp.stack([tokens_BN[:, k : k + length] for k in range(1 + config.depth)])
-    positions_BT = jnp.broadcast_to(jnp.arange(length), inputs_KBT.shape[1:])
-    segments_KBT = jnp.full(inputs_KBT.shape, PADDING + 1)
-    hidden_KBTD = model(inputs_KBT, segments_KBT, positions_BT).hidden
+def _logits(architecture: Architecture, params: Tree, biases: Tree, tokens_BN: jax.Array) -> jax.Array:
+    model = abstract_model(architecture).merge(params, biases)
+    hidden_KBTD = model(targets.one_document_rows(tokens_BN, kind_of(architecture).depth)).hidden
     head_DV = model.head().astype(hidden_KBTD.dtype)
     # Depths first and moved afterwards: XLA's CPU backend has no bfloat16 dot that writes the other order.
     logits_KBTV = jnp.einsum("kbtd,dv->kbtv", hidden_KBTD, head_DV, preferred_element_type=jnp.float32)

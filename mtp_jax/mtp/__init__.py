@@ -1,20 +1,61 @@
-"""Multi-token prediction strategies: one interface, hidden states in and hidden states out."""
+"""Multi-token prediction: the registry of kinds. Nothing outside this package knows a kind by name.
 
-from typing import Any
+To add a kind: one file with a subclass of `Kind`, and its line in `KINDS`.
+"""
 
-from flax import nnx
+import difflib
+import functools
 
-from mtp_jax.config import Config
-from mtp_jax.mtp.parallel import ParallelHeads
-from mtp_jax.mtp.sequential import SequentialModules
-from mtp_jax.mtp.strategy import Extra, MainModel, NoMTP
+from mtp_jax.config import Architecture, Config, UserError
+from mtp_jax.mtp.kind import Caches, DecoderInputs, Extra, Kind, MainModel, Propose, Scales, Text
+from mtp_jax.mtp.none import NoMTP
+from mtp_jax.mtp.parallel import Parallel
+from mtp_jax.mtp.sequential import Sequential
 
-STRATEGIES: dict[str, Any] = {"none": NoMTP, "parallel": ParallelHeads, "sequential": SequentialModules}
-
-
-def make_strategy(config: Config, rngs: nnx.Rngs) -> Any:
-    """The strategy of mtp.kind."""
-    return STRATEGIES[config.mtp.kind](config, rngs)
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (NoMTP, Parallel, Sequential)}
+RELEASED = Sequential.name  # the kind of the MTP layers of released checkpoints
+NONE = NoMTP.name
 
 
-__all__ = ["Extra", "MainModel", "NoMTP", "ParallelHeads", "SequentialModules", "make_strategy"]
+def kind_of(config: Config | Architecture) -> Kind:
+    """The kind of `mtp.kind`, over the model's configuration.
+
+    Raises:
+      UserError: no such kind.
+    """
+    return _kind(config.architecture if isinstance(config, Config) else config)
+
+
+def reads(name: str, key: str) -> bool:
+    """Whether a run with mtp.kind=`name` reads the config key `section.key`."""
+    section, _, rest = key.partition(".")
+    if section != "mtp" or name not in KINDS:
+        return True
+    owner = rest.partition(".")[0]
+    return owner == name if owner in KINDS else KINDS[name].reads(rest)
+
+
+@functools.lru_cache(maxsize=256)
+def _kind(architecture: Architecture) -> Kind:
+    name = architecture.mtp.kind
+    if name not in KINDS:
+        near = difflib.get_close_matches(name, KINDS, 1, 0.0)
+        raise UserError(f"mtp.kind={name!r}: must be {' or '.join(map(repr, KINDS))}; did you mean {near[0]}?")
+    return KINDS[name](architecture)
+
+
+__all__ = [
+    "KINDS",
+    "NONE",
+    "RELEASED",
+    "Caches",
+    "DecoderInputs",
+    "Extra",
+    "Kind",
+    "MainModel",
+    "Propose",
+    "Scales",
+    "Text",
+    "kind_of",
+    "reads",
+]

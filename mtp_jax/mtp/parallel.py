@@ -1,35 +1,136 @@
-"""Parallel heads (Gloeckle et al. 2024, 2404.19737): h_k = Block_k(z) on one trunk output z, one unembedding.
+"""Parallel heads (Gloeckle et al. 2024, 2404.19737): h_k = Block_k(z) on one decoder output z, one unembedding.
 
-Shape letters: B rows, T positions, D model, N extra depths.
+Shape letters: B rows, T positions, D model, N extra depths, K drafts.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import Config
+from mtp_jax.config import Config, ModelConfig, UserError
 from mtp_jax.layers.block import Block, scan_over, stacked
-from mtp_jax.mtp.strategy import Extra, MainModel
+from mtp_jax.layers.cache import Slots, slots_at
+from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Text
+from mtp_jax.targets import Rows
 
 
 class ParallelHeads(nnx.Module):
-    """One block a depth. The head of depth 0 is the main model's last block, so z is that block's input, and a trained
-    next-token model takes extra heads without touching its own weights. All heads share the main final norm."""
+    """One block per depth, stacked. The head of depth 0 is the main model's last block, so z is that block's input, and
+    a trained next-token model takes extra heads without touching its own weights. All heads share the main final
+    norm."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model = config.model
-        self.config = model
+    def __init__(self, model: ModelConfig, depth: int, rngs: nnx.Rngs):
         is_moe = bool(model.num_experts) and model.num_layers > model.num_dense_layers  # as the blocks it takes over
-        self.block = stacked(lambda r: Block(model, r, is_moe), config.depth, rngs)
+        self.block = stacked(lambda r: Block(model, r, is_moe), depth, rngs)
 
-    def __call__(
-        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array | None, positions_BT: jax.Array
-    ) -> Extra:
+
+class Parallel(Kind):
+    """mtp.kind = parallel."""
+
+    name = "parallel"
+    stacks_caches = True
+
+    @property
+    def depth(self) -> int:
+        return self.mtp.depth
+
+    @property
+    def num_main_layers(self) -> int:
+        """Matched heads take their blocks from model.num_layers."""
+        return self.model.num_layers - (self.depth if self.mtp.parameter_matched else 0)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
+    @property
+    def default_weight(self) -> float:
+        """D: with the division by the sum of w_k this is the plain sum of the paper."""
+        return float(self.depth)
+
+    @classmethod
+    def heading(cls, settings: Sequence[Mapping[str, Any]]) -> str:
+        matched = {each.get("mtp.parameter_matched") for each in settings}
+        if matched == {True}:
+            return "parallel heads, parameter-matched: the main model gives up a block for each"
+        return f"parallel heads{', on top of the main model' if matched == {False} else ''}"
+
+    def check(self, config: Config) -> None:
+        """Heads start at the input of the main model's last block, and a block must come before it."""
+        super().check(config)
+        mtp, model = config.mtp, config.model
+        if mtp.shared_depths:
+            raise UserError(
+                "mtp.shared_depths=true: parallel heads that share weights are one head; use mtp.kind=sequential"
+            )
+        if self.num_main_layers >= 2:
+            dense = model.num_dense_layers if model.num_experts else 0
+            if self.num_main_layers < dense:
+                raise UserError(
+                    f"mtp.depth={mtp.depth}: leaves {self.num_main_layers} of model.num_layers={model.num_layers} to "
+                    f"the main model, fewer than model.num_dense_layers={dense}; use mtp.parameter_matched=false"
+                )
+            return
+        if not mtp.parameter_matched:
+            raise UserError(f"model.num_layers={model.num_layers}: parallel heads need at least 2")
+        deepest = model.num_layers - 2
+        shallower = f"a depth of at most {deepest}, " if deepest > 0 else ""
+        raise UserError(
+            f"mtp.depth={mtp.depth}: parallel heads take {mtp.depth} of model.num_layers={model.num_layers} and leave "
+            f"no trunk; use {shallower}more layers, or mtp.parameter_matched=false"
+        )
+
+    def make_module(self, rngs: nnx.Rngs) -> ParallelHeads:
+        return ParallelHeads(self.model, self.depth, rngs)
+
+    def hidden_states(self, module: ParallelHeads, main: MainModel, rows: Rows) -> Extra:
         """Depth k sees z alone; its segments only mark the positions that count."""
-        del inputs_NBT
 
         def body(block, branch_BTD, segments_BT):
-            h_BTD, stats = block(branch_BTD, positions_BT, segments_BT)
+            h_BTD, stats = block(branch_BTD, rows.positions_BT, segments_BT)
             return branch_BTD, (main.final_norm(h_BTD), stats)
 
-        _, (hidden_NBTD, stats) = scan_over(self.block, body, main.branch, segments_NBT, self.config)
+        segments_NBT = None if rows.segments_KBT is None else rows.segments_KBT[1:]
+        _, (hidden_NBTD, stats) = scan_over(module.block, body, main.branch, segments_NBT, self.model)
         return Extra(hidden_NBTD, stats)
+
+    @property
+    def max_drafts(self) -> int:
+        """One token per head."""
+        return self.depth
+
+    def unstack(self, module: ParallelHeads, ready: Callable[[Any], Any]) -> Any:
+        """The heads' blocks as one module with stacked weights, since they run side by side."""
+        return ready(module.block)
+
+    def empty_caches(self, empty: Callable[[], Any], num_drafts: int) -> Caches:
+        if not num_drafts:
+            return []
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_drafts, *x.shape)), empty())
+
+    def draft_hidden(self, main: MainModel) -> jax.Array:
+        """z."""
+        return main.branch
+
+    def read_prompt(
+        self, parts: Any, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
+    ) -> Caches:
+        return _run(parts, len(tokens_NBT), hidden_BTD, slots, caches)[1]
+
+    def draft(
+        self, parts: Any, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
+    ) -> Caches:
+        """Each head proposes its token from z alone."""
+        slots = slots_at(text.positions_BW, text.tokens_BS.shape[1])
+        h_KB1D, caches = _run(parts, num_drafts, text.hidden_BWD, slots, caches)
+        propose(jnp.moveaxis(main.final_norm(h_KB1D[:, :, 0]), 0, 1))
+        return caches
+
+
+def _run(blocks: Any, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:
+    """The first `num` heads' blocks on the same z, side by side: [K, B, 1, D] of the last position, and caches."""
+    heads = jax.tree.map(lambda w: w[:num], blocks)
+    return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache, 1))(heads, caches)

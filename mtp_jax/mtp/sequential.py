@@ -2,41 +2,48 @@
 
     h_k = Block_k( M_k [ norm_e(Emb(x_{i+k})) ; norm_h(h_{k-1}) ] ),   p_k = softmax(Head(norm_k(h_k)))
 
-Shape letters: B rows, T positions, D model, N extra depths.
+Drafting runs the chain that was trained: depth k at position i reads the hidden state of depth k - 1 at i and the token
+at i + k, and sees its own entries at 0 .. i. Entries that were made from drafts are made again each time, from the
+tokens that were kept and the newest drafts: a window of the last positions runs through every depth.
+
+Shape letters: B rows, T positions, W positions of the window, D model, N extra depths.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import Config, Conventions, conventions
-from mtp_jax.layers.block import Block, scan_over, stacked
-from mtp_jax.layers.cache import Slots
+from mtp_jax.config import Architecture, conventions
+from mtp_jax.layers.block import Block, scan_over, stacked, unstacked
+from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
-from mtp_jax.mtp.strategy import Extra, MainModel
+from mtp_jax.layers.router import RouterStats
+from mtp_jax.mtp.kind import Extra, Kind, MainModel, Propose, Text
+from mtp_jax.targets import Rows
 
 
 class SequentialModule(nnx.Module):
     """One depth: two norms, the projection of both halves, a block like the main model's last, the output norm."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model = config.model
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        model, ways = architecture.model, conventions(architecture.mtp)
         self.recomputes_nothing = model.remat == "none"
-        self.is_embedding_first = conventions(config.mtp).concat_order == "embedding_first"
-        is_moe = bool(model.num_experts) and config.num_main_layers > model.num_dense_layers
+        self.is_embedding_first = ways.concat_order == "embedding_first"
+        is_moe = bool(model.num_experts) and model.num_layers > model.num_dense_layers
         self.embed_norm = RMSNorm(model.embed_dim, model)
         self.hidden_norm = RMSNorm(model.embed_dim, model)
         self.projection = matrix(rngs, (2 * model.embed_dim, model.embed_dim), ("embed", None), 1, model)
         self.block = Block(model, rngs, is_moe)
-        if conventions(config.mtp).output_norm == "own":
+        if ways.output_norm == "own":
             self.output_norm = RMSNorm(model.embed_dim, model)
 
     def __call__(
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
-    ):
+    ) -> tuple[jax.Array, RouterStats | None]:
         """h_k [B, T, D] before the output norm, and the router's statistics."""
         # What the projection reads is twice as wide as the rest of a block, and made of what is kept anyway.
         join = jax.checkpoint(self._join) if self.recomputes_nothing else self._join
@@ -54,42 +61,139 @@ class SequentialModule(nnx.Module):
         return joined @ self.projection[...].astype(joined.dtype)
 
 
-def first_hidden(ways: Conventions, hidden_BTD: jax.Array, final_norm: RMSNorm) -> jax.Array:
-    """h_0, what the chain of depths begins with, from the last block's output."""
-    return final_norm(hidden_BTD) if ways.trunk_hidden == "after_norm" else hidden_BTD
-
-
-def hand_on(
-    ways: Conventions, module: SequentialModule, h_BTD: jax.Array, h_0_BTD: jax.Array, final_norm: RMSNorm
-) -> tuple[jax.Array, jax.Array]:
-    """From a module's output: what the head reads, and what the next depth receives."""
-    normed_BTD = (module.output_norm if ways.output_norm == "own" else final_norm)(h_BTD)
-    onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
-    return normed_BTD, h_0_BTD if ways.chain == "trunk" else onward_BTD
-
-
 class SequentialModules(nnx.Module):
-    """Depths 1..N in a chain; with shared_depths one module, applied N times."""
+    """Depths 1..N, stacked; with shared_depths one module."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        self.config = config.model
-        self.conventions = conventions(config.mtp)
-        self.is_shared = config.mtp.shared_depths
-        self.module = stacked(lambda r: SequentialModule(config, r), 1 if self.is_shared else config.depth, rngs)
+    def __init__(self, architecture: Architecture, num_modules: int, rngs: nnx.Rngs):
+        self.module = stacked(lambda r: SequentialModule(architecture, r), num_modules, rngs)
 
-    def __call__(
-        self, main: MainModel, inputs_NBT: jax.Array, segments_NBT: jax.Array | None, positions_BT: jax.Array
-    ) -> Extra:
+
+class Sequential(Kind):
+    """mtp.kind = sequential."""
+
+    name = "sequential"
+    default_weight = 0.3  # DeepSeek-V3
+    max_drafts = None  # drafts beyond the trained depth run the last module again
+    released_path = ("module",)
+    has_conventions = True
+
+    @classmethod
+    def heading(cls, settings: Sequence[Mapping[str, Any]]) -> str:
+        return "sequential modules, on top of the main model"
+
+    def __init__(self, architecture: Architecture):
+        super().__init__(architecture)
+        self.conventions = conventions(self.mtp)
+        self.is_shared = self.mtp.shared_depths
+
+    @property
+    def depth(self) -> int:
+        return self.mtp.depth
+
+    @property
+    def num_blocks(self) -> int:
+        return self.depth
+
+    @property
+    def times_applied(self) -> int:
+        """One shared module runs at every depth."""
+        return self.depth if self.is_shared else 1
+
+    def make_module(self, rngs: nnx.Rngs) -> SequentialModules:
+        return SequentialModules(self.architecture, 1 if self.is_shared else self.depth, rngs)
+
+    def hidden_states(self, module: SequentialModules, main: MainModel, rows: Rows) -> Extra:
         """Depth k reads the token at i + k; positions whose token is of another document are padding to its block."""
-        ways = self.conventions
-        h_0 = first_hidden(ways, main.hidden, main.final_norm)
+        h_0 = self.draft_hidden(main)
 
         def body(module, previous_BTD, scanned):
             inputs_BT, segments_BT = scanned
-            h_BTD, stats = module(main.look_up(inputs_BT), previous_BTD, positions_BT, segments_BT)
-            normed_BTD, onward_BTD = hand_on(ways, module, h_BTD, h_0, main.final_norm)
+            h_BTD, stats = module(main.embed(inputs_BT), previous_BTD, rows.positions_BT, segments_BT)
+            normed_BTD, onward_BTD = self._outputs(module, h_BTD, h_0, main)
             return onward_BTD, (normed_BTD, stats)
 
-        xs = inputs_NBT, segments_NBT
-        _, (hidden_NBTD, stats) = scan_over(self.module, body, h_0, xs, self.config, is_shared=self.is_shared)
+        xs = rows.inputs_KBT[1:], None if rows.segments_KBT is None else rows.segments_KBT[1:]
+        _, (hidden_NBTD, stats) = scan_over(module.module, body, h_0, xs, self.model, is_shared=self.is_shared)
         return Extra(hidden_NBTD, stats)
+
+    def unstack(self, module: SequentialModules, ready: Callable[[Any], Any]) -> list[SequentialModule]:
+        """One module per depth; a single one where depths share it."""
+        return [ready(one) for one in unstacked(module.module)]
+
+    def empty_caches(self, empty: Callable[[], Any], num_drafts: int) -> list[Any]:
+        """One per trained depth in use: drafts beyond them share the last one's."""
+        return [empty() for _ in range(min(num_drafts, self.depth))]
+
+    def draft_hidden(self, main: MainModel) -> jax.Array:
+        """h_0, what the chain of depths begins with."""
+        return main.final_norm(main.hidden) if self.conventions.trunk_hidden == "after_norm" else main.hidden
+
+    def read_prompt(
+        self,
+        parts: list[SequentialModule],
+        main: MainModel,
+        hidden_BTD: jax.Array,
+        tokens_NBT: jax.Array,
+        slots: Slots,
+        caches: list[Any],
+    ) -> list[Any]:
+        written = []
+        onward_BTD = hidden_BTD
+        for k, cache in enumerate(caches):
+            num_wanted = None if k + 1 < len(caches) else 1  # nobody reads what the last depth says of a prompt
+            module = parts[min(k, len(parts) - 1)]
+            h_BTD, cache = module.decode(main.embed(tokens_NBT[k]), onward_BTD, slots, cache, num_wanted)
+            _, onward_BTD = self._outputs(module, h_BTD, hidden_BTD, main)
+            written.append(cache)
+        return written
+
+    def draft(
+        self,
+        parts: list[SequentialModule],
+        main: MainModel,
+        text: Text,
+        num_drafts: int,
+        caches: list[Any],
+        propose: Propose,
+    ) -> list[Any]:
+        """Each depth is fed with the draft before; the last of them as often again as there are drafts left."""
+        num_slots, caches = text.tokens_BS.shape[1], list(caches)
+        slots = slots_at(text.positions_BW, num_slots)
+        drafts: list[jax.Array] = []
+        onward_BTD, again_BTD = text.hidden_BWD, text.hidden_BWD
+        # Depth 1 has learnt to read the decoder's hidden state, later ones what the depth before hands on.
+        starts_normed = self.conventions.trunk_hidden == "after_norm"
+        for k in range(num_drafts):
+            depth = min(k, len(caches) - 1)
+            if k < len(caches):
+                inputs_BT = _text_with_drafts(text, text.positions_BW + k + 1, drafts)
+            else:
+                # One position further with the newest draft: as if this depth's hidden state were what would have been
+                # read there. Both foretell the same token.
+                positions_B1 = jnp.maximum(text.positions_BW[:, -1:] + k - depth, 0)
+                slots, inputs_BT = slots_at(positions_B1, num_slots), drafts[-1]
+                onward_BTD = again_BTD[:, -1:]
+            module = parts[min(depth, len(parts) - 1)]
+            num_wanted = None if k + 1 < len(caches) else 1  # of all positions where another trained depth reads them
+            h_BTD, caches[depth] = module.decode(main.embed(inputs_BT), onward_BTD, slots, caches[depth], num_wanted)
+            normed_BTD, onward_BTD = self._outputs(module, h_BTD, text.hidden_BWD, main)
+            again_BTD = onward_BTD if depth else (normed_BTD if starts_normed else h_BTD)
+            drafts.append(propose(normed_BTD[:, -1:]))
+        return caches
+
+    def _outputs(
+        self, module: SequentialModule, h_BTD: jax.Array, h_0_BTD: jax.Array, main: MainModel
+    ) -> tuple[jax.Array, jax.Array]:
+        """From a module's output: what the head reads, and what the next depth receives."""
+        ways = self.conventions
+        normed_BTD = (module.output_norm if ways.output_norm == "own" else main.final_norm)(h_BTD)
+        onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
+        return normed_BTD, h_0_BTD if ways.chain == "trunk" else onward_BTD
+
+
+def _text_with_drafts(text: Text, at_BW: jax.Array, drafts: list[jax.Array]) -> jax.Array:
+    """int32[B, W]: the text at these positions, of which the last ones are drafts (int32[B, 1] each)."""
+    known_BW = text.tokens_at(at_BW)
+    if not drafts:
+        return known_BW
+    return jnp.concatenate([known_BW[:, : -len(drafts)], *drafts], axis=1)

@@ -24,6 +24,7 @@ import tqdm
 
 from mtp_jax import cli
 from mtp_jax.config import Config, UserError, to_dict
+from mtp_jax.mtp import NONE, kind_of
 
 
 def main(argv: list[str]) -> None:
@@ -95,7 +96,7 @@ def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) 
     """What --check would stumble over, said before a long import."""
     if not has_tokenizer:
         raise UserError(f"--check: {hf} has no tokenizer.json, so no text can be read; leave --check out")
-    if not config.depth:
+    if not kind_of(config).depth:
         raise UserError(f"--check: {hf} has no MTP layers to compare conventions of; leave --check out")
     if text_file and not pathlib.Path(text_file).is_file():
         raise UserError(f"--check={text_file}: no such file; give a text file")
@@ -121,7 +122,7 @@ def export(args: argparse.Namespace) -> None:
         if not saved.steps():
             raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
         step, arrays = saved.open_part(MODEL_PARTS)
-        if args.depth == 0 and config.depth:
+        if args.depth == 0 and "mtp" in arrays["params"]:
             config = _main_alone(config)
             arrays = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in arrays.items()}
         sides = workdir / folder.SIDE_FOLDER
@@ -145,25 +146,25 @@ def _tokenizer_file(config: Config) -> pathlib.Path | None:
 
 def _main_alone(config: Config) -> Config:
     """The next-token model; a matched parallel model keeps the blocks its trunk has."""
-    model = dataclasses.replace(config.model, num_layers=config.num_main_layers)
-    return dataclasses.replace(config, model=model, mtp=dataclasses.replace(config.mtp, kind="none"))
+    model = dataclasses.replace(config.model, num_layers=kind_of(config).num_main_layers)
+    return dataclasses.replace(config, model=model, mtp=dataclasses.replace(config.mtp, kind=NONE))
 
 
 def notes(config: Config, layout: str) -> list[str]:
     """What somebody who serves the export should know."""
     from mtp_jax.config import conventions
 
-    out = []
-    if config.depth and layout in ("llama", "qwen2", "qwen3"):
+    out, depth = [], kind_of(config).depth
+    if depth and layout in ("llama", "qwen2", "qwen3"):
         out.append(
             f"{layout} has no MTP layers of its own; they are behind the last layer, where transformers skips them"
         )
-    elif config.depth and config.model.num_layers not in (46, 61, 92):
+    elif depth and config.model.num_layers not in (46, 61, 92):
         out.append(
             f"transformers knows MTP layers by the numbers of released models; from {config.model.num_layers} on it "
             "calls them unexpected and ignores them"
         )
-    if config.depth > 1 and conventions(config.mtp).recycled_hidden == "before_norm":
+    if depth > 1 and conventions(config.mtp).recycled_hidden == "before_norm":
         out.append(
             "serving engines normalise the hidden state between depths, this model was trained without "
             "(mtp.recycled_hidden=before_norm): depths beyond 1 may draft worse there than eval.py says"
@@ -182,8 +183,8 @@ def describe(config: Config) -> str:
     """The model in a few words."""
     from mtp_jax.model import count_parameters
 
-    counts = count_parameters(config)
-    extra = f" + {counts.mtp_total / 1e6:,.1f} M in {config.depth} MTP layer(s)" if config.depth else ""
+    counts, depth = count_parameters(config.architecture), kind_of(config).depth
+    extra = f" + {counts.mtp_total / 1e6:,.1f} M in {depth} MTP layer(s)" if depth else ""
     return f"{counts.total / 1e6:,.1f} M parameters{extra}, {config.model.num_layers} layers"
 
 

@@ -21,7 +21,8 @@ import re
 from dataclasses import replace
 
 from mtp_jax import cli
-from mtp_jax.config import UserError, validate
+from mtp_jax.config import UserError
+from mtp_jax.model import validate
 from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import Planned, plan
 from mtp_jax.tools.sweeping.runner import Commands, Runner

@@ -2,6 +2,7 @@
 
 from mtp_jax.config import Config
 from mtp_jax.model import active_size, weights
+from mtp_jax.mtp import kind_of
 
 
 def train_flops_per_token(config: Config) -> float:
@@ -15,18 +16,18 @@ def train_flops_per_token(config: Config) -> float:
     half of it masked by causality, times 3 for forward and backward; document boundaries, which mask more, do not
     count. Recomputation is not what the model asks for and does not count either (PaLM, 2204.02311, appendix B).
     """
-    model, depth = config.model, config.depth
+    model, kind, architecture = config.model, kind_of(config), config.architecture
     assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
-    times = {"trunk": 1, "mtp": depth if config.mtp.shared_depths else 1}  # one shared module runs at every depth
-    multiplied = (1 + depth) * model.embed_dim * model.vocab_size
-    for part, info, leaf in weights(config):
+    times = {"trunk": 1, "mtp": kind.times_applied}
+    multiplied = kind.head_products * model.embed_dim * model.vocab_size
+    for part, info, leaf in weights(architecture):
         if info.is_matrix and "vocab" not in info.axes:
-            multiplied += times[part] * active_size(config, info, leaf)
+            multiplied += times[part] * active_size(architecture, info, leaf)
     if model.attention == "mla":
         dims = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     else:
         dims = 2 * model.head_dim
-    attention = (config.num_main_layers + depth) * model.num_heads * dims * config.data.sequence_length
+    attention = (kind.num_main_layers + kind.num_blocks) * model.num_heads * dims * config.data.sequence_length
     return 6.0 * multiplied + 3.0 * attention
 
 

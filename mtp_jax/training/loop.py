@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from mtp_jax import data, sharding
-from mtp_jax.config import Config, MeshConfig, UserError, validate
+from mtp_jax.config import Config, MeshConfig, UserError
 from mtp_jax.data.corpus import Split
-from mtp_jax.model import Tree, count_parameters
+from mtp_jax.model import Tree, count_parameters, validate
+from mtp_jax.mtp import kind_of
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.flops import peak_flops, train_flops_per_token
@@ -119,7 +120,7 @@ def set_up(config: Config, num_devices: int | None = None) -> Run:
     """
     devices = jax.devices()[:num_devices]
     validate(config, len(devices))
-    corpus = data.prepare(config)
+    corpus = data.prepare(config, kind_of(config).lookahead)
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
     validate(config, len(devices), corpus.tokenizer.vocab_size)
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -136,7 +137,7 @@ def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
 def global_batches(run: Run, split: Split, start_step: int = 0) -> Any:
     """An iterator over global device arrays; each process reads only the rows its devices hold."""
     config, where = run.config, run.trainer.batch_sharding
-    shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+    shape = (config.data.batch_size, config.data.sequence_length + 1 + run.corpus.lookahead)
     rows = [index[0].indices(shape[0]) for index in where.addressable_devices_indices_map(shape).values()]
     low, high = min(r[0] for r in rows), max(r[1] for r in rows)
     with iter(run.corpus.batches(split, start_step, row_slice=(low, high))) as batches:
@@ -153,15 +154,12 @@ def _place(local: np.ndarray, where: Any, shape: tuple[int, int], low: int) -> j
 
 
 def _announce(run: Run) -> None:
-    counts = count_parameters(run.config)
+    counts, kind = count_parameters(run.config.architecture), kind_of(run.config)
     axes = ", ".join(f"{n}={s}" for n, s in run.mesh.shape.items() if s > 1) or "1 device"
-    mtp = run.config.mtp
-    kind = "next-token only" if not run.config.depth else f"{mtp.kind} MTP, depth {mtp.depth}"
     tokens = run.corpus.num_tokens("train")
-    extra = f" (+ {counts.mtp_total / 1e6:,.2f} M)" if run.config.depth else ""
-    print(
-        f"model    {counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active a token; {kind}{extra}"
-    )
+    extra = f" (+ {counts.mtp_total / 1e6:,.2f} M)" if counts.mtp_total else ""
+    sizes = f"{counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active per token"
+    print(f"model    {sizes}; {kind.describe()}{extra}")
     source, tokenizer = run.config.data.source, run.config.data.tokenizer
     print(f"data     {source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {tokenizer}")
     print(f"mesh     {axes} ({jax.devices()[0].device_kind}, {jax.process_count()} process(es))", flush=True)

@@ -44,18 +44,14 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     return schedule
 
 
-def mtp_weight(mtp: MTPConfig) -> Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]:
+def mtp_weight(mtp: MTPConfig, default: float) -> Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]:
     """(step, tokens) -> lambda, float32: piecewise constant in mtp.weight_unit, `weight_values[i]` from boundary i on.
 
-    Before the first boundary it is mtp.weight, or when that is None 0.3 (sequential, DeepSeek-V3) or D (parallel: with
-    the division by the sum of w_k this is the plain sum of 2404.19737). Without MTP it is 0 throughout.
+    Before the first boundary it is mtp.weight, or when that is None `default`, the MTP kind's own.
 
     tokens: trained on before this step, as float32 (15 T does not fit an int32): step * tokens_per_step in float32 is
       right to 6e-8 of the count, where adding up step by step is not.
     """
-    if mtp.kind == "none":
-        return lambda step, tokens: jnp.float32(0.0)
-    default = 0.3 if mtp.kind == "sequential" else float(mtp.depth)
     values = np.asarray([default if mtp.weight is None else mtp.weight, *mtp.weight_values], np.float32)
     in_tokens = mtp.weight_unit == "tokens"
     # steps compare as integers: float32 stops telling them apart at 2^24
@@ -68,13 +64,12 @@ def mtp_weight(mtp: MTPConfig) -> Callable[[jax.typing.ArrayLike, jax.typing.Arr
     return weight
 
 
-def active_depths(mtp: MTPConfig, num_steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+def active_depths(mtp: MTPConfig, depth: int, num_steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
     """step -> float32[D] of 0 and 1: the depths whose loss counts (curriculum of 2505.22757).
 
     forward: depth k from step (k - 1) / D * num_steps on; reverse: depth k before step (D - k + 1) / D * num_steps, and
     depth 1 always; none: all, always.
     """
-    depth = 0 if mtp.kind == "none" else mtp.depth
     k = np.arange(1, depth + 1)
     starts, ends = np.zeros(depth, np.int64), np.full(depth, np.iinfo(np.int32).max)
     if mtp.curriculum == "forward":
@@ -90,9 +85,8 @@ def active_depths(mtp: MTPConfig, num_steps: int) -> Callable[[jax.typing.ArrayL
     return active
 
 
-def depth_weights(mtp: MTPConfig) -> np.ndarray:
-    """w_k = beta^(k - 1) for k = 1 .. D, float32[D]; empty without MTP."""
-    depth = 0 if mtp.kind == "none" else mtp.depth
+def depth_weights(mtp: MTPConfig, depth: int) -> np.ndarray:
+    """w_k = beta^(k - 1) for k = 1 .. depth, float32[depth]."""
     return np.power(np.float32(mtp.depth_decay), np.arange(depth, dtype=np.float32))
 
 

@@ -13,61 +13,53 @@ import optax
 from mtp_jax import sharding, targets
 from mtp_jax.config import Config
 from mtp_jax.layers.router import RouterStats, moved_bias
-from mtp_jax.loss import DepthSums, head_loss
-from mtp_jax.model import Skeleton, Tree, init, skeleton
+from mtp_jax.losses import DepthSums, depth_sums, evaluate, token_terms, weight_sum
+from mtp_jax.model import AbstractModel, Tree, abstract_model, init
+from mtp_jax.mtp import Kind, Scales, kind_of
+from mtp_jax.targets import Rows
 from mtp_jax.training import optimizer, schedules
 
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions: int32[B, T + 1 + D]
 
 
-class StepInputs(NamedTuple):
-    """A batch as the model takes it. mask: positions that count at each depth; segments: 0 where they do not."""
-
-    inputs_KBT: jax.Array
-    targets_KBT: jax.Array
-    segments_KBT: jax.Array
-    mask_KBT: jax.Array
-    positions_BT: jax.Array
-
-
 class Aux(NamedTuple):
-    """What a micro-batch adds up to."""
+    """What a micro-batch adds up to. extra: sums of the terms that have a name of their own, (value, weights) of
+    each."""
 
     sums: DepthSums
-    stats: list[RouterStats | None]  # trunk, mtp
+    extra: dict[str, tuple[jax.Array, jax.Array]]
+    stats: list[RouterStats | None]  # decoder, mtp
 
 
-def step_inputs(batch: Batch, depth: int) -> StepInputs:
-    """Depth-k inputs and targets; a position whose depth-k input or target lies in another document is padding there.
+def rows_of(batch: Batch, kind: Kind) -> Rows:
+    """A batch as the model and the losses read it."""
+    return targets.rows(
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        kind.depth,
+        kind.lookahead,
+        batch.get("loss_mask"),
+    )
 
-    Only the original arrays are cut (see `targets.build`).
+
+def loss_scales(config: Config, count_K: jax.Array, step: jax.Array) -> Scales:
+    """What each depth's sum is multiplied by.
+
+    L = L_0 + lambda(step) * sum_k w_k L_k / sum_k w_k, L_k = sum / N with N the weights of the valid depth-0 targets of
+    the whole global batch (normalize="paper", the T of eq. 24), or depth k's own (normalize="valid"). Depths a
+    curriculum has switched off contribute nothing; the divisor keeps counting them.
     """
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    cut = targets.build(tokens, segment_ids, depth)
-    usable_KBT = targets.input_segments(segment_ids[:, :-1], depth)
-    segments_KBT = jnp.where(cut.valid, usable_KBT, targets.PADDING)
-    length = tokens.shape[1] - 1 - depth
-    mask_KBT = segments_KBT != targets.PADDING
-    return StepInputs(cut.inputs, cut.targets, segments_KBT, mask_KBT, batch["positions"][:, :length])
-
-
-def loss_weights(config: Config, count_K: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What each depth's summed nll is multiplied by, float32[K], and lambda.
-
-    L = L_0 + lambda(step) * sum_k w_k L_k / sum_k w_k, L_k = nll_k / N with N the valid depth-0 targets of the whole
-    global batch (normalize="paper", the T of eq. 24), or depth k's own (normalize="valid"). Depths a curriculum has
-    switched off contribute nothing; the divisor keeps counting them.
-    """
-    mtp = config.mtp
-    main = 1.0 / jnp.maximum(count_K[:1], 1.0)
+    mtp, kind = config.mtp, kind_of(config)
+    main = 1.0 / jnp.maximum(count_K[0], 1.0)
     tokens = step.astype(jnp.float32) * (config.data.batch_size * config.data.sequence_length)
-    lambda_ = schedules.mtp_weight(mtp)(step, tokens)
-    if config.depth == 0:
-        return main, lambda_
-    w_D = jnp.asarray(schedules.depth_weights(mtp))
-    active_D = schedules.active_depths(mtp, config.training.num_steps)(step)
+    lambda_ = schedules.mtp_weight(mtp, kind.default_weight)(step, tokens)
+    if kind.is_baseline:
+        return Scales(main, jnp.zeros(0), jnp.float32(0.0))
+    w_D = jnp.asarray(schedules.depth_weights(mtp, kind.depth))
+    active_D = schedules.active_depths(mtp, kind.depth, config.training.num_steps)(step)
     divisor_D = jnp.maximum(count_K[1:], 1.0) if mtp.normalize == "valid" else jnp.maximum(count_K[0], 1.0)
-    return jnp.concatenate([main, lambda_ * active_D * w_D / w_D.sum() / divisor_D]), lambda_
+    return Scales(main, lambda_ * active_D * w_D / w_D.sum() / divisor_D, lambda_)
 
 
 class Trainer(NamedTuple):
@@ -82,7 +74,7 @@ class Trainer(NamedTuple):
     evaluate: Callable[[Tree, Batch, jax.Array], dict[str, jax.Array]]
     abstract_state: Tree
     batch_sharding: Any
-    skeleton: Skeleton
+    abstract: AbstractModel
 
 
 def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
@@ -92,12 +84,12 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
       config: validated, model.vocab_size set.
       mesh: from `sharding.make_mesh`; calls must run under `jax.set_mesh(mesh)`.
     """
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
     trained_infos, _ = trained_part(config, built.infos)
     tx = optimizer.build(config.optimizer, config.training.num_steps, trained_infos)
 
     def fresh() -> Tree:
-        params, biases = init(config, config.seed)
+        params, biases = init(config.architecture, config.seed)
         opt_state = tx.init(trained_part(config, params)[0])
         return {"params": params, "biases": biases, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
 
@@ -119,11 +111,13 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
         evaluate=jax.jit(make_evaluate(config, built), out_shardings=replicated),
         abstract_state=abstract,
         batch_sharding=rows,
-        skeleton=built,
+        abstract=built,
     )
 
 
-def state_shardings(config: Config, built: Skeleton, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Tree:
+def state_shardings(
+    config: Config, built: AbstractModel, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Tree:
     """Where each leaf of the state lives: optimizer moments with their weight, the rest everywhere."""
     params, biases = built.shardings(mesh)
     replicated = sharding.named(mesh, ())
@@ -139,29 +133,30 @@ def trained_part(config: Config, tree: Tree) -> tuple[Tree, Tree]:
     return {"mtp": tree["mtp"]}, {name: part for name, part in tree.items() if name != "mtp"}
 
 
-def make_step(config: Config, built: Skeleton, tx: optax.GradientTransformation):
+def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransformation):
     """(state, batch) -> (state, metrics); see `Trainer`."""
     grads_of = jax.value_and_grad(make_loss(config, built), has_aux=True)
+    kind = kind_of(config)
 
     def step(state: Tree, batch: Batch) -> tuple[Tree, dict[str, jax.Array]]:
-        prepared = step_inputs(batch, config.depth)
-        # Counted over the whole global batch before it is cut: the divisor depends neither on the number of devices
+        rows = rows_of(batch, kind)
+        # Summed over the whole global batch before it is split: the divisor depends neither on the number of devices
         # nor on the number of micro-batches.
-        count_K = prepared.mask_KBT.sum((1, 2), dtype=jnp.int32).astype(jnp.float32)
-        weight_K, lambda_ = loss_weights(config, count_K, state["step"])
-        num_rows = jnp.maximum(prepared.mask_KBT.any(2).sum(1).astype(jnp.float32), 1.0)
+        count_K = weight_sum(rows.weight_KBT)
+        scales = loss_scales(config, count_K, state["step"])
+        num_rows = jnp.maximum((rows.weight_KBT > 0).any(2).sum(1).astype(jnp.float32), 1.0)
         trained, frozen = trained_part(config, state["params"])
 
-        def micro(inputs: StepInputs):
-            return grads_of(trained, frozen, state["biases"], inputs, weight_K, num_rows)
+        def micro(rows: Rows):
+            return grads_of(trained, frozen, state["biases"], rows, scales, num_rows)
 
-        (loss, aux), grads = _accumulate(micro, prepared, config.training.accumulate_steps)
+        (loss, aux), grads = _accumulate(micro, rows, config.training.accumulate_steps)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state["opt_state"], trained)
             params = {**frozen, **optax.apply_updates(trained, updates)}
         biases = move_biases(config, state["biases"], aux.stats, state["step"])
         metrics = step_metrics(config, loss, aux, count_K) | {
-            "mtp_lambda": lambda_,
+            "mtp_lambda": scales.weight,
             "grad_norm": optax.global_norm(grads),
             "learning_rate": schedules.learning_rate(config.optimizer, config.training.num_steps)(state["step"]),
         }
@@ -170,29 +165,22 @@ def make_step(config: Config, built: Skeleton, tx: optax.GradientTransformation)
     return step
 
 
-def make_loss(config: Config, built: Skeleton):
-    """(trained, frozen, biases, inputs, weight_K, num_rows_K) -> (the loss this micro-batch adds, Aux)."""
+def make_loss(config: Config, built: AbstractModel):
+    """(trained, frozen, biases, rows, scales, num_rows_K) -> (the loss this micro-batch adds, Aux)."""
+    is_packed = config.data.packing == "packed"
 
-    def loss(trained: Tree, frozen: Tree, biases: Tree, inputs: StepInputs, weight_K: jax.Array, num_rows_K: jax.Array):
+    def loss(trained: Tree, frozen: Tree, biases: Tree, rows: Rows, scales: Scales, num_rows_K: jax.Array):
         model = built.merge({**jax.lax.stop_gradient(frozen), **trained}, biases)
-        # Contiguous rows are one document each, and said to be: attention then compares no segment ids.
-        segments_KBT = inputs.segments_KBT if config.data.packing == "packed" else None
-        out = model(inputs.inputs_KBT, segments_KBT, inputs.positions_BT)
+        # Contiguous rows are one document each, and declared to be: attention then compares no segment ids.
+        out = model(rows if is_packed else rows._replace(segments_KBT=None))
         with jax.named_scope("loss"):
-            total, sums = head_loss(
-                out.hidden,
-                model.head(),
-                inputs.targets_KBT,
-                inputs.mask_KBT,
-                weight_K,
-                config.training.z_loss_weight,
-                config.training.loss_chunk,
-                config.mtp.detach_trunk,
-            )
-        mtp_stats = _active(out.mtp_stats, weight_K[1:])
-        total += config.model.balance_loss_weight * balance(out.trunk_stats, num_rows_K[:1])
+            terms = model.terms(out.hidden, rows, scales, config.training.z_loss_weight)
+            total, sums = evaluate(terms, config.training.loss_chunk)
+        mtp_stats = _active(out.mtp_stats, scales.depth_N)
+        total += config.model.balance_loss_weight * balance(out.decoder_stats, num_rows_K[:1])
         total += config.model.balance_loss_weight * balance(mtp_stats, num_rows_K[1:])
-        return total, Aux(sums, jax.lax.stop_gradient([out.trunk_stats, mtp_stats]))
+        named = {t.name: (s.value.sum(), s.num.sum()) for t, s in zip(terms, sums, strict=True) if t.name}
+        return total, Aux(depth_sums(terms, sums), named, jax.lax.stop_gradient([out.decoder_stats, mtp_stats]))
 
     return loss
 
@@ -210,17 +198,11 @@ def balance(stats: RouterStats | None, num_rows: jax.Array) -> jax.Array:
     return jnp.float32(0.0) if stats is None else (stats.balance / num_rows).sum()
 
 
-def _accumulate(micro: Callable, prepared: StepInputs, num: int):
+def _accumulate(micro: Callable, rows: Rows, num: int):
     """Sum `micro` over `num` equal parts of the batch. Every term is a sum already divided by the batch's own count."""
     if num == 1:
-        return micro(prepared)
-
-    def cut(x, axis):
-        # Part m takes rows r with r % num == m from each device, so no row moves.
-        shape = (*x.shape[:axis], x.shape[axis] // num, num, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
-
-    parts = StepInputs(*(cut(x, 1 if x.ndim == 3 else 0) for x in prepared))
+        return micro(rows)
+    parts = rows.micro_batches(num)
     zero = jax.tree.map(
         lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(micro, jax.tree.map(lambda x: x[0], parts))
     )
@@ -228,7 +210,7 @@ def _accumulate(micro: Callable, prepared: StepInputs, num: int):
 
 
 def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], step: jax.Array) -> Tree:
-    """Move every router's bias by the global load of its valid tokens, in trunk and MTP blocks alike.
+    """Move every router's bias by the global load of its valid tokens, in decoder and MTP blocks alike.
 
     A module shared by all depths has one bias and the load of all its depths.
     """
@@ -256,12 +238,13 @@ def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) 
     loss_K = sums.nll / divisor_K
     accuracy_K, agreement_K = sums.correct / own_K, sums.agree / jnp.maximum(sums.num_compared, 1.0)
     out = {"loss": loss, "loss_main": loss_K[0], "accuracy_main": accuracy_K[0]}
-    for k in range(1, config.depth + 1):
+    for k in range(1, len(loss_K)):
         out |= {
             f"loss_mtp_{k}": loss_K[k],
             f"accuracy_mtp_{k}": accuracy_K[k],
             f"agreement_mtp_{k}": agreement_K[k],
         }
+    out |= {f"loss_{name}": value / jnp.maximum(num, 1.0) for name, (value, num) in aux.extra.items()}
     loads = [stat.load_E for stat in aux.stats if stat is not None]
     if loads:
         load_LE = jnp.concatenate(loads)
@@ -270,23 +253,17 @@ def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) 
     return out
 
 
-def make_evaluate(config: Config, built: Skeleton):
+def make_evaluate(config: Config, built: AbstractModel):
     """(state, batch, token_bytes int32[V]) -> per-depth sums, float32[K]: `DepthSums` and "bytes" of the targets."""
+    kind = kind_of(config)
 
-    def evaluate(state: Tree, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:
-        prepared = step_inputs(batch, config.depth)
+    def evaluate_batch(state: Tree, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:
+        rows = rows_of(batch, kind)
         model = built.merge(state["params"], state["biases"])
-        out = model(prepared.inputs_KBT, prepared.segments_KBT, prepared.positions_BT)
-        weight_K = jnp.zeros((config.depth + 1,), jnp.float32)
-        _, sums = head_loss(
-            out.hidden,
-            model.head(),
-            prepared.targets_KBT,
-            prepared.mask_KBT,
-            weight_K,
-            chunk_tokens=config.training.loss_chunk,
-        )
-        bytes_KBT = jnp.where(prepared.mask_KBT, jnp.take(token_bytes, prepared.targets_KBT), 0)
+        zeros = Scales(jnp.float32(0.0), jnp.zeros(kind.depth), jnp.float32(0.0))
+        terms = token_terms(model.terms(model(rows).hidden, rows, zeros, 0.0))
+        sums = depth_sums(terms, evaluate(terms, config.training.loss_chunk)[1])
+        bytes_KBT = jnp.where(rows.weight_KBT > 0, jnp.take(token_bytes, rows.targets_KBT), 0)
         return sums._asdict() | {"bytes": bytes_KBT.sum((1, 2), dtype=jnp.float32)}
 
-    return evaluate
+    return evaluate_batch

@@ -14,7 +14,8 @@ import numpy as np
 from mtp_jax import sharding
 from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MTPConfig, conventions
 from mtp_jax.decoding.decoder import Decoder
-from mtp_jax.model import skeleton
+from mtp_jax.model import abstract_model
+from mtp_jax.mtp import kind_of
 from tests.bridge import to_model
 from tests.reference.params import random_params
 
@@ -76,7 +77,7 @@ def build(model, mtp=None, context=512, seed=0, blocks=1.0):
         depths often say what the main model will, and not always.
     """
     config = Config(model=model, mtp=mtp or MTPConfig(), data=DataConfig(sequence_length=context))
-    reference = random_params(config, config.num_main_layers, conventions(config.mtp).output_norm, seed)
+    reference = random_params(config, kind_of(config).num_main_layers, conventions(config.mtp).output_norm, seed)
     if blocks < 1:
         reference = _damped(reference, blocks)
     return Built(config, reference, *to_model(reference))
@@ -103,10 +104,10 @@ def prompts_of(lengths, vocab_size, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, biases, tokens_BN):
-    length = tokens_BN.shape[1] - config.depth
-    inputs_KBT = jnp.stack([tokens_BN[:, k : k + length] for k in range(1 + config.depth)])
+    length = tokens_BN.shape[1] - kind_of(config).depth
+    inputs_KBT = jnp.stack([tokens_BN[:, k : k + length] for k in range(1 + kind_of(config).depth)])
     positions_BT = jnp.broadcast_to(jnp.arange(length), inputs_KBT.shape[1:])
-    model = skeleton(config).merge(params, biases)
+    model = abstract_model(config.architecture).merge(params, biases)
     hidden_KBTD = model(inputs_KBT, jnp.ones_like(inputs_KBT), positions_BT).hidden
     return jnp.einsum("kbtd,dv->btkv", hidden_KBTD, model.head())
 
@@ -114,5 +115,5 @@ def _logits(config, params, biases, tokens_BN):
 @functools.partial(jax.jit, static_argnums=0)
 def _main_logits(config, params, biases, tokens_BN):
     positions_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1]), tokens_BN.shape)
-    model = skeleton(config).merge(params, biases)
+    model = abstract_model(config.architecture).merge(params, biases)
     return model.main(tokens_BN, jnp.ones_like(tokens_BN), positions_BN) @ model.head()

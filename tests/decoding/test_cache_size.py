@@ -34,7 +34,7 @@ def test_each_drafting_depth_keeps_one_layer_more(mtp, num):
 
 def bytes_a_slot(model, mtp=None, num_drafts=0):
     state = build(model, mtp).decoder().start([[1, 2]] * 3, 10, num_drafts=num_drafts)
-    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.caches, state.depth_caches)))
+    num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.caches, state.mtp_caches)))
     return num_bytes // state.tokens_BS.size
 
 

@@ -16,6 +16,7 @@ from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
 from mtp_jax.layers import block, mla
 from mtp_jax.layers.cache import slots_at, write
+from mtp_jax.mtp import Text
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
 
@@ -53,11 +54,11 @@ def test_every_step_over_caches_equals_the_row_without_them(name):
 
     @jax.jit
     def step(tokens_BT, positions_BT, caches):
-        main = run_main(network, tokens_BT, slots_at(positions_BT, num_slots), caches)
-        return network.logits(network.final_norm(main.hidden_BTD)), main.caches
+        main, caches = run_main(network, tokens_BT, slots_at(positions_BT, num_slots), caches)
+        return network.logits(network.final_norm(main.hidden)), caches
 
     for size in (1, 3):
-        caches, _ = empty_caches(built.config, network, 0, 3, num_slots)
+        caches, _ = empty_caches(built.config.architecture, network, 0, 3, num_slots)
         checked = np.zeros((3, length), bool)
         for first in range(0, length + max(lag_B) + size, size):
             positions = first + np.arange(size) - lag_B[:, None]
@@ -138,7 +139,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(mtp, monkeypatch):
     for b, length in enumerate(lengths):
         for one, other in zip(pieces.caches, whole.caches, strict=True):
             assert_close(one[b, : length - 1], other[b, : length - 1])
-        for k, (one, other) in enumerate(zip(pieces.depth_caches, whole.depth_caches, strict=True)):
+        for k, (one, other) in enumerate(zip(pieces.mtp_caches, whole.mtp_caches, strict=True)):
             known = max(0, length - 1 - k) if mtp.kind == "sequential" else length - 1  # the token at i + k is known
             assert_close(one[b, :known], other[b, :known], (b, k))
         window = whole.recent_BWD.shape[1]
@@ -194,10 +195,8 @@ def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
     for turn in range(7):
         keys = jax.random.split(jax.random.key(turn), (len(prompts), num_drafts))
         with jax.set_mesh(decoder.mesh):
-            drafts = _draft(
-                *(decoder.config, decoder.network, sampler, num_drafts, state.tokens_BS, state.length_B - 1),
-                *(state.recent_BWD, state.depth_caches, keys),
-            )
+            read = Text(state.tokens_BS, state.length_B - 1, state.recent_BWD)
+            drafts = _draft(decoder.architecture, decoder.network, sampler, num_drafts, read, state.mtp_caches, keys)
         text, lengths = np.array(state.tokens_BS)[:, :70], np.asarray(state.length_B)
         for row, length, new in zip(text, lengths, np.asarray(drafts.tokens_BK), strict=True):
             row[length : length + num_drafts] = new
@@ -217,10 +216,10 @@ def test_drafts_come_with_what_they_were_drawn_from():
     decoder, sampler = built.decoder(), make_sampler(0.9, None, 0.5)
     state = decoder.start(prompts_of([4] * 64, 8), 10, num_drafts=3)
     keys = jax.random.split(jax.random.key(0), (64, 3))
-    args = state.tokens_BS, state.length_B - 1, state.recent_BWD, state.depth_caches, keys
+    args = Text(state.tokens_BS, state.length_B - 1, state.recent_BWD), state.mtp_caches, keys
     with jax.set_mesh(decoder.mesh):
-        drafts = _draft(decoder.config, decoder.network, sampler, 3, *args)
-        plain = _draft(decoder.config, decoder.network, make_sampler(1.0), 3, *args)
+        drafts = _draft(decoder.architecture, decoder.network, sampler, 3, *args)
+        plain = _draft(decoder.architecture, decoder.network, make_sampler(1.0), 3, *args)
     at = np.take_along_axis(np.asarray(drafts.logits_BKV), np.asarray(drafts.tokens_BK)[..., None], axis=-1)
     assert np.isfinite(at).all()
     for found, raw in zip(drafts.logits_BKV[:, 0], plain.logits_BKV[:, 0], strict=True):
@@ -364,7 +363,7 @@ def test_a_row_is_sampled_whatever_stands_beside_it():
 
 def test_programs_are_compiled_once_for_prompts_and_lengths_of_a_size():
     decoder = build(MLA, sequential(2), seed=7).decoder()
-    sizes = lambda: (states.begin._cache_size(), states.read._cache_size(), states.write._cache_size())  # noqa: E731
+    sizes = lambda: (states.begin._cache_size(), states.prefill._cache_size(), states.generate._cache_size())  # noqa: E731
     decoder.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
     before = sizes()
     for lengths, num_new, temperature in (([20, 31], 17, 0.7), ([18, 3], 60, 1.3), ([32, 30], 1, 0.2)):
@@ -387,7 +386,7 @@ def test_a_state_is_written_in_place():
     decoder = build(MLA, sequential(2)).decoder()
     state = decoder.start(prompts_of([5, 20], 16), 40, num_drafts=2)
     after = decoder.write(state, 1)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.caches, state.depth_caches, state.tokens_BS)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.caches, state.mtp_caches, state.tokens_BS)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
     assert jax.tree.map(jnp.shape, after.caches) == jax.tree.map(jnp.shape, decoder.start([[1]] * 2, 60).caches)
 
@@ -425,7 +424,7 @@ def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_drafts):
     built = build(replace(MOE, compute_dtype="bfloat16"), sequential(2))
     decoder = built.decoder()
     state = decoder.start(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
-    caches = jax.tree.leaves((state.caches, state.depth_caches, state.recent_BWD))
+    caches = jax.tree.leaves((state.caches, state.mtp_caches, state.recent_BWD))
     assert {leaf.dtype for leaf in caches} == {jnp.dtype("bfloat16")}
     found = decoder.generate(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
     assert [len(tokens) for tokens in found.tokens] == [20, 20]

@@ -17,6 +17,7 @@ from mtp_jax.data import ByteTokenizer, load_tokenizer
 from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.evaluation import benchmarks, decode_tasks, harness
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.mtp import kind_of
 from tests import real_data, sentencepiece
 from tests.decoding.models import MLA, build, replace, sequential
 
@@ -40,7 +41,7 @@ def main_logits(lm):
 
     def logits(rows):
         length = -(-(max(map(len, rows)) - 1) // 128) * 128
-        tokens = np.zeros((ROWS, 1 + length + lm.config.depth), int)
+        tokens = np.zeros((ROWS, 1 + length + kind_of(lm.config).depth), int)
         for row, ids in zip(tokens, rows, strict=False):
             row[: len(ids)] = ids
         return lm.logits(tokens)[:, :, 0].astype(np.float64)

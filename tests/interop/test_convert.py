@@ -20,7 +20,8 @@ from mtp_jax.evaluation import conventions
 from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop import fp8, weights
 from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
-from mtp_jax.model import skeleton
+from mtp_jax.model import abstract_model
+from mtp_jax.mtp import kind_of
 from mtp_jax.tools import convert
 from mtp_jax.training import loop, transfer
 from mtp_jax.training.checkpoint import Checkpoints, write_streamed
@@ -78,7 +79,7 @@ def test_import_then_export_is_the_same_folder(monkeypatch, tmp_path, name, dtyp
 def trained(workdir, *overrides, seed=0):
     """A workdir with random weights in every leaf, router biases too, as if trained."""
     config = loop.with_vocabulary(load_config(TINY, [*SMALL, "--config.mesh.data=1", *overrides]), 261)
-    built, rng = skeleton(config), np.random.default_rng(seed)
+    built, rng = abstract_model(config.architecture), np.random.default_rng(seed)
 
     def values(path, leaf):
         mean = 1.0 if path[-1].key == "scale" else 0.0
@@ -122,7 +123,7 @@ def test_a_model_of_ours_comes_back_as_it_went_out(monkeypatch, tmp_path, name):
     convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'again'}")
     rows = np.random.default_rng(0).integers(0, 261, (2, 12))
     ours, again = mtp_jax.load(tmp_path / "run"), mtp_jax.load(tmp_path / "again")
-    assert again.config.depth == config.depth
+    assert again.kind_of(config).depth == kind_of(config).depth
     np.testing.assert_array_equal(again.logits(rows), ours.logits(rows))
 
 
@@ -184,7 +185,7 @@ def test_training_continues_from_an_imported_model(monkeypatch, tmp_path):
         assert (tmp_path / f"from_{source}" / "hf" / "mtp_jax.json").is_file()  # travels on to the next export
     batch = next(iter(run.corpus.batches("train", 0)))
     lm = mtp_jax.load(tmp_path / "hf", compute_dtype="float32")
-    depth, rows = lm.config.depth, batch["tokens"]
+    depth, rows = kind_of(lm.config).depth, batch["tokens"]
     expected = expected_losses(lm, rows, batch["segment_ids"], batch["positions"], run.config)
     for found in lines.values():
         got = [found[0]["loss_main"], *(found[0][f"loss_mtp_{k}"] for k in range(1, depth + 1))]
@@ -200,7 +201,7 @@ def test_what_came_with_an_import_is_in_the_export_after_training(monkeypatch, t
     config = replace(config, model=replace(config.model, param_dtype="float32"), init_from=str(tmp_path / "imported"))
     run = tmp_path / "continued"
     open_workdir(run, config)
-    built = skeleton(config)
+    built = abstract_model(config.architecture)
     write_streamed(run / "checkpoints", 1, zeros({"params": built.params, "biases": built.biases}))
     transfer.copy_sides(config.init_from, str(run))
     convert_here(monkeypatch, "export", f"--workdir={run}", f"--hf={tmp_path / 'back'}")
@@ -295,7 +296,7 @@ def test_the_ends_of_a_text_are_the_folders_own(monkeypatch, tmp_path, exported)
 
 def expected_losses(lm, rows, segments, positions, config):
     """Losses of a batch from `LanguageModel.logits`, document by document: each alone, as the mask makes it."""
-    depth, length = config.depth, config.data.sequence_length
+    depth, length = kind_of(config).depth, config.data.sequence_length
     sums, count = np.zeros(depth + 1), 0
     for row, segment in zip(rows, segments, strict=True):
         for document in np.unique(segment[segment != 0]):

@@ -14,6 +14,7 @@ from mtp_jax.interop import hf_config
 from mtp_jax.interop.hf_config import MODEL_TYPES, from_config, layout_of, read_config, to_config
 from mtp_jax.interop.hf_fields import IGNORED, LAYOUTS, WINDOW_KEYS
 from mtp_jax.layers import rope
+from mtp_jax.mtp import kind_of
 
 V3 = json.loads("""{
   "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
@@ -220,7 +221,7 @@ def test_a_released_file_gives_the_model_of_its_paper(name):
     config = read(FILES[name])
     got = dataclasses.asdict(config.model)
     assert {key: got[key] for key in EXPECTED[name]} == EXPECTED[name]
-    assert (config.depth, config.mtp.family) == (DEPTHS.get(name, 0), FAMILIES.get(name, "deepseek_v3"))
+    assert (kind_of(config).depth, config.mtp.family) == (DEPTHS.get(name, 0), FAMILIES.get(name, "deepseek_v3"))
     assert dataclasses.replace(config, model=ModelConfig(), mtp=MTPConfig()) == Config()
     assert got["param_dtype"] == got["compute_dtype"] == "float32"
     validate(config, 1)
@@ -458,7 +459,7 @@ def test_the_configs_of_this_repository_have_a_layout(name, layout):
     model = dataclasses.replace(config.model, vocab_size=1024)
     back = read(through_transformers(from_config(dataclasses.replace(config, model=model), layout)))
     assert back.model == dataclasses.replace(model, **untrained)
-    assert (back.mtp.kind, back.depth) == (config.mtp.kind, config.depth)
+    assert (back.mtp.kind, back.depth) == (config.mtp.kind, kind_of(config).depth)
 
 
 def test_mimo_without_its_modules_is_qwen2():

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.config import Config, ModelConfig, MTPConfig
 from mtp_jax.interop import weights
 from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
-from mtp_jax.model import skeleton
+from mtp_jax.model import abstract_model
 
 CONFIG = Config(
     model=ModelConfig(
@@ -35,7 +35,7 @@ def opened(tmp_path_factory):
 def test_every_tensor_of_the_layout_has_one_place_and_every_leaf_is_filled():
     names = [t.name for t in LISTED]
     assert len(set(names)) == len(names)
-    built = skeleton(CONFIG)
+    built = abstract_model(CONFIG.architecture)
     leaves = weights.flat(built.params, "params") | weights.flat(built.biases, "biases")
     own = [t for t in LISTED if not t.repeats]
     assert {t.path for t in own} == set(leaves)

@@ -12,6 +12,7 @@ import pytest
 from mtp_jax import cli
 from mtp_jax.config import load_config, to_dict
 from mtp_jax.model import count_parameters
+from mtp_jax.mtp import kind_of
 from mtp_jax.tools import report
 from mtp_jax.tools.reporting import pictures, runs, table, variants
 from mtp_jax.training.metrics import read_metrics
@@ -139,7 +140,7 @@ def run_of(folder, kind="none", depth=1, seed=0, *, last=600, num_steps=600, eva
     if last:
         config = dataclasses.replace(planned, model=dataclasses.replace(planned.model, vocab_size=264))
         (folder / "config.json").write_text(json.dumps(to_dict(config)))
-        make_run(folder, depth=config.depth, num_steps=last, seed=float(seed))
+        make_run(folder, depth=kind_of(config).depth, num_steps=last, seed=float(seed))
     if evaluation is not None:
         (folder / "eval.json").write_text(json.dumps({"step": last} | evaluation))
     return folder
@@ -213,7 +214,7 @@ def test_parameters_are_those_of_the_model(sweep, run):
     for kind, depth, folder in (("none", 1, "none0"), ("parallel", 2, "par0"), ("sequential", 1, "seq0")):
         config = read_config(sweep / folder)
         assert (config.mtp.kind, config.mtp.depth) == (kind, depth)
-        counts = count_parameters(config)
+        counts = count_parameters(config.architecture)
         total = counts.total + counts.mtp_total
         assert costs[kind][3:5] == [f"{counts.total / 1e6:.2f}", f"{total / 1e6:.2f}"]
 

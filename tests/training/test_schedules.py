@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import MTPConfig, OptimizerConfig
+from mtp_jax.config import Architecture, ModelConfig, MTPConfig, OptimizerConfig
+from mtp_jax.mtp import kind_of
 from mtp_jax.training import schedules
 
 
@@ -57,13 +58,14 @@ def test_no_warmup_starts_at_the_peak():
 
 
 def _weight(step, tokens, **kwargs):
-    return float(jax.jit(schedules.mtp_weight(MTPConfig(**kwargs)))(step, tokens))
+    mtp = MTPConfig(**kwargs)
+    default = kind_of(Architecture(ModelConfig(), mtp)).default_weight
+    return float(jax.jit(schedules.mtp_weight(mtp, default))(step, tokens))
 
 
 def test_mtp_weight_defaults_follow_the_papers():
     assert _weight(0, 0.0, kind="sequential", depth=2) == pytest.approx(0.3)
     assert _weight(0, 0.0, kind="parallel", depth=3) == 3.0
-    assert _weight(0, 0.0, kind="none", weight=0.5) == 0.0
     assert _weight(0, 0.0, kind="sequential", weight=0.0) == 0.0
 
 
@@ -89,7 +91,7 @@ def test_mtp_weight_in_trillions_of_tokens():
 
 
 def _active(mtp, num_steps):
-    return np.asarray(jax.jit(jax.vmap(schedules.active_depths(mtp, num_steps)))(jnp.arange(num_steps)))
+    return np.asarray(jax.jit(jax.vmap(schedules.active_depths(mtp, mtp.depth, num_steps)))(jnp.arange(num_steps)))
 
 
 def test_curriculum_forward_adds_depths_evenly():
@@ -113,7 +115,5 @@ def test_no_curriculum_keeps_all_and_no_mtp_has_none():
 
 
 def test_depth_weights():
-    np.testing.assert_allclose(
-        schedules.depth_weights(MTPConfig(kind="sequential", depth=3, depth_decay=0.6)), [1, 0.6, 0.36], rtol=1e-6
-    )
-    assert schedules.depth_weights(MTPConfig(kind="none")).shape == (0,)
+    np.testing.assert_allclose(schedules.depth_weights(MTPConfig(depth_decay=0.6), 3), [1, 0.6, 0.36], rtol=1e-6)
+    assert schedules.depth_weights(MTPConfig(), 0).shape == (0,)

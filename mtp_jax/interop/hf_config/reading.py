@@ -10,7 +10,7 @@ import pathlib
 import typing
 from typing import Any
 
-from mtp_jax.config import CONVENTIONS, Config, ModelConfig, MTPConfig, UserError, validate
+from mtp_jax.config import CONVENTIONS, Config, ModelConfig, MTPConfig, UserError
 from mtp_jax.interop.hf_fields import (
     ALIASES,
     IGNORED,
@@ -32,6 +32,8 @@ from mtp_jax.interop.hf_fields import (
     typed,
     without_aliases,
 )
+from mtp_jax.model import validate
+from mtp_jax.mtp import RELEASED
 
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "glm4_moe", "mimo", "llama", "qwen2", "qwen3")
 ORIGINAL = "original_max_position_embeddings"
@@ -252,7 +254,7 @@ def _read_mtp(values: Values, layout: Layout, where: str, depth: int | None) -> 
     wanted = stored if depth is None else depth
     out: Values = {"family": layout.family}
     if wanted:
-        out |= {"kind": "sequential", "depth": wanted, "shared_depths": shared} | wired
+        out |= {"kind": RELEASED, "depth": wanted, "shared_depths": shared} | wired
     return MTPConfig(**out)
 
 

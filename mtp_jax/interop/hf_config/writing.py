@@ -20,6 +20,7 @@ from mtp_jax.interop.hf_fields import (
     short,
     without_aliases,
 )
+from mtp_jax.mtp import kind_of
 
 
 def from_config(config: Config, layout: str, base: Values | None = None) -> Values:
@@ -71,7 +72,7 @@ def layout_of(config: Config) -> str:
             "set one of them to False"
         )
     elif model.qkv_bias:
-        layout = "mimo" if mtp.kind == "sequential" and mtp.family == "mimo" else "qwen2"
+        layout = "mimo" if kind_of(config).depth and mtp.family == "mimo" else "qwen2"
     else:
         layout = "qwen3" if model.qk_norm else "llama"
     _check_held(config, layout)
@@ -91,10 +92,7 @@ def _read_back(result: Values, table: Layout, new: Values, base: Values) -> Valu
 def _check_held(config: Config, layout: str) -> None:
     """Refuse, by our key, what the layout cannot say."""
     table, model = LAYOUTS[layout], config.model
-    if config.mtp.kind == "parallel":
-        raise UserError(
-            "mtp.kind='parallel': no released layout holds parallel heads; export the main model alone, with depth=0"
-        )
+    kind_of(config).check_export()
     for name, wanted in table.implied.items():
         value = getattr(model, name)
         if value != wanted and counts(name, model):
@@ -145,15 +143,16 @@ def _write_rope(model: ModelConfig, layout: Layout, base: Values) -> Values:
 
 
 def _write_mtp(config: Config, layout: Layout) -> Values:
-    if not config.depth:
+    depth = kind_of(config).depth
+    if not depth:
         return {MTP_KEY: 0} if layout.always_depth else {}
     preset = CONVENTIONS[layout.family]
     ours = conventions(config.mtp)
     names = [f.name for f in dataclasses.fields(Conventions)]
     wiring: Values = {n: getattr(ours, n) for n in names if getattr(ours, n) != getattr(preset, n)}
     if config.mtp.shared_depths:
-        wiring |= {"shared_depths": True, "depth": config.depth}
-    modules = 1 if config.mtp.shared_depths else config.depth
+        wiring |= {"shared_depths": True, "depth": depth}
+    modules = 1 if config.mtp.shared_depths else depth
     return {MTP_KEY: modules} | ({WIRING_KEY: wiring} if wiring else {})
 
 

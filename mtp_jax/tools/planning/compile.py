@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 from mtp_jax import sharding
-from mtp_jax.config import Config, validate
+from mtp_jax.config import Config
 from mtp_jax.data import tokenizer
-from mtp_jax.model import Tree
+from mtp_jax.model import Tree, validate
+from mtp_jax.mtp import kind_of
 from mtp_jax.tools.planning.topology import Topology
 from mtp_jax.tools.planning.work import matmul_flops
 from mtp_jax.training.loop import with_vocabulary
@@ -99,7 +100,7 @@ def compile_step(config: Config, topology: Topology) -> Program:
 
 def abstract_batch(config: Config, trainer: Trainer) -> Tree:
     """A step's batch as shapes."""
-    shape = (config.data.batch_size, config.data.sequence_length + 1 + config.depth)
+    shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).lookahead)
     one = jax.ShapeDtypeStruct(shape, "int32", sharding=trainer.batch_sharding)
     return {"tokens": one, "segment_ids": one, "positions": one}
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mtp_jax.config import Config
 from mtp_jax.model import count_parameters
+from mtp_jax.mtp import kind_of
 from mtp_jax.tools.planning import hlo, traffic
 from mtp_jax.tools.planning.buffers import Memory, read_memory
 from mtp_jax.tools.planning.collectives import Collective, collectives
@@ -129,7 +130,7 @@ def by_kind(sent: list[Collective]) -> list[dict[str, Any]]:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """Everything that is printed, and more digits of it."""
-    counted = count_parameters(plan.config)
+    counted = count_parameters(plan.config.architecture)
     memory, chip, bounds = plan.memory, plan.topology.chip, plan.roofline
     return {
         "topology": plan.topology.name,
@@ -140,7 +141,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "batch_size": plan.config.data.batch_size,
         "sequence_length": plan.config.data.sequence_length,
         "remat": plan.config.model.remat,
-        "mtp": {"kind": plan.config.mtp.kind, "depth": plan.config.depth},
+        "mtp": {"kind": plan.config.mtp.kind, "depth": kind_of(plan.config).depth},
         "fits": plan.fits,
         "peak_hbm_gib": memory.total / GIB,
         "peak_live_gib": (memory.arguments + memory.live) / GIB,

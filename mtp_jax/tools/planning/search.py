@@ -15,6 +15,7 @@ from typing import Any
 
 from mtp_jax.config import Config, MeshConfig, UserError
 from mtp_jax.model import weights
+from mtp_jax.mtp import kind_of
 from mtp_jax.sharding import spec
 from mtp_jax.tools.planning import estimate
 from mtp_jax.tools.planning.compile import CompilerError, resolve
@@ -123,12 +124,12 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     param_bytes = 4 if model.param_dtype == "float32" else 2
     moment_count = 2 if config.optimizer.name == "adamw" else 1
     state = 0.0
-    for _, info, leaf in weights(config):  # weight, moments, gradient
+    for _, info, leaf in weights(config.architecture):  # weight, moments, gradient
         cut = math.prod(sizes[axis] for axes in spec(info.axes) for axis in _names(axes))
         state += leaf.size / cut * (param_bytes + moment_count * moments + 4)
     rows = config.data.batch_size / config.training.accumulate_steps / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens = rows * config.data.sequence_length / sizes["context"]
-    layers = config.num_main_layers + config.depth
+    layers = kind_of(config).num_main_layers + kind_of(config).num_blocks
     kept = KEPT[model.remat] / (sizes["tensor"] if model.remat != "full" else 1)
     dtype = 2 if model.compute_dtype == "bfloat16" else 4
     return (state + tokens * layers * model.embed_dim * kept * dtype) / GIB
@@ -148,13 +149,13 @@ def step_seconds(config: Config, sizes: dict[str, int], topology: Topology) -> f
     compute = train_flops_per_token(config) * tokens * EXECUTED[model.remat] / num_devices / chip.flops
     links = 2 * chip.link_bandwidth * len([n for n in topology.shape if n > 1])
     gathered = 0.0
-    for _, info, leaf in weights(config):
+    for _, info, leaf in weights(config.architecture):
         names = set(info.axes)
         cut = sizes["expert"] if "experts" in names else 1
         cut *= sizes["tensor"] if names & {"heads", "kv_heads", "ffn", "vocab"} else 1
         gathered += 2 * leaf.size / cut if sizes["fsdp"] > 1 and "embed" in names else 0
     local = tokens / (sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]) * model.embed_dim * 2
-    layers = config.num_main_layers + config.depth
+    layers = kind_of(config).num_main_layers + kind_of(config).num_blocks
     sent = 3 * gathered * config.training.accumulate_steps
     sent += 12 * layers * local if sizes["tensor"] > 1 else 0
     sent += 6 * layers * local * model.num_experts_per_token if sizes["expert"] > 1 else 0

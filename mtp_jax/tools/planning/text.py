@@ -1,6 +1,7 @@
 """A plan as text: what plan.py prints."""
 
 from mtp_jax.model import count_parameters
+from mtp_jax.mtp import kind_of
 from mtp_jax.tools.planning.estimate import GIB, TABLE_ROWS, TERA, Plan, by_kind
 
 
@@ -10,8 +11,8 @@ def report(plan: Plan) -> str:
 
 
 def _head(plan: Plan) -> str:
-    counted, config, topology = count_parameters(plan.config), plan.config, plan.topology
-    mtp = f" + {_count(counted.mtp_total)} of {config.mtp.kind} MTP, depth {config.depth}" if config.depth else ""
+    counted, config, topology = count_parameters(plan.config.architecture), plan.config, plan.topology
+    mtp = f" + {_count(counted.mtp_total)} of {kind_of(config).describe()}" if counted.mtp_total else ""
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items() if size > 1) or "one device"
     slices = f"{topology.num_slices} slices of " if topology.num_slices > 1 else ""
     return "\n".join(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtp_jax.config import Config, UserError, from_dict
+from mtp_jax.mtp import reads
 from mtp_jax.tools.sweeping.folder import EVAL_FILE, SWEEP_FILE, read_record
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
 from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, flat
@@ -35,13 +36,11 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The config's keys that mean something for this run: those of an MTP that is off do not."""
+        """The config's keys that mean something for this run: those of an MTP kind that is not in use do not."""
         if self.config is None:
             return {}
         values = {k: v for k, v in flat(self.config).items() if (k, v) != ("model.vocab_size", None)}
-        if values.get("mtp.kind") == "none":
-            values = {k: v for k, v in values.items() if k == "mtp.kind" or not k.startswith("mtp.")}
-        return values
+        return {k: v for k, v in values.items() if reads(values.get("mtp.kind", ""), k)}
 
     @property
     def seed(self) -> int | None:

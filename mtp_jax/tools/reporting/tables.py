@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mtp_jax.mtp import KINDS, kind_of
 from mtp_jax.tools.reporting.runs import Run
 from mtp_jax.tools.reporting.table import MARK, MISSING, Table, depths, number, spread
 from mtp_jax.tools.reporting.variants import (
@@ -82,7 +83,7 @@ def searches(variants: Sequence[Variant], source: str) -> list[Table]:
     what else differs; only where there is more than one n."""
     groups: dict[tuple[str, str], list[Variant]] = {}
     for v in variants:
-        if v.kind not in ("", "none"):
+        if v.kind and not v.is_baseline:
             groups.setdefault((v.kind, v.label(v.others(SEARCHED))), []).append(v)
     out = []
     for (kind, others), members in groups.items():
@@ -115,12 +116,8 @@ def _search(kind: str, others: str, variants: list[Variant], baseline: Variant |
 
 def _heads(kind: str, variants: Sequence[Variant]) -> str:
     """What the depths are, and where their blocks come from."""
-    if kind == "sequential":
-        return "sequential modules, on top of the main model"
-    matched = {v.runs[0].settings.get("mtp.parameter_matched") for v in variants if v.kind == kind}
-    if matched == {True}:
-        return "parallel heads, parameter-matched: the main model gives up a block for each"
-    return f"parallel heads{', on top of the main model' if matched == {False} else ''}"
+    settings = [v.runs[0].settings for v in variants if v.kind == kind]
+    return KINDS[kind].heading(settings) if kind in KINDS else f"{kind} heads"
 
 
 def benchmarks(variants: Sequence[Variant]) -> list[Table]:
@@ -138,7 +135,7 @@ def benchmarks(variants: Sequence[Variant]) -> list[Table]:
 
 
 def _benchmarks(others: str, variants: list[Variant], tasks: list) -> Table:
-    baseline = next((v for v in variants if v.kind == "none"), None)
+    baseline = next((v for v in variants if v.is_baseline), None)
     compared = [v for v in variants if v is not baseline]
     header = ["benchmark (metric)", "shots", "documents", *(["baseline"] if baseline else [])]
     for v in compared:
@@ -209,7 +206,8 @@ def _num_blocks(variant: Variant) -> str:
     config = variant.runs[0].resolved()
     if config is None:
         return MISSING
-    return f"{config.num_main_layers} + {config.depth}" if config.depth else str(config.num_main_layers)
+    kind = kind_of(config)
+    return f"{kind.num_main_layers} + {kind.num_blocks}" if kind.num_blocks else str(kind.num_main_layers)
 
 
 def _depth(variant: Variant, source: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from scipy import stats
 
 from mtp_jax.model import count_parameters
+from mtp_jax.mtp import KINDS
 from mtp_jax.tools.reporting.runs import Run
 
 CONFIDENCE = 0.95
@@ -54,6 +55,11 @@ class Variant:
     def kind(self) -> str:
         """mtp.kind; "" where it is unknown."""
         return self.runs[0].settings.get("mtp.kind", "")
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the runs are of the next-token model."""
+        return self.kind in KINDS and KINDS[self.kind].is_baseline
 
     @property
     def depth(self) -> int:
@@ -126,7 +132,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
 
 def baseline_of(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
     """The one without multi-token prediction and otherwise of the same settings."""
-    same = [v for v in variants if v.kind == "none" and v.label(v.others()) == variant.label(variant.others())]
+    same = [v for v in variants if v.is_baseline and v.label(v.others()) == variant.label(variant.others())]
     return same[0] if same else None
 
 
@@ -182,7 +188,7 @@ def measures(run: Run, source: str) -> dict[str, float]:
     out["peak_memory_gib"] = max((r["peak_memory_gib"] for r in run.rows if r.get("peak_memory_gib")), default=None)
     config = run.resolved()
     if config is not None:
-        counts = count_parameters(config)
+        counts = count_parameters(config.architecture)
         out |= {"parameters_main": counts.total, "parameters_total": counts.total + counts.mtp_total}
     return {name: value for name, value in out.items() if value is not None}
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_jax.config import Config, UserError, load_config, to_dict
+from mtp_jax.mtp import reads
 from mtp_jax.training.workdir import flat
 
 FORMS = "write KEY=VALUE,VALUE or KEY,KEY=(VALUE,VALUE),(VALUE,VALUE)"
@@ -103,7 +104,7 @@ def _flags(chosen: dict[str, str]) -> list[str]:
 
 
 def _is_ignored(key: str, config: Config) -> bool:
-    return config.mtp.kind == "none" and key.startswith("mtp.") and key != "mtp.kind"
+    return not reads(config.mtp.kind, key)
 
 
 def _split(text: str, flag: str) -> list[str]:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from mtp_jax.mtp import kind_of
 from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import Planned
 from mtp_jax.training.metrics import clock
@@ -41,7 +42,7 @@ class Commands:
 
     def evaluation(self, run: Planned) -> list[str]:
         """The flags of eval.py; none where there is nothing to measure."""
-        tasks = [task for task in self.tasks if run.config.depth or task not in DRAFTING]
+        tasks = [task for task in self.tasks if kind_of(run.config).max_drafts != 0 or task not in DRAFTING]
         flags = self.eval_flags
         if not any(task in DRAFTING for task in tasks):
             theirs = THEIR_FLAGS if "--speculative" in flags else (*THEIR_FLAGS, "draft_length")

@@ -1,12 +1,11 @@
-"""The chunked loss against plain autodiff over full logits; its value against the numpy oracle is in test_model.py."""
+"""The chunked losses against plain autodiff over full logits; cross-entropy against the oracle is in test_model.py."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax import loss
-from mtp_jax.loss import agreement, expected_tokens_per_pass, head_loss
+from mtp_jax.losses import CrossEntropy, Term, agreement, depth_sums, driver, evaluate, expected_tokens_per_pass
 
 K, B, T, D, V = 3, 4, 12, 8, 50
 Z = 0.01
@@ -19,6 +18,12 @@ def arrays():
     hidden, head = jax.random.normal(keys[0], (K, B, T, D)), jax.random.normal(keys[1], (D, V))
     targets = jax.random.randint(keys[2], (K, B, T), 0, V)
     return hidden, head, targets, jax.random.bernoulli(keys[3], 0.7, (K, B, T))
+
+
+def term(hidden, head, targets, mask, scale=WEIGHT, is_head_detached=False):
+    share = jnp.ones(len(hidden)).at[1:].set(0.0 if is_head_detached else 1.0)
+    weight = jnp.asarray(mask, jnp.float32)
+    return Term(CrossEntropy(Z), hidden, head, targets, weight, scale, first_depth=0, head_share_K=share)
 
 
 def plain(hidden, head, targets, mask, is_head_detached=False):
@@ -36,11 +41,12 @@ def plain(hidden, head, targets, mask, is_head_detached=False):
 @pytest.mark.parametrize("is_head_detached", [False, True])
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])  # whose ways to the same sums differ
 def test_value_and_gradients_do_not_depend_on_the_chunk(monkeypatch, arrays, chunk_tokens, is_head_detached, platform):
-    monkeypatch.setattr(loss, "platform", lambda: platform)
+    monkeypatch.setattr(driver, "platform", lambda: platform)
     hidden, head, targets, mask = arrays
 
     def chunked(hidden, head):
-        return 2.5 * head_loss(hidden, head, targets, mask, WEIGHT, Z, chunk_tokens, is_head_detached)[0]
+        each = term(hidden, head, targets, mask, is_head_detached=is_head_detached)
+        return 2.5 * evaluate([each], chunk_tokens)[0]
 
     value, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
     expected, expected_grads = jax.value_and_grad(
@@ -57,7 +63,7 @@ def test_bfloat16_hidden_states_keep_a_float32_loss_and_head_gradient(arrays):
     hidden = hidden.astype(jnp.bfloat16)
 
     def chunked(hidden, head):
-        return head_loss(hidden, head, targets, mask, WEIGHT, Z, 8)[0]
+        return evaluate([term(hidden, head, targets, mask)], 8)[0]
 
     value, (grad_hidden, grad_head) = jax.value_and_grad(chunked, (0, 1))(hidden, head)
     assert (value.dtype, grad_hidden.dtype, grad_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
@@ -68,9 +74,10 @@ def test_bfloat16_hidden_states_keep_a_float32_loss_and_head_gradient(arrays):
 
 def test_nothing_masked_in_is_nothing(arrays):
     hidden, head, targets, mask = arrays
-    total, sums = head_loss(hidden, head, targets, jnp.zeros_like(mask), WEIGHT, Z, 8)
+    each = term(hidden, head, targets, jnp.zeros_like(mask))
+    total, sums = evaluate([each], 8)
     assert float(total) == 0.0
-    assert all(float(jnp.abs(x).max()) == 0.0 for x in sums)
+    assert all(float(jnp.abs(x).max()) == 0.0 for x in depth_sums([each], sums))
 
 
 def test_agreement_compares_with_the_main_head_k_positions_later():

@@ -1,4 +1,4 @@
-"""The main model: embedding, scanned blocks, final norm, output head.
+"""The decoder (main model): embedding, scanned blocks, final norm, unembedding.
 
 Shape letters: B rows, T positions, D model, V vocabulary, L mixture-of-experts layers, E experts.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import Config
+from mtp_jax.config import ModelConfig
 from mtp_jax.layers.block import Block, scan_over, stacked
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import ParamInfo, matrix
@@ -17,7 +17,7 @@ from mtp_jax.layers.router import RouterStats
 from mtp_jax.sharding import constrain
 
 
-class TrunkOutput(NamedTuple):
+class DecoderOutput(NamedTuple):
     """hidden: the last block's output, before the final norm. branch: that block's input, where the parallel heads of
     2404.19737 start (z). Both [B, T, D]. stats: of the mixture-of-experts layers, stacked, or None."""
 
@@ -26,18 +26,17 @@ class TrunkOutput(NamedTuple):
     stats: RouterStats | None
 
 
-class Trunk(nnx.Module):
-    """`num_main_layers` blocks: the leading dense ones of a mixture of experts in `dense_blocks`, the rest in `blocks`.
+class TransformerDecoder(nnx.Module):
+    """`num_layers` blocks: the leading dense ones of a mixture of experts in `dense_blocks`, the rest in `blocks`.
 
     Each group is one module with stacked weights, scanned. An empty group is absent.
     """
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model = config.model
+    def __init__(self, model: ModelConfig, num_layers: int, rngs: nnx.Rngs):
         assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.config = model
-        num_dense = min(model.num_dense_layers, config.num_main_layers) if model.num_experts else 0
-        num_rest = config.num_main_layers - num_dense
+        num_dense = min(model.num_dense_layers, num_layers) if model.num_experts else 0
+        num_rest = num_layers - num_dense
         table = model.init_std * jax.random.normal(rngs.params(), (model.vocab_size, model.embed_dim), jnp.float32)
         self.embed = nnx.Param(table.astype(model.param_dtype), info=ParamInfo(("vocab", "embed")))
         if num_dense:
@@ -48,26 +47,29 @@ class Trunk(nnx.Module):
         if not model.tie_embeddings:
             self.unembed = matrix(rngs, (model.embed_dim, model.vocab_size), ("embed", "vocab"), 1, model)
 
-    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+    def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
         """Embeddings [B, T, D] of int[B, T], in the compute dtype."""
         h_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
         return constrain(h_BTD, "batch", "length", None)
 
-    def head(self) -> jax.Array:
-        """The output head [D, V] that all depths share."""
+    def output_head(self) -> jax.Array:
+        """The unembedding [D, V] that all depths share."""
         return self.embed[...].T if self.config.tie_embeddings else self.unembed[...]
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> TrunkOutput:
-        """Run every block; see `TrunkOutput` and, for the arguments, `Block`."""
+    @property
+    def groups(self) -> list[nnx.Module]:
+        """The groups of stacked blocks, first to last."""
+        return [getattr(self, name) for name in ("dense_blocks", "blocks") if hasattr(self, name)]
+
+    def __call__(self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> DecoderOutput:
+        """Runs every block on embeddings [B, T, D]; for the other arguments see `Block`."""
 
         def body(block, carry, _):
             hidden_BTD, _ = carry
             out_BTD, stats = block(hidden_BTD, positions_BT, segments_BT)
             return (out_BTD, hidden_BTD), stats
 
-        h_BTD = self.look_up(tokens_BT)
         carry, stats = (h_BTD, h_BTD), None
-        for name in ("dense_blocks", "blocks"):
-            if hasattr(self, name):
-                carry, stats = scan_over(getattr(self, name), body, carry, None, self.config)
-        return TrunkOutput(*carry, stats)
+        for group in self.groups:
+            carry, stats = scan_over(group, body, carry, None, self.config)
+        return DecoderOutput(*carry, stats)

@@ -1,0 +1,234 @@
+"""The chunked pass over the logits of all terms.
+
+Where a gradient is wanted it is formed chunk by chunk in the forward pass: the loss is linear in what it sums, so the
+gradient for a cotangent of 1 serves any other by scaling, and no chunk is multiplied with the head twice.
+
+Shape letters: K depths of a term, B rows, T positions, D model, V vocabulary, C positions of a chunk, N chunks of a
+row, S = K * N chunks in all (N where a loss is joint; each then holds K depths). `...` stands for [B, C] or [K, B, C].
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax import sharding
+from mtp_jax.losses.cross_entropy import CrossEntropy
+from mtp_jax.losses.term import HiddenTerm, Logits, Loss, Term, TermSums, weight_sum
+from mtp_jax.sharding import constrain, platform
+
+
+def evaluate(terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096) -> tuple[jax.Array, list[TermSums]]:
+    """The loss of all terms, and the sums that it is made of.
+
+    Args:
+      chunk_tokens: positions whose logits exist at one time, per device.
+
+    Returns:
+      float32, differentiable in hidden states, heads, weights and scales; and the sums of each term, which are
+      constants to differentiation.
+    """
+    total, sums = jnp.float32(0.0), []
+    for term in terms:
+        value, found = _hidden(term) if isinstance(term, HiddenTerm) else _chunked_term(term, chunk_tokens)
+        total += value
+        sums.append(found)
+    return total, sums
+
+
+def token_scores(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    """log p of each target, float32[B, T], and whether it is the most likely token, bool[B, T].
+
+    Args:
+      hidden_BTD: normed hidden states.
+      chunk_tokens: as in `evaluate`.
+    """
+    ones = jnp.ones((1, *targets_BT.shape), jnp.float32)
+    term = Term(CrossEntropy(), hidden_BTD[None], head_DV, targets_BT[None], ones, jnp.ones(1))
+    positions = _positions(term, chunk_tokens)[1]
+    return -positions.nll[0], positions.picks[0] == targets_BT
+
+
+class _Positions(NamedTuple):
+    """Per position: float32 value of the loss, float32 nll of the target, int32 argmax. [S, ...], or [K, B, T]."""
+
+    value: jax.Array
+    nll: jax.Array
+    picks: jax.Array
+
+
+class _Chunks(NamedTuple):
+    """What is scanned over; leading dims [S] or, per position, [S, ...]. head_share: of the head's gradient."""
+
+    hidden: jax.Array
+    targets: jax.Array
+    weight: jax.Array
+    scale: jax.Array
+    head_share: jax.Array
+    teacher: jax.Array | None
+    words: jax.Array | None
+    probs: jax.Array | None
+
+
+def _hidden(term: HiddenTerm) -> tuple[jax.Array, TermSums]:
+    value_K = (term.weight_KBT * term.value_KBT).sum((1, 2))
+    return (term.scale_K * value_K).sum(), TermSums(jax.lax.stop_gradient(value_K), weight_sum(term.weight_KBT))
+
+
+def _chunked_term(term: Term, chunk_tokens: int) -> tuple[jax.Array, TermSums]:
+    total, positions = _positions(term, chunk_tokens)
+    weight_KBT = jax.lax.stop_gradient(term.weight_KBT)
+    value_K, nll_K = ((weight_KBT * x).sum((1, 2)) for x in (positions.value, positions.nll))
+    correct_K = jnp.where(positions.picks == term.targets_KBT, weight_KBT, 0.0).sum((1, 2))
+    return total, TermSums(value_K, weight_sum(weight_KBT), nll_K, correct_K, positions.picks)
+
+
+def _positions(term: Term, chunk_tokens: int) -> tuple[jax.Array, _Positions]:
+    """The term's part of the loss, and [K, B, T] of what is known of each position."""
+    depth, is_joint = term.hidden_KBTD.shape[0], term.loss.is_joint
+    at_once = (depth if is_joint else 1) * (1 if term.teacher_KBTD is None else 2)
+    num_chunks = _num_chunks(term.hidden_KBTD.shape, max(1, chunk_tokens // at_once))
+    split = functools.partial(_split, num_chunks=num_chunks, is_joint=is_joint)
+    share_K = jnp.ones(depth) if term.head_share_K is None else term.head_share_K
+    scale, share = (
+        jnp.broadcast_to(x_K, (num_chunks, depth)) if is_joint else jnp.repeat(x_K, num_chunks)
+        for x_K in (term.scale_K, share_K)
+    )
+    chunks = _Chunks(
+        hidden=split(term.hidden_KBTD),
+        targets=split(term.targets_KBT),
+        weight=split(term.weight_KBT),
+        scale=scale,
+        head_share=share,
+        teacher=None if term.teacher_KBTD is None else split(term.teacher_KBTD),
+        words=None if term.words_KBTW is None else split(term.words_KBTW),
+        probs=None if term.probs_KBTW is None else split(term.probs_KBTW),
+    )
+    total, positions = _scan(term.loss, chunks, term.head_DV)
+    return total, jax.tree.map(lambda x: _joined(x, term.targets_KBT.shape, is_joint), positions)
+
+
+def _num_chunks(shape: tuple[int, ...], chunk_tokens: int) -> int:
+    """The fewest equal chunks of a row that keep a device's share of a chunk within chunk_tokens."""
+    _, batch, length, _ = shape
+    rows = -(-batch // sharding.num_shards("batch"))
+    local = length // sharding.num_shards("length") if length % sharding.num_shards("length") == 0 else length
+    for num in range(1, local + 1):
+        if local % num == 0 and rows * (local // num) <= chunk_tokens:
+            return num
+    return local
+
+
+def _split(x_KBT: jax.Array, num_chunks: int, is_joint: bool) -> jax.Array:
+    """[K, B, T, ...] -> [K * N, B, C, ...], or [N, K, B, C, ...] for a joint loss.
+
+    Chunk j takes the positions c * N + j, an equal share of every device's part of a row that is sharded over the
+    context axis.
+    """
+    depth, batch, length, *rest = x_KBT.shape
+    x = jnp.moveaxis(x_KBT.reshape(depth, batch, length // num_chunks, num_chunks, *rest), 3, 0 if is_joint else 1)
+    lead = (num_chunks, depth) if is_joint else (depth * num_chunks,)
+    x = x.reshape(*lead, batch, length // num_chunks, *rest)
+    return constrain(x, *(None for _ in lead), "batch", "length", *(None for _ in rest))
+
+
+def _joined(x: jax.Array, shape: tuple[int, ...], is_joint: bool) -> jax.Array:
+    """The inverse of `_split` for one number per position: -> [K, B, T]."""
+    depth = shape[0]
+    if is_joint:
+        return jnp.moveaxis(x, 0, -1).reshape(shape)
+    return jnp.moveaxis(x.reshape(depth, -1, *x.shape[1:]), 1, -1).reshape(shape)
+
+
+def _head(head_DV: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The head as the chunks use it: its vocabulary stays sharded, its model dim is collected once, before the loop."""
+    return constrain(head_DV.astype(dtype), None, "vocab")
+
+
+def _product(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """float32[..., V]."""
+    equation = "kbcd,dv->kbcv" if hidden.ndim == 4 else "bcd,dv->bcv"
+    logits = jnp.einsum(equation, hidden, head_DV, preferred_element_type=jnp.float32)
+    return constrain(logits, *(None for _ in range(hidden.ndim - 3)), "batch", "length", "vocab")
+
+
+def _logits(chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
+    """A chunk's logits as a loss sees them, and the argmax."""
+    logits = _product(chunk.hidden, head_DV)
+    picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    num_devices = math.prod(sharding.num_shards(name) for name in ("batch", "length", "vocab"))
+    if platform() in ("cpu", "tpu") or num_devices > 1:
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        # A masked sum and not a gather: of logits on several devices, a gather may collect them.
+        is_target = jnp.arange(logits.shape[-1]) == chunk.targets[..., None]
+        target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    else:
+        # The same in two passes over the logits instead of four, which on a GPU are in memory by now.
+        chosen = jnp.take_along_axis(logits, jnp.stack([picks, chunk.targets], axis=-1), axis=-1)
+        largest, target_logit = chosen[..., 0], chosen[..., 1]
+        log_z = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
+    teacher = None if chunk.teacher is None else jax.lax.stop_gradient(_product(chunk.teacher, head_DV))
+    return Logits(logits, log_z, target_logit, chunk.targets, teacher, chunk.words, chunk.probs), picks
+
+
+def _values(loss: Loss, chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array, _Positions]:
+    """A chunk's logits, its part of the loss, and what is known of each position."""
+    seen, picks = _logits(chunk, head_DV)
+    value = loss.value(seen)
+    scale = chunk.scale[:, None, None] if loss.is_joint else chunk.scale
+    return seen, (scale * chunk.weight * value).sum(), _Positions(value, seen.log_z - seen.target_logit, picks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(loss: Loss, chunks: _Chunks, head_DV: jax.Array) -> tuple[jax.Array, _Positions]:
+    """The part of the loss, and [S, ...] of what is known of each position; without gradients."""
+    head = _head(head_DV, chunks.hidden.dtype)
+
+    def body(total, chunk):
+        _, part, positions = _values(loss, chunk, head)
+        return total + part, positions
+
+    return jax.lax.scan(body, jnp.float32(0.0), chunks)
+
+
+def _forward(loss: Loss, chunks: _Chunks, head_DV: jax.Array):
+    """The same, and the gradients for a cotangent of 1."""
+    head = _head(head_DV, chunks.hidden.dtype)
+    hidden_grad, head_grad = ("kbcv,dv->kbcd", "kbcd,kbcv->dv") if loss.is_joint else ("bcv,dv->bcd", "bcd,bcv->dv")
+
+    def body(carry, chunk: _Chunks):
+        total, grad_head_DV = carry
+        seen, part, positions = _values(loss, chunk, head)
+        scale, share = (x[:, None, None] if loss.is_joint else x for x in (chunk.scale, chunk.head_share))
+        grad_logits = loss.gradient(seen, scale * chunk.weight).astype(chunk.hidden.dtype)
+        grad_hidden = jnp.einsum(hidden_grad, grad_logits, head)
+        shared = chunk.hidden * (share[..., None] if loss.is_joint else share).astype(chunk.hidden.dtype)
+        grad_chunk_DV = jnp.einsum(head_grad, shared, grad_logits, preferred_element_type=jnp.float32)
+        grad_head_DV += constrain(grad_chunk_DV, "embed", "vocab")  # scattered, not collected, chunk by chunk
+        return (total + part, grad_head_DV), (positions, grad_hidden)
+
+    zero_DV = constrain(jnp.zeros(head_DV.shape, jnp.float32), "embed", "vocab")
+    (total, grad_head_DV), (positions, grad_hidden) = jax.lax.scan(body, (jnp.float32(0.0), zero_DV), chunks)
+    residuals = grad_hidden, grad_head_DV.astype(head_DV.dtype), positions.value, chunks.weight, chunks.scale
+    return (total, positions), residuals
+
+
+def _backward(loss: Loss, residuals, cotangents):
+    del loss
+    grad_hidden, grad_head_DV, value, weight, scale = residuals
+    by = cotangents[0]
+    no_grads: Any = [None] * len(_Chunks._fields)
+    grads = _Chunks(*no_grads)._replace(
+        hidden=(grad_hidden * by).astype(grad_hidden.dtype),
+        weight=scale[..., None, None] * value * by,
+        scale=(weight * value).sum(axis=(-2, -1)) * by,
+    )
+    return grads, (grad_head_DV * by).astype(grad_head_DV.dtype)
+
+
+_scan.defvjp(_forward, _backward)

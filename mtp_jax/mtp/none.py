@@ -1,0 +1,24 @@
+"""No multi-token prediction: the next token only, the baseline of every table."""
+
+from mtp_jax.config import Config, UserError
+from mtp_jax.mtp.kind import Kind
+
+
+class NoMTP(Kind):
+    """mtp.kind = none."""
+
+    name = "none"
+    is_baseline = True
+    released_path = ()
+
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        return key == "kind"
+
+    def describe(self) -> str:
+        return "next-token only"
+
+    def check(self, config: Config) -> None:
+        for key in ("freeze_trunk", "detach_trunk"):
+            if getattr(config.mtp, key):
+                raise UserError(f"mtp.{key}=true: there are no MTP modules to train; set mtp.kind, or mtp.{key}=false")
