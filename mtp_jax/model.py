@@ -32,8 +32,8 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     Raises:
       UserError: on the first problem, naming field, value and remedy.
     """
-    kind_of(config).check(config)
     configs.validate(config, num_devices, tokenizer_size)
+    kind_of(config).check(config)
 
 
 class ModelOutput(NamedTuple):

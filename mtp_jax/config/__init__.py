@@ -5,6 +5,7 @@ sees only that.
 """
 
 from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, validate
+from mtp_jax.config.fields import UserError, check_bounds, walk
 from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict, with_own_tokenizer
 from mtp_jax.config.schema import (
     CONVENTIONS,
@@ -18,7 +19,6 @@ from mtp_jax.config.schema import (
     MTPConfig,
     OptimizerConfig,
     TrainingConfig,
-    UserError,
     conventions,
 )
 
@@ -36,6 +36,7 @@ __all__ = [
     "OptimizerConfig",
     "TrainingConfig",
     "UserError",
+    "check_bounds",
     "conventions",
     "default_config",
     "from_dict",
@@ -44,5 +45,6 @@ __all__ = [
     "to_config_dict",
     "to_dict",
     "validate",
+    "walk",
     "with_own_tokenizer",
 ]

@@ -1,10 +1,9 @@
 """Checks that need more than one field: what cannot run is refused before anything is built."""
 
 import dataclasses
-import math
-from typing import Any
 
-from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, UserError
+from mtp_jax.config.fields import UserError, check_bounds
+from mtp_jax.config.schema import Config, MeshConfig, ModelConfig
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
@@ -18,7 +17,9 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     Raises:
       UserError: on the first problem, naming field, value and remedy.
     """
-    _check_numbers(config)
+    check_bounds(config, _in_use(config.model))
+    _check_attention(config.model)
+    _check_rope(config.model)
     _check_experts(config)
     sizes = mesh_sizes(config.mesh, num_devices)
     _check_mesh(config, sizes)
@@ -54,67 +55,9 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-AT_LEAST = {
-    1: (
-        *("model.num_layers", "model.embed_dim", "model.num_heads", "model.ffn_dim", "model.vocab_size"),
-        *("data.sequence_length", "data.batch_size", "data.prefetch", "data.max_document_chars"),
-        *("training.num_steps", "training.log_every", "training.accumulate_steps", "training.loss_chunk"),
-        *("training.eval_batches", "checkpoint.every", "checkpoint.keep", "optimizer.muon_steps"),
-    ),
-    0: (
-        *("model.q_lora_rank", "model.num_experts", "model.num_dense_layers", "model.num_shared_experts"),
-        *("model.router_bias_rate", "model.router_bias_until", "model.balance_loss_weight", "model.init_std"),
-        *("mtp.weight", "training.z_loss_weight", "training.sample_tokens", "data.num_workers"),
-        *("optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.learning_rate", "optimizer.weight_decay"),
-        *("data.synthetic_documents", "model.scan_unroll", "seed"),
-    ),
-}
-AT_LEAST_ONE_WITH = {
-    "mla": ("model.kv_lora_rank", "model.qk_nope_head_dim", "model.qk_rope_head_dim", "model.v_head_dim"),
-    "gqa": ("model.num_kv_heads", "model.head_dim"),
-    "moe": ("model.num_experts_per_token", "model.expert_dim", "model.router_num_groups"),
-}
-FRACTIONS = (
-    *("data.validation_fraction", "data.fim_rate", "optimizer.final_fraction", "optimizer.decay_fraction"),
-    *("model.rotary_fraction",),
-)
-BELOW_ONE = ("optimizer.beta1", "optimizer.beta2", "optimizer.muon_momentum")
-STEPS = ("model.router_bias_until", "training.num_steps", "optimizer.warmup_steps")  # int32 on the device
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _check_numbers(config: Config) -> None:
-    model = config.model
-    lowest = {key: low for low, keys in AT_LEAST.items() for key in keys}
-    for kind in (model.attention, *(("moe",) if model.num_experts > 0 else ())):
-        lowest |= dict.fromkeys(AT_LEAST_ONE_WITH[kind], 1)
-    for key, low in lowest.items():
-        value = _value(config, key)
-        if value is not None and not value >= low:
-            raise UserError(f"{key}={value}: must be at least {low}")
-    for key in FRACTIONS:
-        if not 0.0 <= _value(config, key) <= 1.0:
-            raise UserError(f"{key}={_value(config, key)}: must lie between 0 and 1")
-    for key in BELOW_ONE:
-        if not 0.0 <= _value(config, key) < 1.0:
-            raise UserError(f"{key}={_value(config, key)}: must be at least 0 and below 1")
-    for section, values in dataclasses.asdict(config).items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{section}.{name}={value}: must be finite")
-    if config.seed >= 2**31:
-        raise UserError(f"seed={config.seed}: must stay below 2^31")
-    for key in STEPS:
-        if _value(config, key) >= 2**31:
-            raise UserError(f"{key}={_value(config, key)}: steps must stay below 2^31")
-    _check_attention(model)
-    _check_rope(model)
+def _in_use(model: ModelConfig) -> set[str]:
+    """The parts of the model whose sizes count, as `Setting.when` names them."""
+    return {model.attention, "moe"} if model.num_experts > 0 else {model.attention}
 
 
 def _check_attention(model: ModelConfig) -> None:
@@ -139,9 +82,6 @@ def _check_rope(model: ModelConfig) -> None:
     stretched = [k for k in ("rope_linear_factor", "llama3_factor", "yarn_factor") if getattr(model, k) > 1]
     if len(stretched) > 1:
         raise UserError(f"model.{stretched[0]} and model.{stretched[1]}: both above 1; positions are stretched one way")
-    for key in ("rope_linear_factor", "llama3_factor", "yarn_factor"):
-        if getattr(model, key) < 1:
-            raise UserError(f"model.{key}={getattr(model, key)}: must be at least 1; 1 is off")
     if model.llama3_factor > 1 and not 0 < model.llama3_low_frequency < model.llama3_high_frequency:
         raise UserError(
             f"model.llama3_low_frequency={model.llama3_low_frequency}: must lie between 0 and "
@@ -194,25 +134,24 @@ def _check_mesh(config: Config, sizes: dict[str, int]) -> None:
             f"fsdp={sizes['fsdp']} x expert={sizes['expert']}{times}; use a multiple of "
             f"{rows * config.training.accumulate_steps}"
         )
-    pairs = [
-        ("context", "data.sequence_length", data.sequence_length),
-        ("tensor", "model.num_heads", model.num_heads),
-        *([("tensor", "model.num_kv_heads", model.num_kv_heads)] if model.attention == "gqa" else []),
-        *([("tensor", "model.vocab_size", model.vocab_size)] if model.vocab_size else []),
-        *([("expert", "model.num_experts", model.num_experts)] if model.num_experts else []),
-        ("tensor", "model.ffn_dim", model.ffn_dim),
-        *([("tensor", "model.expert_dim", model.expert_dim)] if model.num_experts else []),
-    ]
+    pairs = [("context", "data.sequence_length", data.sequence_length), ("tensor", "model.num_heads", model.num_heads)]
+    if model.attention == "gqa":
+        pairs.append(("tensor", "model.num_kv_heads", model.num_kv_heads))
+    if model.vocab_size:
+        pairs.append(("tensor", "model.vocab_size", model.vocab_size))
+    if model.num_experts:
+        pairs.append(("expert", "model.num_experts", model.num_experts))
+        pairs.append(("tensor", "model.expert_dim", model.expert_dim))
+    pairs.append(("tensor", "model.ffn_dim", model.ffn_dim))
     # Dims that the table calls "embed": the model's, and those that latents are expanded from.
-    cut_by_both = [
-        "model.embed_dim",
-        *(["model.q_lora_rank", "model.kv_lora_rank"] if model.attention == "mla" else []),
-    ]
-    for key in cut_by_both:
-        if _value(config, key) % (sizes["fsdp"] * sizes["expert"]):
+    sharded_by_both = {"model.embed_dim": model.embed_dim}
+    if model.attention == "mla":
+        sharded_by_both |= {"model.q_lora_rank": model.q_lora_rank, "model.kv_lora_rank": model.kv_lora_rank}
+    for key, value in sharded_by_both.items():
+        if value % (sizes["fsdp"] * sizes["expert"]):
             raise UserError(
-                f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide "
-                f"{key}={_value(config, key)}, which both cut"
+                f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide {key}={value}, which both "
+                "shard"
             )
     for axis, key, value in pairs:
         if value % sizes[axis]:

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import ml_collections
 
-from mtp_jax.config.schema import Config, UserError
+from mtp_jax.config.fields import UserError
+from mtp_jax.config.schema import Config
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -4,9 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-class UserError(ValueError):
-    """An input that cannot be used. The message is one line: the field, its value, the remedy. Exit code 2."""
+from mtp_jax.config.fields import setting
 
 
 @dataclass(frozen=True)
@@ -16,71 +14,80 @@ class ModelConfig:
     Raises nothing itself: `validate` checks a whole `Config`.
     """
 
-    vocab_size: int | None = None  # None: the tokenizer's own, rounded up to a multiple of 8
-    num_layers: int = 4  # blocks of the main model; parallel heads take theirs from these (mtp.parameter_matched)
-    embed_dim: int = 128
-    norm_eps: float = 1e-6
-    latent_norm_eps: float = 1e-6  # of the norms inside multi-head latent attention, as DeepSeek's released code
+    # None: the tokenizer's own, rounded up to a multiple of 8
+    vocab_size: int | None = setting(None, at_least=1, at_most=2**24, may_change="new_run")
+    # blocks of the main model; parallel heads take theirs from these (mtp.parameter_matched)
+    num_layers: int = setting(4, at_least=1, at_most=2**12, may_change="new_run")
+    embed_dim: int = setting(128, at_least=1, at_most=2**20)
+    norm_eps: float = setting(1e-6, above=0, at_most=1)
+    # of the norms inside multi-head latent attention, as DeepSeek's released code
+    latent_norm_eps: float = setting(1e-6, above=0, at_most=1)
     tie_embeddings: bool = False
-    init_std: float = 0.02
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    init_std: float = setting(0.02, at_least=0, at_most=10, may_change="new_run")
+    param_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
+    compute_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
     # What the backward pass recomputes: everything but matmul outputs (dots), but the outputs of attention and of the
     # experts' matmuls (kernels), or everything (full)
-    remat: Literal["none", "dots", "kernels", "full"] = "none"
+    remat: Literal["none", "dots", "kernels", "full"] = setting("none", may_change="resume")
 
     attention: Literal["mla", "gqa"] = "mla"
-    num_heads: int = 4
+    num_heads: int = setting(4, at_least=1, at_most=2**16)
     # multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1)
-    q_lora_rank: int = 0  # 0: queries are projected directly
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
+    q_lora_rank: int = setting(0, at_least=0, at_most=2**20)  # 0: queries are projected directly
+    kv_lora_rank: int = setting(64, at_least=1, at_most=2**20, when="mla")
+    qk_nope_head_dim: int = setting(32, at_least=1, at_most=2**20, when="mla")
+    qk_rope_head_dim: int = setting(16, at_least=1, at_most=2**20, when="mla")
+    v_head_dim: int = setting(32, at_least=1, at_most=2**20, when="mla")
     # grouped-query attention
-    num_kv_heads: int = 4
-    head_dim: int = 32
+    num_kv_heads: int = setting(4, at_least=1, at_most=2**16, when="gqa")
+    head_dim: int = setting(32, at_least=1, at_most=2**20, when="gqa")
     qk_norm: bool = False
     qkv_bias: bool = False
-    rotary_fraction: float = 1.0  # of head_dim; the rest of the head is not rotated
+    rotary_fraction: float = setting(1.0, at_least=0, at_most=1)  # of head_dim; the rest of the head is not rotated
     # rotary positions, and how they are stretched to longer texts than the model was first trained on
-    rope_theta: float = 10_000.0
+    rope_theta: float = setting(10_000.0, above=1, at_most=1e12)
     rope_interleaved: bool = True  # pairs (2i, 2i+1) as DeepSeek; False: (i, i + n/2) as Llama
-    rope_linear_factor: float = 1.0  # positions are divided by it (2306.15595)
-    llama3_factor: float = 1.0  # Llama 3.1's stretching is on above 1
-    llama3_low_frequency: float = 1.0
-    llama3_high_frequency: float = 4.0
-    llama3_original_length: int = 8192
-    yarn_factor: float = 1.0  # YaRN (2309.00071) is on above 1
-    yarn_original_length: int = 4096
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
-    yarn_mscale: float = 1.0
-    yarn_mscale_all_dim: float = 0.0  # 0: YaRN's own attention factor, 0.1 ln(factor) + 1
+    rope_linear_factor: float = setting(1.0, at_least=1, at_most=1e6)  # positions are divided by it (2306.15595)
+    llama3_factor: float = setting(1.0, at_least=1, at_most=1e6)  # Llama 3.1's stretching is on above 1
+    llama3_low_frequency: float = setting(1.0, at_least=0, at_most=1e6)
+    llama3_high_frequency: float = setting(4.0, at_least=0, at_most=1e6)
+    llama3_original_length: int = setting(8192, at_least=1, below=2**31)
+    yarn_factor: float = setting(1.0, at_least=1, at_most=1e6)  # YaRN (2309.00071) is on above 1
+    yarn_original_length: int = setting(4096, at_least=1, below=2**31)
+    yarn_beta_fast: float = setting(32.0, above=0, at_most=1e6)
+    yarn_beta_slow: float = setting(1.0, above=0, at_most=1e6)
+    yarn_mscale: float = setting(1.0, at_least=0, at_most=1e3)
+    # 0: YaRN's own attention factor, 0.1 ln(factor) + 1
+    yarn_mscale_all_dim: float = setting(0.0, at_least=0, at_most=1e3)
 
     # feed-forward: dense SwiGLU, or DeepSeekMoE (2401.06066) from block num_dense_layers on
-    ffn_dim: int = 512
-    num_experts: int = 0  # 0: every block is dense
-    num_dense_layers: int = 1  # leading dense blocks of a mixture-of-experts model
-    num_experts_per_token: int = 2
-    num_shared_experts: int = 1
-    expert_dim: int = 128
+    ffn_dim: int = setting(512, at_least=1, at_most=2**24, may_change="new_run")
+    num_experts: int = setting(0, at_least=0, at_most=2**16)  # 0: every block is dense
+    # leading dense blocks of a mixture-of-experts model
+    num_dense_layers: int = setting(1, at_least=0, at_most=2**12, may_change="new_run")
+    num_experts_per_token: int = setting(2, at_least=1, at_most=2**16, when="moe")
+    num_shared_experts: int = setting(1, at_least=0, at_most=2**12)
+    expert_dim: int = setting(128, at_least=1, at_most=2**24, when="moe")
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
-    router_num_groups: int = 1
-    router_groups_per_token: int = 1
+    router_num_groups: int = setting(1, at_least=1, at_most=2**16, when="moe")
+    router_groups_per_token: int = setting(1, at_least=1, at_most=2**16, when="moe")
     router_group_score: Literal["top2_sum", "max"] = "top2_sum"  # V3: sum of the two best; V2: the best
     router_renormalize: bool = True
-    routed_scaling_factor: float = 1.0
-    router_bias_rate: float = 1e-3  # gamma of the auxiliary-loss-free balancing; 0: off
-    router_bias_until: int = 0  # step after which gamma is 0; 0: never
-    balance_loss_weight: float = 1e-4  # alpha of the sequence-wise balance loss
-    moe_dispatch: Literal["auto", "dense", "ragged"] = "auto"
+    routed_scaling_factor: float = setting(1.0, at_least=0, at_most=1e6)
+    # gamma of the auxiliary-loss-free balancing; 0: off
+    router_bias_rate: float = setting(1e-3, at_least=0, at_most=1e3, may_change="new_run")
+    # step after which gamma is 0; 0: never
+    router_bias_until: int = setting(0, at_least=0, below=2**31, may_change="new_run")
+    # alpha of the sequence-wise balance loss
+    balance_loss_weight: float = setting(1e-4, at_least=0, at_most=1e6, may_change="new_run")
+    moe_dispatch: Literal["auto", "dense", "ragged"] = setting("auto", may_change="resume")
 
     # Implementations; auto: the fastest that takes the device, the dtype and the shapes
     # mosaic and cudnn are for Hopper GPUs, splash and megablox for TPUs; experts': where moe_dispatch=ragged
-    attention_kernel: Literal["auto", "xla", "mosaic", "cudnn", "splash"] = "auto"
-    expert_kernel: Literal["auto", "xla", "mosaic", "megablox"] = "auto"
-    scan_unroll: int = 0  # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
+    attention_kernel: Literal["auto", "xla", "mosaic", "cudnn", "splash"] = setting("auto", may_change="resume")
+    expert_kernel: Literal["auto", "xla", "mosaic", "megablox"] = setting("auto", may_change="resume")
+    # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
+    scan_unroll: int = setting(0, at_least=0, at_most=2**12, may_change="resume")
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,11 @@ class MTPConfig:
     depth: int = 1  # D extra tokens; ignored when kind is none
     # lambda: L = L_0 + lambda * sum_k w_k L_k / sum_k w_k. None: 0.3 (sequential), or depth (parallel), which makes
     # the plain sum of 2404.19737
-    weight: float | None = None
-    weight_values: tuple[float, ...] = ()  # lambda from each boundary on
-    weight_boundaries: tuple[int, ...] = ()
+    weight: float | None = setting(None, at_least=0, at_most=1e6)
+    weight_values: tuple[float, ...] = setting((), at_least=0, at_most=1e6)  # lambda from each boundary on
+    weight_boundaries: tuple[int, ...] = setting((), at_least=0, below=2**63)
     weight_unit: Literal["steps", "tokens"] = "steps"
-    depth_decay: float = 1.0  # beta: w_k = beta^(k-1)
+    depth_decay: float = setting(1.0, above=0, at_most=1e3)  # beta: w_k = beta^(k-1)
     normalize: Literal["paper", "valid"] = "paper"  # divide L_k by the valid depth-0 targets, or by depth k's own
     curriculum: Literal["none", "forward", "reverse"] = "none"  # active depths 1 -> D or D -> 1, evenly over training
     parameter_matched: bool = True  # parallel heads take their blocks from model.num_layers
@@ -122,17 +129,19 @@ class DataConfig:
     split: str = "train"  # TFDS split
     tfds_dir: str = ""  # TFDS data_dir; empty: TFDS's own default
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
-    sequence_length: int = 256  # T; a row carries T + 1 + D tokens
-    batch_size: int = 8  # rows a step over all devices
+    sequence_length: int = setting(256, at_least=1, at_most=2**24)  # T; a row carries T + 1 + D tokens
+    batch_size: int = setting(8, at_least=1, at_most=2**24)  # rows a step over all devices
     packing: Literal["packed", "contiguous"] = "packed"  # packed: documents do not see each other
     shuffle: bool = True  # documents in the stream, and rows in the batches
-    validation_fraction: float = 0.02  # of the documents, by hash
-    max_document_chars: int = 32_768  # plain text files are cut at blank lines into documents of about this length
-    fim_rate: float = 0.0  # share of the training documents rearranged prefix, suffix, middle (2207.14255)
-    cache_dir: str = ""  # empty: $MTP_JAX_CACHE or ~/.cache/mtp_jax
-    num_workers: int = 0  # processes; 0: threads of this one
-    prefetch: int = 4  # batches ready ahead of the step
-    synthetic_documents: int = 2000
+    validation_fraction: float = setting(0.02, at_least=0, at_most=1)  # of the documents, by hash
+    # plain text files are cut at blank lines into documents of about this length
+    max_document_chars: int = setting(32_768, at_least=1, below=2**31)
+    # share of the training documents rearranged prefix, suffix, middle (2207.14255)
+    fim_rate: float = setting(0.0, at_least=0, at_most=1)
+    cache_dir: str = setting("", may_change="resume")  # empty: $MTP_JAX_CACHE or ~/.cache/mtp_jax
+    num_workers: int = setting(0, at_least=0, at_most=512, may_change="resume")  # processes; 0: threads of this one
+    prefetch: int = setting(4, at_least=1, at_most=1024, may_change="resume")  # batches ready ahead of the step
+    synthetic_documents: int = setting(2000, at_least=1, at_most=10_000_000)
 
 
 @dataclass(frozen=True)
@@ -140,53 +149,56 @@ class OptimizerConfig:
     """optax: AdamW or Muon, its schedule and its clip."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
+    learning_rate: float = setting(1e-3, at_least=0, at_most=1e30)
     schedule: Literal["constant", "cosine", "wsd", "deepseek"] = "cosine"
-    warmup_steps: int = 100
-    final_fraction: float = 0.1  # of the peak, at the end of cosine and wsd
-    decay_fraction: float = 0.2  # wsd: share of the steps spent in the final decay
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices only
-    clip_norm: float = 1.0  # 0: off
+    warmup_steps: int = setting(100, at_least=0, below=2**31)
+    final_fraction: float = setting(0.1, at_least=0, at_most=1)  # of the peak, at the end of cosine and wsd
+    decay_fraction: float = setting(0.2, at_least=0, at_most=1)  # wsd: share of the steps spent in the final decay
+    beta1: float = setting(0.9, at_least=0, below=1)
+    beta2: float = setting(0.95, at_least=0, below=1)
+    eps: float = setting(1e-8, above=0, at_most=1)
+    weight_decay: float = setting(0.1, at_least=0, at_most=1e6)  # on matrices only
+    clip_norm: float = setting(1.0, at_least=0, at_most=1e30)  # 0: off
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    muon_momentum: float = 0.95
-    muon_steps: int = 5  # Newton-Schulz iterations
+    muon_momentum: float = setting(0.95, at_least=0, below=1)
+    muon_steps: int = setting(5, at_least=1, at_most=100)  # Newton-Schulz iterations
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The loop: how long, how the batch is cut, what is reported when."""
 
-    num_steps: int = 1000
-    log_every: int = 10
-    accumulate_steps: int = 1  # micro-batches a step; the result does not depend on it
-    loss_chunk: int = 4096  # tokens whose logits exist at one time
-    z_loss_weight: float = 0.0
-    eval_batches: int = 16  # validation batches of the closing table
-    sample_prompt: str = "def "
-    sample_tokens: int = 200
+    num_steps: int = setting(1000, at_least=1, below=2**31, may_change="resume")
+    log_every: int = setting(10, at_least=1, below=2**31, may_change="resume")
+    # micro-batches a step; the result does not depend on it
+    accumulate_steps: int = setting(1, at_least=1, at_most=2**20)
+    # tokens whose logits exist at one time
+    loss_chunk: int = setting(4096, at_least=1, below=2**31, may_change="resume")
+    z_loss_weight: float = setting(0.0, at_least=0, at_most=1e6)
+    # validation batches of the closing table
+    eval_batches: int = setting(16, at_least=1, below=2**31, may_change="resume")
+    sample_prompt: str = setting("def ", may_change="resume")
+    sample_tokens: int = setting(200, at_least=0, at_most=2**24, may_change="resume")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """orbax: how often, how many."""
 
-    every: int = 500
-    keep: int = 3
-    async_save: bool = True
+    every: int = setting(500, at_least=1, below=2**31, may_change="resume")
+    keep: int = setting(3, at_least=1, below=2**31, may_change="resume")
+    async_save: bool = setting(True, may_change="resume")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one of them may be -1, the rest of the devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: int = setting(-1, at_least=-1, at_most=2**20, may_change="resume")
+    fsdp: int = setting(1, at_least=-1, at_most=2**20, may_change="resume")
+    expert: int = setting(1, at_least=-1, at_most=2**20, may_change="resume")
+    context: int = setting(1, at_least=-1, at_most=2**20, may_change="resume")
+    tensor: int = setting(1, at_least=-1, at_most=2**20, may_change="resume")
 
 
 @dataclass(frozen=True)
@@ -208,7 +220,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    seed: int = 0
+    seed: int = setting(0, at_least=0, below=2**31)
     init_from: str = ""  # a workdir whose matching weights start this run
 
     @property

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from mtp_jax.config import MAX_DEPTH, Config, UserError
+from mtp_jax.config import MAX_DEPTH, Config, UserError, check_bounds
 from mtp_jax.data import cache, sources, store
 from mtp_jax.data import tokenizer as tokenizers
 from mtp_jax.data.packing import FIM, Rows, Stream, shuffled
@@ -108,9 +108,7 @@ def prepare(config: Config, lookahead: int = 0) -> Corpus:
       UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens.
     """
     data = config.data
-    for name, least in (("num_workers", 0), ("synthetic_documents", 1)):  # the rest is config.validate's
-        if getattr(data, name) < least:
-            raise UserError(f"data.{name}={getattr(data, name)}: must be at least {least}")
+    check_bounds(config)  # of data that is prepared without a model, which `validate` has not seen
     tokenizer = tokenizers.load(data.tokenizer)
     if data.fim_rate and tokenizer.fim_ids is None:
         raise UserError(

@@ -275,7 +275,7 @@ class Kind:
 
 
 def check_weights(config: Config) -> None:
-    """Refuse a depth, loss weights or a decay that cannot be used.
+    """Refuse a depth or loss weights that cannot be used.
 
     Raises:
       UserError: on the first problem.
@@ -294,5 +294,3 @@ def check_weights(config: Config) -> None:
         )
     if list(mtp.weight_boundaries) != sorted(set(mtp.weight_boundaries)):
         raise UserError(f"mtp.weight_boundaries={mtp.weight_boundaries}: must increase")
-    if mtp.depth_decay <= 0:
-        raise UserError(f"mtp.depth_decay={mtp.depth_decay}: must be above 0")

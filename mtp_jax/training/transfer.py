@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from mtp_jax.config import Config, UserError, conventions
+from mtp_jax.config import Config, UserError, conventions, walk
 from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop.weights import place
 from mtp_jax.training.checkpoint import Checkpoints
@@ -17,13 +17,6 @@ from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config
 Tree = dict[str, Any]
 
 MODEL_PARTS = ("params", "biases")  # of the state: what makes the model, without optimizer and step
-
-# Keys of the model that the same weights may be used with, whatever they are.
-_FREE = (
-    *("param_dtype", "compute_dtype", "remat", "init_std", "router_bias_rate", "router_bias_until"),
-    *("balance_loss_weight", "moe_dispatch", "ffn_dim", "num_layers", "num_dense_layers", "vocab_size"),
-    *("attention_kernel", "expert_kernel", "scan_unroll"),
-)
 
 
 class Source(Protocol):
@@ -134,8 +127,8 @@ def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[st
     """Settings that decide what the weights compute and are not seen in their shapes."""
     if there is None:
         return []
-    old, new = dataclasses.asdict(there.model), dataclasses.asdict(here.model)
-    pairs = [(f"model.{key}", old[key], new[key]) for key in old if key not in _FREE]
+    old = {key: value for key, value, _ in walk(there.model)}
+    pairs = [(f"model.{k}", old[k], value) for k, value, setting in walk(here.model) if setting.may_change == "never"]
     if takes_mtp:
         ways = (dataclasses.asdict(conventions(c.mtp)) for c in (there, here))
         was, now = ways

@@ -9,25 +9,18 @@ import os
 import pathlib
 from typing import Any
 
-from mtp_jax.config import Config, UserError, from_dict, to_dict, with_own_tokenizer
+from mtp_jax.config import Config, UserError, from_dict, to_dict, walk, with_own_tokenizer
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-
-# What may differ between a run and its continuation: nothing here changes what a given step computes, except that
-# num_steps stretches the schedules.
-FREE_KEYS = (
-    *("training.num_steps", "training.log_every", "training.eval_batches", "training.sample_", "training.loss_chunk"),
-    *("model.remat", "model.moe_dispatch", "model.attention_kernel", "model.expert_kernel", "model.scan_unroll"),
-    *("checkpoint.", "mesh.", "data.num_workers", "data.prefetch", "data.cache_dir"),
-)
 
 
 def open_workdir(workdir: str | os.PathLike[str], config: Config, is_main: bool = True) -> None:
     """Make `workdir` this run's: write config.json, or check that the one there belongs to the same run.
 
     Args:
-      config: the resolved config. A continued run may change the keys of FREE_KEYS, and config.json follows.
+      config: the resolved config. A continued run may change the fields that are marked
+        may_change="resume", and config.json follows.
       is_main: whether this process writes; the others only check.
 
     Raises:
@@ -79,13 +72,15 @@ def changes(config: Config, workdir: str | os.PathLike[str]) -> list[str]:
     Raises:
       UserError: its config.json cannot be used, or is of another run: a key differs that may not.
     """
-    old, new = flat(to_dict(read_config(workdir))), flat(to_dict(config))
-    differing = [key for key in old if old[key] != new[key]]
-    bound = [key for key in differing if not key.startswith(FREE_KEYS)]
+    there = read_config(workdir)
+    old, new = ({key: value for key, value, _ in walk(c)} for c in (there, config))
+    differing = [key for key in old | new if old.get(key) != new.get(key)]
+    free = {key for c in (there, config) for key, _, setting in walk(c) if setting.may_change == "resume"}
+    bound = [key for key in differing if key not in free]
     if bound:
-        shown = ", ".join(f"{key} was {old[key]!r} and is {new[key]!r}" for key in bound)
+        shown = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in bound)
         raise UserError(f"--workdir={workdir}: holds another run: {shown}; set them back or use another folder")
-    return [f"{key} {old[key]!r} -> {new[key]!r}" for key in differing]
+    return [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in differing]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

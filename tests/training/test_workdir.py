@@ -47,13 +47,6 @@ def test_what_may_change_changes_and_is_written(tmp_path, capsys):
     assert "continuing with" in (out := capsys.readouterr().out) and "training.num_steps 1000 -> 5" in out
 
 
-def test_free_keys_name_real_keys():
-    from mtp_jax.training import workdir
-
-    keys = workdir.flat(dataclasses.asdict(CONFIG))
-    assert all(any(key.startswith(free) for key in keys) for free in workdir.FREE_KEYS)
-
-
 def test_accumulation_and_batch_size_are_not_free(tmp_path):
     open_workdir(tmp_path, CONFIG)
     assert "training.accumulate_steps" in _refused(
