@@ -84,6 +84,14 @@ UNUSABLE = {
     "no tokenizer": (["data.tokenizer=none/tokenizer.json"], ["data.tokenizer=none/tokenizer.json", "use bytes"]),
     "no files": ([TEXT, "data.files=none/*.txt"], ["data.files=none/*.txt", "matches no file"]),
     "files not given": ([TEXT], ["data.files is empty"]),
+    "a huge batch": (["data.batch_size=999999999999"], ["data.batch_size=999999999999", "at most 2^24"]),
+    "a long queue": (["data.prefetch=1000000000"], ["data.prefetch=1000000000", "at most 2^10"]),
+    "a queue larger than memory": (
+        ["data.batch_size=16777216", "data.sequence_length=16777216"],
+        ["data.batch_size=16777216", "data.sequence_length=16777216", "data.prefetch=4", "GiB", "lower one"],
+    ),
+    "too many workers": (["data.num_workers=10000"], ["data.num_workers=10000", "at most 2^9"]),
+    "no splits": (["data.split=x"], ["data.split=x", "data.source=python_source has no splits"]),
     "a folder": ([TEXT, "data.files=configs"], ["data.files=configs", "is a folder", "configs/**/*.txt"]),
     "source nowhere": (["init_from=none/run"], ["init_from=none/run", "has no checkpoints/ folder"]),
 }
@@ -128,6 +136,9 @@ CONFIG_FILES = {
     "unknown key in a dict": ("def get_config():\n    return {'mtp': {'depht': 2}}\n", ["mtp.depht", "mtp.depth?"]),
     "wrong type": ("def get_config():\n    return {'seed': 'one'}\n", ["seed='one'", "type int"]),
     "raises": ("def get_config():\n    return 1 / 0\n", ["(line 2)", "division by zero"]),
+    "exits": ("import sys\n\nsys.exit(0)\n", ["(line 3)", "exits with 0", "return the config"]),
+    "exits in the function": ("def get_config():\n    raise SystemExit\n", ["(line 2)", "exits with None"]),
+    "exits with a message": ("def get_config():\n    exit('two\\nlines')\n", ["exits with 'two\\nlines'"]),
     "nothing returned": ("def get_config():\n    pass\n", ["returned NoneType", "ConfigDict"]),
 }
 

@@ -103,10 +103,12 @@ def _run_config_file(path: str) -> dict[str, Any]:
         config = module.get_config()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = f" (line {frames[-1].lineno})" if frames else ""
         message = str(error).strip().strip("'\"").splitlines() or [type(error).__name__]
+        if isinstance(error, SystemExit):
+            message = [f"exits with {error.code!r}; return the config from get_config() instead"]
         raise UserError(f"{path}{line}: {message[0]}") from error
     if isinstance(config, ml_collections.ConfigDict):
         return config.to_dict()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import os
 from typing import Literal
 
 import numpy as np
@@ -11,10 +12,12 @@ import numpy as np
 from mtp_jax.config import MAX_DEPTH, Config, UserError, check_bounds
 from mtp_jax.data import cache, sources, store
 from mtp_jax.data import tokenizer as tokenizers
-from mtp_jax.data.packing import FIM, Rows, Stream, shuffled
-from mtp_jax.data.pipeline import Batches
+from mtp_jax.data.packing import FIM, Row, Rows, Stream, shuffled
+from mtp_jax.data.pipeline import Batches, num_batches_held
 from mtp_jax.data.store import TokenStore
 from mtp_jax.data.tokenizer import Tokenizer
+
+MAX_WORKERS_PER_CPU = 4
 
 Split = Literal["train", "validation"]
 
@@ -98,17 +101,21 @@ class Corpus:
         return {"train": self.train, "validation": self.validation}[split]
 
 
-def prepare(config: Config, lookahead: int = 0) -> Corpus:
+def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpus:
     """Tokenise the source of a config, or find it in the cache, and check that both splits have rows.
 
     Args:
+      config: the run.
       lookahead: tokens of a row beyond its positions and the next token (`Kind.lookahead`).
+      num_processes: how many share the rows of a batch between them.
 
     Raises:
-      UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens.
+      UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens, batches
+        that do not fit into this machine's memory, more workers than its CPUs can run.
     """
     data = config.data
     check_bounds(config)  # of data that is prepared without a model, which `validate` has not seen
+    _check_machine(config, num_processes)
     tokenizer = tokenizers.load(data.tokenizer)
     if data.fim_rate and tokenizer.fim_ids is None:
         raise UserError(
@@ -129,6 +136,26 @@ def prepare(config: Config, lookahead: int = 0) -> Corpus:
         _check_validation(corpus)
         corpus.batches("validation")
     return corpus
+
+
+def _check_machine(config: Config, num_processes: int) -> None:
+    """Refuse what this machine cannot hold or run, before anything is allocated or started."""
+    data, num_cpus = config.data, os.cpu_count() or 1
+    if data.num_workers > MAX_WORKERS_PER_CPU * num_cpus:
+        raise UserError(
+            f"data.num_workers={data.num_workers}: too many for the {num_cpus} CPUs of this machine; use at most "
+            f"{MAX_WORKERS_PER_CPU * num_cpus}"
+        )
+    rows = -(-data.batch_size // num_processes)
+    batch = rows * (data.sequence_length + 1 + config.depth) * len(Row._fields) * np.dtype(np.int32).itemsize
+    needed = batch * num_batches_held(data.prefetch, data.num_workers)
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: with data.sequence_length={data.sequence_length} and "
+            f"data.prefetch={data.prefetch}, the batches read ahead take {needed / 2**30:,.1f} GiB and this machine "
+            f"has {available / 2**30:,.1f} GiB; lower one of them"
+        )
 
 
 def _check_validation(corpus: Corpus) -> None:

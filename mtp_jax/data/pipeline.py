@@ -18,6 +18,11 @@ Batch = dict[str, np.ndarray]
 _MAX_THREADS = 4  # more only wait for each other: a batch is mostly NumPy calls too short to release the interpreter
 
 
+def num_batches_held(prefetch: int, num_workers: int) -> int:
+    """Batches in memory at one time: those ready, one being read per thread or worker, that of the step twice."""
+    return prefetch + (num_workers or min(prefetch, _MAX_THREADS)) + 2
+
+
 class Batches:
     """The batches of one split, by step or in order.
 

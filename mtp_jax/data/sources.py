@@ -42,8 +42,14 @@ def open_source(data: DataConfig, seed: int) -> Source:
       seed: of the run; decides synthetic documents only.
 
     Raises:
-      UserError: files that do not exist, a dataset that is not known or not prepared, a feature it does not have.
+      UserError: files that do not exist, a dataset that is not known or not prepared, a feature it does not have, a
+        split of a source that has none.
     """
+    if data.source in ("python_source", "text_files", "synthetic") and data.split != "train":
+        raise UserError(
+            f"data.split={data.split}: data.source={data.source} has no splits; leave it out (data.validation_fraction "
+            "says how many documents are held out)"
+        )
     if data.source == "python_source":
         return _python_source(data)
     if data.source == "text_files":

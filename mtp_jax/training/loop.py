@@ -120,7 +120,7 @@ def set_up(config: Config, num_devices: int | None = None) -> Run:
     """
     devices = jax.devices()[:num_devices]
     validate(config, len(devices))
-    corpus = data.prepare(config, kind_of(config).lookahead)
+    corpus = data.prepare(config, kind_of(config).lookahead, jax.process_count())
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
     validate(config, len(devices), corpus.tokenizer.vocab_size)
     mesh = sharding.make_mesh(config.mesh, devices)

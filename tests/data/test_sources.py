@@ -204,6 +204,20 @@ def test_counts_that_cannot_be(make_config):
     assert error_of(make_config(synthetic_documents=0)) == "data.synthetic_documents=0: must be at least 1"
 
 
+def test_what_the_machine_cannot_hold_or_run(make_config, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert error_of(make_config(num_workers=9)).endswith("too many for the 2 CPUs of this machine; use at most 8")
+    huge = make_config(batch_size=2**24, sequence_length=2**20)
+    assert error_of(huge).startswith("data.batch_size=16777216: with data.sequence_length=1048576")
+    with pytest.raises(UserError, match="fewer than the data.batch_size|has .* tokens, 0 rows"):
+        prepare(huge, num_processes=2**24)  # each of them holds one row
+
+
+@pytest.mark.parametrize("source", ["python_source", "text_files", "synthetic"])
+def test_a_split_of_a_source_without_splits(make_config, source):
+    assert error_of(make_config(source=source, split="x")).startswith(f"data.split=x: data.source={source} has no")
+
+
 def test_too_small_validation_names_a_fraction_that_works(make_config):
     settings = {"sequence_length": 64, "batch_size": 16}
     message = error_of(make_config(validation_fraction=0.001, **settings))
