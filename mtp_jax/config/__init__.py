@@ -4,6 +4,7 @@
 sees only that.
 """
 
+from mtp_jax.config.aliases import current_key, renamed
 from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, validate
 from mtp_jax.config.fields import UserError, check_bounds, walk
 from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict, with_own_tokenizer
@@ -38,10 +39,12 @@ __all__ = [
     "UserError",
     "check_bounds",
     "conventions",
+    "current_key",
     "default_config",
     "from_dict",
     "load_config",
     "mesh_sizes",
+    "renamed",
     "to_config_dict",
     "to_dict",
     "validate",

@@ -1,8 +1,10 @@
 """Fields of the configuration: what a value may be, and when it may change, as metadata of each dataclass field."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection, Iterator
+import typing
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +29,7 @@ class Setting:
       at_least, at_most, above, below: bounds of a number, or of each number of a tuple; None: no such bound.
       when: the part of the model that must be in use for the bounds to count ("mla", "gqa", "moe"); empty: always.
       may_change: see `MayChange`.
+      was: the dotted key that the field had in earlier versions, still understood; empty: this one.
     """
 
     at_least: Number | None = None
@@ -35,6 +38,7 @@ class Setting:
     below: Number | None = None
     when: str = ""
     may_change: MayChange = "never"
+    was: str = ""
 
     def problem(self, value: Any) -> str | None:
         """The bound that `value` breaks, as the end of a message; None if it keeps all."""
@@ -67,9 +71,10 @@ def setting(
     below: Number | None = None,
     when: str = "",
     may_change: MayChange = "never",
+    was: str = "",
 ) -> T:
     """A dataclass field with a default and a `Setting`."""
-    found = Setting(at_least, at_most, above, below, when, may_change)
+    found = Setting(at_least, at_most, above, below, when, may_change, was)
     return field(default=default, metadata={"setting": found})
 
 
@@ -79,11 +84,50 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Setting]]:
         key, value = prefix + f.name, getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{key}.")
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
             for i, item in enumerate(value):
                 yield from walk(item, f"{key}[{i}].")
         else:
             yield key, value, f.metadata.get("setting", Setting())
+
+
+def item_section(hint: Any) -> type | None:
+    """The section X where a type hint is `tuple[X, ...]`, a list of sections."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if dataclasses.is_dataclass(item) and isinstance(item, type) else None
+
+
+def key_hints(root: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type hint of every value below a dataclass; the keys of a list of sections are those of its first,
+    `sources[0].weight`, beside that of the list."""
+    out: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(root).items():
+        if dataclasses.is_dataclass(hint):
+            out |= key_hints(typing.cast(type, hint), f"{prefix}{name}.")
+            continue
+        out[prefix + name] = hint
+        if item := item_section(hint):
+            out |= key_hints(item, f"{prefix}{name}[0].")
+    return out
+
+
+def value_of(section: Any, key: str) -> Any:
+    """The value of a dotted key below a section."""
+    return functools.reduce(getattr, key.split("."), section)
+
+
+def with_values(section: T, values: Mapping[str, Any]) -> T:
+    """`section` with other values of some dotted keys."""
+    nested: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(name, {})[rest] = value
+        else:
+            own[name] = value
+    inner = {name: with_values(getattr(section, name), below) for name, below in nested.items()}
+    return dataclasses.replace(typing.cast(Any, section), **own, **inner)
 
 
 def check_bounds(section: Any, in_use: Collection[str] = ()) -> None:

@@ -10,16 +10,20 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 import sys
 import traceback
 import types
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ml_collections
 
-from mtp_jax.config.fields import UserError
+from mtp_jax.config.aliases import Section, current_key, old_names, renamed
+from mtp_jax.config.fields import UserError, item_section, key_hints
 from mtp_jax.config.schema import Config
+
+T = TypeVar("T")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -27,43 +31,48 @@ def default_config() -> ml_collections.ConfigDict:
     return to_config_dict(Config())
 
 
-def to_config_dict(config: Config) -> ml_collections.ConfigDict:
-    """The locked ConfigDict of a Config; fields that may be None become typed placeholders."""
-    out = ml_collections.ConfigDict(dataclasses.asdict(config))
-    for key, (_, hint) in _leaves(Config).items():
-        *parents, name = key.split(".")
-        section = out
-        for parent in parents:
-            section = section[parent]
-        if type(None) in typing.get_args(hint) and section[name] is None:
-            kind = next(a for a in typing.get_args(hint) if a is not type(None))
-            section[name] = ml_collections.config_dict.placeholder(kind)
-    return out.lock()
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """The locked ConfigDict of a Config (or another dataclass of sections); fields that may be None become typed
+    placeholders, lists of sections tuples of dicts."""
+    return _config_dict(config, "", old_names(type(config))).lock()
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def _config_dict(section: Any, prefix: str, names: dict[str, str]) -> Section:
+    out, hints = Section(), typing.get_type_hints(type(section))
+    for name, value in ((f.name, getattr(section, f.name)) for f in dataclasses.fields(section)):
+        if dataclasses.is_dataclass(value):
+            value = _config_dict(value, f"{prefix}{name}.", names)
+        elif item_section(hints[name]):
+            value = tuple(dataclasses.asdict(item) for item in value)
+        elif value is None:
+            value = ml_collections.config_dict.placeholder(_without_none(hints[name]))
+        out[name] = value
+    out.accept_old({old: new for old, new in names.items() if old.rpartition(".")[0] == prefix[:-1]}, prefix)
+    return out
+
+
+def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict, as written to a workdir's config.json."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any], where: str) -> Config:
-    """A Config from nested plain values.
+    """A Config from nested plain values, as `build` makes it."""
+    return build(Config, values, where)
+
+
+def build(root: type[T], values: dict[str, Any], where: str) -> T:
+    """A dataclass of sections from nested plain values.
 
     Args:
-      values: any subset of the keys; the rest take their defaults.
+      root: Config, or another frozen dataclass whose fields are values, sections or `tuple[section, ...]`.
+      values: any subset of the keys, under their names or old ones; the rest take their defaults.
       where: the file the values come from, named in errors.
 
     Raises:
-      UserError: an unknown key (with the nearest real one) or a value of the wrong type.
+      UserError: an unknown key (with the nearest real one), a value of the wrong type, two names of one key.
     """
-    leaves = _leaves(Config)
-    for key, value in _flatten(values).items():
-        if key not in leaves:
-            is_section = any(leaf.startswith(key + ".") for leaf in leaves)
-            if is_section and value == {}:
-                continue
-            raise _unknown_key(key, where)
-    return _build(Config, values, "", where)
+    return _Reader(root, where).section(root, renamed(values, root, where), "")
 
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -76,15 +85,30 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     Raises:
       UserError: no such file, a file that does not run, an unknown key, a value of the wrong type.
     """
-    values = _run_config_file(path)
-    from_dict(values, path)  # the file's own mistakes are reported before the command line's
-    leaves = _leaves(Config)
-    for override in overrides:
-        key, value = _parse_override(override)
-        if key not in leaves:
-            raise _unknown_key(key, "the command line")
-        _set(values, key, _from_text(value, leaves[key][1]))
-    return from_dict(values, "the command line" if overrides else path)
+    return override(from_dict(_run_config_file(path), path), overrides)
+
+
+def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
+    """`config`, a dataclass of sections, with command-line overrides. Keys inside lists of sections are
+    `--config.data.sources[0].weight=2`, or with `.0.`.
+
+    Raises:
+      UserError: an unknown key, an index outside the list, a value of the wrong type, two names of one key.
+    """
+    root, values = type(config), to_dict(config)
+    reader = _Reader(root, "the command line")
+    spelled: dict[str, str] = {}
+    hints = key_hints(root)
+    for text in overrides:
+        given, value = _parse_override(text)
+        key = current_key(given, root)
+        hint = hints.get(re.sub(r"\[\d+\]", "[0]", key))
+        if hint is None:
+            raise reader.unknown(given)
+        if spelled.setdefault(key, given) != given:
+            raise UserError(f"{spelled[key]} and {given} (in {reader.where}): two names of one key; use {key}")
+        _set(values, key, _from_text(value, hint))
+    return reader.section(root, values, "") if overrides else config
 
 
 def _run_config_file(path: str) -> dict[str, Any]:
@@ -147,10 +171,10 @@ def _parse_override(override: str) -> tuple[str, str]:
 
 def _from_text(text: str, hint: Any) -> Any:
     """The value a command-line string stands for; what does not parse stays a string for the type check."""
-    kinds = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if str in kinds or typing.get_origin(hint) is Literal:
+    kind = _without_none(hint)
+    if kind is str or typing.get_origin(kind) is Literal:
         return text
-    if bool in kinds and text.lower() in ("true", "false"):
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
@@ -158,84 +182,75 @@ def _from_text(text: str, hint: Any) -> Any:
         return text
 
 
-def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (owning dataclass, type hint), for every key that holds a value."""
-    out: dict[str, tuple[Any, Any]] = {}
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        if dataclasses.is_dataclass(hint):
-            out |= _leaves(typing.cast(type, hint), f"{prefix}{f.name}.")
-        else:
-            out[prefix + f.name] = (cls, hint)
-    return out
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, name = key.split(".")
+    """Set a key that exists but for the length of lists."""
+    *parents, name = key.replace("[", ".").replace("]", "").split(".")
+    node: Any = values
     for parent in parents:
-        values = values.setdefault(parent, {})
-    values[name] = value
+        if parent.isdigit() and int(parent) >= len(node):
+            list_key = key[: key.index("[")]
+            raise UserError(f"{key}={value!r}: {list_key} has {len(node)} entries; set {list_key} as a whole")
+        node = node[int(parent) if parent.isdigit() else parent]
+    node[name] = value
 
 
-def _unknown_key(key: str, where: str) -> UserError:
-    leaves = list(_leaves(Config))
-    near = difflib.get_close_matches(key, leaves, 1, 0.0)
-    same_name = [leaf for leaf in leaves if leaf.split(".")[-1] == key.split(".")[-1]]
-    nearest = (same_name or near)[0]
-    return UserError(f"{key}: no such config key (in {where}); did you mean {nearest}?")
+def _without_none(hint: Any) -> Any:
+    """The type X of `X | None`; any other hint as it is."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return next(a for a in typing.get_args(hint) if a is not type(None)) if is_union else hint
 
 
-def _build(cls: Any, values: dict[str, Any], prefix: str, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for f in dataclasses.fields(cls):
-        if f.name not in values:
-            continue
-        hint, value, key = hints[f.name], values[f.name], prefix + f.name
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, dict):
-                raise UserError(f"{key}={value!r} (in {where}): is a section; set one of its keys")
-            arguments[f.name] = _build(hint, value, f"{key}.", where)
-        else:
-            arguments[f.name] = _typed(value, hint, key, where)
-    return cls(**arguments)
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Plain values to the types of the dataclass `root`, with errors that name the key and where it was given."""
 
+    root: type
+    where: str
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+    def section(self, cls: type[T], values: Any, prefix: str) -> T:
+        if isinstance(values, ml_collections.ConfigDict):  # inside a list, where ConfigDict leaves it
+            values = values.to_dict()
+        if not isinstance(values, dict):
+            raise UserError(f"{prefix[:-1]}={values!r} (in {self.where}): is a section; set one of its keys")
+        hints = typing.get_type_hints(cls)
+        for name in values:
+            if name not in hints:
+                raise self.unknown(f"{prefix}{name}")
+        for f in dataclasses.fields(typing.cast(Any, cls)):
+            if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+                raise UserError(f"{prefix}{f.name} (in {self.where}): is missing; set it")
+        return cls(**{name: self.value(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
 
-
-def _typed(value: Any, hint: Any, key: str, where: str) -> Any:
-    """`value` as the type `hint` asks for, or a UserError that says what was wanted."""
-    if _is_union(hint):
-        if value is None:
+    def value(self, value: Any, hint: Any, key: str) -> Any:
+        """`value` as the type `hint` asks for, or a UserError that says what was wanted."""
+        kind = _without_none(hint)
+        if value is None and kind is not hint:
             return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value in choices:
-            return value
-        wanted = " or ".join(repr(c) for c in choices if c != "")
-        raise UserError(f"{key}={value!r} (in {where}): must be {wanted}")
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if isinstance(value, (tuple, list)):
-            return tuple(_typed(v, item, key, where) for v in value)
-        raise UserError(f"{key}={value!r} (in {where}): must be a tuple of {item.__name__}, as in (1, 2)")
-    is_bool = isinstance(value, bool)
-    if hint is float and isinstance(value, (int, float)) and not is_bool:
-        return float(value)
-    if isinstance(value, hint) and is_bool == (hint is bool):
-        return value
-    raise UserError(f"{key}={value!r} (in {where}): must be of type {hint.__name__}, not {type(value).__name__}")
+        if dataclasses.is_dataclass(kind):
+            return self.section(typing.cast(type, kind), value, f"{key}.")
+        if typing.get_origin(kind) is Literal:
+            choices = typing.get_args(kind)
+            if value in choices:
+                return value
+            wanted = "must be " + " or ".join(repr(c) for c in choices if c != "")
+        elif typing.get_origin(kind) is tuple:
+            item = typing.get_args(kind)[0]
+            if isinstance(value, (tuple, list)):
+                return tuple(self.value(v, item, f"{key}[{i}]") for i, v in enumerate(value))
+            example = "[{...}, {...}]" if dataclasses.is_dataclass(item) else "(1, 2)"
+            wanted = f"must be a tuple of {item.__name__}, as in {example}"
+        else:
+            is_bool = isinstance(value, bool)
+            if kind is float and isinstance(value, (int, float)) and not is_bool:
+                return float(value)
+            if isinstance(value, kind) and is_bool == (kind is bool):
+                return value
+            wanted = f"must be of type {kind.__name__}, not {type(value).__name__}"
+        raise UserError(f"{key}={value!r} (in {self.where}): {wanted}")
+
+    def unknown(self, key: str) -> UserError:
+        """The error for a key that does not exist, with the nearest one that does."""
+        keys = list(key_hints(self.root))
+        near = difflib.get_close_matches(key, keys, 1, 0.0)
+        same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
+        return UserError(f"{key}: no such config key (in {self.where}); did you mean {(same_name or near)[0]}?")

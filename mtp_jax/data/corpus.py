@@ -115,7 +115,7 @@ def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpu
     """
     data = config.data
     check_bounds(config)  # of data that is prepared without a model, which `validate` has not seen
-    _check_machine(config, num_processes)
+    _check_machine(config, lookahead, num_processes)
     tokenizer = tokenizers.load(data.tokenizer)
     if data.fim_rate and tokenizer.fim_ids is None:
         raise UserError(
@@ -138,7 +138,7 @@ def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpu
     return corpus
 
 
-def _check_machine(config: Config, num_processes: int) -> None:
+def _check_machine(config: Config, lookahead: int, num_processes: int) -> None:
     """Refuse what this machine cannot hold or run, before anything is allocated or started."""
     data, num_cpus = config.data, os.cpu_count() or 1
     if data.num_workers > MAX_WORKERS_PER_CPU * num_cpus:
@@ -147,7 +147,7 @@ def _check_machine(config: Config, num_processes: int) -> None:
             f"{MAX_WORKERS_PER_CPU * num_cpus}"
         )
     rows = -(-data.batch_size // num_processes)
-    batch = rows * (data.sequence_length + 1 + config.depth) * len(Row._fields) * np.dtype(np.int32).itemsize
+    batch = rows * (data.sequence_length + 1 + lookahead) * len(Row._fields) * np.dtype(np.int32).itemsize
     needed = batch * num_batches_held(data.prefetch, data.num_workers)
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:

@@ -84,10 +84,16 @@ def changes(config: Config, workdir: str | os.PathLike[str]) -> list[str]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values of a config as `section.key` -> value."""
+    """Nested values of a config as `section.key` -> value; those of a list of sections as `section.list[0].key`."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value):
+            for i, item in enumerate(value):
+                out |= flat(item, f"{prefix}{key}[{i}].")
+        else:
+            out[prefix + key] = value
     return out
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtp_jax.config import Config, UserError, from_dict
+from mtp_jax.config import Config, UserError, from_dict, renamed
 from mtp_jax.mtp import reads
 from mtp_jax.tools.sweeping.folder import EVAL_FILE, SWEEP_FILE, read_record
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
@@ -39,7 +39,7 @@ class Run:
         """The config's keys that mean something for this run: those of an MTP kind that is not in use do not."""
         if self.config is None:
             return {}
-        values = {k: v for k, v in flat(self.config).items() if (k, v) != ("model.vocab_size", None)}
+        values = {k: v for k, v in flat(renamed(self.config)).items() if (k, v) != ("model.vocab_size", None)}
         return {k: v for k, v in values.items() if reads(values.get("mtp.kind", ""), k)}
 
     @property

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_jax.config import Config, UserError, load_config, to_dict
+from mtp_jax.config import Config, UserError, current_key, load_config, to_dict
 from mtp_jax.mtp import reads
 from mtp_jax.training.workdir import flat
 
@@ -66,7 +66,7 @@ def parse_over(text: str) -> list[dict[str, str]]:
       UserError: it cannot be read.
     """
     left, equals, right = text.partition("=")
-    keys = [key.strip() for key in left.split(",")]
+    keys = [current_key(key.strip()) for key in left.split(",")]
     if not equals or not all(keys):
         raise UserError(f"--over={text}: not understood; {FORMS}")
     out = []

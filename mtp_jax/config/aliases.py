@@ -1,0 +1,109 @@
+"""Old names of config keys (`Setting.was`): understood wherever a key is given, with a note of the new one."""
+
+import functools
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from mtp_jax.config.fields import UserError, walk
+from mtp_jax.config.schema import Config
+
+SHOWN = 3  # names in one note
+
+_noted: set[str] = set()
+
+
+def old_names(root: type) -> dict[str, str]:
+    """Old dotted key -> new one, for every field below a dataclass that had another."""
+    return {found.was: key for key, _, found in walk(root()) if found.was}
+
+
+def current_key(key: str, root: type = Config) -> str:
+    """A key as it is spelled now: under its new name, with indices of lists in brackets."""
+    key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
+    new = old_names(root).get(key)
+    if new:
+        _note({key: new})
+    return new or key
+
+
+def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config") -> dict[str, Any]:
+    """Nested values with every old key under its new name.
+
+    Raises:
+      UserError: a key under both names.
+    """
+    out, found = _copied(values), {}
+    for old, new in old_names(root).items():
+        section = _below(out, old)
+        if section is None or _name(old) not in section:
+            continue
+        found[old] = new
+        value, target = section.pop(_name(old)), out
+        for part in new.split(".")[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{part}={target!r} (in {where}): is a section; set one of its keys")
+        if _name(new) in target:
+            raise UserError(f"{old} and {new} (in {where}): two names of one key; use {new}")
+        target[_name(new)] = value
+    _note(found)
+    return out
+
+
+class Section(ml_collections.ConfigDict):
+    """A ConfigDict that takes and gives a key under its old name too, so that old config files run."""
+
+    _old: dict[str, str] = {}
+    _prefix = ""
+
+    def accept_old(self, old: dict[str, str], prefix: str) -> None:
+        """Accept the old names (dotted keys -> new ones) of this section, whose own dotted key is `prefix`."""
+        object.__setattr__(self, "_old", old)
+        object.__setattr__(self, "_prefix", prefix)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        section, name = self._current(key)
+        super(Section, section).__setitem__(name, value)
+
+    def __getitem__(self, key: str) -> Any:
+        section, name = self._current(key)
+        return super(Section, section).__getitem__(name)
+
+    def _current(self, key: str) -> tuple["Section", str]:
+        new = self._old.get(f"{self._prefix}{key}")
+        if new is None:
+            return self, key
+        _note({f"{self._prefix}{key}": new})
+        *parents, name = new.removeprefix(self._prefix).split(".")
+        return functools.reduce(getattr, parents, self), name
+
+
+def _note(names: dict[str, str]) -> None:
+    """Say once of each old name what the new one is, in one line."""
+    fresh = [f"{old} is now {new}" for old, new in names.items() if old not in _noted]
+    if fresh:
+        more = f" and {len(fresh) - SHOWN} more config keys have new names" if len(fresh) > SHOWN else ""
+        print(f"note: {', '.join(fresh[:SHOWN])}{more}; the next release drops the old ones", file=sys.stderr)
+    _noted.update(names)
+
+
+def _name(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _below(values: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """The section that holds a key, where it is there."""
+    for part in key.split(".")[:-1]:
+        found = values.get(part)
+        if not isinstance(found, dict):
+            return None
+        values = found
+    return values
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in values.items()}
