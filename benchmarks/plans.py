@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "plans.jsonl"
 
 LITE = ["--config=configs/deepseek_v2_lite_16b.py", "--topology=v5p:2x2x4", "--config.data.batch_size=64"]
 V3 = ["--config=configs/deepseek_v3_671b.py", "--topology=v5p:8x8x4", "--config.optimizer.moment_dtype=float32"]
-V3 += ["--config.data.batch_size=1024", "--config.training.accumulate_steps=1"]
+V3 += ["--config.data.batch_size=1024", "--config.training.grad_accum_steps=1"]
 PURE_FSDP = ["--config.mesh.fsdp=-1", "--config.mesh.expert=1"]
 TINY = ["--config=configs/tiny.py", "--config.model.remat=full"]
 PLANS = {

@@ -67,8 +67,8 @@ def get_config():
     model.router_bias_until = 227_000
 
     config.checkpoint.every = 500
-    # 256 chips, 2 rows a chip at a time; 4 (accumulate_steps = 15) took 80.6 GiB without kernels
-    config.training.accumulate_steps = 30
+    # 256 chips, 2 rows a chip at a time; 4 (grad_accum_steps = 15) took 80.6 GiB without kernels
+    config.training.grad_accum_steps = 30
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.expert = 32

@@ -72,7 +72,7 @@ UNUSABLE = {
     "huge seed": (["seed=99999999999999999999"], ["seed=9999", "below 2^31"]),
     "schedule in halves": (["mtp.weight_values=(0.1,)"], ["mtp.weight_values=(0.1,)", "mtp.weight_boundaries=()"]),
     "batch and mesh": (["data.batch_size=6", "mesh.data=8"], ["data.batch_size=6", "data=8", "a multiple of 8"]),
-    "batch and parts": (["training.accumulate_steps=3"], ["training.accumulate_steps=3", "a multiple of"]),
+    "batch and parts": (["training.grad_accum_steps=3"], ["training.grad_accum_steps=3", "a multiple of"]),
     "context axis": (["data.sequence_length=60", "mesh.context=8"], ["mesh.context=8", "data.sequence_length=60"]),
     "tensor axis": (["mesh.tensor=8"], ["mesh.tensor=8", "model.num_heads=4"]),
     "expert axis": (["model.num_experts=0", "mesh.expert=2"], ["mesh.expert=2", "no experts", "use mesh.data"]),

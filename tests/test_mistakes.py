@@ -103,7 +103,7 @@ def test_gradient_accumulation_does_not_change_the_step(num_parts):
     config = tiny("--config.optimizer.name=adamw", "--config.training.z_loss_weight=0.01")
     batches = [rows(config, seed) for seed in range(3)]
     state, whole = run_steps(config, batches)
-    accumulated = replace(config, training=replace(config.training, accumulate_steps=num_parts))
+    accumulated = replace(config, training=replace(config.training, grad_accum_steps=num_parts))
     other, parts = run_steps(accumulated, batches)
     for a, b in zip(whole, parts, strict=True):
         for name in a:

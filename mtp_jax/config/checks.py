@@ -126,13 +126,13 @@ def _check_experts(config: Config) -> None:
 def _check_mesh(config: Config, sizes: dict[str, int]) -> None:
     model, data = config.model, config.data
     rows = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    micro = data.batch_size // config.training.accumulate_steps
-    if data.batch_size % config.training.accumulate_steps or micro % rows:
-        times = f" x training.accumulate_steps={config.training.accumulate_steps}" if data.batch_size != micro else ""
+    micro = data.batch_size // config.training.grad_accum_steps
+    if data.batch_size % config.training.grad_accum_steps or micro % rows:
+        times = f" x training.grad_accum_steps={config.training.grad_accum_steps}" if data.batch_size != micro else ""
         raise UserError(
             f"data.batch_size={data.batch_size}: does not divide over the mesh's data={sizes['data']} x "
             f"fsdp={sizes['fsdp']} x expert={sizes['expert']}{times}; use a multiple of "
-            f"{rows * config.training.accumulate_steps}"
+            f"{rows * config.training.grad_accum_steps}"
         )
     pairs = [("context", "data.sequence_length", data.sequence_length), ("tensor", "model.num_heads", model.num_heads)]
     if model.attention == "gqa":

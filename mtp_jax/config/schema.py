@@ -145,6 +145,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MuonConfig:
+    """Muon's update of matrices: momentum, orthogonalised by Newton-Schulz iterations."""
+
+    momentum: float = setting(0.95, at_least=0, below=1, was="optimizer.muon_momentum")
+    steps: int = setting(5, at_least=1, at_most=100, was="optimizer.muon_steps")  # Newton-Schulz iterations
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """optax: AdamW or Muon, its schedule and its clip."""
 
@@ -160,8 +168,7 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, at_least=0, at_most=1e6)  # on matrices only
     clip_norm: float = setting(1.0, at_least=0, at_most=1e30)  # 0: off
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    muon_momentum: float = setting(0.95, at_least=0, below=1)
-    muon_steps: int = setting(5, at_least=1, at_most=100)  # Newton-Schulz iterations
+    muon: MuonConfig = MuonConfig()
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ class TrainingConfig:
     num_steps: int = setting(1000, at_least=1, below=2**31, may_change="resume")
     log_every: int = setting(10, at_least=1, below=2**31, may_change="resume")
     # micro-batches a step; the result does not depend on it
-    accumulate_steps: int = setting(1, at_least=1, at_most=2**20)
+    grad_accum_steps: int = setting(1, at_least=1, at_most=2**20, was="training.accumulate_steps")
     # tokens whose logits exist at one time
     loss_chunk: int = setting(4096, at_least=1, below=2**31, may_change="resume")
     z_loss_weight: float = setting(0.0, at_least=0, at_most=1e6)

@@ -98,7 +98,7 @@ def restore(workdir: str) -> Run:
     try:
         validate(config, num_devices)
     except UserError:
-        parts = replace(config.training, accumulate_steps=1)
+        parts = replace(config.training, grad_accum_steps=1)
         num_devices = next(n for n in range(num_devices, 0, -1) if config.data.batch_size % n == 0)
         config = replace(config, mesh=MeshConfig(), training=parts)
     run = set_up(config, num_devices)

@@ -119,8 +119,8 @@ def _muon(config: OptimizerConfig, labels: Tree, infos: Tree) -> optax.GradientT
     )
     return optax.chain(
         optax.contrib.scale_by_muon(
-            ns_steps=config.muon_steps,
-            beta=config.muon_momentum,
+            ns_steps=config.muon.steps,
+            beta=config.muon.momentum,
             eps=config.eps,
             mu_dtype=config.moment_dtype,
             weight_dimension_numbers=numbers,

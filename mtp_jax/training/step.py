@@ -144,13 +144,14 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
         # nor on the number of micro-batches.
         count_K = weight_sum(rows.weight_KBT)
         scales = loss_scales(config, count_K, state["step"])
-        num_rows = jnp.maximum((rows.weight_KBT > 0).any(2).sum(1).astype(jnp.float32), 1.0)
+        counts_KB = (rows.segments_KBT != targets.PADDING).any(2)  # routers do not know loss weights
+        num_rows = jnp.maximum(counts_KB.sum(1).astype(jnp.float32), 1.0)
         trained, frozen = trained_part(config, state["params"])
 
         def micro(rows: Rows):
             return grads_of(trained, frozen, state["biases"], rows, scales, num_rows)
 
-        (loss, aux), grads = _accumulate(micro, rows, config.training.accumulate_steps)
+        (loss, aux), grads = _accumulate(micro, rows, config.training.grad_accum_steps)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state["opt_state"], trained)
             params = {**frozen, **optax.apply_updates(trained, updates)}

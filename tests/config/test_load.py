@@ -1,15 +1,17 @@
 """How a config file and the command line become a Config; old names of keys; lists of sections."""
 
 import dataclasses
+import functools
 import json
+import typing
 from dataclasses import dataclass
 
 import ml_collections
 import pytest
 
-from mtp_jax.config import UserError, load_config
-from mtp_jax.config.aliases import current_key
-from mtp_jax.config.fields import check_bounds, setting, walk
+from mtp_jax.config import Config, UserError, default_config, from_dict, load_config
+from mtp_jax.config.aliases import current_key, old_names
+from mtp_jax.config.fields import check_bounds, key_hints, setting, value_of, walk, with_values
 from mtp_jax.config.load import build, override, to_config_dict, to_dict
 from mtp_jax.training.workdir import flat
 
@@ -158,3 +160,17 @@ def test_an_old_and_the_new_name():
     assert refused(build, Root, both, "here") == expected
     overrides = ["--config.data.inner.steps=7", "--config.data.inner_steps=8"]
     assert "two names of one key; use data.inner.steps" in refused(override, Root(), overrides)
+
+
+@pytest.mark.parametrize("old", old_names(Config))
+def test_every_old_name_reaches_its_field(old):
+    new = old_names(Config)[old]
+    before = value_of(Config(), new)
+    choices = typing.get_args(key_hints(Config)[new])
+    value = choices[-1] if choices else not before if isinstance(before, bool) else type(before)(7)
+    wanted = with_values(Config(), {new: value})
+    *parents, name = old.split(".")
+    config = default_config()
+    setattr(functools.reduce(getattr, parents, config), name, value)
+    assert from_dict(config.to_dict(), "here") == override(Config(), [f"--config.{old}={value}"]) == wanted
+    assert from_dict(functools.reduce(lambda below, part: {part: below}, reversed(old.split(".")), value), "") == wanted

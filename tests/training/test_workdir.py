@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import tarfile
 
 import pytest
 
 from mtp_jax.config import Config, DataConfig, MeshConfig, MTPConfig, TrainingConfig, UserError
-from mtp_jax.training.workdir import open_workdir, read_config
+from mtp_jax.config.aliases import old_names
+from mtp_jax.training.workdir import changes, flat, open_workdir, read_config
+from tests.golden_runs import CHECKPOINTS
 
 CONFIG = Config(mtp=MTPConfig(kind="sequential", weight=0.3, weight_values=(0.1,), weight_boundaries=(10,)))
 
@@ -49,8 +52,8 @@ def test_what_may_change_changes_and_is_written(tmp_path, capsys):
 
 def test_accumulation_and_batch_size_are_not_free(tmp_path):
     open_workdir(tmp_path, CONFIG)
-    assert "training.accumulate_steps" in _refused(
-        tmp_path, dataclasses.replace(CONFIG, training=TrainingConfig(accumulate_steps=2))
+    assert "training.grad_accum_steps" in _refused(
+        tmp_path, dataclasses.replace(CONFIG, training=TrainingConfig(grad_accum_steps=2))
     )
 
 
@@ -93,3 +96,15 @@ def test_only_the_main_process_writes_and_all_check(tmp_path):
 def test_reading_a_folder_without_a_run(tmp_path, where, message):
     with pytest.raises(UserError, match=message):
         read_config(tmp_path / where)
+
+
+def test_a_workdir_from_before_keys_had_other_names_is_the_same_run(tmp_path):
+    with tarfile.open(CHECKPOINTS / "sequential.tar.xz") as archive:
+        archive.extract("./config.json", tmp_path, filter="data")
+    old = flat(json.loads((tmp_path / "config.json").read_text()))
+    assert "optimizer.muon_steps" in old
+    config = read_config(tmp_path)
+    assert changes(config, tmp_path) == []
+    open_workdir(tmp_path, config)
+    new = flat(json.loads((tmp_path / "config.json").read_text()))
+    assert new == {old_names(Config).get(key, key): value for key, value in old.items()}

@@ -80,7 +80,7 @@ def search(config: Config, topology: Topology, num_tries: int) -> list[Found]:
 
 def _promise(candidate: Candidate) -> tuple[float, int, float]:
     """Fast first; what is as fast to two digits by fewer micro-batches, then by less memory."""
-    return float(f"{candidate.seconds:.2g}"), candidate.config.training.accumulate_steps, candidate.gib
+    return float(f"{candidate.seconds:.2g}"), candidate.config.training.grad_accum_steps, candidate.gib
 
 
 def _try(candidate: Candidate, topology: Topology) -> Found:
@@ -99,7 +99,7 @@ def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
                 config,
                 mesh=MeshConfig(**sizes),
                 model=replace(config.model, remat=remat),
-                training=replace(config.training, accumulate_steps=accumulate),
+                training=replace(config.training, grad_accum_steps=accumulate),
             )
             try:
                 resolved = resolve(tried, topology)
@@ -127,7 +127,7 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     for _, info, leaf in weights(config.architecture):  # weight, moments, gradient
         cut = math.prod(sizes[axis] for axes in spec(info.axes) for axis in _names(axes))
         state += leaf.size / cut * (param_bytes + moment_count * moments + 4)
-    rows = config.data.batch_size / config.training.accumulate_steps / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    rows = config.data.batch_size / config.training.grad_accum_steps / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens = rows * config.data.sequence_length / sizes["context"]
     layers = kind_of(config).num_main_layers + kind_of(config).num_blocks
     kept = KEPT[model.remat] / (sizes["tensor"] if model.remat != "full" else 1)
@@ -156,7 +156,7 @@ def step_seconds(config: Config, sizes: dict[str, int], topology: Topology) -> f
         gathered += 2 * leaf.size / cut if sizes["fsdp"] > 1 and "embed" in names else 0
     local = tokens / (sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]) * model.embed_dim * 2
     layers = kind_of(config).num_main_layers + kind_of(config).num_blocks
-    sent = 3 * gathered * config.training.accumulate_steps
+    sent = 3 * gathered * config.training.grad_accum_steps
     sent += 12 * layers * local if sizes["tensor"] > 1 else 0
     sent += 6 * layers * local * model.num_experts_per_token if sizes["expert"] > 1 else 0
     if sizes["context"] > 1:
@@ -185,7 +185,7 @@ def _line(found: Found) -> str:
     sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "expert": config.mesh.expert}
     sizes |= {"context": config.mesh.context, "tensor": config.mesh.tensor}
     mesh = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
-    name = f"{mesh}; {config.training.accumulate_steps}; {config.model.remat}"
+    name = f"{mesh}; {config.training.grad_accum_steps}; {config.model.remat}"
     plan = found.plan
     if plan is None:
         return f"{name:44s} refused: {found.why[:60]}"
@@ -200,7 +200,7 @@ def overrides(config: Config) -> list[str]:
     mesh = {f"mesh.{name}": getattr(config.mesh, name) for name in ("data", "fsdp", "expert", "context", "tensor")}
     chosen: dict[str, Any] = mesh | {
         "model.remat": config.model.remat,
-        "training.accumulate_steps": config.training.accumulate_steps,
+        "training.grad_accum_steps": config.training.grad_accum_steps,
     }
     return [f"--config.{key}={value}" for key, value in chosen.items()]
 

@@ -21,7 +21,7 @@ def _head(plan: Plan) -> str:
             f"chips    {slices}{topology.name}, {len(topology.devices)} devices ({topology.chip.name})",
             f"mesh     {axes}",
             f"batch    {config.data.batch_size} rows of {config.data.sequence_length} tokens, "
-            f"{config.training.accumulate_steps} micro-batch(es), remat {config.model.remat}",
+            f"{config.training.grad_accum_steps} micro-batch(es), remat {config.model.remat}",
             f"compiled in {plan.lower_seconds + plan.compile_seconds:.0f} s, {plan.hlo_bytes / 1e6:.1f} MB of HLO",
         ]
     )
