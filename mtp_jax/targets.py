@@ -90,8 +90,8 @@ def rows(
         segments_KBT,
         weight_KBT,
         positions_BN[:, :length],
-        tokens_BN,
-        segment_ids_BN,
+        jnp.asarray(tokens_BN),
+        jnp.asarray(segment_ids_BN),
     )
 
 

@@ -206,7 +206,8 @@ def test_no_kind_is_known_by_name_outside_its_package():
 
 
 @pytest.mark.parametrize(
-    "source", ["if config.mtp.kind == NONE:\n    pass", "x = mtp.kind in KINDS", "run({'parallel': 1})", "k = 'nextlat'"]
+    "source",
+    ["if config.mtp.kind == NONE:\n    pass", "x = mtp.kind in KINDS", "run({'parallel': 1})", "k = 'nextlat'"],
 )
 def test_a_kind_known_by_name_is_found(source):
     assert kinds_named(source)

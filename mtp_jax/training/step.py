@@ -144,7 +144,8 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
         # nor on the number of micro-batches.
         count_K = weight_sum(rows.weight_KBT)
         scales = loss_scales(config, count_K, state["step"])
-        counts_KB = (rows.segments_KBT != targets.PADDING).any(2)  # routers do not know loss weights
+        assert rows.segments_KBT is not None
+        counts_KB = jnp.not_equal(rows.segments_KBT, targets.PADDING).any(2)  # routers do not know loss weights
         num_rows = jnp.maximum(counts_KB.sum(1).astype(jnp.float32), 1.0)
         trained, frozen = trained_part(config, state["params"])
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import sharding
+from mtp_jax import sharding, targets
 from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MTPConfig, conventions
 from mtp_jax.decoding.decoder import Decoder
 from mtp_jax.model import abstract_model
@@ -62,11 +62,11 @@ class Built:
 
     def logits(self, tokens_BN):
         """[B, T, K, V] of every depth, T = N - D, as `MTPModel` computes them in training."""
-        return np.asarray(_logits(self.config, self.params, self.biases, jnp.asarray(tokens_BN)))
+        return np.asarray(_logits(self.config.architecture, self.params, self.biases, jnp.asarray(tokens_BN)))
 
     def main_logits(self, tokens_BN):
         """[B, N, V] of the next-token model."""
-        return np.asarray(_main_logits(self.config, self.params, self.biases, jnp.asarray(tokens_BN)))
+        return np.asarray(_main_logits(self.config.architecture, self.params, self.biases, jnp.asarray(tokens_BN)))
 
 
 def build(model, mtp=None, context=512, seed=0, blocks=1.0):
@@ -103,17 +103,13 @@ def prompts_of(lengths, vocab_size, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, biases, tokens_BN):
-    length = tokens_BN.shape[1] - kind_of(config).depth
-    inputs_KBT = jnp.stack([tokens_BN[:, k : k + length] for k in range(1 + kind_of(config).depth)])
-    positions_BT = jnp.broadcast_to(jnp.arange(length), inputs_KBT.shape[1:])
-    model = abstract_model(config.architecture).merge(params, biases)
-    hidden_KBTD = model(inputs_KBT, jnp.ones_like(inputs_KBT), positions_BT).hidden
+def _logits(architecture, params, biases, tokens_BN):
+    model = abstract_model(architecture).merge(params, biases)
+    hidden_KBTD = model(targets.one_document_rows(tokens_BN, kind_of(architecture).depth)).hidden
     return jnp.einsum("kbtd,dv->btkv", hidden_KBTD, model.head())
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _main_logits(config, params, biases, tokens_BN):
-    positions_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1]), tokens_BN.shape)
-    model = abstract_model(config.architecture).merge(params, biases)
-    return model.main(tokens_BN, jnp.ones_like(tokens_BN), positions_BN) @ model.head()
+def _main_logits(architecture, params, biases, tokens_BN):
+    model = abstract_model(architecture).merge(params, biases)
+    return model.main(targets.one_document_rows(tokens_BN, 0)) @ model.head()
