@@ -91,6 +91,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TokenOrderConfig:
+    """mtp.kind = top: token order prediction (2508.19228)."""
+
+    window: int = setting(64, at_least=1, at_most=2**16)  # tokens ahead whose order counts; 4096 in the paper
+
+
+@dataclass(frozen=True)
 class MTPConfig:
     """Multi-token prediction: which extra heads, how they are wired and how they are weighted."""
 
@@ -116,6 +123,7 @@ class MTPConfig:
     recycled_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_k, k >= 1, seen from its own output norm
     output_norm: Literal["", "own", "main"] = ""
     chain: Literal["", "previous", "trunk"] = ""  # what depth k + 1 receives
+    top: TokenOrderConfig = field(default_factory=TokenOrderConfig)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from mtp_jax.mtp.kind import Caches, DecoderInputs, Extra, Kind, MainModel, Prop
 from mtp_jax.mtp.none import NoMTP
 from mtp_jax.mtp.parallel import Parallel
 from mtp_jax.mtp.sequential import Sequential
+from mtp_jax.mtp.top import TokenOrder
 
-KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (NoMTP, Parallel, Sequential)}
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (NoMTP, Parallel, Sequential, TokenOrder)}
 RELEASED = Sequential.name  # the kind of the MTP layers of released checkpoints
 NONE = NoMTP.name
 

@@ -1,0 +1,63 @@
+"""What the tests of single MTP kinds share: a small model, its state, a batch, training on meshes and as a command."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from mtp_jax.config import MeshConfig, load_config
+from mtp_jax.mtp import kind_of
+from mtp_jax.sharding import make_mesh
+from mtp_jax.training.loop import train
+from mtp_jax.training.metrics import read_metrics
+from mtp_jax.training.step import make_trainer
+from tests.bridge import packed_rows
+
+SMALL = [
+    "--config.model.vocab_size=40",
+    "--config.model.num_layers=2",
+    "--config.model.num_dense_layers=1",
+    "--config.data.sequence_length=16",
+]
+
+
+def small(*overrides):
+    """configs/tiny.py made smaller, on one device."""
+    return dataclasses.replace(load_config("configs/tiny.py", [*SMALL, *overrides]), mesh=MeshConfig(data=1))
+
+
+def batch_of(config, seed=0, num_padding=2):
+    """Packed random documents, int32[B, T + 1 + lookahead] each."""
+    length = config.data.sequence_length + 1 + kind_of(config).lookahead
+    rng = np.random.default_rng(seed)
+    arrays = packed_rows(rng, config.data.batch_size, length, config.model.vocab_size, num_padding)
+    return dict(zip(("tokens", "segment_ids", "positions"), (a.astype(np.int32) for a in arrays), strict=True))
+
+
+def steps(config, batches, **sizes):
+    """Metrics of one step per batch on a mesh of these sizes, and the final state."""
+    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1, **sizes}))
+    mesh = make_mesh(config.mesh, jax.devices()[: math.prod(vars(config.mesh).values())])
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config, mesh)
+        state, out = trainer.init(), []
+        for batch in batches:
+            state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
+            out.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+        return out, jax.device_get(state)
+
+
+def trained_and_resumed(config, workdir):
+    """Metrics of a run of four steps, and of the same run stopped after two and continued."""
+    data = dataclasses.replace(config.data, source="synthetic", synthetic_documents=200)
+    checkpoint = dataclasses.replace(config.checkpoint, every=2)
+    config = dataclasses.replace(config, data=data, checkpoint=checkpoint, mesh=MeshConfig())
+    found = []
+    for name, lengths in (("whole", (4,)), ("halves", (2, 4))):
+        for num_steps in lengths:
+            training = dataclasses.replace(config.training, num_steps=num_steps)
+            schedule = dataclasses.replace(config.optimizer, schedule="constant")
+            train(dataclasses.replace(config, training=training, optimizer=schedule), str(workdir / name))
+        found.append(read_metrics(workdir / name / "metrics.jsonl"))
+    return found
