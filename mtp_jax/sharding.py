@@ -113,15 +113,3 @@ def num_shards(name: str) -> int:
     if mesh.empty:
         return 1
     return int(np.prod([mesh.shape[axis] for axis in LOGICAL_AXES[name]]))
-
-
-def platform() -> str:
-    """What is compiled for: "cpu", "tpu" or a GPU's name; the ambient mesh's, which need not be this machine's own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def compute_capability() -> str:
-    """Of the GPUs compiled for: "9.0" on Hopper; empty where no GPU is compiled for."""
-    return "" if platform() in ("cpu", "tpu") else str(jax.devices()[0].compute_capability)

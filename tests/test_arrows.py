@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LINES = [
     ["mtp_jax.config", "mtp_jax.targets"],
     ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli", "mtp_jax.distributed"],
+    ["mtp_jax.kernels"],
     ["mtp_jax.layers"],
     ["mtp_jax.decoder", "mtp_jax.losses"],
     ["mtp_jax.mtp"],
@@ -113,7 +114,8 @@ def test_imports_point_down_only():
 def _house(root, files):
     for name in ("config", "targets", "sharding", "decoder", "model", "language_model"):
         files.setdefault(f"mtp_jax/{name}.py", "")
-    for name in ("data", "layers", "losses", "mtp", "decoding", "interop", "training", "evaluation", "tools"):
+    units = ("data", "kernels", "layers", "losses", "mtp", "decoding", "interop", "training", "evaluation", "tools")
+    for name in units:
         files.setdefault(f"mtp_jax/{name}/__init__.py", "")
     for name, text in files.items():
         path = root / name

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import UserError
+from mtp_jax.kernels.device import device
 from mtp_jax.layers import attention_cudnn, attention_splash
 from mtp_jax.layers.dispatch import note
-from mtp_jax.sharding import compute_capability, platform
 
 ATTENTION = "attention"  # its output, to policies of recomputation
 # A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
@@ -54,18 +54,18 @@ def attend(
     for name, reason in reasons.items():
         if not reason:
             return KERNELS[name][1](*inputs, scale)
-    if kernel == "auto" and (compute_capability() or platform() == "tpu"):
-        own = {name: why for name, why in reasons.items() if (name == "splash") == (platform() == "tpu")}
+    if kernel == "auto" and device().family != "cpu":
+        own = {name: why for name, why in reasons.items() if (name == "splash") == (device().family == "tpu")}
         note("attention by XLA, slow here: " + "; ".join(f"not {name}, {why}" for name, why in own.items()))
     return _plain(*inputs, scale)
 
 
 def _why_not_mosaic(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
     """Why our kernels (layers/attention_hopper) cannot take this attention; empty where they can."""
-    capability, lengths = compute_capability(), (q_BTHQ.shape[1], k_BSGQ.shape[1])
+    lengths = (q_BTHQ.shape[1], k_BSGQ.shape[1])
     dims = q_BTHQ.shape[3], v_BSGV.shape[3]
-    if capability != "9.0":
-        return f"it is for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
+    if reason := device().lacks_hopper():
+        return reason
     if 12080 <= _cuda_version() < 12091:  # as jax's own causal kernel says, jax.experimental.pallas.ops.gpu
         return f"CUDA 12.8 to 12.9.0 compiles its masks wrongly, and this is {_cuda_version()}"
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.sharding import compute_capability
+from mtp_jax.kernels.device import device
 
 # Of packed rows' masks, a device: rows of 32,768 one at a time.
 MASK_BYTES = 4 << 30
@@ -42,9 +42,9 @@ def attend(
 
 def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS: jax.Array | None, first) -> str:
     """Why cuDNN cannot take this attention; empty where it can. Arguments as `attention.attend`."""
-    capability, length, dims = compute_capability(), q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
-    if capability != "9.0":
-        return f"it is for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
+    length, dims = q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
+    if reason := device().lacks_hopper():
+        return reason
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
     if not isinstance(first, int) or first or length != k_BSGQ.shape[1]:

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.kernels.device import device
 from mtp_jax.layers.dispatch import KERNEL
-from mtp_jax.sharding import platform
 
 LANES = 128  # of the vector unit: what blocks are multiples of
 # Queries and keys of a block, in all three kernels, and dq apart from dk and dv: MaxText's defaults (its
@@ -117,8 +117,8 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array
 def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, *_: Any) -> str:
     """Why splash attention cannot take this attention; empty where it can. Arguments as `attention.attend`."""
     dtypes, dims = {x.dtype for x in (q_BTHQ, k_BSGQ, v_BSGV)}, (q_BTHQ.shape[-1], v_BSGV.shape[-1])
-    if platform() != "tpu":
-        return f"it is for TPUs, and this is {platform()}"
+    if reason := device().lacks_tpu():
+        return reason
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"it computes in bfloat16 or float32, and this is {', '.join(sorted(map(str, dtypes)))}"
     if q_BTHQ.shape[1] % LANES:

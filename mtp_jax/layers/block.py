@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.device import device
 from mtp_jax.layers import attention_cudnn
 from mtp_jax.layers.attention import ATTENTION
 from mtp_jax.layers.cache import NOWHERE, Slots
@@ -20,7 +21,7 @@ from mtp_jax.layers.mla import MultiHeadLatentAttention
 from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
-from mtp_jax.sharding import constrain, num_shards, platform
+from mtp_jax.sharding import constrain, num_shards
 
 
 class Block(nnx.Module):
@@ -64,11 +65,9 @@ class Block(nnx.Module):
         """
         num_rows, length = h_BTD.shape[:2]
         first = 0 if num_wanted is None else length - num_wanted
-        # On a GPU the products of a single token are compiled to reductions, which take longer than those of two (24
-        # blocks of 1024: 1.9 against 1.3 ms). A mesh that cuts positions wants equal shares.
-        least = 2 if num_rows == 1 and platform() not in ("cpu", "tpu") else 1
+        least = 2 if num_rows == 1 and device().single_row_products_are_slow else 1
         padded = max(length, least)
-        padded += -padded % num_shards("length")
+        padded += -padded % num_shards("length")  # equal shards
         if padded > length:
             h_BTD, slots = jnp.pad(h_BTD, ((0, 0), (0, padded - length), (0, 0))), slots.padded(padded - length)
         start = 0 if num_shards("length") > 1 else min(first, padded - least)
@@ -120,8 +119,8 @@ def scan_over(
 
     length = jax.tree.leaves((scanned, xs))[0].shape[0]
     unroll = unrolled(config, length)
-    # On GPUs what is read as bits is copied first; without a loop there is nothing to keep the cast out of.
-    is_loop = unroll < length or platform() in ("cpu", "tpu")
+    # Without a loop there is nothing to keep the cast of the weights out of.
+    is_loop = unroll < length or not device().loops_copy_activations
 
     def step(carry, per_layer):
         layer, x = per_layer
@@ -137,12 +136,11 @@ MOST_UNROLLED = 16  # layers, without being asked: compilation takes its time
 
 
 def unrolled(config: ModelConfig, length: int) -> int:
-    """How many of a scan's layers are compiled side by side: config.scan_unroll, or where that is 0 all of them on GPUs
-    that recompute nothing. A loop copies every activation that is kept into a stack and out again, which took a fifth
-    of a step there (dense_1b, H100)."""
+    """How many of a scan's layers are compiled side by side: config.scan_unroll, or where that is 0 all of them where a
+    loop would copy the activations kept, and nothing is recomputed."""
     if config.scan_unroll:
         return min(config.scan_unroll, length)
-    is_free = platform() not in ("cpu", "tpu") and config.remat == "none" and length <= MOST_UNROLLED
+    is_free = device().loops_copy_activations and config.remat == "none" and length <= MOST_UNROLLED
     return length if is_free else 1
 
 

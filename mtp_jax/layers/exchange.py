@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.sharding import LOGICAL_AXES, platform
+from mtp_jax.kernels.device import device
+from mtp_jax.sharding import LOGICAL_AXES
 
 # Rows of a round over the rows a device gets when the load is even. Once the balancing has settled the fullest device
 # is a few per cent above the mean and one round does; every further one sends, and computes, a round's rows again.
@@ -42,7 +43,7 @@ def exchanged(
     layout = make_layout(jax.lax.all_gather(sizes_E, axis))
     most = num_rows // per_token * min(per_token, num_local)  # no token has more rows for one device
     round_rows = min(num_devices * most, 8 * math.ceil(ROUND_SLACK * num_rows / 8))
-    transport = Transport(axis, min(most, round_rows), is_ragged=platform() != "cpu")
+    transport = Transport(axis, min(most, round_rows), is_ragged=device().has_ragged_all_to_all)
 
     def one_round(number, constants, inputs):
         slices = slices_of_round(constants[0], constants[1], number, round_rows)

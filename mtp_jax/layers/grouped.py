@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import UserError
+from mtp_jax.kernels.device import device
 from mtp_jax.layers import grouped_megablox
 from mtp_jax.layers.dispatch import KERNEL, note
-from mtp_jax.sharding import compute_capability, platform
 
 RAGGED_DOT = "grouped_matmul_ragged_dot"  # its output, to policies of recomputation
 BLOCK = 128  # what the kernels cut columns into
@@ -69,10 +69,10 @@ def choose(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> str:
         raise UserError(f"model.expert_kernel={kernel}: {reasons[kernel]}; use model.expert_kernel=auto")
     if kernel != "auto":
         return kernel
-    if platform() == "tpu":
+    if device().family == "tpu":
         own = "megablox" if jax.__version_info__ < NATIVE_SINCE else "xla"
     else:
-        own = "mosaic" if compute_capability() else "xla"
+        own = "mosaic" if device().family == "gpu" else "xla"
     if not reasons[own]:
         return own
     if x_ND.shape[0] >= BLOCK:  # fewer are those of decoding, where nothing is lost
@@ -82,9 +82,9 @@ def choose(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> str:
 
 def why_not_mosaic(x_ND: jax.Array, w_EDF: jax.Array) -> str:
     """Why the Hopper kernels cannot take this product; empty where they can."""
-    capability, dims = compute_capability(), (*x_ND.shape[1:], w_EDF.shape[2])
-    if capability != "9.0":
-        return f"the kernels are for GPUs of compute capability 9.0, and this is {capability or 'no such device'}"
+    dims = (*x_ND.shape[1:], w_EDF.shape[2])
+    if reason := device().lacks_hopper():
+        return reason
     if x_ND.dtype != jnp.bfloat16 or w_EDF.dtype != jnp.bfloat16:
         return f"the kernels compute in bfloat16, and this is {x_ND.dtype} by {w_EDF.dtype}"
     if any(dim % BLOCK for dim in dims) or x_ND.shape[0] < BLOCK:

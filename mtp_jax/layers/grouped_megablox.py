@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.sharding import platform
+from mtp_jax.kernels.device import device
 
 LANES = 128
 # Most rows and columns of a tile: MaxText's defaults (its configs/base.yml, wi_tile_* and wo_tile_*). Two of each
@@ -46,8 +46,8 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bo
 def why_not(x_ND: jax.Array, w_EDF: jax.Array) -> str:
     """Why megablox cannot take this product; empty where it can."""
     dtypes = {x_ND.dtype, w_EDF.dtype}
-    if platform() != "tpu":
-        return f"the kernels are for TPUs, and this is {platform()}"
+    if reason := device().lacks_tpu():
+        return reason
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"the kernels compute in bfloat16 or float32, and this is {x_ND.dtype} by {w_EDF.dtype}"
     if x_ND.shape[0] < LANES:

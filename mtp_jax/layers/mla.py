@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.device import device
 from mtp_jax.layers import rope
 from mtp_jax.layers.attention import attend, attend_cached
 from mtp_jax.layers.cache import Slots, write
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
-from mtp_jax.sharding import constrain, first_position, local, platform, whole_length
+from mtp_jax.sharding import constrain, first_position, local, whole_length
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -101,8 +102,7 @@ class MultiHeadLatentAttention(nnx.Module):
         the keys, and their first C numbers the values, of one head that all share (section 2.1.2)."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         q_nope_BTHN, key_up_CHN, value_up_CHV = q_BTHQ[..., :nope], kv_b_CHX[..., :nope], kv_b_CHX[..., nope:]
-        if platform() != "cpu":
-            # The two halves would be copied for every token, which takes longer there than twice the work on the whole.
+        if device().copies_sliced_weights:  # the whole weight serves both products, half of each on zeros or unused
             q_nope_BTHN = jnp.pad(q_nope_BTHN, ((0, 0),) * 3 + ((0, self.config.v_head_dim),))
             key_up_CHN = value_up_CHV = kv_b_CHX
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, key_up_CHN)

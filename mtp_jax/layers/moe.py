@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.device import device
 from mtp_jax.layers import permute
 from mtp_jax.layers.exchange import exchanged
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.grouped import choose, grouped_matmul
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
-from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, platform, spec
+from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, spec
 
 
 class MixtureOfExperts(nnx.Module):
@@ -89,7 +90,7 @@ def _grouped(x_BTD, gates_BTK, chosen_BTK, weights, num_experts, run):
     num_chosen = chosen_BTK.shape[-1]
     expert_N = chosen_BTK.reshape(-1)
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    if platform() not in ("cpu", "tpu"):
+    if device().gathers_are_fast:
         order_N, place_N, sizes_E = permute.by_expert(expert_N, num_experts)
         y_ND = run(permute.spread(x_MD, order_N, place_N, num_chosen), sizes_E, weights)
         return permute.combine(y_ND, gates_BTK.reshape(-1, num_chosen), order_N, place_N).reshape(x_BTD.shape)
@@ -113,8 +114,8 @@ def _experts(x_ND, sizes_E, weights, kernel):
 
 
 def uses_ragged(config: ModelConfig) -> bool:
-    """Which dispatch runs. "auto": the exchange of tokens where experts live on several devices; else plain matmuls on
-    a CPU, where ragged_dot computes every group densely anyway."""
+    """Which dispatch runs. "auto": the exchange of tokens where experts live on several devices, and otherwise grouped
+    matmuls unless the device prefers dense ones."""
     if config.moe_dispatch == "auto":
-        return num_shards("experts") > 1 or platform() != "cpu"
+        return num_shards("experts") > 1 or not device().prefers_dense_experts
     return config.moe_dispatch == "ragged"

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax import sharding
+from mtp_jax.kernels.device import device
 from mtp_jax.losses.cross_entropy import CrossEntropy
 from mtp_jax.losses.term import HiddenTerm, Logits, Loss, Term, TermSums, weight_sum
-from mtp_jax.sharding import constrain, platform
+from mtp_jax.sharding import constrain
 
 
 def evaluate(terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096) -> tuple[jax.Array, list[TermSums]]:
@@ -162,7 +163,7 @@ def _logits(chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
     logits = _product(chunk.hidden, head_DV)
     picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     num_devices = math.prod(sharding.num_shards(name) for name in ("batch", "length", "vocab"))
-    if platform() in ("cpu", "tpu") or num_devices > 1:
+    if not device().gathers_are_fast or num_devices > 1:
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum and not a gather: of logits on several devices, a gather may collect them.
         is_target = jnp.arange(logits.shape[-1]) == chunk.targets[..., None]

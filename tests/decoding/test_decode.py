@@ -14,7 +14,7 @@ from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.decoding.network import empty_caches, run_main
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
-from mtp_jax.layers import block, mla
+from mtp_jax.kernels.device import pretend
 from mtp_jax.layers.cache import slots_at, write
 from mtp_jax.mtp import Text
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
@@ -83,8 +83,7 @@ def test_what_stands_before_the_row_or_beyond_its_room_is_written_nowhere():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])  # where the projection is not cut
 @pytest.mark.parametrize("name", ["mla", "mla_q_lora_moe", "mla_yarn"])
-def test_absorbed_and_expanded_latents_give_the_same(name, platform, monkeypatch):
-    monkeypatch.setattr(mla, "platform", lambda: platform)
+def test_absorbed_and_expanded_latents_give_the_same(name, platform):
     built = build(MODELS[name], seed=3)
     config, attention = built.config.model, built.decoder().network.blocks[0].attention
     rng = np.random.default_rng(0)
@@ -92,7 +91,8 @@ def test_absorbed_and_expanded_latents_give_the_same(name, platform, monkeypatch
     seen_BSW = rng.normal(size=(2, 20, config.kv_lora_rank + config.qk_rope_head_dim))
     last_BT = np.array([[0, 7, 19], [4, 5, 6]])
     args = *(jnp.asarray(x, jnp.float32) for x in (q_BTHQ, seen_BSW)), attention.kv_b[...], jnp.asarray(last_BT)
-    assert_close(attention._absorbed(*args), attention._expanded(*args))
+    with pretend(platform):
+        assert_close(attention._absorbed(*args), attention._expanded(*args))
 
 
 @pytest.mark.parametrize(
@@ -431,18 +431,16 @@ def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_drafts):
 
 
 @pytest.mark.parametrize("mtp", [sequential(2), parallel(2)])
-def test_what_is_padded_on_a_gpu_changes_nothing(mtp, monkeypatch):
+def test_what_is_padded_on_a_gpu_changes_nothing(mtp):
     """There a single token is run with one more, and the last depth with the position before its last."""
     built = build(MLA, mtp, blocks=0.1)
     prompts = prompts_of([6], MLA.vocab_size)
     plain = built.decoder().generate(prompts, 40)
     here = built.decoder().generate(prompts, 40, num_drafts=2)
-    monkeypatch.setattr(block, "platform", lambda: "gpu")
-    monkeypatch.setattr(mla, "platform", lambda: "gpu")
     jax.clear_caches()
-    for num_drafts in (0, 2):
-        there = built.decoder().generate(prompts, 40, num_drafts=num_drafts)
-        np.testing.assert_array_equal(there.tokens[0], plain.tokens[0])
+    with pretend("gpu"):
+        for num_drafts in (0, 2):
+            there = built.decoder().generate(prompts, 40, num_drafts=num_drafts)
+            np.testing.assert_array_equal(there.tokens[0], plain.tokens[0])
+    jax.clear_caches()
     np.testing.assert_array_equal(there.accepted, here.accepted)
-    monkeypatch.undo()
-    jax.clear_caches()

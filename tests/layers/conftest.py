@@ -3,14 +3,15 @@
 import jax.numpy as jnp
 import pytest
 
-from mtp_jax.layers import attention, attention_cudnn, grouped, grouped_hopper
+from mtp_jax.kernels.device import pretend
+from mtp_jax.layers import grouped, grouped_hopper
 
 
 @pytest.fixture
-def as_on_hopper(monkeypatch):
-    """The points of dispatch take this machine for a Hopper GPU."""
-    for module in (attention, attention_cudnn, grouped):
-        monkeypatch.setattr(module, "compute_capability", lambda: "9.0")
+def as_on_hopper():
+    """Backends are selected as on a Hopper GPU."""
+    with pretend("gpu", "9.0"):
+        yield
 
 
 def one_hot(sizes_E, num_rows):

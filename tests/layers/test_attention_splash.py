@@ -10,6 +10,7 @@ from jax.interpreters import partial_eval
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.kernels.device import pretend
 from mtp_jax.layers import attention, attention_splash
 from mtp_jax.layers.block import POLICIES
 from mtp_jax.layers.dispatch import note
@@ -21,12 +22,12 @@ LENGTH, SCALE = 256, 0.2
 
 @pytest.fixture
 def as_on_tpu(monkeypatch):
-    """The point of dispatch takes this machine for a TPU; the kernels run as plain jax, in blocks of 128."""
-    for module in (attention, attention_splash):
-        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    """Backends are selected as on a TPU; the kernels run as plain jax, in blocks of 128."""
     monkeypatch.setattr(attention_splash, "BLOCK", 128)
     interpreted = functools.partial(attention_splash.attend, interpret=True)
     monkeypatch.setitem(attention.KERNELS, "splash", (attention_splash.why_not, interpreted))
+    with pretend("tpu"):
+        yield
 
 
 def inputs(heads=4, groups=2, dims=(24, 16), dtype=jnp.float32, length=LENGTH):
@@ -108,7 +109,6 @@ def test_on_a_mesh_that_cuts_rows_positions_and_heads(as_on_tpu):
 
 
 REFUSED = {
-    "another device": ({}, "and this is cpu"),
     "another dtype": ({"dtype": jnp.float16}, "float16"),
     "a short row": ({"length": 64}, "multiple of 128"),
     "an odd row": ({"length": 200}, "multiple of 128"),
@@ -117,10 +117,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu, monkeypatch, capsys, name):
+def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu, capsys, name):
     shape, reason = REFUSED[name]
-    if name == "another device":
-        monkeypatch.setattr(attention_splash, "platform", lambda: "cpu")
     note.cache_clear()
     *qkv, _ = inputs(**shape)
     for _ in range(2):
@@ -130,6 +128,11 @@ def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu
     assert len(said) == 1 and reason in said[0]
     with pytest.raises(UserError, match="model.attention_kernel=splash"):
         attention.attend(*qkv, None, SCALE, kernel="splash")
+
+
+def test_splash_is_for_tpus():
+    with pytest.raises(UserError, match="model.attention_kernel=splash: .* and this is cpu"):
+        attention.attend(*inputs()[:3], None, SCALE, kernel="splash")
 
 
 @pytest.mark.parametrize(("kernel", "is_splash"), [("auto", True), ("splash", True), ("xla", False)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import MeshConfig
+from mtp_jax.kernels.device import pretend
 from mtp_jax.layers import exchange
 from mtp_jax.sharding import make_mesh
 
@@ -53,7 +54,6 @@ def experts(rows_RD, sizes_L, weights_LDD):
 def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport, slack):
     monkeypatch.setattr(exchange, "ROUND_SLACK", slack)
     if transport == "ragged":
-        monkeypatch.setattr(exchange, "platform", lambda: "tpu")
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", as_documented)
     rng = np.random.default_rng(1)
     shape = (DEVICES, TOKENS * CHOSEN, DIM)
@@ -79,7 +79,8 @@ def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport,
 
         return jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))
 
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])):
+    mesh = make_mesh(MeshConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])
+    with jax.set_mesh(mesh), pretend("tpu" if transport == "ragged" else "cpu"):
         one, other = both_ways(stayed), both_ways(travelled)
         for name, chosen in routings().items():
             expert_PN = jnp.asarray(np.sort(chosen.reshape(DEVICES, -1), axis=1))

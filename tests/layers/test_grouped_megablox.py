@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError
+from mtp_jax.kernels.device import pretend
 from mtp_jax.layers import grouped, grouped_megablox
 from mtp_jax.layers.dispatch import note
 from tests.layers.test_grouped import SIZES, both_ways, check_both_ways, operands
@@ -16,8 +17,6 @@ from tests.layers.test_grouped import SIZES, both_ways, check_both_ways, operand
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """The point of dispatch takes this machine for a TPU; the kernels run as plain jax, in tiles of 128."""
-    for module in (grouped, grouped_megablox):
-        monkeypatch.setattr(module, "platform", lambda: "tpu")
     monkeypatch.setattr(grouped, "NATIVE_SINCE", (99,))
     monkeypatch.setattr(grouped_megablox, "ROWS", 128)
     monkeypatch.setattr(grouped_megablox, "COLUMNS", 128)
@@ -25,7 +24,8 @@ def as_on_tpu(monkeypatch):
         interpreted = functools.partial(getattr(grouped_megablox, name), interpret=True)
         monkeypatch.setattr(grouped_megablox, name, interpreted)
     both_ways.clear_cache()
-    yield
+    with pretend("tpu"):
+        yield
     both_ways.clear_cache()
 
 
@@ -45,17 +45,14 @@ def test_a_batch_of_products_is_done_one_by_one(as_on_tpu):
 
 
 REFUSED = {
-    "another device": ({}, "and this is cpu"),
     "another dtype": ({"dtype": jnp.float16}, "float16"),
     "few rows": ({"num_rows": 64}, "at least 128 rows"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_megablox_cannot_take_goes_to_ragged_dot_and_is_said_once(as_on_tpu, monkeypatch, capsys, name):
+def test_what_megablox_cannot_take_goes_to_ragged_dot_and_is_said_once(as_on_tpu, capsys, name):
     changes, reason = REFUSED[name]
-    if name == "another device":
-        monkeypatch.setattr(grouped_megablox, "platform", lambda: "cpu")
     note.cache_clear()
     arguments = {"sizes": [10, 20, 30, 4], "dtype": jnp.float32, "dim": 24, "width": 40} | changes
     x_ND, w_EDF, sizes_E, _ = operands(**arguments)
@@ -68,6 +65,12 @@ def test_what_megablox_cannot_take_goes_to_ragged_dot_and_is_said_once(as_on_tpu
     else:
         assert len(said) == 1 and reason in said[0]
     with pytest.raises(UserError, match=f"model.expert_kernel=megablox: .*{reason}"):
+        grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "megablox")
+
+
+def test_megablox_is_for_tpus():
+    x_ND, w_EDF, sizes_E, _ = operands(SIZES["even"], jnp.float32)
+    with pytest.raises(UserError, match="model.expert_kernel=megablox: .* and this is cpu"):
         grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "megablox")
 
 

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers import grouped, moe
+from mtp_jax.kernels.device import pretend
+from mtp_jax.layers import grouped
 from mtp_jax.layers.moe import MixtureOfExperts
 from tests.layers.hopper import assert_close, hopper_only
 
@@ -38,7 +39,6 @@ def check(config):
 
 
 def test_experts_on_a_gpu_equal_every_expert_on_every_token(monkeypatch, stand_ins):
-    monkeypatch.setattr(moe, "platform", lambda: "gpu")
     calls = []
     differentiable = grouped.differentiable
     monkeypatch.setattr(grouped, "differentiable", lambda *a: calls.append(a[2].shape) or differentiable(*a))
@@ -47,9 +47,9 @@ def test_experts_on_a_gpu_equal_every_expert_on_every_token(monkeypatch, stand_i
 
 
 @pytest.mark.parametrize("kernel", ["auto", "xla"])
-def test_experts_on_a_gpu_without_the_kernels(monkeypatch, kernel):
-    monkeypatch.setattr(moe, "platform", lambda: "gpu")
-    check(replace(CONFIG, expert_kernel=kernel))
+def test_experts_on_a_gpu_without_the_kernels(kernel):
+    with pretend("gpu"):
+        check(replace(CONFIG, expert_kernel=kernel))
 
 
 @hopper_only
