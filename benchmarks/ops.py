@@ -29,7 +29,10 @@ from flax import nnx  # noqa: E402
 from benchmarks.measuring import RESULTS, ROOT, append, milliseconds  # noqa: E402
 from mtp_jax import losses  # noqa: E402
 from mtp_jax.config import ModelConfig  # noqa: E402
-from mtp_jax.layers import attention, grouped, grouped_hopper, permute  # noqa: E402
+from mtp_jax.kernels import attention  # noqa: E402
+from mtp_jax.kernels import grouped_matmul as grouped
+from mtp_jax.kernels.grouped_matmul import hopper_kernels  # noqa: E402
+from mtp_jax.kernels.permute import gather  # noqa: E402
 from mtp_jax.layers.router import Router  # noqa: E402
 
 ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
@@ -127,10 +130,9 @@ def bench_dispatch() -> dict:
     x_MD, gates_MK = normal(5, TOKENS, DIM), normal(6, TOKENS, CHOSEN)
 
     def there_and_back(x_MD, gates_MK, expert_N):
-        order_N, place_N, _ = permute.by_expert(expert_N, EXPERTS)
         # Without the barrier the compiler joins the two, and writes no copies.
-        copies_ND = jax.lax.optimization_barrier(permute.spread(x_MD, order_N, place_N, CHOSEN))
-        return permute.combine(copies_ND, gates_MK, order_N, place_N)
+        copies_ND, _, order = gather.dispatch(x_MD, expert_N, EXPERTS, CHOSEN)
+        return gather.combine(jax.lax.optimization_barrier(copies_ND), gates_MK, order)
 
     found = both_ways(there_and_back, x_MD, gates_MK, given=(expert_N,))
     # Forward: tokens read, copies written, read and added up; backward: the same, and copies once more for the gates.
@@ -171,11 +173,11 @@ def sweep(product: str, output: pathlib.Path) -> None:
     w_EDF = normal(7, EXPERTS, DIM, 2 * WIDTH)
     first = {"forward": x_ND, "rows": y_NF}[product]
     for values in itertools.product(*TILES.values()):
-        tiles = grouped_hopper.Tiles(**dict(zip(TILES, values, strict=True)))
+        tiles = hopper_kernels.Tiles(**dict(zip(TILES, values, strict=True)))
         stage_bytes = 2 * tiles.block_k * (tiles.block_m + 2 * tiles.block_n)
         if tiles.stages * stage_bytes + 4 * tiles.block_m * tiles.block_n > SHARED_BYTES:
             continue
-        run = jax.jit(functools.partial(grouped_hopper.product, tiles=tiles, is_transposed=product == "rows"))
+        run = jax.jit(functools.partial(hopper_kernels.product, tiles=tiles, is_transposed=product == "rows"))
         found = milliseconds(lambda run=run: run(first, w_EDF, sizes_E), calls=5, repeats=3)
         append(output, {"benchmark": f"sweep_{product}", "tiles": tiles._asdict(), "ms": found})
 

@@ -10,7 +10,7 @@ from mtp_jax import sharding
 from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MTPConfig, OptimizerConfig, TrainingConfig
 from mtp_jax.mtp import kind_of
 from mtp_jax.training.step import make_trainer
-from tests.layers.hopper import is_hopper
+from tests.kernels.hopper import is_hopper
 
 NUM_STEPS, LENGTH = 5, 512
 CONFIG = Config(

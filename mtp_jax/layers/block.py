@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels import KERNEL
+from mtp_jax.kernels.attention import cudnn
+from mtp_jax.kernels.attention.xla import ATTENTION
 from mtp_jax.kernels.device import device
-from mtp_jax.layers import attention_cudnn
-from mtp_jax.layers.attention import ATTENTION
+from mtp_jax.kernels.grouped_matmul.xla import RAGGED_DOT
 from mtp_jax.layers.cache import NOWHERE, Slots
-from mtp_jax.layers.dispatch import KERNEL
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.gqa import GroupedQueryAttention
-from mtp_jax.layers.grouped import RAGGED_DOT
 from mtp_jax.layers.mla import MultiHeadLatentAttention
 from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
@@ -145,7 +145,7 @@ def unrolled(config: ModelConfig, length: int) -> int:
 
 
 def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
-    return primitive.name == attention_cudnn.FORWARD  # output and normalisers alike: the backward pass reads both
+    return primitive.name == cudnn.FORWARD  # output and normalisers alike: the backward pass reads both
 
 
 _saved = jax.checkpoint_policies

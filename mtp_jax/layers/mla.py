@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.attention import attend, attend_cached
 from mtp_jax.kernels.device import device
 from mtp_jax.layers import rope
-from mtp_jax.layers.attention import attend, attend_cached
 from mtp_jax.layers.cache import Slots, write
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix

@@ -11,10 +11,10 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import device
-from mtp_jax.layers import permute
+from mtp_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmuls
+from mtp_jax.kernels.permute import through_experts
 from mtp_jax.layers.exchange import exchanged
 from mtp_jax.layers.ffn import SwiGLU
-from mtp_jax.layers.grouped import choose, grouped_matmul
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
 from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, spec
@@ -70,14 +70,16 @@ class MixtureOfExperts(nnx.Module):
         weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
         experts = functools.partial(_experts, kernel=self.config.expert_kernel)
         if num_shards("batch") * num_shards("length") * num_shards("ffn") == 1:
-            return _grouped(x_BTD, gates_BTK, chosen_BTK, weights, self.config.num_experts, experts)
+            here = functools.partial(experts, weights=weights)
+            return through_experts(x_BTD, gates_BTK, chosen_BTK, self.config.num_experts, here)
         owned = functools.partial(exchanged, experts=experts, per_token=self.config.num_experts_per_token)
         travel = owned if num_shards("experts") > 1 else experts
         tokens, wide = spec(("batch", "length", None)), spec(("experts", None, "ffn"))
         specs = (tokens, tokens, tokens, (wide, wide, spec(("experts", "ffn", None))))
 
         def run(x_BTD, gates_BTK, chosen_BTK, weights):
-            out_BTD = _grouped(x_BTD, gates_BTK, chosen_BTK, weights, self.config.num_experts, travel)
+            here = functools.partial(travel, weights=weights)
+            out_BTD = through_experts(x_BTD, gates_BTK, chosen_BTK, self.config.num_experts, here)
             return jax.lax.psum(out_BTD, LOGICAL_AXES["ffn"])
 
         return jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)(
@@ -85,32 +87,12 @@ class MixtureOfExperts(nnx.Module):
         )
 
 
-def _grouped(x_BTD, gates_BTK, chosen_BTK, weights, num_experts, run):
-    """sum_k gate_k * expert_k(x) of one device's tokens; `run` gives the experts' outputs of rows sorted by expert."""
-    num_chosen = chosen_BTK.shape[-1]
-    expert_N = chosen_BTK.reshape(-1)
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    if device().gathers_are_fast:
-        order_N, place_N, sizes_E = permute.by_expert(expert_N, num_experts)
-        y_ND = run(permute.spread(x_MD, order_N, place_N, num_chosen), sizes_E, weights)
-        return permute.combine(y_ND, gates_BTK.reshape(-1, num_chosen), order_N, place_N).reshape(x_BTD.shape)
-    order_N = jnp.argsort(expert_N, stable=True)
-    sizes_E = jnp.bincount(expert_N, length=num_experts).astype(jnp.int32)
-    y_ND = run(x_MD[order_N // num_chosen], sizes_E, weights)
-    y_BTKD = y_ND[jnp.argsort(order_N)].reshape(*chosen_BTK.shape, x_BTD.shape[-1])
-    return (y_BTKD * gates_BTK[..., None]).sum(axis=-2)
-
-
 def _experts(x_ND, sizes_E, weights, kernel):
     """SwiGLU of every expert on its group of rows."""
     gate_EDF, up_EDF, down_EFD = weights
-    product = functools.partial(grouped_matmul, sizes_E=sizes_E, kernel=kernel)
     with jax.named_scope("experts"):
-        if choose(x_ND, gate_EDF, kernel) == "mosaic":  # one wide product, whose gradient sums over both at once
-            gate_NF, up_NF = jnp.split(product(x_ND, jnp.concatenate([gate_EDF, up_EDF], axis=-1)), 2, axis=-1)
-        else:
-            gate_NF, up_NF = product(x_ND, gate_EDF), product(x_ND, up_EDF)
-        return product(jax.nn.silu(gate_NF) * up_NF, down_EFD)
+        gate_NF, up_NF = grouped_matmuls(x_ND, (gate_EDF, up_EDF), sizes_E, kernel)
+        return grouped_matmul(jax.nn.silu(gate_NF) * up_NF, down_EFD, sizes_E, kernel)
 
 
 def uses_ragged(config: ModelConfig) -> bool:

@@ -9,9 +9,9 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import pretend
-from mtp_jax.layers import grouped
+from mtp_jax.kernels.grouped_matmul import gradient
 from mtp_jax.layers.moe import MixtureOfExperts
-from tests.layers.hopper import assert_close, hopper_only
+from tests.kernels.hopper import assert_close, hopper_only
 
 CONFIG = ModelConfig(embed_dim=128, num_experts=4, num_experts_per_token=2, expert_dim=128, compute_dtype="bfloat16")
 
@@ -40,8 +40,8 @@ def check(config):
 
 def test_experts_on_a_gpu_equal_every_expert_on_every_token(monkeypatch, stand_ins):
     calls = []
-    differentiable = grouped.differentiable
-    monkeypatch.setattr(grouped, "differentiable", lambda *a: calls.append(a[2].shape) or differentiable(*a))
+    differentiable = gradient.differentiable
+    monkeypatch.setattr(gradient, "differentiable", lambda *a: calls.append(a[2].shape) or differentiable(*a))
     check(CONFIG)
     assert calls == [(4, 128, 256), (4, 128, 128)]  # gate and up in one
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError, load_config
-from mtp_jax.layers import attention_splash, grouped, grouped_megablox
-from mtp_jax.layers.dispatch import note
+from mtp_jax.kernels import grouped_matmul as grouped
+from mtp_jax.kernels.attention import splash
+from mtp_jax.kernels.grouped_matmul import megablox
+from mtp_jax.kernels.selection import warn_once
 from mtp_jax.tools import plan as plan_command
 from mtp_jax.tools.planning import buffers, collectives, estimate, hlo, roofline, search, topology, traffic
 from mtp_jax.tools.planning.compile import compile_step, resolve
@@ -180,7 +182,7 @@ def test_flops_of_kernels_are_those_of_the_blocks_they_compute():
     shapes = [jax.ShapeDtypeStruct((2, 2048, heads, dim), "bfloat16") for heads, dim in ((4, 192), (2, 192), (2, 128))]
 
     def attend(q, k, v):
-        return attention_splash.attend(q, k, v, None, 0, 0.1).astype(jnp.float32).sum()
+        return splash.attend(q, k, v, None, 0, 0.1).astype(jnp.float32).sum()
 
     pairs = 2 * 4 * 512 * 512 * (4 * 5 / 2)  # four blocks a row, those above the diagonal left out
     forward = 2 * (192 + 128)
@@ -192,7 +194,7 @@ def test_flops_of_kernels_are_those_of_the_blocks_they_compute():
     x, w, sizes = (
         jax.ShapeDtypeStruct(*a) for a in (((256, 128), "bfloat16"), ((4, 128, 384), "bfloat16"), ((4,), "int32"))
     )
-    assert matmul_flops(jax.make_jaxpr(grouped_megablox.product)(x, w, sizes).jaxpr, 1) == 2 * 256 * 128 * 384
+    assert matmul_flops(jax.make_jaxpr(megablox.product)(x, w, sizes).jaxpr, 1) == 2 * 256 * 128 * 384
 
 
 KERNEL = """ENTRY %main (p: f32[8,128]) -> f32[8,128] {
@@ -315,7 +317,7 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
 )
 def test_a_mixture_of_experts_compiles_to_the_tpu_kernels_on_every_axis(here, capsys, context, length, is_splash):
     libtpu_or_skip()
-    note.cache_clear()
+    warn_once.cache_clear()
     mesh = {"fsdp": 4 // context, "expert": 2, "context": context, "tensor": 2}
     overrides = [*SMALL, f"--config.data.sequence_length={length}", "--config.model.remat=kernels"]
     overrides += [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
@@ -328,7 +330,7 @@ def test_a_mixture_of_experts_compiles_to_the_tpu_kernels_on_every_axis(here, ca
     assert kernels == dict.fromkeys(kernels, num_layers if is_splash else 0)
     assert ("tgmm" in program.hlo) == (jax.__version_info__ < grouped.NATIVE_SINCE) != ("ragged-dot" in program.hlo)
     said = capsys.readouterr().err
-    assert ("attention by XLA, slow here: not splash" in said) != is_splash
+    assert ("model.attention_kernel=xla, slow here: not splash" in said) != is_splash
 
 
 def test_an_over_full_step_is_one_line(here, capsys, tmp_path):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mtp_jax.layers import attention_splash
+from mtp_jax.kernels.attention import splash
 
 
 def matmul_flops(jaxpr: Any, num_devices: int) -> float:
@@ -51,7 +51,7 @@ def _inner(eqn: Any) -> list[Any]:
 def _blocks(eqn: Any) -> float:
     """How often a Pallas kernel's body computes: once a point of its grid, where the kernel does not skip some."""
     name, grid = eqn.params["name"], eqn.params["grid_mapping"].grid
-    return attention_splash.computed_blocks(name, grid) if name.startswith("splash_") else _product(grid)
+    return splash.computed_blocks(name, grid) if name.startswith("splash_") else _product(grid)
 
 
 def _ragged_flops(eqn: Any) -> float:

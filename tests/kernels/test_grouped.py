@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError
+from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.device import pretend
-from mtp_jax.layers import grouped, grouped_hopper
-from mtp_jax.layers.dispatch import note
-from tests.layers.hopper import assert_close, hopper_only
+from mtp_jax.kernels.grouped_matmul import gradient, hopper, hopper_kernels
+from mtp_jax.kernels.selection import warn_once
+from tests.kernels.hopper import assert_close, hopper_only
 
 SIZES = {
     "even": [64, 64, 64, 64],
@@ -92,7 +93,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_kernels_cannot_take_goes_to_ragged_dot_and_is_said_once(capsys, name):
     changes, reason = REFUSED[name]
-    note.cache_clear()
+    warn_once.cache_clear()
     arguments = {"sizes": [10, 20, 30, 4], "dtype": jnp.bfloat16} | changes
     x_ND, w_EDF, sizes_E, _ = operands(**arguments)
     with pretend("gpu", "8.0" if name == "another device" else "9.0"):
@@ -121,7 +122,7 @@ def test_blocks_of_rows_hold_every_row_once():
     rng = np.random.default_rng(0)
     for _ in range(50):
         sizes = rng.multinomial(1000, rng.dirichlet(np.full(rng.integers(1, 9), 0.3)))
-        blocks = grouped_hopper.blocks_of_rows(jnp.asarray(sizes, jnp.int32), 1000, 128)
+        blocks = hopper_kernels.blocks_of_rows(jnp.asarray(sizes, jnp.int32), 1000, 128)
         group_of_row = np.full(1000, -1)
         for group, row, begin, size in zip(*map(np.asarray, blocks), strict=True):
             assert row % 128 == 0 and begin >= 0 and begin + size <= 128
@@ -136,7 +137,7 @@ class SomeHopper:
 
 
 @pytest.mark.parametrize(("dim", "width"), [(2048, 2816), (1408, 2048)])
-@pytest.mark.parametrize("product", grouped.Kernels._fields)
+@pytest.mark.parametrize("product", gradient.Kernels._fields)
 def test_the_kernels_lower_for_cuda(monkeypatch, product, dim, width):
     monkeypatch.setattr(jax, "devices", lambda: [SomeHopper()])
     shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -147,7 +148,7 @@ def test_the_kernels_lower_for_cuda(monkeypatch, product, dim, width):
         jax.ShapeDtypeStruct((8,), "int32"),
     )
     operands = {"forward": (x, w), "rows": (y, w), "matrices": (x, y)}[product]
-    run = jax.jit(getattr(grouped.mosaic_kernels(), product))
+    run = jax.jit(getattr(hopper.kernels(), product))
     assert "mosaic_gpu" in run.trace(*operands, sizes).lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -10,12 +10,13 @@ from jax.interpreters import partial_eval
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.kernels import attention
+from mtp_jax.kernels.attention import splash
 from mtp_jax.kernels.device import pretend
-from mtp_jax.layers import attention, attention_splash
+from mtp_jax.kernels.selection import warn_once
 from mtp_jax.layers.block import POLICIES
-from mtp_jax.layers.dispatch import note
 from mtp_jax.sharding import first_position, local, whole_length
-from tests.layers.hopper import assert_close
+from tests.kernels.hopper import assert_close
 
 LENGTH, SCALE = 256, 0.2
 
@@ -23,9 +24,10 @@ LENGTH, SCALE = 256, 0.2
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """Backends are selected as on a TPU; the kernels run as plain jax, in blocks of 128."""
-    monkeypatch.setattr(attention_splash, "BLOCK", 128)
-    interpreted = functools.partial(attention_splash.attend, interpret=True)
-    monkeypatch.setitem(attention.KERNELS, "splash", (attention_splash.why_not, interpreted))
+    monkeypatch.setattr(splash, "BLOCK", 128)
+    interpreted = functools.partial(splash.attend, interpret=True)
+    backends = [b._replace(run=interpreted) if b.name == "splash" else b for b in attention.BACKENDS]
+    monkeypatch.setattr(attention, "BACKENDS", backends)
     with pretend("tpu"):
         yield
 
@@ -73,8 +75,8 @@ def test_bfloat16_is_about_as_near_to_float32_as_the_slow_path_is(as_on_tpu, mon
         found = both_ways(*arguments, documents(), kernel=kernel)
         return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
 
-    for splash, slow in zip(errors("splash"), errors("xla"), strict=True):
-        assert splash < 1.6 * slow < 0.01
+    for ours, slow in zip(errors("splash"), errors("xla"), strict=True):
+        assert ours < 1.6 * slow < 0.01
     both_ways.clear_cache()
 
 
@@ -119,7 +121,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu, capsys, name):
     shape, reason = REFUSED[name]
-    note.cache_clear()
+    warn_once.cache_clear()
     *qkv, _ = inputs(**shape)
     for _ in range(2):
         found = attention.attend(*qkv, None, SCALE)
@@ -157,4 +159,4 @@ def test_recomputation_runs_the_kernel_once_where_its_outputs_are_kept(as_on_tpu
 
 @pytest.mark.parametrize(("length", "block"), [(128, 128), (384, 384), (640, 128), (1024, 512), (4096, 512)])
 def test_blocks_divide_the_row(length, block):
-    assert attention_splash.block_of(length) == block
+    assert splash.block_of(length) == block

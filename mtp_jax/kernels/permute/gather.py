@@ -1,9 +1,9 @@
-"""Tokens to rows sorted by expert, and the experts' outputs back to tokens, where the gradients are gathers too.
+"""Dispatch and combine where the gradients are gathers too.
 
 Left to differentiation, the gradient of a gather is a scatter that adds row by row; here every row's place is known
 both ways, so it is a gather and a sum over a token's K rows.
 
-Shape letters: M tokens, K experts a token, N = M * K rows, D model.
+Shape letters: as in the package.
 """
 
 import functools
@@ -11,8 +11,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
+Order = tuple[jax.Array, jax.Array]  # int32[N] each: sorted row n is copy order[n]; its inverse
 
-def by_expert(expert_N: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+
+def dispatch(
+    x_MD: jax.Array, expert_N: jax.Array, num_experts: int, num_chosen: int
+) -> tuple[jax.Array, jax.Array, Order]:
+    """As `sort.dispatch`."""
+    order_N, place_N, sizes_E = sort_by_expert(expert_N, num_experts)
+    return _dispatch(x_MD, order_N, place_N, num_chosen), sizes_E, (order_N, place_N)
+
+
+def combine(y_ND: jax.Array, gates: jax.Array, order: Order) -> jax.Array:
+    """As `sort.combine`."""
+    out_MD = _combine(y_ND, gates.reshape(-1, gates.shape[-1]), *order)
+    return out_MD.reshape(*gates.shape[:-1], y_ND.shape[-1])
+
+
+def sort_by_expert(expert_N: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The order of copies sorted by expert, every copy's place in it, and how many each of E experts has; int32.
 
     One sort: the inverse is written to its places, and the counts are of comparisons, not of additions one by one.
@@ -25,7 +41,7 @@ def by_expert(expert_N: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Arr
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def spread(x_MD: jax.Array, order_N: jax.Array, place_N: jax.Array, num_chosen: int) -> jax.Array:
+def _dispatch(x_MD: jax.Array, order_N: jax.Array, place_N: jax.Array, num_chosen: int) -> jax.Array:
     """Each token's K copies, sorted: [M, D] -> [N, D].
 
     Args:
@@ -40,19 +56,19 @@ def _rows(x_ND, index):
     return x_ND.at[index].get(mode="promise_in_bounds")
 
 
-def _spread_forward(x_MD, order_N, place_N, num_chosen):
-    return spread(x_MD, order_N, place_N, num_chosen), place_N
+def _dispatch_forward(x_MD, order_N, place_N, num_chosen):
+    return _dispatch(x_MD, order_N, place_N, num_chosen), place_N
 
 
-def _spread_backward(num_chosen, place_N, grad_ND):
+def _dispatch_backward(num_chosen, place_N, grad_ND):
     return _rows(grad_ND, place_N).reshape(-1, num_chosen, grad_ND.shape[-1]).sum(axis=1), None, None
 
 
-spread.defvjp(_spread_forward, _spread_backward)
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def combine(y_ND: jax.Array, gates_MK: jax.Array, order_N: jax.Array, place_N: jax.Array) -> jax.Array:
+def _combine(y_ND: jax.Array, gates_MK: jax.Array, order_N: jax.Array, place_N: jax.Array) -> jax.Array:
     """sum_k gates[m, k] * y[the row of copy k of token m]: [N, D] -> [M, D]."""
     return (_unsorted(y_ND, gates_MK, place_N) * gates_MK[..., None]).sum(axis=1)
 
@@ -62,7 +78,7 @@ def _unsorted(y_ND, gates_MK, place_N):
 
 
 def _combine_forward(y_ND, gates_MK, order_N, place_N):
-    return combine(y_ND, gates_MK, order_N, place_N), (y_ND, gates_MK, order_N, place_N)
+    return _combine(y_ND, gates_MK, order_N, place_N), (y_ND, gates_MK, order_N, place_N)
 
 
 def _combine_backward(residuals, grad_MD):
@@ -72,4 +88,4 @@ def _combine_backward(residuals, grad_MD):
     return grad_ND, grad_MK.astype(gates_MK.dtype), None, None
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+_combine.defvjp(_combine_forward, _combine_backward)

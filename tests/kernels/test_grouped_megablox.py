@@ -8,24 +8,27 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError
+from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.device import pretend
-from mtp_jax.layers import grouped, grouped_megablox
-from mtp_jax.layers.dispatch import note
-from tests.layers.test_grouped import SIZES, both_ways, check_both_ways, operands
+from mtp_jax.kernels.grouped_matmul import megablox
+from mtp_jax.kernels.selection import warn_once
+from tests.kernels.test_grouped import SIZES, both_ways, check_both_ways, operands
 
 
 @pytest.fixture
 def as_on_tpu(monkeypatch):
     """The point of dispatch takes this machine for a TPU; the kernels run as plain jax, in tiles of 128."""
     monkeypatch.setattr(grouped, "NATIVE_SINCE", (99,))
-    monkeypatch.setattr(grouped_megablox, "ROWS", 128)
-    monkeypatch.setattr(grouped_megablox, "COLUMNS", 128)
+    monkeypatch.setattr(megablox, "ROWS", 128)
+    monkeypatch.setattr(megablox, "COLUMNS", 128)
+    megablox.kernels.cache_clear()
     for name in ("product", "matrices"):
-        interpreted = functools.partial(getattr(grouped_megablox, name), interpret=True)
-        monkeypatch.setattr(grouped_megablox, name, interpreted)
+        interpreted = functools.partial(getattr(megablox, name), interpret=True)
+        monkeypatch.setattr(megablox, name, interpreted)
     both_ways.clear_cache()
     with pretend("tpu"):
         yield
+    megablox.kernels.cache_clear()
     both_ways.clear_cache()
 
 
@@ -53,7 +56,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_megablox_cannot_take_goes_to_ragged_dot_and_is_said_once(as_on_tpu, capsys, name):
     changes, reason = REFUSED[name]
-    note.cache_clear()
+    warn_once.cache_clear()
     arguments = {"sizes": [10, 20, 30, 4], "dtype": jnp.float32, "dim": 24, "width": 40} | changes
     x_ND, w_EDF, sizes_E, _ = operands(**arguments)
     for _ in range(2):
@@ -95,4 +98,4 @@ def test_a_tpu_takes_it_where_ragged_dot_is_dense(as_on_tpu, monkeypatch, capsys
     ],
 )
 def test_tiles_share_columns_evenly_and_divide_the_rows(shape, itemsize, tiles):
-    assert grouped_megablox._tiles(*shape, itemsize) == tiles
+    assert megablox._tiles(*shape, itemsize) == tiles

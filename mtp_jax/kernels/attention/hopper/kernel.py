@@ -1,12 +1,6 @@
-"""Attention within packed documents for Hopper GPUs in Pallas, which skips what lies in other documents.
+"""The operation with its gradient, made of the three kernels.
 
-The online softmax of FlashAttention (2205.14135) with two computing warpgroups that take turns on the tensor cores and
-one that fetches (FlashAttention-3, 2407.08608). A document is a run of positions, so the keys that a block of queries
-sees are a range: from where the document of its first query begins to its last query; and the queries that see a block
-of keys are a range too. Only blocks that reach over a range's end are masked element by element. The backward pass is
-two kernels, one for the queries and one for keys and values, which compute the probabilities anew.
-
-Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
+Shape letters: as in `kernels.attention`.
 """
 
 import functools
@@ -15,12 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mtp_jax.layers.attention_hopper.backward import gradient_of_keys, gradient_of_queries
-from mtp_jax.layers.attention_hopper.blocks import Ranges, Tiles, ranges
-from mtp_jax.layers.attention_hopper.forward import forward
-from mtp_jax.layers.dispatch import KERNEL
-
-__all__ = ["Ranges", "Tiles", "attend", "ranges"]
+from mtp_jax.kernels import KERNEL
+from mtp_jax.kernels.attention.hopper.backward import gradient_of_keys, gradient_of_queries
+from mtp_jax.kernels.attention.hopper.blocks import Ranges, Tiles
+from mtp_jax.kernels.attention.hopper.forward import forward
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

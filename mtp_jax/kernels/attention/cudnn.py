@@ -32,7 +32,7 @@ def _cudnn() -> Any:
 def attend(
     q_BTHQ: jax.Array, k_BTGQ: jax.Array, v_BTGV: jax.Array, segments_BT: jax.Array | None, first: int, scale: float
 ) -> jax.Array:
-    """As `attention.attend`, of whole rows (`first` is 0)."""
+    """As `kernels.attention.attend`, of whole rows (`first` is 0)."""
     cudnn, mask = _cudnn(), None
     if segments_BT is not None:
         causal_TT = jnp.tri(segments_BT.shape[1], dtype=bool)
@@ -40,15 +40,17 @@ def attend(
     return cudnn.dot_product_attention(q_BTHQ, k_BTGQ, v_BTGV, mask=mask, scale=scale, mask_type=cudnn.MaskType.CAUSAL)
 
 
-def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS: jax.Array | None, first) -> str:
-    """Why cuDNN cannot take this attention; empty where it can. Arguments as `attention.attend`."""
+def unsupported_reason(
+    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS: jax.Array | None, first
+) -> str:
+    """Why cuDNN cannot take this attention; empty where it can. Arguments as `kernels.attention.attend`."""
     length, dims = q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if reason := device().lacks_hopper():
         return reason
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
     if not isinstance(first, int) or first or length != k_BSGQ.shape[1]:
-        return "it takes whole rows, and these are cut over the context axis"
+        return "it takes whole rows, and these are sharded over the context axis"
     if dims not in UNEQUAL and (dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256):
         return f"head dims are equal multiples of 8 up to 256, or one of {sorted(UNEQUAL)}, and these are {dims}"
     if dims in UNEQUAL and _cudnn().check_cudnn_version() < MLA_VERSION:

@@ -5,17 +5,32 @@ For jax before 0.11, whose compiler has no such kernel for the gradient of the m
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.kernels.device import device
+from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 
 LANES = 128
 # Most rows and columns of a tile: MaxText's defaults (its configs/base.yml, wi_tile_* and wo_tile_*). Two of each
 # operand's tiles, two results and a sum in float32 take 12 MiB of vector memory, of the 16 that a kernel gets.
 ROWS, COLUMNS = 512, 1024
+
+
+def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """As `grouped_matmul`."""
+    return by_kernels(kernels(), x_ND, w_EDF, sizes_E, row_multiple=LANES)
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """jax's Pallas kernels. A batch of products is done one after another."""
+    # Lambdas: of a function with defaults, sequential_vmap would trace these as arrays.
+    three = (lambda x, w, sizes: product(x, w, sizes), lambda y, w, sizes: product(y, w, sizes, True))
+    return Kernels(*map(jax.custom_batching.sequential_vmap, (*three, lambda x, y, sizes: matrices(x, y, sizes))))
 
 
 def product(
@@ -43,7 +58,7 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bo
     return tgmm(x_ND.T, y_NF, sizes_E, x_ND.dtype, tiles, interpret=interpret)
 
 
-def why_not(x_ND: jax.Array, w_EDF: jax.Array) -> str:
+def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
     """Why megablox cannot take this product; empty where it can."""
     dtypes = {x_ND.dtype, w_EDF.dtype}
     if reason := device().lacks_tpu():

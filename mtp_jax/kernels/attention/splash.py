@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.kernels import KERNEL
 from mtp_jax.kernels.device import device
-from mtp_jax.layers.dispatch import KERNEL
 
 LANES = 128  # of the vector unit: what blocks are multiples of
 # Queries and keys of a block, in all three kernels, and dq apart from dk and dv: MaxText's defaults (its
@@ -41,7 +41,7 @@ def attend(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend`, of queries that are one of S / T equal parts of their rows.
+    """As `kernels.attention.attend`, of queries that are one of S / T equal parts of their rows.
 
     Head dims are taken as they are, 192 beside 128 too; nothing is padded.
 
@@ -114,8 +114,8 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array
     return jax.tree.map(of_part, whole)
 
 
-def why_not(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, *_: Any) -> str:
-    """Why splash attention cannot take this attention; empty where it can. Arguments as `attention.attend`."""
+def unsupported_reason(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, *_: Any) -> str:
+    """Why splash attention cannot take this attention; empty where it can. Arguments as `kernels.attention.attend`."""
     dtypes, dims = {x.dtype for x in (q_BTHQ, k_BSGQ, v_BSGV)}, (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if reason := device().lacks_tpu():
         return reason

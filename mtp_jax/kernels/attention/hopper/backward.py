@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mtp_jax.layers.attention_hopper.blocks import (
+from mtp_jax.kernels.attention.hopper.blocks import (
     BLOCK,
     COLUMN,
     LOG2E,

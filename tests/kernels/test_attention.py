@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import jaxprs_in_params
 
 from mtp_jax.config import UserError
+from mtp_jax.kernels import attention
+from mtp_jax.kernels.attention import cudnn, hopper, xla
+from mtp_jax.kernels.attention.hopper import blocks
 from mtp_jax.kernels.device import pretend
-from mtp_jax.layers import attention, attention_cudnn, attention_hopper
+from mtp_jax.kernels.selection import warn_once
 from mtp_jax.layers.block import POLICIES
-from mtp_jax.layers.dispatch import note
-from tests.layers.hopper import assert_close, hopper_only
+from tests.kernels.hopper import assert_close, hopper_only
 
 
 @pytest.mark.parametrize("length", [32, 36])
@@ -31,8 +33,8 @@ def test_blocks_of_queries_change_neither_values_nor_gradients(monkeypatch, leng
 
     run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
     (_, whole), whole_grads = run(q, k, v)
-    monkeypatch.setattr(attention, limit, value)  # 10 queries at most: 4 blocks of 8, or of 9
-    assert attention._num_blocks(2, length, 4, length) == 4
+    monkeypatch.setattr(xla, limit, value)  # 10 queries at most: 4 blocks of 8, or of 9
+    assert xla._num_blocks(2, length, 4, length) == 4
     (_, blocked), blocked_grads = run(q, k, v)
     np.testing.assert_allclose(blocked, whole, atol=1e-6)
     for a, b in zip(blocked_grads, whole_grads, strict=True):
@@ -72,11 +74,11 @@ REFUSED = {  # by our kernels, then by cuDNN too
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypatch, capsys, name):
     shape, more, *reasons = REFUSED[name]
-    more = {"version": 91500, "limit": attention_cudnn.MASK_BYTES, "first": 0, "cuda": 12091} | more
-    monkeypatch.setattr(attention, "_cuda_version", lambda: more["cuda"])
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: more["version"])
-    monkeypatch.setattr(attention_cudnn, "MASK_BYTES", more["limit"])
-    note.cache_clear()
+    more = {"version": 91500, "limit": cudnn.MASK_BYTES, "first": 0, "cuda": 12091} | more
+    monkeypatch.setattr(hopper, "_cuda_version", lambda: more["cuda"])
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: more["version"])
+    monkeypatch.setattr(cudnn, "MASK_BYTES", more["limit"])
+    warn_once.cache_clear()
     *qkv, _ = inputs(**shape)
     segments_BT = jnp.ones(qkv[0].shape[:2], jnp.int32)
     with pretend("gpu", "8.0" if name == "another device" else "9.0"):
@@ -93,7 +95,7 @@ def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypat
 @pytest.mark.parametrize(("first", "num_queries"), [(0, 24), (6, 10)])
 def test_ranges_are_what_queries_and_keys_of_a_document_see(first, num_queries):
     segments_BS = np.array([[1] * 3 + [0] * 2 + [2] + [3] * 10 + [0] * 8, [7] * 24])
-    start_BT, end_BS, _ = attention_hopper.ranges(jnp.asarray(segments_BS), first, num_queries)
+    start_BT, end_BS, _ = blocks.ranges(jnp.asarray(segments_BS), first, num_queries)
     for b, row in enumerate(segments_BS):
         runs = np.cumsum(np.r_[0, row[1:] != row[:-1]])
         for j in range(24):
@@ -110,13 +112,13 @@ def walk(jaxpr):
 
 
 @pytest.mark.parametrize("segments_BT", [None, jnp.ones((2, 256), jnp.int32)], ids=["one_document", "packed"])
-@pytest.mark.parametrize(("kernel", "counted"), [("mosaic", "attention_forward"), ("cudnn", attention_cudnn.FORWARD)])
+@pytest.mark.parametrize(("kernel", "counted"), [("mosaic", "attention_forward"), ("cudnn", cudnn.FORWARD)])
 def test_recomputation_runs_the_attention_kernel_once_where_its_outputs_are_kept(
     monkeypatch, as_on_hopper, segments_BT, kernel, counted
 ):
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
 
     def runs(policy):
         def loss(q, k, v):

@@ -1,0 +1,50 @@
+"""The grouped matmul: rows sorted by group, and every group has a matrix of its own.
+
+Shape letters: N rows, D columns in, F columns out, E groups.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.kernels.grouped_matmul import hopper, megablox, xla
+from mtp_jax.kernels.selection import Backend, select
+
+# jax, on TPUs: libtpu 0.0.48 multiplies each row once in all three products of ragged_dot, 0.0.42 in two of them.
+NATIVE_SINCE = (0, 11)
+HOPPER = Backend("mosaic", hopper.run, hopper.unsupported_reason, "gpu")
+MEGABLOX = Backend("megablox", megablox.run, megablox.unsupported_reason, "tpu")
+XLA = Backend("xla", xla.run)
+FEW_ROWS = 128  # fewer are those of decoding, where no kernel is faster
+
+
+def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel: str = "auto") -> jax.Array:
+    """y[n] = x[n] @ w[e] for the sizes[e] rows of each group e in turn. [N, F] in the dtype of x.
+
+    Args:
+      sizes_E: int32, together at most N; rows after the last group are zero, here and in the result.
+      kernel: "xla", "mosaic" (Pallas on Hopper), "megablox" (Pallas on TPUs), or "auto": what is fast on the device,
+        wherever it can.
+
+    Raises:
+      UserError: kernel is "mosaic" or "megablox" where it cannot be.
+    """
+    return _selected(x_ND, w_EDF, kernel).run(x_ND, w_EDF, sizes_E)
+
+
+def grouped_matmuls(
+    x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, kernel: str = "auto"
+) -> list[jax.Array]:
+    """`grouped_matmul` of the same rows by each of several weights [E, D, F] of one shape."""
+    backend = _selected(x_ND, weights[0], kernel)
+    if backend is HOPPER:  # one wide product, whose gradient of the rows sums over all weights at once
+        wide_NF = backend.run(x_ND, jnp.concatenate(weights, axis=-1), sizes_E)
+        return jnp.split(wide_NF, len(weights), axis=-1)
+    return [backend.run(x_ND, w_EDF, sizes_E) for w_EDF in weights]
+
+
+def _selected(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> Backend:
+    rest = (XLA, MEGABLOX) if jax.__version_info__ >= NATIVE_SINCE else (MEGABLOX, XLA)
+    warns = x_ND.shape[0] >= FEW_ROWS
+    return select("model.expert_kernel", kernel, (HOPPER, *rest), x_ND, w_EDF, warns=warns)

@@ -1,0 +1,58 @@
+"""The rule that selects a backend of an operation."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mtp_jax.config import UserError
+from mtp_jax.kernels.device import device
+
+
+class Backend(NamedTuple):
+    """One implementation of an operation.
+
+    name: the value of the config field that asks for it. run: the operation, or the module with its functions.
+    unsupported_reason: of the operands that are selected by, why it cannot take them; empty where it can.
+    native_to: the family of devices it is written for ("gpu", "tpu"), where falling back to another backend is slow;
+      empty if it runs everywhere.
+    """
+
+    name: str
+    run: Any
+    unsupported_reason: Callable[..., str] = lambda *_: ""
+    native_to: str = ""
+
+
+def select(setting: str, asked: str, backends: Sequence[Backend], *operands: Any, warns: bool = True) -> Backend:
+    """The backend asked for by name, or for "auto" the first that supports the operands.
+
+    Args:
+      setting: the config field that names the backend.
+      backends: in order of preference; the last one supports everything.
+      warns: whether to say, once on stderr, why "auto" refused all backends native to the device.
+
+    Raises:
+      UserError: the backend asked for does not support the operands.
+    """
+    if asked != "auto":
+        backend = next(b for b in backends if b.name == asked)
+        if reason := backend.unsupported_reason(*operands):
+            raise UserError(f"{setting}={asked}: {reason}; use {setting}=auto")
+        return backend
+    refused = []
+    for backend in backends:
+        reason = backend.unsupported_reason(*operands)
+        if not reason:
+            break
+        if backend.native_to == device().family:
+            refused.append(f"not {backend.name}, {reason}")
+    if warns and refused and backend.native_to != device().family:
+        warn_once(f"{setting}={backend.name}, slow here: {'; '.join(refused)}")
+    return backend
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """One line on stderr, the first time only."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
