@@ -12,7 +12,7 @@ import re
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from mtp_jax.config import UserError
 
@@ -28,12 +28,22 @@ class DistributedError(RuntimeError):
     """The peers were not found. Exit code 1: a supervisor tries again."""
 
 
+class InitializeArguments(TypedDict, total=False):
+    """Those of jax.distributed.initialize that say who the peers are."""
+
+    coordinator_address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int]
+    cluster_detection_method: str
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Peers to meet: who says so, and what jax.distributed.initialize cannot find out by itself."""
 
     found_by: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: InitializeArguments = field(default_factory=InitializeArguments)
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -77,7 +87,9 @@ def initialize(args: argparse.Namespace) -> None:
         print(f"peers    {jax.process_count()} processes, found by {cluster.found_by}", flush=True)
 
 
-def detect(args: argparse.Namespace, env: Mapping[str, str], metadata: Callable[[str], str] | None = None) -> Any:
+def detect(
+    args: argparse.Namespace, env: Mapping[str, str], metadata: Callable[[str], str] | None = None
+) -> Cluster | None:
     """The Cluster this process belongs to, or None: it is alone.
 
     Args:
@@ -109,9 +121,13 @@ def _by_flags(args: argparse.Namespace, env: Mapping[str, str]) -> Cluster | Non
     index = _integer(labels["process_id"], given["process_id"], 0, num - 1)
     if num == 1:
         return None
-    arguments = {"coordinator_address": address, "num_processes": num, "process_id": index}
-    # "deactivate": one process with all of its devices, whatever else the environment says.
-    return Cluster(source, arguments | {"cluster_detection_method": "deactivate"})
+    arguments = InitializeArguments(
+        coordinator_address=address,
+        num_processes=num,
+        process_id=index,
+        cluster_detection_method="deactivate",  # one process with all of its devices, whatever else is set
+    )
+    return Cluster(source, arguments)
 
 
 def _by_slurm(env: Mapping[str, str]) -> Cluster | None:
@@ -121,7 +137,7 @@ def _by_slurm(env: Mapping[str, str]) -> Cluster | None:
         return None
     if int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])) < 2:
         return None
-    arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
+    arguments: InitializeArguments = {"cluster_detection_method": "slurm"}
     one_task_a_node = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     num_gpus = env.get("SLURM_GPUS_ON_NODE", "")
     if one_task_a_node and num_gpus.isdigit():  # jax would give the task one GPU and leave the others idle
@@ -174,7 +190,7 @@ def _heartbeat(args: argparse.Namespace, env: Mapping[str, str]) -> int:
     return _integer(name, value, MIN_HEARTBEAT_SECONDS, MAX_HEARTBEAT_SECONDS)
 
 
-def _integer(name: str, value: Any, low: int, high: int | None) -> int:
+def _integer(name: str, value: str | int, low: int, high: int | None) -> int:
     bounds = f"{low} or more" if high is None else f"from {low} to {high}"
     if not re.fullmatch(r"\d+", str(value)) or int(value) < low or (high is not None and int(value) > high):
         raise UserError(f"{name}={value}: must be a whole number, {bounds}")

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # From low to high; a unit imports from strictly lower lines, and freely inside itself.
 LINES = [
-    ["mtp_jax.config", "mtp_jax.targets"],
+    ["mtp_jax.config", "mtp_jax.targets", "mtp_jax.typing"],
     ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli", "mtp_jax.distributed"],
     ["mtp_jax.kernels"],
     ["mtp_jax.layers"],

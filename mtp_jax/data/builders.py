@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import tensorflow_datasets as tfds
 
 from mtp_jax.config import UserError
 from mtp_jax.data import documents
+
+Examples = Iterator[tuple[int, dict[str, str]]]
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -20,10 +21,10 @@ class _Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # ty
         features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "origin": tfds.features.Text()})
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+    def _generate_examples(self) -> Examples:
         i = -1
         for i, (origin, text) in enumerate(self._documents()):
             yield i, {"text": text, "origin": origin}

@@ -9,7 +9,6 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from mtp_jax.config import DataConfig, UserError
 
@@ -19,7 +18,7 @@ def root(data: DataConfig) -> pathlib.Path:
     return pathlib.Path(data.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser()
 
 
-def key_of(*parts: Any) -> str:
+def key_of(*parts: object) -> str:
     """A name for what `parts` (JSON values) describe."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 

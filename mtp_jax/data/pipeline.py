@@ -6,7 +6,7 @@ There is no iterator state to save. A run resumes, on any number of processes, b
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager
 
 import grain
 import numpy as np
@@ -97,7 +97,7 @@ class Batches:
         """The batches from start_step on, read ahead."""
         return BatchIterator(self._dataset(), self.start_step)
 
-    def _dataset(self) -> Any:
+    def _dataset(self) -> grain.IterDataset:
         steps = grain.MapDataset.range(self.start_step, self._end).map(self.batch_at)
         if not self._num_workers:
             threads = min(self._prefetch, _MAX_THREADS)
@@ -109,10 +109,10 @@ class Batches:
         return steps.to_iter_dataset(one_thread).mp_prefetch(workers)
 
 
-class BatchIterator(Iterator[Batch]):
+class BatchIterator(Iterator[Batch], AbstractContextManager["BatchIterator"]):
     """Batches in order; a context manager. Its threads or processes end with it, or with the program."""
 
-    def __init__(self, dataset: Any, start_step: int):
+    def __init__(self, dataset: grain.IterDataset, start_step: int):
         self.step = start_step  # of the batch that comes next
         self._iterators = [iter(dataset)]  # a list, for the finalizer to empty: it must hold no reference to self
         self._finalizer = weakref.finalize(self, _close_all, self._iterators)  # also at exit, which workers would hang
@@ -129,14 +129,11 @@ class BatchIterator(Iterator[Batch]):
         """End the threads or processes; no more batches."""
         self._finalizer()
 
-    def __enter__(self) -> "BatchIterator":
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def _close_all(iterators: list[Any]) -> None:
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
     while iterators:
         iterators.pop().close()
 

@@ -9,14 +9,29 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from absl import logging
 
 from mtp_jax.config import DataConfig, UserError
 from mtp_jax.data import cache, documents
 
+if TYPE_CHECKING:  # slow to import, and not needed once the tokens are in the cache
+    from tensorflow_datasets.core import DatasetBuilder
+    from tensorflow_datasets.core.features import FeatureConnector
+
 _READ_AT_ONCE = 64  # records
+
+
+MakeBuilder = Callable[[pathlib.Path], "DatasetBuilder"]
+
+
+class Records(Protocol):
+    """A data source of TFDS."""
+
+    def __len__(self) -> int: ...
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, object]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +79,7 @@ def _python_source(data: DataConfig) -> Source:
     paths = documents.stdlib_files()
     key = cache.key_of("python_source", 1, sys.version, _stamps(paths, "python_source"))
 
-    def builder(folder: pathlib.Path) -> Any:
+    def builder(folder: pathlib.Path) -> "DatasetBuilder":
         builders = _import("mtp_jax.data.builders")
         config = builders.PythonSourceConfig(name="default", paths=tuple(paths))
         return builders.PythonSource(config=config, data_dir=folder, file_format="array_record")
@@ -77,7 +92,7 @@ def _text_files(data: DataConfig) -> Source:
     settings = [data.text_field, data.max_document_chars]
     key = cache.key_of("text_files", 1, settings, _stamps([os.path.abspath(p) for p in paths], "data.files"))
 
-    def builder(folder: pathlib.Path) -> Any:
+    def builder(folder: pathlib.Path) -> "DatasetBuilder":
         builders = _import("mtp_jax.data.builders")
         config = builders.TextFilesConfig(
             name="default",
@@ -102,7 +117,7 @@ def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
     return stamps
 
 
-def _read_own(data: DataConfig, name: str, key: str, builder: Callable[[pathlib.Path], Any]) -> Iterator[str]:
+def _read_own(data: DataConfig, name: str, key: str, builder: MakeBuilder) -> Iterator[str]:
     """Texts of one of our own builders, prepared in the cache first if it is not there."""
     folder = cache.entry(cache.root(data) / "sources", key, functools.partial(_prepare, builder))
     # The builder that is opened comes from the files alone, whatever the code that wrote them
@@ -111,7 +126,7 @@ def _read_own(data: DataConfig, name: str, key: str, builder: Callable[[pathlib.
     yield from _texts(prepared.as_data_source(split="train"), "text", name)
 
 
-def _prepare(make_builder: Callable[[pathlib.Path], Any], folder: pathlib.Path) -> None:
+def _prepare(make_builder: MakeBuilder, folder: pathlib.Path) -> None:
     """Write a builder's records into `folder`; what its generation raises passes through."""
     with _quiet():
         make_builder(folder).download_and_prepare()
@@ -133,14 +148,21 @@ def _tfds_dataset(data: DataConfig) -> Source:
         raise UserError(f"data.split={data.split}: not a split of {data.source}; it has {splits}") from error
     info_file = builder.data_path / "dataset_info.json"
     key = cache.key_of(
-        *("tfds", 1, str(builder.data_dir), builder.info.full_name, data.split, data.text_field, len(records)),
-        *(info_file.read_text(), info_file.stat().mtime),
+        "tfds",
+        1,
+        str(builder.data_dir),
+        builder.info.full_name,
+        data.split,
+        data.text_field,
+        len(records),
+        info_file.read_text(),
+        info_file.stat().mtime,
     )
     name = f"data.source={data.source}"
     return Source(name, key, lambda: _texts(records, data.text_field, name))
 
 
-def _open_builder(data: DataConfig) -> Any:
+def _open_builder(data: DataConfig) -> "DatasetBuilder":
     """The builder of data.source, prepared."""
     tfds = _import("tensorflow_datasets")
     where = f" under data.tfds_dir={data.tfds_dir}" if data.tfds_dir else ""
@@ -169,7 +191,7 @@ def _open_builder(data: DataConfig) -> Any:
     return builder
 
 
-def _check_text_feature(features: Any, data: DataConfig) -> None:
+def _check_text_feature(features: "FeatureConnector", data: DataConfig) -> None:
     tfds = _import("tensorflow_datasets")
     available = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
     feature = available.get(data.text_field)
@@ -182,7 +204,7 @@ def _check_text_feature(features: Any, data: DataConfig) -> None:
     raise UserError(f"data.text_field={data.text_field}: {problem}; the features are {shown}")
 
 
-def _texts(records: Any, field: str, name: str) -> Iterator[str]:
+def _texts(records: Records, field: str, name: str) -> Iterator[str]:
     """The text of each record that has any."""
     for start in range(0, len(records), _READ_AT_ONCE):
         batch = records.__getitems__(list(range(start, min(start + _READ_AT_ONCE, len(records)))))
@@ -209,7 +231,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _import(name: str) -> Any:
+def _import(name: str) -> ModuleType:
     """A module that loads TFDS: slow, and not needed once the tokens are in the cache."""
     return importlib.import_module(name)
 

@@ -7,7 +7,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -50,7 +49,7 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.hashes)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[pathlib.Path]]:
         return TokenStore, (self.directory,)  # worker processes map the same file; a pickled memmap is a copy
 
     @property

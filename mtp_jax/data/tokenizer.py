@@ -6,11 +6,12 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from mtp_jax.config import UserError
+from mtp_jax.typing import JsonObject
 
 
 class FIMTokens(NamedTuple):
@@ -94,7 +95,12 @@ class ByteTokenizer:
 # and a lower-one-eighth block.
 _BOS_NAMES = ("<|begin_of_sentence|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>", "<s>")
 _EOS_NAMES = (
-    *("<|end_of_sentence|>", "<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>"),
+    "<|end_of_sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<eos>",
+    "</s>",
     "<|im_end|>",
 )
 _FIM_NAMES = (
@@ -135,8 +141,8 @@ class HFTokenizer:
         self.vocab_size = max(ids.values()) + 1  # ids may have holes, so more than their number
         self.bos_id: int | None = next((ids[n] for n in _BOS_NAMES if n in ids), None)
         self.eos_id: int | None = next((ids[n] for n in _EOS_NAMES if n in ids), None)
-        fim = next((names for names in _FIM_NAMES if all(n in ids for n in names)), None)
-        self.fim_ids = FIMTokens(*(ids[n] for n in fim)) if fim else None
+        fim = (FIMTokens(ids[a], ids[b], ids[c]) for a, b, c in _FIM_NAMES if {a, b, c} <= ids.keys())
+        self.fim_ids: FIMTokens | None = next(fim, None)
         marks = {self.bos_id, self.eos_id, *(self.fim_ids or ())} - {None}
         self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special} | marks
         self.token_bytes = self._count_bytes(ids, json.loads(content))
@@ -172,7 +178,7 @@ class HFTokenizer:
         found = self._tokenizer.token_to_id(name)
         return found if found in self._special else None
 
-    def _count_bytes(self, ids: dict[str, int], spec: dict[str, Any]) -> np.ndarray:
+    def _count_bytes(self, ids: dict[str, int], spec: JsonObject) -> np.ndarray:
         """int32[vocab_size]; exact for byte-level vocabularies.
 
         SentencePiece vocabularies count their "▁" as the one space it stands for, also where the tokenizer puts it
@@ -217,10 +223,10 @@ def load(name_or_path: str) -> Tokenizer:
     return HFTokenizer(path)
 
 
-def _types(spec: Any) -> set[str]:
+def _types(spec: object) -> set[str]:
     """Every "type" inside a piece of a tokenizer.json, which nests them in sequences."""
     if isinstance(spec, dict):
-        return {str(spec.get("type"))}.union(*(_types(v) for v in spec.values()))
+        return {str(spec.get("type"))}.union(*map(_types, spec.values()))
     if isinstance(spec, list):
-        return set().union(*(_types(v) for v in spec))
+        return set().union(*map(_types, spec))
     return set()

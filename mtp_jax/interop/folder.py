@@ -15,9 +15,9 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -25,13 +25,12 @@ from mtp_jax.config import Config, UserError
 from mtp_jax.interop import hf_config, weights
 from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS, ROUTER_BIAS
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
-from mtp_jax.interop.weights import BIAS_DTYPE, Tensor, Tree
+from mtp_jax.interop.weights import BIAS_DTYPE, Tensor
 from mtp_jax.mtp import kind_of
+from mtp_jax.typing import JsonObject, Tree
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "deepseek_v3": ("deepseek_v3", "deepseek_v2"),
-    **{name: (name,) for name in LAYOUTS if not name.startswith("deepseek_v3")},
-}
+FAMILIES: dict[str, tuple[str, ...]] = {"deepseek_v3": ("deepseek_v3", "deepseek_v2")}
+FAMILIES |= {name: (name,) for name in LAYOUTS if not name.startswith("deepseek_v3")}
 SIDE_FOLDER = "hf"  # in a workdir
 ORIGIN_FILE = "mtp_jax.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -55,7 +54,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class HFModel:
+class HFModel(AbstractContextManager["HFModel"]):
     """An opened folder. Close it after use, or use it as a context manager.
 
     arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
@@ -63,13 +62,10 @@ class HFModel:
 
     path: pathlib.Path
     config: Config
-    hf_config: dict[str, Any]
+    hf_config: JsonObject
     origin: Origin
     arrays: Tree
     files: TensorFolder
-
-    def __enter__(self) -> "HFModel":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.files.close()
@@ -89,7 +85,7 @@ def open_model(
     family: str | None = None,
     ignore: tuple[str, ...] = (),
     depth: int | None = None,
-    param_dtype: str | None = None,
+    param_dtype: Literal["float32", "bfloat16"] | None = None,
     is_checked: bool = False,
 ) -> HFModel:
     """Check a folder and open it; only headers are read, and tensors that should repeat others.
@@ -117,7 +113,7 @@ def open_model(
         if not is_checked:
             weights.check_folder(files, listed, str(folder), _mtp_prefixes(config, model_type), depth == 0)
         origin = _origin(files, listed, config, model_type)
-        dtype: Any = param_dtype or ("bfloat16" if _is_bfloat16(files, listed) else "float32")
+        dtype = param_dtype or ("bfloat16" if _is_bfloat16(files, listed) else "float32")
         model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
         if not ROUTER_BIAS.keys() & LAYOUTS[model_type].expert_block.keys():
             model = dataclasses.replace(model, router_bias_rate=0.0)  # moved, they could not be exported
@@ -213,8 +209,8 @@ def write_model(
 
 
 def _laid_out(
-    config: Config, base: dict[str, Any] | None, origin: Origin | None, family: str | None
-) -> tuple[str, dict[str, Any], Origin | None]:
+    config: Config, base: JsonObject | None, origin: Origin | None, family: str | None
+) -> tuple[str, JsonObject, Origin | None]:
     """(model_type, config.json, origin where it is of that type). What was imported keeps its layout while that holds
     the model: a MiMo without its MTP layer is still one."""
     if origin is not None and (family is None or origin.model_type in FAMILIES.get(family, ())):
@@ -262,7 +258,7 @@ def _export_dtypes(listed: list[Tensor], config: Config, origin: Origin | None, 
     return out
 
 
-def _set_dtype(values: dict[str, Any], dtypes: dict[str, str], base: dict[str, Any] | None) -> None:
+def _set_dtype(values: JsonObject, dtypes: dict[str, str], base: JsonObject | None) -> None:
     key = "dtype" if base is not None and "dtype" in base else "torch_dtype"
     if base is None or values.get(key) is not None:
         values[key] = _main_dtype(dtypes)
@@ -273,7 +269,7 @@ def _main_dtype(dtypes: dict[str, str]) -> str:
     return names[collections.Counter(dtypes.values()).most_common(1)[0][0]]
 
 
-def _read_sides(sides: pathlib.Path | None) -> tuple[dict[str, Any] | None, Origin | None]:
+def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin | None]:
     """The config.json a model was imported with, and its Origin; None where it was not."""
     if sides is None or not (sides / ORIGIN_FILE).is_file():
         return None, None

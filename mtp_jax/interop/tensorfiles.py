@@ -13,13 +13,14 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from mtp_jax.config import UserError
+from mtp_jax.typing import JsonObject
 
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -44,7 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_METADATA = MappingProxyType({"format": "pt"})  # transformers refuses files that do not say it
+_METADATA = {"format": "pt"}  # transformers refuses files that do not say it
 _MAX_HEADER = 100_000_000  # the library's own limit
 _MAX_OPEN = 32  # files; an index may name hundreds
 _READ_BYTES = 1 << 30  # of one system call: macOS refuses 2 GiB, Linux cuts there
@@ -61,7 +62,7 @@ class TensorInfo(NamedTuple):
     stop: int
 
 
-class TensorFolder:
+class TensorFolder(AbstractContextManager["TensorFolder"]):
     """The tensors of a Hugging Face folder, read where they are asked for.
 
     They are in model.safetensors, or in the shards that model.safetensors.index.json names, or, where neither exists,
@@ -122,9 +123,6 @@ class TensorFolder:
         """Close the files; a later `read` opens its file again."""
         self._open.cache_clear()
 
-    def __enter__(self) -> "TensorFolder":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -156,7 +154,6 @@ def write_folder(
     specs: Mapping[str, tuple[str, tuple[int, ...]]],
     arrays: Iterable[tuple[str, np.ndarray]],
     shard_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, str] = _METADATA,
 ) -> None:
     """Write tensors as they come into model.safetensors, or into shards and model.safetensors.index.json.
 
@@ -168,7 +165,6 @@ def write_folder(
       specs: name -> (key of DTYPES, shape).
       arrays: (name, array) in the order of specs; any byte order and strides.
       shard_bytes: of tensors in a file; a larger tensor has its own.
-      metadata: of each file's header.
 
     Raises:
       ValueError: arrays that are not what specs say; too few or too many.
@@ -184,7 +180,7 @@ def write_folder(
     stream = iter(arrays)
     for file_name, names in zip(files, shards, strict=True):
         with open(folder / file_name, "xb") as file:
-            file.write(_header({name: specs[name] for name in names}, metadata))
+            file.write(_header({name: specs[name] for name in names}))
             for name in names:
                 _write_next(file, stream, name, *specs[name])
             _sync(file)
@@ -255,7 +251,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return shard_of
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> JsonObject:
     """A JSON object, where Python would take the last of equal keys without a word."""
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -292,7 +288,7 @@ def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorI
     return stamp, dict(infos)
 
 
-def _parse(path: pathlib.Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _parse(path: pathlib.Path, name: str, entry: object, data_start: int) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
             if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
@@ -340,8 +336,8 @@ def _split(specs: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -
     return shards
 
 
-def _header(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def _header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    header: JsonObject = {"__metadata__": _METADATA}
     position = 0
     for name, (dtype, shape) in specs.items():
         if name == "__metadata__":
@@ -355,7 +351,7 @@ def _header(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[
 
 
 def _write_next(
-    file: Any, stream: Iterator[tuple[str, np.ndarray]], name: str, dtype: str, shape: tuple[int, ...]
+    file: BinaryIO, stream: Iterator[tuple[str, np.ndarray]], name: str, dtype: str, shape: tuple[int, ...]
 ) -> None:
     """One array; in a function of its own so that it is gone before the next is made."""
     got, array = next(stream, (None, np.empty(0)))
@@ -372,6 +368,6 @@ def _write_next(
         file.write(band.reshape(-1).view(np.uint8).data)
 
 
-def _sync(file: Any) -> None:
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())

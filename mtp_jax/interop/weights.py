@@ -5,12 +5,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from types import EllipsisType
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mtp_jax.config import Config, UserError
 from mtp_jax.interop import fp8
@@ -19,23 +21,13 @@ from mtp_jax.interop.tensorfiles import TensorFolder
 from mtp_jax.layers.param import ParamInfo
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
+from mtp_jax.typing import Index, ReadableArray, Tree
 
-Tree = dict[str, Any]
 Path = tuple[str, ...]
 
 SCALE = "_scale_inv"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # what a weight may be stored as
 BIAS_DTYPE = "F32"  # of router biases, in ours and in released files
-
-
-class Array(Protocol):
-    """What has a shape and a dtype and is read by indexing: a numpy or jax array, a lazy one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
-    def __getitem__(self, index: Any) -> Any: ...
 
 
 class Tensor(NamedTuple):
@@ -145,7 +137,13 @@ class FolderArray:
       shape, dtype: of the whole leaf.
     """
 
-    def __init__(self, folder: TensorFolder, parts: Mapping[tuple[int, ...], Tensor], shape: tuple[int, ...], dtype):
+    def __init__(
+        self,
+        folder: TensorFolder,
+        parts: Mapping[tuple[int, ...], Tensor],
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+    ):
         """parts: the tensors by their index, one for every layer (and expert)."""
         self._folder, self._parts = folder, parts
         self.shape, self.dtype = shape, np.dtype(dtype)
@@ -159,15 +157,15 @@ class FolderArray:
         first = self._num_lead + len(info.in_dims)
         return [*lead, *range(first, len(self.shape)), *range(self._num_lead, first)]
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Index) -> np.ndarray:
         """A block of the leaf; only the tensors and rows that it needs are read.
 
         Args:
           index: a slice (step 1) or int for each of the first dims, as `jax.make_array_from_callback` passes them, or
             `...`, the whole. An int keeps its dim out of the result.
         """
-        index = () if index is ... else index if isinstance(index, tuple) else (index,)
-        full = [*index, *[slice(None)] * (len(self.shape) - len(index))]
+        given = index if isinstance(index, tuple) else () if isinstance(index, EllipsisType) else (index,)
+        full = [*given, *[slice(None)] * (len(self.shape) - len(given))]
         ranges = [
             range(*i.indices(n)) if isinstance(i, slice) else range(i, i + 1)
             for i, n in zip(full, self.shape, strict=True)
@@ -199,10 +197,10 @@ class FolderArray:
 class Zeros:
     """A leaf the layout has no tensor for."""
 
-    def __init__(self, shape: tuple[int, ...], dtype):
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike):
         self.shape, self.dtype = shape, np.dtype(dtype)
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Index) -> np.ndarray:
         return np.broadcast_to(np.zeros((), self.dtype), self.shape)[index].copy()
 
 
@@ -226,7 +224,7 @@ def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> T
     for tensor in listed:
         if not tensor.repeats:
             parts.setdefault(tensor.path, {})[tensor.at] = tensor
-    leaves: dict[Path, Any] = {}
+    leaves: dict[Path, ReadableArray] = {}
     for path, leaf in (flat(built.params, "params") | flat(built.biases, "biases")).items():
         dtype = ml_dtypes.bfloat16 if leaf.dtype == "bfloat16" else leaf.dtype
         has_tensors = path in parts
@@ -245,8 +243,8 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
     for path, want in flat(abstract).items():
         leaf, dtype = leaves[path], want.dtype
 
-        def block(index: Any, leaf: Array = leaf, dtype: Any = dtype) -> np.ndarray:
-            return np.asarray(leaf[index]).astype(dtype)
+        def block(index: tuple[slice, ...] | None, leaf: ReadableArray = leaf, dtype: np.dtype = dtype) -> np.ndarray:
+            return np.asarray(leaf[index or ()]).astype(dtype)
 
         out[path] = jax.make_array_from_callback(want.shape, want.sharding, block)
     return {name: {} for name in abstract} | nested(out)
@@ -318,15 +316,17 @@ def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> N
                 )
 
 
-def their_arrays(arrays: Tree, listed: list[Tensor], dtypes: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def their_arrays(
+    arrays: Tree, listed: list[Tensor], dtypes: Mapping[str, np.dtype]
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of every tensor of the list, in its order; of each leaf one layer is in memory at a time.
 
     Args:
-      arrays: {"params": ..., "biases": ...} of `Array`s.
+      arrays: {"params": ..., "biases": ...} of `ReadableArray`s.
       dtypes: numpy dtype by name.
     """
     leaves = flat(arrays["params"], "params") | flat(arrays["biases"], "biases")
-    layer: tuple[Any, ...] = ()
+    layer: tuple[Path, tuple[int, ...]] | None = None
     slabs: dict[Path, np.ndarray] = {}
     for t in listed:
         if layer != (t.path[1:3], t.at[:1]):  # the one before is done with
@@ -346,7 +346,7 @@ def flat(tree: Tree, *prefix: str) -> dict[Path, Any]:
     return out
 
 
-def nested(leaves: Mapping[Path, Any]) -> Tree:
+def nested(leaves: Mapping[Path, object]) -> Tree:
     """The dicts that `flat` took apart."""
     out: Tree = {}
     for path, leaf in leaves.items():
@@ -357,11 +357,11 @@ def nested(leaves: Mapping[Path, Any]) -> Tree:
     return out
 
 
-def _num_stacked(leaves: Mapping[Path, Any], prefix: Path) -> int:
+def _num_stacked(leaves: Mapping[Path, ReadableArray], prefix: Path) -> int:
     return next((leaf.shape[0] for path, leaf in leaves.items() if path[: len(prefix)] == prefix), 0)
 
 
-def _has_experts(leaves: Mapping[Path, Any], prefix: Path) -> bool:
+def _has_experts(leaves: Mapping[Path, ReadableArray], prefix: Path) -> bool:
     return (*prefix, "ffn", "router", "weight") in leaves
 
 
@@ -369,5 +369,5 @@ def _path_of(listed: list[Tensor], name: str) -> Path:
     return next(t.path for t in listed if t.name == name)
 
 
-def _more(items: list[Any]) -> str:
+def _more(items: Sequence[object]) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

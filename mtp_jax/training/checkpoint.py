@@ -17,7 +17,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
@@ -27,8 +27,7 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.training import checksums, streaming
-
-Tree = Any
+from mtp_jax.typing import PyTree
 
 ITEM = "state"
 _POLL_SECONDS = 0.02
@@ -38,7 +37,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be saved or restored. The message is one line. Exit code 1."""
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The checkpoints in one folder.
 
     Calls are collective: every process of the run makes them, in the same order.
@@ -51,14 +50,10 @@ class Checkpoints:
         """config: how many to keep, and whether `save` returns before the files are written. None: only to read."""
         self.directory = pathlib.Path(directory).absolute()
         self._config = config
-        self._manager: ocp.CheckpointManager | None = (
-            None  # made by the first save, once broken steps are out of the way
-        )
+        # Made by the first save, once broken steps are out of the way.
+        self._manager: ocp.CheckpointManager | None = None
         self._last_saved: int | None = None
         self._hashing: _Hashing | None = None
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -67,7 +62,7 @@ class Checkpoints:
         """Committed steps, oldest first, sound or not."""
         return sorted(int(p.name) for p in self.directory.glob("*") if p.name.isdigit() and p.is_dir())
 
-    def save(self, step: int, state: dict[str, Tree]) -> None:
+    def save(self, step: int, state: dict[str, PyTree]) -> None:
         """Write `state` as `step` and drop the oldest beyond config.keep. A step saved before by this object is left.
 
         Args:
@@ -82,7 +77,7 @@ class Checkpoints:
         self.wait()
         try:
             manager = self._open_manager()
-            saved = manager.save(step, args=ocp.args.Composite(**{ITEM: ocp.args.StandardSave(state)}))
+            saved = manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
         except Exception as error:
             raise CheckpointError(f"{self.directory}: cannot save step {step}: {_first_line(error)}") from error
         if not saved:
@@ -95,7 +90,7 @@ class Checkpoints:
         if self._config is not None and not self._config.async_save:
             self.wait()
 
-    def restore_latest(self, abstract_state: dict[str, Tree]) -> tuple[int, dict[str, Tree]] | None:
+    def restore_latest(self, abstract_state: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
         """The newest sound step as (step, state), or None where there is no step at all.
 
         A step that fails its check is reported on stderr and passed over; the folder of one newer than the step used is
@@ -115,7 +110,7 @@ class Checkpoints:
         self._move_aside(broken)
         return step, state
 
-    def restore_part(self, step: int | None, abstract: dict[str, Tree]) -> tuple[int, dict[str, Tree]]:
+    def restore_part(self, step: int | None, abstract: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]]:
         """(step, part of the state): of `step` or (None) of the newest sound one; nothing else is read.
 
         Args:
@@ -132,7 +127,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: {wanted}")
         return self._restore_newest(abstract, partial=True, steps=None if step is None else [step])[:2]
 
-    def open_part(self, names: tuple[str, ...]) -> tuple[int, dict[str, Tree]]:
+    def open_part(self, names: tuple[str, ...]) -> tuple[int, dict[str, PyTree]]:
         """(step, named parts) of the newest sound step as `streaming.StoredArray`s: read where they are indexed.
 
         Raises:
@@ -148,7 +143,7 @@ class Checkpoints:
                 return step, {name: opened.get(name, {}) for name in names}
         raise CheckpointError(f"{self.directory}: has no sound checkpoint; it has steps {self.steps() or 'none'}")
 
-    def saved_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, Tree] | None:
+    def saved_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, PyTree] | None:
         """Shapes and dtypes of the named parts of what is saved, as nested dicts of ShapeDtypeStructs.
 
         Of `step`, or (None) of the newest that can be described; None where there is none.
@@ -204,8 +199,8 @@ class Checkpoints:
         return self._manager
 
     def _restore_newest(
-        self, abstract: dict[str, Tree], partial: bool, steps: list[int] | None = None
-    ) -> tuple[int, dict[str, Tree], list[int]]:
+        self, abstract: dict[str, PyTree], partial: bool, steps: list[int] | None = None
+    ) -> tuple[int, dict[str, PyTree], list[int]]:
         """(step, state, broken newer steps) of the newest sound one of `steps` (None: all)."""
         broken: list[int] = []
         for step in reversed(self.steps() if steps is None else steps):
@@ -227,7 +222,7 @@ class Checkpoints:
             "restore one from a copy, or remove them to start over"
         )
 
-    def _restore(self, step: int, abstract: dict[str, Tree], partial: bool) -> dict[str, Tree]:
+    def _restore(self, step: int, abstract: dict[str, PyTree], partial: bool) -> dict[str, PyTree]:
         abstract = jax.tree.map(_placed, abstract)
         arguments = ocp.args.PyTreeRestore(
             item=abstract,
@@ -236,7 +231,7 @@ class Checkpoints:
         )
         return ocp.PyTreeCheckpointHandler().restore(epath.Path(self.directory / str(step) / ITEM), args=arguments)
 
-    def _saved_tree(self, step: int) -> Tree:
+    def _saved_tree(self, step: int) -> PyTree:
         return ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.directory / str(step) / ITEM)).tree
 
     def _problem(self, step: int) -> tuple[str | None, bool]:
@@ -263,7 +258,7 @@ class Checkpoints:
     def _report_broken(self, step: int, problem: str) -> None:
         _report(f"checkpoint {self.directory / str(step)} is broken ({problem}); looking for an older one")
 
-    def _check_fits(self, step: int, abstract: dict[str, Tree], partial: bool) -> None:
+    def _check_fits(self, step: int, abstract: dict[str, PyTree], partial: bool) -> None:
         """Names and shapes of what is saved against what is asked for."""
         saved = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self._saved_tree(step))}
         wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
@@ -291,7 +286,7 @@ class Checkpoints:
 def write_streamed(
     directory: pathlib.Path,
     step: int,
-    state: dict[str, Tree],
+    state: dict[str, PyTree],
     progress: Callable[[int], None] = lambda num_elements: None,
 ) -> None:
     """A checkpoint of leaves that are read in parts (`streaming.save`), with its checksums; one process alone.
@@ -346,9 +341,9 @@ def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _placed(leaf: Any) -> Any:
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The first device for a leaf that names no place; orbax would ask for the devices that saved it."""
-    if getattr(leaf, "sharding", None) is not None:
+    if leaf.sharding is not None:
         return leaf
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first)
@@ -359,7 +354,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:300]
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: jax.tree_util.KeyPath) -> str:
     """One spelling for a dict key, a named field and a position: containers change their kind on disk."""
     return "/".join(str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a))) for k in path)
 
@@ -369,10 +364,10 @@ def _more(items: list[str]) -> str:
 
 
 def _rename_broken(directory: pathlib.Path, step: int) -> None:
-    for suffix in ("", *(f".{i}" for i in range(1, 1000))):
-        target = directory / f"{step}.broken{suffix}"
-        if not target.exists():
-            (directory / str(step)).rename(target)
-            _report(f"checkpoint {step} is now {target}")
-            break
+    target, number = directory / f"{step}.broken", 0
+    while target.exists():
+        number += 1
+        target = directory / f"{step}.broken.{number}"
+    (directory / str(step)).rename(target)
+    _report(f"checkpoint {step} is now {target}")
     checksums.remove_orphans(directory)

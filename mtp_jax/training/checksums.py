@@ -8,7 +8,13 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
+from typing import TypedDict
+
+
+class FileSum(TypedDict):
+    size: int
+    sha256: str
+
 
 _NAME = re.compile(r"(\d+)\.checksums(?:\.\d+of(\d+))?\.(?:json|partial)")
 
@@ -59,7 +65,7 @@ def remove_orphans(directory: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _read(directory: pathlib.Path, step: int) -> dict[str, dict[str, Any]] | None:
+def _read(directory: pathlib.Path, step: int) -> dict[str, FileSum] | None:
     """All files' sums, or None when some process has not written its own."""
     by_count: dict[int, list[pathlib.Path]] = {}
     for path in directory.glob(f"{step}.checksums*.json"):

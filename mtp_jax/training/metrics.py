@@ -8,18 +8,34 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from tensorboardX import SummaryWriter
 
+from mtp_jax.typing import JsonObject
+
+if TYPE_CHECKING:
+    import jax
+
 METRICS_FILE = "metrics.jsonl"
+
+
+@runtime_checkable
+class HasItem(Protocol):
+    """A scalar of numpy or jax."""
+
+    def item(self) -> float: ...
+
+
+Scalar = float | HasItem | None
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss or a gradient became NaN or infinite. The message is one line. Exit code 1."""
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends to metrics.jsonl, one JSON object a logged step, and to TensorBoard's events.
 
     A run that goes on from a checkpoint continues the file: lines after the checkpoint's step are dropped, since those
@@ -42,7 +58,7 @@ class MetricsWriter:
         # purge_step hides what an earlier attempt logged from there on
         self._events = SummaryWriter(str(path.parent), purge_step=None if resume_step is None else resume_step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
         """One line, flushed when this returns. Values are numbers, jax or numpy scalars; None and non-finite: null."""
         if self._file is None or self._events is None:
             return
@@ -53,9 +69,6 @@ class MetricsWriter:
         for key, value in values.items():
             if key != "step" and value is not None:
                 self._events.add_scalar(key, value, step)
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -73,17 +86,17 @@ class Progress:
         self._num_steps = num_steps
         self._first: tuple[int, float] | None = None  # step and time of the first line: compilation is before it
 
-    def line(self, step: int, metrics: Mapping[str, Any]) -> str:
+    def line(self, step: int, metrics: Mapping[str, Scalar]) -> str:
         """What is there of `step 120/600  loss 1.834 (main 1.520, mtp 1.71 1.95)  4.1k tok/s  MFU 31%  ETA 2:13`."""
         now = time.monotonic()
         values = {k: plain(v) for k, v in metrics.items()}
         parts = [f"step {step}/{self._num_steps}"]
         if values.get("loss") is not None:
             parts.append(f"loss {values['loss']:.3f}{_terms(values)}")
-        if values.get("tokens_per_second") is not None:
-            parts.append(f"{_short(values['tokens_per_second'])} tok/s")
-        if values.get("mfu") is not None:
-            parts.append(f"MFU {100 * values['mfu']:.1f}%")
+        if (speed := values.get("tokens_per_second")) is not None:
+            parts.append(f"{_short(speed)} tok/s")
+        if (mfu := values.get("mfu")) is not None:
+            parts.append(f"MFU {100 * mfu:.1f}%")
         if self._first is None:
             self._first = step, now
         elif step > self._first[0]:
@@ -92,7 +105,7 @@ class Progress:
         return "  ".join(parts)
 
 
-def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+def check_finite(step: int, metrics: Mapping[str, Scalar]) -> None:
     """Raises:
     NonFiniteLoss: a loss or the gradient norm is NaN or infinite; the message names the step and every such term.
     """
@@ -105,7 +118,7 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
         )
 
 
-def peak_memory_gib(devices: Iterable[Any]) -> float:
+def peak_memory_gib(devices: Iterable["jax.Device"]) -> float:
     """The most memory that was in use at one time since the process began, in GiB.
 
     Of the fullest of `devices` (jax.local_devices()), where they count it: GPUs and TPUs do. Devices without a memory
@@ -120,7 +133,7 @@ def peak_memory_gib(devices: Iterable[Any]) -> float:
     return resident / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[JsonObject]:
     """The lines of a metrics.jsonl, without one that is being written or was torn by a kill.
 
     Raises:
@@ -140,9 +153,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def plain(value: Any) -> Any:
+def plain(value: Scalar) -> float | None:
     """A Python int, float or None from any scalar."""
-    return value.item() if hasattr(value, "item") else value
+    return value.item() if isinstance(value, HasItem) else value
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
@@ -155,11 +168,11 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     os.replace(partial, path)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _terms(values: Mapping[str, Any]) -> str:
+def _terms(values: Mapping[str, float | None]) -> str:
     """` (main 1.520, mtp 1.710 1.950)`; nothing for a model without extra depths, whose loss is the main one."""
     depths = [values[f"loss_mtp_{k}"] for k in range(1, len(values)) if values.get(f"loss_mtp_{k}") is not None]
     if not depths or values.get("loss_main") is None:

@@ -7,8 +7,7 @@ What is written is an ordinary checkpoint, which any other code restores as arra
 
 import asyncio
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import type_handlers
 
-Tree = Any
+from mtp_jax.typing import Index, JsonObject, PyTree, ReadableArray
 
 CHUNK_BYTES = 64 * 2**20
 _IN_FLIGHT = 2  # chunks read and not yet written
@@ -31,11 +30,11 @@ class StoredArray:
         self.shape: tuple[int, ...] = tuple(store.shape)
         self.dtype = store.dtype.numpy_dtype
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Index) -> np.ndarray:
         return self._store[index].read().result()
 
 
-def save(directory: pathlib.Path, tree: Tree, progress: Callable[[int], None] = lambda num_elements: None) -> None:
+def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] = lambda num_elements: None) -> None:
     """Write `tree` into `directory` in orbax's format. Where that fails, what is left is for the caller to remove.
 
     Args:
@@ -46,7 +45,7 @@ def save(directory: pathlib.Path, tree: Tree, progress: Callable[[int], None] = 
     Raises:
       what tensorstore raises where the disk is full or refuses.
     """
-    leaves = jax.tree.map(lambda leaf: _Source(leaf), tree, is_leaf=_is_array)
+    leaves = jax.tree.map(_Source, tree, is_leaf=_is_array)
     writer = _Writer(progress)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(_Source, writer))
     with ocp.Checkpointer(handler) as checkpointer:
@@ -59,7 +58,7 @@ def save(directory: pathlib.Path, tree: Tree, progress: Callable[[int], None] = 
         raise writer.error
 
 
-def open_arrays(directory: pathlib.Path, abstract: Tree) -> Tree:
+def open_arrays(directory: pathlib.Path, abstract: PyTree) -> PyTree:
     """The stored arrays under the names of `abstract`, as `StoredArray`s.
 
     Args:
@@ -81,27 +80,28 @@ def _registry(kind: type, handler: type_handlers.TypeHandler) -> type_handlers.T
     return type_handlers.create_type_handler_registry((kind, handler), (jax.Array, type_handlers.ArrayHandler()))
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return hasattr(leaf, "shape")
 
 
 class _Source:
     """A leaf to be saved, of any kind that can be indexed."""
 
-    def __init__(self, array: Any):
+    def __init__(self, array: ReadableArray):
         self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
         self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
         self.nbytes = self.size * self.dtype.itemsize
         self.chunk = _chunk_shape(self.shape, self.dtype.itemsize, getattr(array, "cut_order", range(self.ndim)))
 
-    def blocks(self):
+    def blocks(self) -> Iterator[tuple[slice, ...]]:
         """The slices of every chunk."""
-        for corner in np.ndindex(*(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))):
+        num_chunks = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
+        for corner in np.ndindex(num_chunks):
             starts = [i * c for i, c in zip(corner, self.chunk, strict=True)]
             yield tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, self.chunk, self.shape, strict=True))
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int, cut_order: Any) -> list[int]:
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, cut_order: Iterable[int]) -> list[int]:
     """The largest block within CHUNK_BYTES that is cut along as few dims as possible."""
     chunk = [max(n, 1) for n in shape]
     for dim in cut_order:
@@ -121,13 +121,13 @@ class _Writer(type_handlers.NumpyHandler):
         self.error: Exception | None = None  # raised after orbax is done, whose thread would print it with a traceback
         self._free: asyncio.Semaphore | None = None
 
-    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+    async def _open_and_write(self, value: _Source, tspec: JsonObject, ts_context: ts.Context) -> None:
         try:
             await self._write(value, tspec, ts_context)
         except Exception as error:
             self.error = self.error or error
 
-    async def _write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+    async def _write(self, value: _Source, tspec: JsonObject, ts_context: ts.Context) -> None:
         self._free = self._free or asyncio.Semaphore(_IN_FLIGHT)
         tspec["metadata"]["chunks"] = value.chunk
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
