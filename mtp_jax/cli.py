@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from mtp_jax.config import UserError
 
@@ -12,7 +14,7 @@ EXIT_FAILED, EXIT_UNUSABLE = 1, 2
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
@@ -54,6 +56,18 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILED)
+
+
+def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
+    """Write the file that --`flag` names.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
 
 
 def describe(error: Exception) -> str:

@@ -18,13 +18,13 @@ import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import tqdm
 
 from mtp_jax import cli
 from mtp_jax.config import Config, UserError, to_dict
 from mtp_jax.mtp import NONE, kind_of
+from mtp_jax.typing import ReadableArray
 
 
 def main(argv: list[str]) -> None:
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> None:
     actions = flags.add_subparsers(dest="action", required=True, parser_class=type(flags))
     _import_flags(actions.add_parser("import", help="from a Hugging Face folder"))
     _export_flags(actions.add_parser("export", help="to a Hugging Face folder"))
+    for action in actions.choices.values():
+        action.add_argument("--debug", action="store_true", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     args, overrides = cli.parse(flags, argv)
     if overrides:
         raise UserError(f"{overrides[0]}: convert takes the config of the folder or workdir")
@@ -48,7 +50,6 @@ def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--check", nargs="?", const="", metavar="TEXTFILE", help="compare the MTP conventions on a text (default: code)"
     )
-    flags.add_argument("--debug", action="store_true", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
 
 def _export_flags(flags: argparse.ArgumentParser) -> None:
@@ -57,7 +58,6 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--family", help="layout to write; default: the one that holds the model")
     flags.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as imported, or as trained")
     flags.add_argument("--depth", type=int, choices=[0], help="0: leave the MTP layers or heads out")
-    flags.add_argument("--debug", action="store_true", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
 
 def import_(args: argparse.Namespace) -> None:
@@ -189,7 +189,7 @@ def describe(config: Config) -> str:
 
 
 @contextmanager
-def _bar(leaves: Iterable[Any], what: str) -> Iterator[Callable[[int], None]]:
+def _bar(leaves: Iterable[ReadableArray], what: str) -> Iterator[Callable[[int], None]]:
     """Progress over weights; nothing is shown before the first of them, so that a refusal stays one line."""
     bar: tqdm.tqdm | None = None
 

@@ -8,21 +8,17 @@ tries meshes, recomputation and micro-batches and prints the best. Needs libtpu 
 1 it does not ("needs X of Y GiB"), 2 unusable arguments or config.
 """
 
+import argparse
 import json
 import pathlib
 
 from mtp_jax import cli, config
 from mtp_jax.config import UserError
 from mtp_jax.tools.planning.topology import Topology, open_topology, prepare_environment
+from mtp_jax.typing import JsonObject
 
 
 def main(argv: list[str]) -> None:
-    """The command line.
-
-    Raises:
-      UserError: arguments, a topology or a config that cannot be used.
-      OverFull: the step needs more memory than a chip has.
-    """
     args, overrides = cli.parse(_flags(), argv)
     resolved = config.load_config(args.config, overrides)
     output = pathlib.Path(args.json) if args.json else None
@@ -30,14 +26,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--json={output}: its folder does not exist")
     prepare_environment()
     topology = open_topology(args.topology, args.slices)
-    if args.search:
-        result = _search(resolved, topology, args)
-    else:
-        result = _plan(resolved, topology, output)
-    _write(output, result)
+    _write(output, _search(resolved, topology, args) if args.search else _plan(resolved, topology, output))
 
 
-def _flags():
+def _flags() -> argparse.ArgumentParser:
     flags = cli.parser(__doc__)
     flags.add_argument("--config", required=True, help="a Python file with get_config(), as in configs/")
     flags.add_argument("--topology", required=True, help="generation:chips, as in v5p:4x4x4, v5e:4x4, v6e:8x8")
@@ -48,7 +40,7 @@ def _flags():
     return flags
 
 
-def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | None) -> dict:
+def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | None) -> JsonObject:
     from mtp_jax.tools.planning import estimate, text  # jax starts here
     from mtp_jax.tools.planning.compile import resolve
 
@@ -60,7 +52,7 @@ def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | No
     return estimate.to_json(plan)
 
 
-def _search(resolved: config.Config, topology: Topology, args) -> dict:
+def _search(resolved: config.Config, topology: Topology, args: argparse.Namespace) -> JsonObject:
     from mtp_jax.tools.planning import search
 
     found = search.search(resolved, topology, args.tries)
@@ -68,13 +60,9 @@ def _search(resolved: config.Config, topology: Topology, args) -> dict:
     return {"plans": [search.to_json(one) for one in found]}
 
 
-def _write(output: pathlib.Path | None, result: dict) -> None:
-    if output is None:
-        return
-    try:
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--json={output}: cannot be written ({error.strerror})") from error
+def _write(output: pathlib.Path | None, result: JsonObject) -> None:
+    if output is not None:
+        cli.write_output("json", output, json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

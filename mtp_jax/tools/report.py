@@ -21,11 +21,6 @@ from mtp_jax.tools.reporting.table import Table
 
 
 def main(argv: list[str]) -> None:
-    """The command line.
-
-    Raises:
-      UserError: runs that cannot be read, or an output that cannot be written.
-    """
     flags = cli.parser(__doc__)
     flags.add_argument("--workdir", action="append", default=[], help="folder of a run; may be given repeatedly")
     flags.add_argument("--sweep", action="append", default=[], help="a folder with runs below it; likewise")
@@ -45,9 +40,10 @@ def main(argv: list[str]) -> None:
     variants, source = grouping.variants_of(runs), grouping.best_source(runs)
     tables = make_tables(runs, variants, source)
     print("\n\n".join(table.text() for table in tables))
-    _write("markdown", args.markdown, "\n\n".join(table.markdown() for table in tables))
+    if args.markdown:
+        cli.write_output("markdown", args.markdown, "\n\n".join(table.markdown() for table in tables))
     if args.json:
-        _write("json", args.json, json.dumps(grouping.as_json(runs, variants, source), indent=1))
+        cli.write_output("json", args.json, json.dumps(grouping.as_json(runs, variants, source), indent=1))
     _draw(variants, output)
 
 
@@ -78,15 +74,6 @@ def _draw(variants: list, output: pathlib.Path) -> None:
     print(f"curves: {output}")
     if has_bars:
         print(f"benchmarks: {bars}")
-
-
-def _write(flag: str, path: str | None, text: str) -> None:
-    if not path:
-        return
-    try:
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -32,18 +32,12 @@ OF_THE_SWEEP = ("workdir", "output", "tasks", "check_only")  # flags of eval.py 
 
 
 def main(argv: list[str]) -> None:
-    """The command line.
-
-    Raises:
-      UserError: unusable arguments; nothing was written or run.
-      RunsFailed, Stopped: not every run is done.
-    """
     args, fixed, eval_flags = _parse(argv)
     root = pathlib.Path(args.workdir)
     runs = plan(args.config, fixed, args.over)
     own = runs[args.share[0] :: args.share[1]]
     _check(args, root, runs, eval_flags)
-    commands = Commands(args.config, root, _tasks(args.tasks), eval_flags)
+    commands = Commands(args.config, root, args.tasks, eval_flags)
     here = f", {len(own)} of them here" if len(own) < len(runs) else ""
     print(f"{len(runs)} run{'s' if len(runs) > 1 else ''}{here}, in {root}", flush=True)
     if args.dry_run:
@@ -71,6 +65,10 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs}: must be at least 1")
     args.share = _share(args.share)
+    tasks = [task for task in args.tasks.split(",") if task]
+    if not tasks:
+        raise UserError(f"--tasks={args.tasks}: names no task of eval.py")
+    args.tasks = tasks
     eval_flags = [f"--{a.removeprefix('--eval.')}" for a in argv if a.startswith("--eval.")]
     for flag in eval_flags:
         if flag.removeprefix("--").partition("=")[0] in OF_THE_SWEEP:
@@ -92,14 +90,8 @@ def _share(text: str | None) -> tuple[int, int]:
     return share
 
 
-def _tasks(text: str) -> list[str]:
-    return [task for task in text.split(",") if task]
-
-
 def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[Planned], eval_flags: list[str]) -> None:
     """Refuse what could only fail later. First what costs nothing to find out."""
-    if not _tasks(args.tasks):
-        raise UserError(f"--tasks={args.tasks}: names no task of eval.py")
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir={root}: is a file; give a folder")
     children.check_scripts()
@@ -117,7 +109,7 @@ def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[Planned], ev
             validate(run.config, num_devices)
         except UserError as error:
             raise UserError(f"{error} (in {run.name})") from error
-    children.check_evaluation([f"--tasks={','.join(_tasks(args.tasks))}", *eval_flags], root)
+    children.check_evaluation([f"--tasks={','.join(args.tasks)}", *eval_flags], root)
 
 
 def _check_folder(path: pathlib.Path, run: Planned) -> None:

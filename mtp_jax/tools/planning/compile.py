@@ -9,7 +9,7 @@ import pathlib
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import jax
 
@@ -22,8 +22,6 @@ from mtp_jax.tools.planning.topology import Topology
 from mtp_jax.tools.planning.work import matmul_flops
 from mtp_jax.training.loop import with_vocabulary
 from mtp_jax.training.step import Trainer, make_trainer
-
-DUMPED = {"hlo": "after_optimizations", "buffers": "buffer-assignment", "live": "live-range"}
 
 
 class CompilerError(RuntimeError):
@@ -79,23 +77,23 @@ def compile_step(config: Config, topology: Topology) -> Program:
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, mesh)
-        step: Any = trainer.step  # jitted
-        traced = step.trace(trainer.abstract_state, abstract_batch(config, trainer))
+        traced = cast(jax.stages.Wrapped, trainer.step).trace(trainer.abstract_state, abstract_batch(config, trainer))
         flops = matmul_flops(traced.jaxpr.jaxpr, mesh.size) / mesh.size
         lowered = traced.lower(lowering_platforms=("tpu",))
         lowered_at = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="mtp_jax_plan_") as folder:
             is_over_full = _compile(lowered, folder)
-            texts = {name: _dumped(folder, part) for name, part in DUMPED.items()}
-    return Program(
-        mesh,
-        trainer,
-        **texts,
-        is_over_full=is_over_full,
-        flops=flops,
-        lower_seconds=lowered_at - started,
-        compile_seconds=time.perf_counter() - lowered_at,
-    )
+            return Program(
+                mesh,
+                trainer,
+                hlo=_dumped(folder, "after_optimizations"),
+                buffers=_dumped(folder, "buffer-assignment"),
+                live=_dumped(folder, "live-range"),
+                is_over_full=is_over_full,
+                flops=flops,
+                lower_seconds=lowered_at - started,
+                compile_seconds=time.perf_counter() - lowered_at,
+            )
 
 
 def abstract_batch(config: Config, trainer: Trainer) -> Tree:
@@ -105,9 +103,9 @@ def abstract_batch(config: Config, trainer: Trainer) -> Tree:
     return {"tokens": one, "segment_ids": one, "positions": one}
 
 
-def _compile(lowered: Any, folder: str) -> bool:
+def _compile(lowered: jax.stages.Lowered, folder: str) -> bool:
     """Compile and leave the dump in `folder`; True where the program does not fit."""
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
         lowered.compile(compiler_options=options)
     except Exception as error:  # one type for every reason

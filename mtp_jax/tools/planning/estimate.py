@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +12,11 @@ from mtp_jax.mtp import kind_of
 from mtp_jax.tools.planning import hlo, traffic
 from mtp_jax.tools.planning.buffers import Memory, read_memory
 from mtp_jax.tools.planning.collectives import Collective, collectives
-from mtp_jax.tools.planning.compile import Program, compile_step
+from mtp_jax.tools.planning.compile import compile_step
 from mtp_jax.tools.planning.roofline import Roofline, roofline
 from mtp_jax.tools.planning.topology import Topology
 from mtp_jax.training.flops import train_flops_per_token
+from mtp_jax.typing import JsonObject, PyTree
 
 GIB, TERA = 2.0**30, 1e12
 TABLE_ROWS = 10
@@ -71,31 +71,30 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     tokens = config.data.batch_size * config.data.sequence_length
     model_flops = train_flops_per_token(config) * tokens / program.mesh.size
     hbm_bytes = traffic.memory_bytes(module)
+    bounds = None
+    if not program.is_over_full:
+        devices, names = np.asarray(program.mesh.devices), tuple(program.mesh.axis_names)
+        bounds = roofline(topology, devices, names, model_flops, program.flops, hbm_bytes, sent)
     return Plan(
-        config,
-        topology,
-        mesh_shape,
-        not program.is_over_full,
-        _bytes_a_device(program.trainer.abstract_state["params"]),
-        _bytes_a_device(program.trainer.abstract_state["opt_state"]),
-        read_memory(program.buffers, program.live, module),
-        model_flops,
-        program.flops,
-        hbm_bytes,
-        sent,
-        None if program.is_over_full else _roofline(program, topology, model_flops, hbm_bytes, sent),
-        program.lower_seconds,
-        program.compile_seconds,
-        len(program.hlo),
+        config=config,
+        topology=topology,
+        mesh=mesh_shape,
+        fits=not program.is_over_full,
+        params_bytes=_bytes_a_device(program.trainer.abstract_state["params"]),
+        optimizer_bytes=_bytes_a_device(program.trainer.abstract_state["opt_state"]),
+        memory=read_memory(program.buffers, program.live, module),
+        model_flops=model_flops,
+        executed_flops=program.flops,
+        hbm_bytes=hbm_bytes,
+        sent=sent,
+        roofline=bounds,
+        lower_seconds=program.lower_seconds,
+        compile_seconds=program.compile_seconds,
+        hlo_bytes=len(program.hlo),
     )
 
 
-def _roofline(program: Program, topology: Topology, model_flops: float, hbm_bytes: float, sent: list) -> Roofline:
-    devices, names = np.asarray(program.mesh.devices), tuple(program.mesh.axis_names)
-    return roofline(topology, devices, names, model_flops, program.flops, hbm_bytes, sent)
-
-
-def _bytes_a_device(tree: Any) -> int:
+def _bytes_a_device(tree: PyTree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -109,7 +108,7 @@ def over_full_message(plan: Plan) -> str:
     )
 
 
-def by_kind(sent: list[Collective]) -> list[dict[str, Any]]:
+def by_kind(sent: list[Collective]) -> list[JsonObject]:
     """One line a kind and set of axes: runs a step, and bytes that a device sends and holds."""
     groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for one in sent:
@@ -128,7 +127,7 @@ def by_kind(sent: list[Collective]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["bytes_sent"])
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: Plan) -> JsonObject:
     """Everything that is printed, and more digits of it."""
     counted = count_parameters(plan.config.architecture)
     memory, chip, bounds = plan.memory, plan.topology.chip, plan.roofline

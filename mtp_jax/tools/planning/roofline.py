@@ -25,7 +25,6 @@ class Roofline:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Every bound by name."""
         return {"compute": self.compute, "HBM": self.hbm, "ICI": self.ici, "network": self.network}
 
     @property
@@ -40,9 +39,14 @@ class Roofline:
 
 
 def roofline(
-    topology: Topology, mesh: np.ndarray, names: tuple[str, ...], model_flops: float, executed_flops: float,
-    hbm_bytes: float, sent: list[Collective],
-) -> Roofline:  # fmt: skip
+    topology: Topology,
+    mesh: np.ndarray,
+    names: tuple[str, ...],
+    model_flops: float,
+    executed_flops: float,
+    hbm_bytes: float,
+    sent: list[Collective],
+) -> Roofline:
     """The bounds of one step.
 
     Args:

@@ -10,8 +10,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 from mtp_jax.config import Config, MeshConfig, UserError
 from mtp_jax.model import weights
@@ -22,8 +22,9 @@ from mtp_jax.tools.planning.compile import CompilerError, resolve
 from mtp_jax.tools.planning.estimate import GIB, Plan
 from mtp_jax.tools.planning.topology import Topology
 from mtp_jax.training.flops import train_flops_per_token
+from mtp_jax.typing import JsonObject
 
-REMATS: tuple[Any, ...] = ("none", "dots", "full")
+REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 EXECUTED = {"none": 1.0, "dots": 1.1, "full": 4 / 3}  # work over the model's own: all of the forward pass again at most
 KEPT = {"none": 34, "dots": 12, "full": 1}  # saved numbers a token and layer, in units of the model dim; 2205.05198
 
@@ -135,7 +136,7 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     return (state + tokens * layers * model.embed_dim * kept * dtype) / GIB
 
 
-def _names(axes: Any) -> tuple[str, ...]:
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
@@ -182,9 +183,7 @@ HEADER = "mesh; micro-batches; remat                     GiB  step, s  bound    
 
 def _line(found: Found) -> str:
     config = found.candidate.config
-    sizes = {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "expert": config.mesh.expert}
-    sizes |= {"context": config.mesh.context, "tensor": config.mesh.tensor}
-    mesh = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1)
+    mesh = " ".join(f"{name}={size}" for name, size in asdict(config.mesh).items() if size > 1)
     name = f"{mesh}; {config.training.grad_accum_steps}; {config.model.remat}"
     plan = found.plan
     if plan is None:
@@ -197,15 +196,12 @@ def _line(found: Found) -> str:
 
 def overrides(config: Config) -> list[str]:
     """What makes the config file's config this one."""
-    mesh = {f"mesh.{name}": getattr(config.mesh, name) for name in ("data", "fsdp", "expert", "context", "tensor")}
-    chosen: dict[str, Any] = mesh | {
-        "model.remat": config.model.remat,
-        "training.grad_accum_steps": config.training.grad_accum_steps,
-    }
-    return [f"--config.{key}={value}" for key, value in chosen.items()]
+    mesh = [f"--config.mesh.{name}={size}" for name, size in asdict(config.mesh).items()]
+    steps = config.training.grad_accum_steps
+    return [*mesh, f"--config.model.remat={config.model.remat}", f"--config.training.grad_accum_steps={steps}"]
 
 
-def to_json(found: Found) -> dict[str, Any]:
+def to_json(found: Found) -> JsonObject:
     """One candidate's line, and its whole plan where there is one."""
     plan = estimate.to_json(found.plan) if found.plan else None
     return {"overrides": overrides(found.candidate.config), "refused": found.why, "plan": plan}

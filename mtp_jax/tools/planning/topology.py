@@ -4,9 +4,12 @@ import difflib
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mtp_jax.config import UserError
+
+if TYPE_CHECKING:  # `prepare_environment` comes before jax
+    import jax
 
 # Read by libtpu and by jax when they start. Without the first, a second process fails on /tmp/libtpu_lockfile; without
 # the second, libtpu waits for a cloud's metadata server; the rest says: one host, which is this one, and it is a CPU.
@@ -70,7 +73,7 @@ class Topology:
     chip: Chip
     shape: tuple[int, ...]
     num_slices: int
-    devices: list[Any]
+    devices: "list[jax.Device]"
 
 
 def open_topology(name: str, num_slices: int = 1) -> Topology:
@@ -93,7 +96,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     return Topology(name, CHIPS[match[1]], tuple(map(int, match[2].split("x"))), num_slices, _devices(name, num_slices))
 
 
-def _devices(name: str, num_slices: int) -> list[Any]:
+def _devices(name: str, num_slices: int) -> "list[jax.Device]":
     from jax.experimental import topologies
 
     try:

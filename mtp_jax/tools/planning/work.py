@@ -1,11 +1,15 @@
 """Matrix products of a step as it was traced, before the compiler: recomputation is in it, fusions are not."""
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import jax.extend.core
 
 from mtp_jax.kernels.attention import splash
 
 
-def matmul_flops(jaxpr: Any, num_devices: int) -> float:
+def matmul_flops(jaxpr: jax.extend.core.Jaxpr, num_devices: int) -> float:
     """FLOPs of the matrix products of a traced program, over all devices: 2 x rows x columns x summed.
 
     A scan's body counts as often as it runs, a shard_map's on every device, a grouped product once a row; a loop whose
@@ -19,8 +23,8 @@ def matmul_flops(jaxpr: Any, num_devices: int) -> float:
         times = 1
         if eqn.primitive.name == "dot_general":
             (lhs_dims, _), _ = eqn.params["dimension_numbers"]
-            summed = _product(eqn.invars[0].aval.shape[d] for d in lhs_dims)
-            total += 2.0 * _product(eqn.outvars[0].aval.shape) * summed
+            summed = _product(_shape(eqn.invars[0])[d] for d in lhs_dims)
+            total += 2.0 * _product(_shape(eqn.outvars[0])) * summed
         elif eqn.primitive.name == "ragged_dot_general":
             total += _ragged_flops(eqn)
         elif eqn.primitive.name == "scan":
@@ -37,33 +41,34 @@ def matmul_flops(jaxpr: Any, num_devices: int) -> float:
     return total
 
 
-def _inner(eqn: Any) -> list[Any]:
+def _inner(eqn: jax.extend.core.JaxprEqn) -> list[jax.extend.core.Jaxpr]:
     """The programs among an equation's parameters, without their constants."""
-    out = []
+    out: list[jax.extend.core.Jaxpr] = []
     for value in eqn.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
             one = getattr(one, "jaxpr", one)
-            if hasattr(one, "eqns"):
+            if isinstance(one, jax.extend.core.Jaxpr):
                 out.append(one)
     return out
 
 
-def _blocks(eqn: Any) -> float:
+def _blocks(eqn: jax.extend.core.JaxprEqn) -> float:
     """How often a Pallas kernel's body computes: once a point of its grid, where the kernel does not skip some."""
     name, grid = eqn.params["name"], eqn.params["grid_mapping"].grid
     return splash.computed_blocks(name, grid) if name.startswith("splash_") else _product(grid)
 
 
-def _ragged_flops(eqn: Any) -> float:
+def _ragged_flops(eqn: jax.extend.core.JaxprEqn) -> float:
     """Each row meets one group only: rows x what is summed x what is produced, whichever of them is ragged."""
-    (lhs, rhs), dims = (v.aval.shape for v in eqn.invars[:2]), eqn.params["ragged_dot_dimension_numbers"]
+    (lhs, rhs), dims = map(_shape, eqn.invars[:2]), eqn.params["ragged_dot_dimension_numbers"]
     (_, rhs_summed), (_, rhs_batch) = dims.dot_dimension_numbers
     kept = [n for d, n in enumerate(rhs) if d not in (*rhs_summed, *rhs_batch, *dims.rhs_group_dimensions)]
     return 2.0 * _product(lhs) * _product(kept)
 
 
-def _product(sizes: Any) -> float:
-    out = 1.0
-    for size in sizes:
-        out *= size
-    return out
+def _shape(variable: jax.extend.core.Var | jax.extend.core.Literal) -> tuple[int, ...]:
+    return cast(jax.core.ShapedArray, variable.aval).shape
+
+
+def _product(sizes: Iterable[int]) -> float:
+    return math.prod(sizes, start=1.0)

@@ -4,13 +4,17 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
+import matplotlib.lines
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.typing import LineStyleType  # noqa: E402
 
 from mtp_jax.config import UserError  # noqa: E402
 from mtp_jax.tools.reporting.runs import Rows, Run  # noqa: E402
@@ -31,10 +35,11 @@ OF_THE_STEP = (
 )
 PEAKED = (LOSS, "gradient norm")  # panels whose first steps would squeeze the rest
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
-STYLES: tuple[Any, ...] = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
+STYLES: tuple[LineStyleType, ...] = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
 GREY, PALE = "#999999", "#e6e6e6"
 
 Curve = list[tuple[int, float]]
+LegendEntry = tuple[str, str, LineStyleType]  # label, colour, line
 
 
 def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
@@ -60,6 +65,7 @@ def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
         else:
             _draw_variants(axis, variants, names)
         _dress(axis, title)
+    labels: list[LegendEntry]
     if is_single:
         depth = max(curves(logged[0].rows, ("loss_mtp_",)), default=0)
         labels = [("main" if k == 0 else f"depth {k}", _color(k), "solid") for k in range(depth + 1)]
@@ -101,7 +107,7 @@ def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
         axis.set_xlim(-0.75, len(variants) - 0.25)
         if axis.get_ylim()[0] < 0 <= min(v for variant in variants for v in _values(variant, task)):
             axis.set_ylim(bottom=0)  # where all are 0 the axis would go below
-    labels = [(_legend_label(v), _color(i), "solid") for i, v in enumerate(variants)]
+    labels: list[LegendEntry] = [(_legend_label(v), _color(i), "solid") for i, v in enumerate(variants)]
     _legend(figure, labels, "error bars: standard deviation over seeds, or standard error of the task for one seed")
     _save(figure, output)
     return True
@@ -141,12 +147,12 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
     return [*panels, *OF_THE_STEP]
 
 
-def _draw_run(axis: Any, rows: Rows, names: tuple[str, ...]) -> None:
+def _draw_run(axis: Axes, rows: Rows, names: tuple[str, ...]) -> None:
     for depth, curve in curves(rows, names).items():
         _line(axis, curve, color=_color(depth), linewidth=1.5)
 
 
-def _draw_variants(axis: Any, variants: Sequence[Variant], names: tuple[str, ...]) -> None:
+def _draw_variants(axis: Axes, variants: Sequence[Variant], names: tuple[str, ...]) -> None:
     for i, variant in enumerate(variants):
         every = {run: curve for run in variant.runs for curve in curves(run.rows, names).values()}
         for curve in every.values() if len(every) > 1 else ():
@@ -157,12 +163,21 @@ def _draw_variants(axis: Any, variants: Sequence[Variant], names: tuple[str, ...
             _line(axis, mean, color=_color(i), linewidth=1.9, linestyle=_style(i))
 
 
-def _line(axis: Any, curve: Curve, **style: Any) -> None:
+def _line(
+    axis: Axes,
+    curve: Curve,
+    color: str,
+    linewidth: float,
+    linestyle: LineStyleType = "solid",
+    alpha: float | None = None,
+) -> None:
     if curve:
-        axis.plot(*zip(*curve, strict=True), marker="o" if len(curve) == 1 else None, **style)
+        steps, values = zip(*curve, strict=True)
+        marker = "o" if len(curve) == 1 else None
+        axis.plot(steps, values, marker=marker, color=color, linewidth=linewidth, linestyle=linestyle, alpha=alpha)
 
 
-def _grid(num_panels: int, num_columns: int) -> tuple[Any, list[Any]]:
+def _grid(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     num_columns = min(num_columns, num_panels)
     num_rows = -(-num_panels // num_columns)
     size = (max(6.4, 4.6 * num_columns), 3.2 * num_rows)  # the legend's widest line
@@ -172,7 +187,7 @@ def _grid(num_panels: int, num_columns: int) -> tuple[Any, list[Any]]:
     return figure, list(axes.flat[:num_panels])
 
 
-def _dress(axis: Any, title: str) -> None:
+def _dress(axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=8, color=GREY)
@@ -188,17 +203,18 @@ def _dress(axis: Any, title: str) -> None:
         axis.yaxis.get_offset_text().set_fontsize(8)
 
 
-def _cut_off_the_start(axis: Any) -> None:
+def _cut_off_the_start(axis: Axes) -> None:
     """The scale is that of the last three quarters of the steps."""
-    lines = [line for line in axis.get_lines() if len(line.get_xdata()) > 20]
-    last = max((line.get_xdata()[-1] for line in lines), default=0)
-    values = [y for line in lines for x, y in zip(*line.get_data(), strict=True) if x > last / 4]
+    curves = [np.asarray(line.get_xydata()) for line in axis.get_lines()]
+    long = [points for points in curves if len(points) > 20]
+    last = max((points[-1, 0] for points in long), default=0)
+    values = [y for points in long for x, y in points if x > last / 4]
     if values:
         margin = 0.05 * (max(values) - min(values)) or 0.05
         axis.set_ylim(min(values) - margin, max(values) + margin)
 
 
-def _legend(figure: Any, labels: list[tuple[str, str, Any]], title: str | None) -> None:
+def _legend(figure: Figure, labels: list[LegendEntry], title: str | None) -> None:
     line = matplotlib.lines.Line2D
     handles = [line([], [], color=color, linestyle=style, linewidth=1.9, label=text) for text, color, style in labels]
     longest = max(len(text) for text, *_ in labels)
@@ -218,7 +234,7 @@ def _legend_label(variant: Variant) -> str:
     return f"{variant.label()} ({len(variant.runs)} seeds)" if len(variant.runs) > 1 else variant.label()
 
 
-def _save(figure: Any, output: pathlib.Path) -> None:
+def _save(figure: Figure, output: pathlib.Path) -> None:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=130 if len(figure.axes) <= 12 else 90)  # many panels: a megabyte less
@@ -230,5 +246,5 @@ def _color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def _style(index: int) -> Any:
+def _style(index: int) -> LineStyleType:
     return STYLES[index // len(COLORS) % len(STYLES)]

@@ -6,15 +6,15 @@ import os
 import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from mtp_jax.config import Config, UserError, from_dict, renamed
 from mtp_jax.mtp import reads
 from mtp_jax.tools.sweeping.folder import EVAL_FILE, SWEEP_FILE, read_record
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
 from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, flat
+from mtp_jax.typing import JsonObject
 
-Rows = list[dict[str, Any]]
+Rows = list[JsonObject]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +30,12 @@ class Run:
     name: str
     path: pathlib.Path
     rows: Rows
-    config: dict[str, Any] | None = None
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject | None = None
+    evaluation: JsonObject = field(default_factory=dict)
     error: str = ""
 
     @functools.cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JsonObject:
         """The config's keys that mean something for this run: those of an MTP kind that is not in use do not."""
         if self.config is None:
             return {}
@@ -44,7 +44,6 @@ class Run:
 
     @property
     def seed(self) -> int | None:
-        """Of the config."""
         return self.settings.get("seed")
 
     @property
@@ -64,7 +63,7 @@ class Run:
             return f"at step {self.rows[-1]['step']} of {self.settings['training.num_steps']}"
         return "done"
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> JsonObject:
         """The evaluation, if it is of the run's last step."""
         if not self.is_finished or self.evaluation.get("step", self.rows[-1]["step"]) != self.rows[-1]["step"]:
             return {}
@@ -144,7 +143,7 @@ def _load(path: pathlib.Path, name: str, flag: str) -> Run:
     return Run(name, path, rows, config, evaluation, record.get("error", ""))
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_json(path: pathlib.Path) -> JsonObject | None:
     if not path.is_file():
         return None
     try:

@@ -1,8 +1,8 @@
 """A table as text for a terminal and as Markdown, and how its numbers are written."""
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mtp_jax.tools.reporting.variants import Sample
 
@@ -62,7 +62,7 @@ def spread(sample: Sample | None, digits: int, num_expected: int | None = None) 
     return text if num_expected in (None, count) else f"{text} [{count}]"
 
 
-def depths(row: dict[str, Any], kind: str, digits: int) -> str:
+def depths(row: Mapping[str, float | None], kind: str, digits: int) -> str:
     """Main and every depth's value of one kind; agreement has no main."""
     values = [row[f"{kind}_main"]] if f"{kind}_main" in row else []
     depth = 1

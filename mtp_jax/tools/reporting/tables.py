@@ -14,6 +14,7 @@ from mtp_jax.tools.reporting.variants import (
     shown_benchmarks,
     spelled,
 )
+from mtp_jax.typing import JsonObject
 
 SEARCHED = ("mtp.kind", "mtp.depth")
 SPREAD_NOTE = "mean ± sample standard deviation over seeds; [n]: of n runs only"
@@ -88,7 +89,7 @@ def searches(variants: Sequence[Variant], source: str) -> list[Table]:
     out = []
     for (kind, others), members in groups.items():
         baseline = baseline_of(members[0], variants)
-        rows = sorted([*([baseline] if baseline else []), *members], key=lambda v: v.depth)
+        rows = sorted([baseline, *members] if baseline else members, key=lambda v: v.depth)
         if len({v.depth for v in rows}) > 1:
             out.append(_search(kind, others, rows, baseline, source))
     return out
@@ -134,13 +135,13 @@ def benchmarks(variants: Sequence[Variant]) -> list[Table]:
     return tables
 
 
-def _benchmarks(others: str, variants: list[Variant], tasks: list) -> Table:
+def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, JsonObject]]) -> Table:
     baseline = next((v for v in variants if v.is_baseline), None)
     compared = [v for v in variants if v is not baseline]
-    header = ["benchmark (metric)", "shots", "documents", *(["baseline"] if baseline else [])]
+    header = ["benchmark (metric)", "shots", "documents"] + ["baseline"] * (baseline is not None)
     for v in compared:
         own = v.label([key for key in v.settings if key.startswith("mtp.")]) or v.label()
-        header += [own, *(["diff"] if baseline else [])]
+        header += [own] + ["diff"] * (baseline is not None)
     rows: list[list[str]] = []
     for kind, title in (("generative", "generative"), ("likelihood", "likelihood-based")):
         chosen = [t for t in tasks if t[1]["kind"] == kind]
@@ -194,7 +195,7 @@ def _mark(sample: Sample | None, baseline: Sample | None) -> str:
     return MARK if sample is not None and baseline is not None and beyond_noise(sample, baseline) else ""
 
 
-def _task_label(task: tuple[str, dict]) -> str:
+def _task_label(task: tuple[str, JsonObject]) -> str:
     name, facts = task
     group = f"{facts['group']}: " if facts.get("group") else ""
     lower = "" if facts.get("higher_is_better", True) else ", lower is better"

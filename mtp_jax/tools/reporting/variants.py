@@ -5,13 +5,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from scipy import stats
 
 from mtp_jax.model import count_parameters
 from mtp_jax.mtp import KINDS
 from mtp_jax.tools.reporting.runs import Run
+from mtp_jax.typing import JsonObject
 
 CONFIDENCE = 0.95
 SEED = "seed"
@@ -27,7 +27,6 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """Over the runs."""
         return statistics.fmean(self.values)
 
     @property
@@ -48,7 +47,7 @@ class Sample:
 class Variant:
     """Runs of the same settings. settings: value of each key that not all runs share, but for the seed."""
 
-    settings: dict[str, Any]
+    settings: JsonObject
     runs: tuple[Run, ...]
 
     @property
@@ -63,7 +62,6 @@ class Variant:
 
     @property
     def depth(self) -> int:
-        """D."""
         return self.runs[0].settings.get("mtp.depth", 0)
 
     @property
@@ -107,7 +105,7 @@ class Variant:
 def variants_of(runs: Sequence[Run]) -> list[Variant]:
     """The runs grouped, in the order of their first; a run without a config is a variant of its own."""
     keys = differing_keys(runs)
-    groups: dict[Any, list[Run]] = {}
+    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         known = [(key, run.settings.get(key, ABSENT)) for key in keys] if run.settings else [("run", run.name)]
         groups.setdefault(tuple((key, spelled(value)) for key, value in known), []).append(run)
@@ -136,9 +134,9 @@ def baseline_of(variant: Variant, variants: Sequence[Variant]) -> Variant | None
     return same[0] if same else None
 
 
-def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, dict[str, Any]]]:
+def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, JsonObject]]:
     """(task, what eval.json says of it) of every benchmark that any finished run has, in order, groups together."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     for v in variants:
         for run in v.finished:
             for task, facts in run.results().get("benchmarks", {}).items():
@@ -147,14 +145,14 @@ def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, dict[str, An
     return sorted(found.items(), key=lambda item: groups.index(item[1].get("group") or item[0]))
 
 
-def shown_benchmarks(variants: Sequence[Variant]) -> list[tuple[str, dict[str, Any]]]:
+def shown_benchmarks(variants: Sequence[Variant]) -> list[tuple[str, JsonObject]]:
     """`benchmark_names` without the tasks of a group that has a number of its own: MMLU is one row, not 57."""
     tasks = benchmark_names(variants)
     names = {name for name, _ in tasks}
     return [(name, facts) for name, facts in tasks if facts.get("group") not in names]
 
 
-def spelled(value: Any) -> str:
+def spelled(value: object) -> str:
     """A config value as text; equal for equal values."""
     return ", ".join(map(spelled, value)) or "()" if isinstance(value, (list, tuple)) else str(value)
 
@@ -226,18 +224,18 @@ def _welch_bound(squared_errors: list[float], counts: list[int]) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
 
 
-def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> dict[str, Any]:
+def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> JsonObject:
     """Everything that the tables are made of: {"source", "runs": [...], "variants": [...]}."""
     found = [_json(variant, variants, source) for variant in variants]
     return {"source": source, "runs": [_run_json(run) for run in runs], "variants": found}
 
 
-def _run_json(run: Run) -> dict[str, Any]:
+def _run_json(run: Run) -> JsonObject:
     kept = {"workdir": str(run.path), "state": run.state, "seed": run.seed, "last": run.rows[-1] if run.rows else None}
     return {"name": run.name, **kept, "evaluation": run.evaluation or None}
 
 
-def _json(variant: Variant, variants: Sequence[Variant], source: str) -> dict[str, Any]:
+def _json(variant: Variant, variants: Sequence[Variant], source: str) -> JsonObject:
     names = dict.fromkeys(name for run in variant.finished for name in measures(run, source))
     baseline, tasks = baseline_of(variant, variants), {}
     for task, facts in benchmark_names([variant]):
@@ -258,7 +256,7 @@ def _json(variant: Variant, variants: Sequence[Variant], source: str) -> dict[st
     }
 
 
-def _sample_json(sample: Sample | None) -> dict[str, Any]:
+def _sample_json(sample: Sample | None) -> JsonObject:
     if sample is None:
         return {"n": 0, "mean": None, "deviation": None, "stderr": None}
     return {"n": len(sample.values), "mean": sample.mean, "deviation": sample.deviation, "stderr": sample.error}

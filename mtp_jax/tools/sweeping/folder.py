@@ -10,10 +10,10 @@ import json
 import os
 import pathlib
 import shlex
-from typing import Any
 
 from mtp_jax.config import UserError, to_dict
 from mtp_jax.tools.sweeping.plan import Planned
+from mtp_jax.typing import JsonObject
 
 SWEEP_FILE, EVAL_FILE, LOCK_FILE = "sweep.json", "eval.json", ".sweep.lock"
 LOGS = {"train.py": "log.txt", "eval.py": "eval_log.txt"}
@@ -52,13 +52,13 @@ def prepare(root: pathlib.Path, runs: list[Planned]) -> None:
         os.close(lock)
 
 
-def read_record(folder: pathlib.Path) -> dict[str, Any]:
+def read_record(folder: pathlib.Path) -> JsonObject:
     """What sweep.json says; nothing where there is none."""
     path = folder / SWEEP_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_record(folder: pathlib.Path, record: dict[str, Any]) -> None:
+def write_record(folder: pathlib.Path, record: JsonObject) -> None:
     """Replace sweep.json as a whole, so that a kill leaves the old one or the new one."""
     partial = folder / f".{SWEEP_FILE}.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from mtp_jax.config import Config, UserError, current_key, load_config, to_dict
 from mtp_jax.mtp import reads
@@ -139,7 +138,7 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if is_quoted else value
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: object) -> str:
     """A value as part of a folder's name; what had to be changed or cut for it is told apart by a digest."""
     if isinstance(value, tuple):
         return "_".join(map(_spelled, value)) or "empty"

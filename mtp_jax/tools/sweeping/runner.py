@@ -37,7 +37,6 @@ class Commands:
     eval_flags: list[str]
 
     def folder(self, run: Planned) -> pathlib.Path:
-        """Of this run."""
         return self.root / run.name
 
     def evaluation(self, run: Planned) -> list[str]:
@@ -152,9 +151,12 @@ class Runner:
         folder.write_record(path, record)
         self._say(number, run, f"{script} started")
         cores = self.free_cores.pop(0)
-        self.active.append(Task(run, number, lock, cores, script, *self._start(script, run, cores, lock)))
+        process, log_start = self._start(script, run, cores, lock)
+        self.active.append(Task(run, number, lock, cores, script, process, log_start))
 
-    def _start(self, script: str, run: Planned, cores: frozenset[int] | None, lock: int) -> tuple:
+    def _start(
+        self, script: str, run: Planned, cores: frozenset[int] | None, lock: int
+    ) -> tuple[subprocess.Popen, int]:
         """(process, where its output begins in its log)."""
         line, log = self.commands.line(script, run), self.commands.folder(run) / folder.LOGS[script]
         log_start = folder.start_of_log(log, line)
