@@ -5,9 +5,9 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mtp_jax.config import UserError
+from mtp_jax.typing import JsonObject
 
 VARIABLE = "MTP_DATA_DIR"
 
@@ -55,7 +55,7 @@ def _text(path: pathlib.Path) -> str:
         raise UserError(f"{path}: cannot be read ({error}); replace it in {VARIABLE}") from error
 
 
-def read_json(name: str) -> dict[str, Any]:
+def read_json(name: str) -> JsonObject:
     """The object of a .json file.
 
     Raises:
@@ -64,7 +64,7 @@ def read_json(name: str) -> dict[str, Any]:
     return _parse(read_text(name), str(find(name)), ())
 
 
-def read_jsonl(name: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read_jsonl(name: str, fields: Sequence[str] = ()) -> list[JsonObject]:
     """The objects of a file with one JSON object a line, empty lines left out.
 
     Args:
@@ -79,7 +79,7 @@ def read_jsonl(name: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 @functools.lru_cache(maxsize=4)  # MMLU asks for its two files once for each of 57 subjects
-def _objects(path: pathlib.Path, changed: int, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def _objects(path: pathlib.Path, changed: int, fields: tuple[str, ...]) -> list[JsonObject]:
     del changed  # of the key: a file that has changed is read anew
     lines = _text(path).split("\n")
     out = [_parse(line, f"{path}:{number}", fields) for number, line in enumerate(lines, 1) if line.strip()]
@@ -88,7 +88,7 @@ def _objects(path: pathlib.Path, changed: int, fields: tuple[str, ...]) -> list[
     return out
 
 
-def _parse(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
+def _parse(line: str, where: str, fields: Sequence[str]) -> JsonObject:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -101,7 +101,9 @@ def _parse(line: str, where: str, fields: Sequence[str]) -> dict[str, Any]:
     return value
 
 
-def from_files(*, splits: Mapping[str, str], where: Mapping[str, Any] | None = None, **metadata: Any) -> dict[str, Any]:
+def from_files(
+    *, splits: Mapping[str, str], where: Mapping[str, object] | None = None, **metadata: object
+) -> JsonObject:
     """`custom_dataset` of a yaml task whose `dataset_kwargs` name a .jsonl file for each split.
 
     Args:
@@ -121,7 +123,7 @@ def from_files(*, splits: Mapping[str, str], where: Mapping[str, Any] | None = N
     return dataset(**kept)
 
 
-def dataset(**splits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def dataset(**splits: Sequence[Mapping[str, object]]) -> JsonObject:
     """Splits as lm_eval's `custom_dataset` returns them: a `datasets.Dataset` each."""
     import datasets  # of the extra that brings lm_eval
 

@@ -15,13 +15,20 @@ import pathlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from mtp_jax.config import UserError
 from mtp_jax.evaluation import benchmark_data, sandbox
+from mtp_jax.evaluation.results import Benchmark, Metric
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.typing import JsonObject
+
+if TYPE_CHECKING:  # an extra
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
 BOOTSTRAP = 1000  # resamples for the error of what is no mean
@@ -46,8 +53,8 @@ class Plan:
     them, and no more than has to be read."""
 
     names: list[str]
-    tasks: list[Any]
-    manager: Any
+    tasks: list["ConfigurableTask | Group"]
+    manager: "TaskManager"
 
 
 def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
@@ -72,14 +79,14 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
         os.environ[benchmark_data.VARIABLE] = args.data_dir  # tasks read it, in files of their own
     _quiet()
     manager = _manager(args.tasks_dir, names)
-    tasks: list[Any] = []
+    tasks: list[ConfigurableTask | Group] = []
     for name in names:
         tasks += _load(manager, name)
     _check([leaf for top in tasks for leaf in _leaves(top)], args)
     return Plan(list(names), tasks, manager)
 
 
-def _check(leaves: list[Any], args: argparse.Namespace) -> None:
+def _check(leaves: "list[ConfigurableTask]", args: argparse.Namespace) -> None:
     """Raises UserError where a task is asked for twice, cannot have so many examples, says of generation what we do not
     know, or runs programs without the permission to, or on a machine that cannot lock them in."""
     from mtp_jax.evaluation.harness import generation_options
@@ -103,7 +110,7 @@ def _check(leaves: list[Any], args: argparse.Namespace) -> None:
         sandbox.run_programs([])
 
 
-def _check_examples(task: Any, num: int) -> None:
+def _check_examples(task: "ConfigurableTask", num: int) -> None:
     """Raises UserError where the harness would not put `num` examples in front, or could not."""
     if task.get_config("num_fewshot") == 0:  # the harness leaves it so, and says nothing that is seen here
         raise UserError(
@@ -124,7 +131,7 @@ def _quiet() -> None:
     os.environ["DISABLE_MULTIPROC"] = "1"
 
 
-def _manager(folders: Sequence[str], names: Sequence[str]) -> Any:
+def _manager(folders: Sequence[str], names: Sequence[str]) -> "TaskManager":
     """A task manager that knows all of `names`. The harness's own tasks are read (seconds) only where needed."""
     from lm_eval.tasks import TaskManager
 
@@ -146,7 +153,7 @@ def _manager(folders: Sequence[str], names: Sequence[str]) -> Any:
     return manager
 
 
-def _load(manager: Any, name: str) -> list[Any]:
+def _load(manager: "TaskManager", name: str) -> "list[ConfigurableTask | Group]":
     """The task, the group, or the tasks of a tag."""
     try:
         loaded = manager.load([name])
@@ -160,11 +167,11 @@ def _load(manager: Any, name: str) -> list[Any]:
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 
-def _leaves(top: Any) -> list[Any]:
+def _leaves(top: "ConfigurableTask | Group") -> "list[ConfigurableTask]":
     return top.get_all_tasks() if hasattr(top, "get_all_tasks") else [top]
 
 
-def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str, dict[str, Any]]:
+def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str, dict[str, Benchmark]]:
     """Evaluate: a table, and values for JSON (see `values_of`).
 
     Raises:
@@ -182,7 +189,7 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
         seed=model.config.seed,
     )
     with contextlib.redirect_stdout(sys.stderr):  # the tables alone are what is asked for
-        results: Any = simple_evaluate(
+        results: JsonObject = simple_evaluate(
             model=answers,
             tasks=plan.tasks,
             task_manager=plan.manager,  # or it would read the files of all its own tasks, for seconds
@@ -206,17 +213,11 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
     return f"{title}\n{table(values)}", values
 
 
-def values_of(results: dict[str, Any]) -> dict[str, Any]:
-    """What the harness found, by task and group:
-
-    {TASK: {"metrics": {METRIC: {"value", "stderr" or None}}, "main_metric", "higher_is_better", "kind": "generative" or
-    "likelihood", "num_docs", "num_fewshot", "group": the one it belongs to, or None}}
-
-    METRIC is "acc", or "exact_match,strict-match" where a filter of that name came first.
-    """
+def values_of(results: JsonObject) -> dict[str, Benchmark]:
+    """What the harness found, by task and group."""
     parents = {child: group for group, each in results.get("group_subtasks", {}).items() for child in each}
     groups = results.get("groups", {})
-    out: dict[str, Any] = {}
+    out: dict[str, Benchmark] = {}
     for name, found in {**groups, **results["results"]}.items():
         metrics = _metrics(found)
         if not metrics:  # a group without a number of its own
@@ -237,20 +238,20 @@ def values_of(results: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _num_fewshot(config: dict[str, Any], put_in_front: int) -> int:
+def _num_fewshot(config: JsonObject, put_in_front: int) -> int:
     """Where the harness puts no example in front, the prompt may have some of its own: the task's metadata says so."""
     return put_in_front or (config.get("metadata") or {}).get("num_fewshot", 0)
 
 
-def _main_metric(config: dict[str, Any], metrics: dict[str, Any]) -> str:
+def _main_metric(config: JsonObject, metrics: dict[str, Metric]) -> str:
     """The first that the task's file lists, after its first filter."""
     listed = [entry["metric"] for entry in config.get("metric_list") or []]
     by_place = {name: listed.index(name.split(",")[0]) for name in metrics if name.split(",")[0] in listed}
     return min(by_place, key=lambda name: by_place[name]) if by_place else next(iter(metrics))
 
 
-def _metrics(found: dict[str, Any]) -> dict[str, Any]:
-    out = {}
+def _metrics(found: JsonObject) -> dict[str, Metric]:
+    out: dict[str, Metric] = {}
     for key, value in found.items():
         metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -266,7 +267,7 @@ def _members(name: str, subtasks: dict[str, list[str]]) -> list[str]:
     return [leaf for child in subtasks[name] for leaf in _members(child, subtasks)] if subtasks.get(name) else [name]
 
 
-def table(values: dict[str, Any]) -> str:
+def table(values: dict[str, Benchmark]) -> str:
     """A line a benchmark: shots, documents, every metric with its standard error. Groups before their tasks."""
     lines = [["benchmark", "shots", "docs", "result"]]
 
@@ -285,12 +286,12 @@ def table(values: dict[str, Any]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _number(metric: dict[str, float | None]) -> str:
+def _number(metric: Metric) -> str:
     stderr = metric["stderr"]
     return f"{metric['value']:.4g}" + ("" if stderr is None else f" ± {stderr:.2g}")
 
 
-def write_samples(path: str, samples: dict[str, list[dict[str, Any]]]) -> None:
+def write_samples(path: str, samples: dict[str, list[JsonObject]]) -> None:
     """A JSON object a document: its task, prompt, what the model said, what was right, and the metrics."""
     with open(path, "w", encoding="utf-8") as file:
         for task, each in samples.items():

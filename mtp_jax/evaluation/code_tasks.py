@@ -5,7 +5,6 @@ in the filter, on all cores, and what the metric (and a file of samples) sees is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from mtp_jax.evaluation import sandbox
 from mtp_jax.evaluation.pass_at_k import pass_at_k
@@ -14,8 +13,8 @@ from mtp_jax.evaluation.sandbox import Program
 
 def run(
     responses: Sequence[Sequence[str]],
-    docs: Sequence[Mapping[str, Any]],
-    program: Callable[[Mapping[str, Any], str], Program],
+    docs: Sequence[Mapping[str, object]],
+    program: Callable[[Mapping[str, object], str], Program],
 ) -> list[list[str]]:
     """Run `program(doc, response)` for every response to every doc.
 

@@ -4,11 +4,35 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from mtp_jax.config import UserError
+from mtp_jax.typing import JsonObject, PyTree
 
-Values = dict[str, Any]
+Bar = tuple[str, float, float | None]  # label, value and its standard error
+Panel = tuple[str, list[Bar]]
+
+
+class Metric(TypedDict):
+    value: float
+    stderr: float | None
+
+
+class Benchmark(TypedDict):
+    """What was found of one task or group.
+
+    metrics: by name: "acc", or "exact_match,strict-match" where a filter of that name came first.
+    kind: "generative" or "likelihood". group: the one it belongs to.
+    """
+
+    metrics: dict[str, Metric]
+    main_metric: str
+    higher_is_better: bool
+    kind: str
+    num_docs: int
+    num_fewshot: int
+    group: str | None
+    tokens_per_forward: NotRequired[float]
 
 
 def check_output(path: str) -> None:
@@ -29,7 +53,7 @@ def check_output(path: str) -> None:
         raise UserError(f"--output={path}: cannot be written ({error.strerror}); use another folder") from error
 
 
-def write(path: pathlib.Path, workdir: str, texts: list[str], values: Values) -> None:
+def write(path: pathlib.Path, workdir: str, texts: list[str], values: JsonObject) -> None:
     """`path` with the values, and beside it NAME.md and, where there is something to draw, NAME.png. The JSON comes
     last: where it is, all is."""
     has_picture = draw(values, path.with_suffix(".png"), workdir)
@@ -41,7 +65,7 @@ def write(path: pathlib.Path, workdir: str, texts: list[str], values: Values) ->
     os.replace(partial, path)
 
 
-def without_nan(values: Any) -> Any:
+def without_nan(values: PyTree) -> PyTree:
     """The same with None for numbers that JSON has no word for."""
     if isinstance(values, dict):
         return {key: without_nan(value) for key, value in values.items()}
@@ -50,7 +74,7 @@ def without_nan(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def draw(values: Values, path: pathlib.Path, title: str) -> bool:
+def draw(values: JsonObject, path: pathlib.Path, title: str) -> bool:
     """Bars of what was found; False where there is nothing to draw."""
     panels = [panel for panel in (_losses(values), _acceptance(values), _benchmarks(values)) if panel]
     if not panels:
@@ -66,16 +90,9 @@ def draw(values: Values, path: pathlib.Path, title: str) -> bool:
     for axis, (name, rows) in zip(axes.flat, panels, strict=True):
         names, numbers, errors = zip(*rows, strict=True)
         places = range(len(rows))
-        axis.barh(places, numbers, xerr=[e or 0.0 for e in errors], color="#2a78d6", ecolor="#333333", height=0.7)
-        for place, number, error in zip(places, numbers, errors, strict=True):
-            axis.annotate(
-                f"{number:.3g}",
-                (number + (error or 0.0), place),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                size=8,
-            )
+        xerr = [e or 0.0 for e in errors]
+        bars = axis.barh(places, numbers, xerr=xerr, color="#2a78d6", ecolor="#333333", height=0.7)
+        axis.bar_label(bars, fmt="{:.3g}", padding=3, size=8)
         axis.set_yticks(places, names, fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.15)
@@ -88,22 +105,22 @@ def draw(values: Values, path: pathlib.Path, title: str) -> bool:
     return True
 
 
-def _losses(values: Values) -> Any:
-    rows = [(depth, v["loss"], None) for depth, v in values.get("loss", {}).items() if v["loss"] is not None]
+def _losses(values: JsonObject) -> Panel | None:
+    rows: list[Bar] = [(depth, v["loss"], None) for depth, v in values.get("loss", {}).items() if v["loss"] is not None]
     return ("loss, nats a token", rows) if rows else None
 
 
-def _acceptance(values: Values) -> Any:
+def _acceptance(values: JsonObject) -> Panel | None:
     agreed = [(f"agreement, {d}", v["agreement"], None) for d, v in values.get("acceptance", {}).items() if d != "main"]
     kept = values.get("speculative", {}).get("acceptance", [])
     measured = [(f"accepted, draft {k}", rate, None) for k, rate in enumerate(kept, 1)]
-    rows = [row for row in agreed + measured if row[1] is not None]
+    rows: list[Bar] = [row for row in agreed + measured if row[1] is not None]
     return ("drafts", rows) if rows else None
 
 
-def _benchmarks(values: Values) -> Any:
+def _benchmarks(values: JsonObject) -> Panel | None:
     """The main metric of each benchmark; tasks of a group are its own business. Perplexities have another scale."""
-    rows = []
+    rows: list[Bar] = []
     for name, found in values.get("benchmarks", {}).items():
         main = found["metrics"][found["main_metric"]]
         if found["group"] is None and 0 <= main["value"] <= 1:

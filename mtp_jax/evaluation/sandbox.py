@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mtp_jax.config import UserError
 
@@ -30,9 +29,16 @@ MACHINES = ("x86_64", "aarch64")
 # Libraries outside the interpreter's own folders, and the time zones.
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store", "/usr/share/zoneinfo")
 ENVIRONMENT = {
-    **{"HOME": "/program", "TMPDIR": "/program", "PATH": "", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
+    "HOME": "/program",
+    "TMPDIR": "/program",
+    "PATH": "",
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",
     # numpy's libraries start a thread a core otherwise, and the C library reserves 64 MiB for each
-    **{"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
 }
 INTERPRETERS_OWN = ("LD_LIBRARY_PATH",)  # where modules of a cluster keep libpython
 START = "import sys; sys.path.append({!r}); from jail.launcher import main; sys.path.pop(); main()"
@@ -136,16 +142,19 @@ def _run(program: Program, limits: Limits) -> Outcome:
     here = pathlib.Path(__file__).resolve().parent
     packages = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
     libraries = [os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)]
-    job: dict[str, Any] = {
-        **{"code": program.code, "check": program.check, "limits": dataclasses.asdict(limits)},
-        **{"packages": packages, "visible": [*packages, *libraries, *LIBRARIES]},
+    job = {
+        "code": program.code,
+        "check": program.check,
+        "limits": dataclasses.asdict(limits),
+        "packages": packages,
+        "visible": [*packages, *libraries, *LIBRARIES],
     }
     command = [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", START.format(str(here))]
     try:
         done = subprocess.run(
             command,
             input=json.dumps(job).encode(),
-            env={**ENVIRONMENT, **{name: os.environ[name] for name in INTERPRETERS_OWN if name in os.environ}},
+            env=ENVIRONMENT | {name: os.environ[name] for name in INTERPRETERS_OWN if name in os.environ},
             cwd="/",
             capture_output=True,
             start_new_session=True,

@@ -7,7 +7,6 @@ import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from mtp_jax.decoding.decoder import Decoder, Generation
 from mtp_jax.decoding.network import cache_bytes_per_token
 from mtp_jax.decoding.samplers import GREEDY, Sampler, is_greedy
 from mtp_jax.evaluation.results import without_nan
+from mtp_jax.typing import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +96,40 @@ def _prompt_of(path: str, number: int, line: str) -> str:
 
 
 def write_all(
-    decoder: Decoder, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    batch_size: int,
+    *,
+    num_drafts: int,
+    max_new_tokens: int,
+    sampler: Sampler = GREEDY,
+    seed: int = 0,
+    stop_tokens: Sequence[int] = (),
 ) -> Generation:
     """`Decoder.generate` of all prompts, batch by batch, each batch with draws of its own."""
-    starts = range(0, len(prompts), batch_size)
     return joined(
-        [decoder.generate(prompts[i : i + batch_size], seed=seed + n, **options) for n, i in enumerate(starts)]
+        [
+            decoder.generate(
+                prompts[i : i + batch_size],
+                max_new_tokens,
+                sampler=sampler,
+                num_drafts=num_drafts,
+                seed=seed + n,
+                stop_tokens=stop_tokens,
+            )
+            for n, i in enumerate(range(0, len(prompts), batch_size))
+        ]
     )
 
 
 def joined(parts: Sequence[Generation]) -> Generation:
     """Several batches as one."""
-    counts = (np.concatenate([getattr(g, name) for g in parts]) for name in ("rounds", "tested", "accepted"))
-    return Generation([tokens for g in parts for tokens in g.tokens], *counts)
+    return Generation(
+        tokens=[tokens for g in parts for tokens in g.tokens],
+        rounds=np.concatenate([g.rounds for g in parts]),
+        tested=np.concatenate([g.tested for g in parts]),
+        accepted=np.concatenate([g.accepted for g in parts]),
+    )
 
 
 def measure(
@@ -131,10 +152,10 @@ def measure(
     """
     decoder.check(prompts, max_new_tokens, num_drafts)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    options: dict[str, Any] = {"sampler": sampler, "stop_tokens": stop_tokens}
     for batch in batches:
         for drafts in (0, num_drafts):
-            decoder.write(decoder.start(batch, max_new_tokens, num_drafts=drafts), 0, **options)
+            state = decoder.start(batch, max_new_tokens, num_drafts=drafts)
+            decoder.write(state, 0, sampler=sampler, stop_tokens=stop_tokens)
     runs: dict[int, list[Generation]] = {}
     seconds = {0: math.inf, num_drafts: math.inf}
     for _ in range(repeats):
@@ -143,30 +164,33 @@ def measure(
         for n, batch in enumerate(batches):
             for drafts in seconds:
                 started = time.monotonic()
-                written = decoder.generate(batch, max_new_tokens, num_drafts=drafts, seed=seed + n, **options)
+                written = decoder.generate(
+                    batch,
+                    max_new_tokens,
+                    sampler=sampler,
+                    num_drafts=drafts,
+                    seed=seed + n,
+                    stop_tokens=stop_tokens,
+                )
                 runs[drafts].append(written)
                 spent[drafts] += time.monotonic() - started
         seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
     plain, drafted = joined(runs[0]), joined(runs[num_drafts])
     same = sum(np.array_equal(a, b) for a, b in zip(plain.tokens, drafted.tokens, strict=True))
-    num_same = same if is_greedy(sampler) else None
-    return _result(decoder, batch_size, plain.tokens, drafted, num_same, seconds[0], seconds[num_drafts])
-
-
-def _result(decoder, batch_size, rows, every, num_same, plain_seconds, seconds) -> SpeculativeResult:
-    num_tokens, num_plain = sum(map(len, every.tokens)), sum(map(len, rows))
+    num_tokens = sum(map(len, drafted.tokens))
+    speed, plain_speed = num_tokens / seconds[num_drafts], sum(map(len, plain.tokens)) / seconds[0]
     cache = cache_bytes_per_token(decoder.architecture)
     return SpeculativeResult(
-        draft_length=every.tested.shape[1],
+        draft_length=drafted.tested.shape[1],
         batch_size=batch_size,
-        num_prompts=len(rows),
+        num_prompts=len(prompts),
         num_tokens=num_tokens,
-        num_same=num_same,
-        acceptance=every.acceptance,
-        tokens_per_forward=every.tokens_per_forward,
-        plain_tokens_per_second=num_plain / plain_seconds,
-        tokens_per_second=num_tokens / seconds,
-        speed_up=(num_tokens / seconds) / (num_plain / plain_seconds),
+        num_same=same if is_greedy(sampler) else None,
+        acceptance=drafted.acceptance,
+        tokens_per_forward=drafted.tokens_per_forward,
+        plain_tokens_per_second=plain_speed,
+        tokens_per_second=speed,
+        speed_up=speed / plain_speed,
         cache_bytes=cache["kept"],
         multi_head_bytes=cache["multi_head"],
     )
@@ -175,9 +199,9 @@ def _result(decoder, batch_size, rows, every, num_same, plain_seconds, seconds) 
 def text(result: SpeculativeResult) -> str:
     """The result as a table, a few lines of words below."""
     r = result
-    head = f"{'drafts':<8}{'acceptance':>12}" + f"{'tokens/forward':>16}{'plain tok/s':>13}{'tok/s':>9}{'speed-up':>10}"
     rates = " ".join("-" if math.isnan(a) else f"{a:.0%}" for a in r.acceptance)
     width = max(12, len(rates) + 1)
+    head = f"{'drafts':<8}{'acceptance':>{width}}{'tokens/forward':>16}{'plain tok/s':>13}{'tok/s':>9}{'speed-up':>10}"
     row = (
         f"{r.draft_length:<8}{rates:>{width}}{r.tokens_per_forward:>16.2f}{r.plain_tokens_per_second:>13,.0f}"
         f"{r.tokens_per_second:>9,.0f}{r.speed_up:>9.2f}x"
@@ -188,7 +212,7 @@ def text(result: SpeculativeResult) -> str:
     return "\n".join(
         [
             f"speculative decoding, {size}{same}",
-            head.replace(f"{'acceptance':>12}", f"{'acceptance':>{width}}"),
+            head,
             row,
             f"cache: {r.cache_bytes:,} bytes a token; plain multi-head attention would keep {r.multi_head_bytes:,} "
             f"({saved:.1%} saved)",
@@ -196,6 +220,6 @@ def text(result: SpeculativeResult) -> str:
     )
 
 
-def as_json(result: SpeculativeResult) -> dict[str, Any]:
+def as_json(result: SpeculativeResult) -> JsonObject:
     """The fields; None for what was not measured."""
     return without_nan(dataclasses.asdict(result))

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 
 from mtp_jax import data, sharding
-from mtp_jax.config import Config, MeshConfig, UserError, mesh_sizes
+from mtp_jax.config import Config, MeshConfig, UserError
 from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop import hf_config
 from mtp_jax.interop.weights import place
@@ -18,6 +19,8 @@ from mtp_jax.model import Tree, abstract_model
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 
+DType = Literal["float32", "bfloat16"]
+
 
 def load(
     path: str | os.PathLike[str],
@@ -25,7 +28,7 @@ def load(
     mesh: MeshConfig | None = None,
     depth: int | None = None,
     ignore: tuple[str, ...] = (),
-    compute_dtype: str | None = None,
+    compute_dtype: DType | None = None,
 ) -> LanguageModel:
     """A trained model: the newest sound checkpoint of a workdir, or a Hugging Face folder, read without conversion.
 
@@ -43,27 +46,36 @@ def load(
       UserError: neither of the two, or a model that is not supported, with the file, field or tensor.
       CheckpointError: a workdir without a sound checkpoint.
     """
-    read = _from_folder if hf_folder.is_hf_folder(path) else _from_workdir
-    return read(pathlib.Path(path), _mesh(mesh), depth, ignore, compute_dtype)
+    axes, devices = (MeshConfig(), jax.devices()[:1]) if mesh is None else (mesh, jax.devices())
+    placed = sharding.make_mesh(axes, devices)
+
+    def adapted(config: Config) -> Config:
+        dtype = config.model.compute_dtype if compute_dtype is None else compute_dtype
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype), mesh=axes)
+
+    if hf_folder.is_hf_folder(path):
+        return _from_folder(pathlib.Path(path), adapted, placed, depth, ignore)
+    if depth is not None or ignore:
+        raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
+    return _from_workdir(pathlib.Path(path), adapted, placed)
 
 
-def _mesh(config: MeshConfig | None) -> tuple[MeshConfig, jax.sharding.Mesh]:
-    if config is None:
-        return MeshConfig(), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    mesh_sizes(config, jax.device_count())
-    return config, sharding.make_mesh(config)
-
-
-def _from_folder(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
+def _from_folder(
+    path: pathlib.Path,
+    adapt: Callable[[Config], Config],
+    mesh: jax.sharding.Mesh,
+    depth: int | None,
+    ignore: tuple[str, ...],
+) -> LanguageModel:
     with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
-        config = _with(opened.config, mesh[0], compute_dtype)
+        config = adapt(opened.config)
         context = hf_config.longest_text(opened.hf_config, str(path / "config.json"))  # not of a training run
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=context))
-        params, biases = place(opened.arrays, _abstract(config, mesh[1])).values()
+        params, biases = place(opened.arrays, _abstract(config, mesh)).values()
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
     eos_ids = _eos_ids(path, config.model.vocab_size or 0)
-    return LanguageModel(config, params, biases, tokenizer, mesh[1], eos_ids=eos_ids)
+    return LanguageModel(config, params, biases, tokenizer, mesh, eos_ids=eos_ids)
 
 
 def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
@@ -88,10 +100,8 @@ def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
     return ()
 
 
-def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> LanguageModel:
-    if depth is not None or ignore:
-        raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
-    config = _with(workdirs.read_config(path), mesh[0], compute_dtype)
+def _from_workdir(path: pathlib.Path, adapt: Callable[[Config], Config], mesh: jax.sharding.Mesh) -> LanguageModel:
+    config = adapt(workdirs.read_config(path))
     is_import = (path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE).is_file()
     named = config.data.tokenizer
     has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import
@@ -102,22 +112,15 @@ def _from_workdir(path: pathlib.Path, mesh, depth, ignore, compute_dtype) -> Lan
     with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
             raise UserError(f"{path}: has no checkpoints yet; train it first")
-        step, state = saved.restore_part(None, _abstract(config, mesh[1]))
-    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh[1], step, eos_ids)
-
-
-def _with(config: Config, mesh: MeshConfig, compute_dtype: Any) -> Config:
-    model = config.model
-    if compute_dtype is not None:
-        model = dataclasses.replace(model, compute_dtype=compute_dtype)
-    return dataclasses.replace(config, model=model, mesh=mesh)
+        step, state = saved.restore_part(None, _abstract(config, mesh))
+    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh, step, eos_ids)
 
 
 def _abstract(config: Config, mesh: jax.sharding.Mesh) -> Tree:
     """Shapes, dtypes and places of the weights."""
     built = abstract_model(config.architecture)
 
-    def at(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+    def at(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     params, biases = built.shardings(mesh)

@@ -6,11 +6,11 @@ Shape letters: B rows, N tokens, D extra depths, T = N - D positions, K = 1 + D 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mtp_jax import data, sharding, targets
 from mtp_jax.config import Architecture, Config, UserError
@@ -56,9 +56,9 @@ class LanguageModel:
     def end_tokens(self) -> tuple[int, ...]:
         """What ends a text: the tokenizer's eos and `eos_ids`."""
         eos = None if self.tokenizer is None else self.tokenizer.eos_id
-        return tuple(dict.fromkeys([*([] if eos is None else [eos]), *self.eos_ids]))
+        return tuple(dict.fromkeys(i for i in (eos, *self.eos_ids) if i is not None))
 
-    def logits(self, tokens: Any) -> np.ndarray:
+    def logits(self, tokens: ArrayLike) -> np.ndarray:
         """What every depth predicts.
 
         Args:
@@ -128,7 +128,7 @@ class LanguageModel:
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         special = [self._needs_tokenizer().special_id(text) for text in stops]
         vocab = self.config.model.vocab_size or 0  # a tokenizer may have more than the model writes
-        stop_tokens = [*stop_tokens, *(token for token in special if token is not None and token < vocab)]
+        stop_tokens = list(stop_tokens) + [token for token in special if token is not None and token < vocab]
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
         befores = self.prompt_ids(prompts)
@@ -304,7 +304,7 @@ class LanguageModel:
             )
         return self.tokenizer
 
-    def _checked(self, tokens: Any) -> np.ndarray:
+    def _checked(self, tokens: ArrayLike) -> np.ndarray:
         tokens_BN, depth, vocab = np.asarray(tokens), kind_of(self.config).depth, self.config.model.vocab_size or 0
         if tokens_BN.ndim != 2 or not np.issubdtype(tokens_BN.dtype, np.integer):
             raise UserError(f"tokens {tokens_BN.dtype}{list(tokens_BN.shape)}: give integers of shape [B, N]")
