@@ -89,8 +89,10 @@ def measure_costs(decoder: Decoder, batch_sizes: Sequence[int], max_drafts: int,
     return costs
 
 
-def _time(run: Callable[[Architecture, int, Network, State], jax.Array], decoder: Decoder, state: State, num: int) ->
-    float: """Milliseconds of one iteration."""
+def _time(
+    run: Callable[[Architecture, int, Network, State], jax.Array], decoder: Decoder, state: State, num: int
+) -> float:
+    """Milliseconds of one iteration."""
     best = math.inf
     jax.block_until_ready(run(decoder.architecture, num, decoder.network, state))
     for _ in range(REPEATS):
