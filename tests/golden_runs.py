@@ -91,6 +91,7 @@ def exports():
     import jax
     import numpy as np
 
+    from mtp_jax.config import with_values
     from mtp_jax.interop import hf_config, weights
     from mtp_jax.interop.tensorfiles import write_folder
     from mtp_jax.model import init
@@ -99,7 +100,7 @@ def exports():
     for kind, changes in {"none": {}, "sequential": {}, "sequential_gqa": {"attention": "gqa"}}.items():
         config = config_of("gqa" if changes else kind)
         if changes:  # as GLM-4.5 lays its heads out
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, rope_interleaved=False))
+            config = with_values(config, {"model.rope.interleaved": False})
         params, biases = jax.device_get(jax.jit(lambda config=config: init(config.architecture, 3))())
         leaves = weights.flat(params, "params") | weights.flat(biases, "biases")
         layout = hf_config.layout_of(config)

@@ -9,7 +9,17 @@ import pytest
 
 from mtp_jax import config as configs
 from mtp_jax import targets
-from mtp_jax.config import Config, ModelConfig, MTPConfig, TrainingConfig, conventions
+from mtp_jax.config import (
+    Config,
+    Llama3Config,
+    ModelConfig,
+    MTPConfig,
+    RopeConfig,
+    TrainingConfig,
+    YarnConfig,
+    conventions,
+    with_values,
+)
 from mtp_jax.model import abstract_model, count_parameters, init
 from mtp_jax.mtp import kind_of
 from mtp_jax.training.step import loss_scales, make_loss, rows_of
@@ -34,24 +44,22 @@ BASE = ModelConfig(
     expert_dim=8,
 )
 MOE = replace(BASE, num_experts=8, num_experts_per_token=3, routed_scaling_factor=1.7)
-YARN = {"yarn_factor": 4.0, "yarn_original_length": 16, "rope_theta": 100.0}
+YARN = RopeConfig(theta=100.0, yarn=YarnConfig(factor=4.0, original_length=16))
+YARN_MSCALES = with_values(YARN, {"yarn.mscale": 0.7, "yarn.mscale_all_dim": 1.0})
+HALVES = RopeConfig(interleaved=False)
 
 MODELS = {
     "mla": BASE,
     "mla_q_lora": replace(BASE, q_lora_rank=6),
-    "mla_yarn": replace(BASE, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
-    "mla_yarn_plain": replace(BASE, **YARN),
-    "gqa": replace(BASE, attention="gqa", rope_interleaved=False),
-    "gqa_yarn": replace(
-        BASE, attention="gqa", rope_interleaved=False, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7
-    ),
-    "gqa_qwen": replace(
-        BASE, attention="gqa", rope_interleaved=False, qk_norm=True, qkv_bias=True, rotary_fraction=0.5
-    ),
+    "mla_yarn": replace(BASE, rope=YARN_MSCALES),
+    "mla_yarn_plain": replace(BASE, rope=YARN),
+    "gqa": replace(BASE, attention="gqa", rope=HALVES),
+    "gqa_yarn": replace(BASE, attention="gqa", rope=replace(YARN_MSCALES, interleaved=False)),
+    "gqa_qwen": replace(BASE, attention="gqa", rope=HALVES, qk_norm=True, qkv_bias=True, rotary_fraction=0.5),
     "gqa_llama3": replace(
-        BASE, attention="gqa", rope_interleaved=False, llama3_factor=8.0, llama3_original_length=24, rope_theta=50.0
+        BASE, attention="gqa", rope=replace(HALVES, theta=50.0, llama3=Llama3Config(factor=8.0, original_length=24))
     ),
-    "gqa_linear": replace(BASE, attention="gqa", rope_interleaved=False, rope_linear_factor=4.0),
+    "gqa_linear": replace(BASE, attention="gqa", rope=replace(HALVES, linear_factor=4.0)),
     "mla_two_eps": replace(BASE, norm_eps=1e-2, latent_norm_eps=1e-4),
     "tied": replace(BASE, tie_embeddings=True),
     "moe": MOE,

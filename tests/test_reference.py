@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mtp_jax.config import Conventions, ModelConfig, MTPConfig
+from mtp_jax.config import Conventions, ModelConfig, MTPConfig, RopeConfig, YarnConfig, with_values
 from tests.reference import loss as loss_module
 from tests.reference import moe as moe_module
 from tests.reference import rope, router, targets
@@ -68,16 +68,16 @@ def test_rms_norm_by_hand():
 
 
 def test_rope_by_hand():
-    model = ModelConfig(rope_theta=100.0)
+    model = ModelConfig(rope=RopeConfig(theta=100.0))
     out = rope.rotate(np.array([1.0, 0.0, 0.0, 1.0]), 3, model)  # angles 3 and 0.3
     np.testing.assert_allclose(out, [math.cos(3), math.sin(3), -math.sin(0.3), math.cos(0.3)])
-    out = rope.rotate(np.array([1.0, 0.0, 0.0, 1.0]), 3, dataclasses.replace(model, rope_interleaved=False))
+    out = rope.rotate(np.array([1.0, 0.0, 0.0, 1.0]), 3, with_values(model, {"rope.interleaved": False}))
     np.testing.assert_allclose(out, [math.cos(3), -math.sin(0.3), math.sin(3), math.cos(0.3)])
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope_keeps_norms_and_sees_relative_positions_only(interleaved):
-    model = ModelConfig(rope_interleaved=interleaved)
+    model = ModelConfig(rope=RopeConfig(interleaved=interleaved))
     q, k = RNG.standard_normal((2, 8))
     np.testing.assert_allclose(rope.rotate(q, 0, model), q)
     np.testing.assert_allclose(np.linalg.norm(rope.rotate(q, 17, model)), np.linalg.norm(q))
@@ -90,12 +90,16 @@ def test_rope_keeps_norms_and_sees_relative_positions_only(interleaved):
 def test_rope_styles_differ_by_a_permutation():
     order = [0, 2, 4, 1, 3, 5]  # interleaved slots -> halves
     vector = RNG.standard_normal(6)
-    split = rope.rotate(vector[order], 4, ModelConfig(rope_interleaved=False))
+    split = rope.rotate(vector[order], 4, ModelConfig(rope=RopeConfig(interleaved=False)))
     np.testing.assert_allclose(rope.rotate(vector, 4, ModelConfig())[order], split)
 
 
+def _yarn(**fields):
+    return ModelConfig(rope=RopeConfig(yarn=YarnConfig(**fields)))
+
+
 def test_yarn_as_deepseek_v3_sets_it():
-    model = ModelConfig(yarn_factor=40.0, yarn_mscale=1.0, yarn_mscale_all_dim=1.0)
+    model = _yarn(factor=40.0, mscale=1.0, mscale_all_dim=1.0)
     assert rope.correction_range(64, model) == (10, 23)
     assert rope.correction_range(40, model) == (6, 15)  # floor of 6.5, ceiling of 14.1
     frequencies = rope.inverse_frequencies(64, model)
@@ -108,19 +112,19 @@ def test_yarn_as_deepseek_v3_sets_it():
 
 
 def test_yarn_attention_factors():
-    paper = ModelConfig(yarn_factor=4.0)
+    paper = _yarn(factor=4.0)
     np.testing.assert_allclose(rope.attention_factor(paper), 0.1 * math.log(4) + 1)
     assert rope.softmax_factor(paper) == 1.0
-    v2 = ModelConfig(yarn_factor=40.0, yarn_mscale=0.5, yarn_mscale_all_dim=0.707)
+    v2 = _yarn(factor=40.0, mscale=0.5, mscale_all_dim=0.707)
     ratio = (0.05 * math.log(40) + 1) / (0.0707 * math.log(40) + 1)
     np.testing.assert_allclose(rope.attention_factor(v2), ratio)
-    off = ModelConfig(yarn_mscale_all_dim=1.0)
+    off = _yarn(mscale_all_dim=1.0)
     assert rope.attention_factor(off) == rope.softmax_factor(off) == 1.0
     assert rope.inverse_frequencies(8, off) == rope.inverse_frequencies(8, ModelConfig())
 
 
 def test_yarn_scales_what_rope_returns():
-    model = ModelConfig(yarn_factor=4.0)
+    model = _yarn(factor=4.0)
     np.testing.assert_allclose(np.linalg.norm(rope.rotate(np.array([3.0, 4.0]), 9, model)), 5 * (0.1 * math.log(4) + 1))
 
 
@@ -146,9 +150,9 @@ def _attention(kind, **overrides):
     ("kind", "overrides"),
     [
         ("mla", {}),
-        ("mla", {"q_lora_rank": 4, "yarn_factor": 8.0, "yarn_mscale_all_dim": 1.0}),
+        ("mla", {"q_lora_rank": 4, "rope": RopeConfig(yarn=YarnConfig(factor=8.0, mscale_all_dim=1.0))}),
         ("gqa", {}),
-        ("gqa", {"qk_norm": True, "qkv_bias": True, "rotary_fraction": 0.5, "rope_interleaved": False}),
+        ("gqa", {"qk_norm": True, "qkv_bias": True, "rotary_fraction": 0.5, "rope": RopeConfig(interleaved=False)}),
     ],
 )
 def test_attention_of_packed_documents_is_that_of_each_alone(kind, overrides):

@@ -19,7 +19,7 @@ def get_config():
     config.model.num_kv_heads = 2
     config.model.head_dim = 32
     config.model.ffn_dim = 64
-    config.model.rope_theta = 100.0
+    config.model.rope.theta = 100.0
 
     config.data.source = "text_files"
     config.data.files = "runs/experiments/star_graph/data/train.jsonl"

@@ -6,7 +6,7 @@ sees only that.
 
 from mtp_jax.config.aliases import current_key, renamed
 from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, validate
-from mtp_jax.config.fields import UserError, check_bounds, walk
+from mtp_jax.config.fields import UserError, check_bounds, key_hints, value_of, walk, with_values
 from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict, with_own_tokenizer
 from mtp_jax.config.schema import (
     CONVENTIONS,
@@ -15,12 +15,15 @@ from mtp_jax.config.schema import (
     Config,
     Conventions,
     DataConfig,
+    Llama3Config,
     MeshConfig,
     ModelConfig,
     MTPConfig,
     MuonConfig,
     OptimizerConfig,
+    RopeConfig,
     TrainingConfig,
+    YarnConfig,
     conventions,
 )
 
@@ -32,24 +35,30 @@ __all__ = [
     "Config",
     "Conventions",
     "DataConfig",
+    "Llama3Config",
     "MTPConfig",
     "MeshConfig",
     "ModelConfig",
     "MuonConfig",
     "OptimizerConfig",
+    "RopeConfig",
     "TrainingConfig",
     "UserError",
+    "YarnConfig",
     "check_bounds",
     "conventions",
     "current_key",
     "default_config",
     "from_dict",
+    "key_hints",
     "load_config",
     "mesh_sizes",
     "renamed",
     "to_config_dict",
     "to_dict",
     "validate",
+    "value_of",
     "walk",
+    "with_values",
     "with_own_tokenizer",
 ]

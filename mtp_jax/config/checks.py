@@ -3,7 +3,7 @@
 import dataclasses
 
 from mtp_jax.config.fields import UserError, check_bounds
-from mtp_jax.config.schema import Config, MeshConfig, ModelConfig
+from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, RopeConfig
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
@@ -19,7 +19,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     """
     check_bounds(config, _in_use(config.model))
     _check_attention(config.model)
-    _check_rope(config.model)
+    _check_rope(config.model.rope)
     _check_experts(config)
     sizes = mesh_sizes(config.mesh, num_devices)
     _check_mesh(config, sizes)
@@ -78,14 +78,19 @@ def _check_attention(model: ModelConfig) -> None:
             )
 
 
-def _check_rope(model: ModelConfig) -> None:
-    stretched = [k for k in ("rope_linear_factor", "llama3_factor", "yarn_factor") if getattr(model, k) > 1]
+def _check_rope(rope: RopeConfig) -> None:
+    factors = {
+        "linear_factor": rope.linear_factor,
+        "llama3.factor": rope.llama3.factor,
+        "yarn.factor": rope.yarn.factor,
+    }
+    stretched = [f"model.rope.{name}" for name, factor in factors.items() if factor > 1]
     if len(stretched) > 1:
-        raise UserError(f"model.{stretched[0]} and model.{stretched[1]}: both above 1; positions are stretched one way")
-    if model.llama3_factor > 1 and not 0 < model.llama3_low_frequency < model.llama3_high_frequency:
+        raise UserError(f"{stretched[0]} and {stretched[1]}: both above 1; positions are stretched one way")
+    low, high = rope.llama3.low_frequency, rope.llama3.high_frequency
+    if rope.llama3.factor > 1 and not 0 < low < high:
         raise UserError(
-            f"model.llama3_low_frequency={model.llama3_low_frequency}: must lie between 0 and "
-            f"model.llama3_high_frequency={model.llama3_high_frequency}"
+            f"model.rope.llama3.low_frequency={low}: must lie between 0 and model.rope.llama3.high_frequency={high}"
         )
 
 

@@ -8,6 +8,42 @@ from mtp_jax.config.fields import setting
 
 
 @dataclass(frozen=True)
+class Llama3Config:
+    """Llama 3.1's stretching of rotary positions to longer texts; on where factor is above 1."""
+
+    factor: float = setting(1.0, at_least=1, at_most=1e6, was="model.llama3_factor")
+    low_frequency: float = setting(1.0, at_least=0, at_most=1e6, was="model.llama3_low_frequency")
+    high_frequency: float = setting(4.0, at_least=0, at_most=1e6, was="model.llama3_high_frequency")
+    original_length: int = setting(8192, at_least=1, below=2**31, was="model.llama3_original_length")
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN (2309.00071): stretching of rotary positions to longer texts; on where factor is above 1."""
+
+    factor: float = setting(1.0, at_least=1, at_most=1e6, was="model.yarn_factor")
+    original_length: int = setting(4096, at_least=1, below=2**31, was="model.yarn_original_length")
+    beta_fast: float = setting(32.0, above=0, at_most=1e6, was="model.yarn_beta_fast")
+    beta_slow: float = setting(1.0, above=0, at_most=1e6, was="model.yarn_beta_slow")
+    mscale: float = setting(1.0, at_least=0, at_most=1e3, was="model.yarn_mscale")
+    # 0: YaRN's own attention factor, 0.1 ln(factor) + 1
+    mscale_all_dim: float = setting(0.0, at_least=0, at_most=1e3, was="model.yarn_mscale_all_dim")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (2104.09864), and how they are stretched to longer texts than the model was first trained on."""
+
+    theta: float = setting(10_000.0, above=1, at_most=1e12, was="model.rope_theta")
+    # pairs (2i, 2i+1) as DeepSeek; False: (i, i + n/2) as Llama
+    interleaved: bool = setting(True, was="model.rope_interleaved")
+    # positions are divided by it (2306.15595)
+    linear_factor: float = setting(1.0, at_least=1, at_most=1e6, was="model.rope_linear_factor")
+    llama3: Llama3Config = Llama3Config()
+    yarn: YarnConfig = YarnConfig()
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The main model: DeepSeek-V3's architecture (2412.19437), every piece switchable.
 
@@ -44,21 +80,7 @@ class ModelConfig:
     qk_norm: bool = False
     qkv_bias: bool = False
     rotary_fraction: float = setting(1.0, at_least=0, at_most=1)  # of head_dim; the rest of the head is not rotated
-    # rotary positions, and how they are stretched to longer texts than the model was first trained on
-    rope_theta: float = setting(10_000.0, above=1, at_most=1e12)
-    rope_interleaved: bool = True  # pairs (2i, 2i+1) as DeepSeek; False: (i, i + n/2) as Llama
-    rope_linear_factor: float = setting(1.0, at_least=1, at_most=1e6)  # positions are divided by it (2306.15595)
-    llama3_factor: float = setting(1.0, at_least=1, at_most=1e6)  # Llama 3.1's stretching is on above 1
-    llama3_low_frequency: float = setting(1.0, at_least=0, at_most=1e6)
-    llama3_high_frequency: float = setting(4.0, at_least=0, at_most=1e6)
-    llama3_original_length: int = setting(8192, at_least=1, below=2**31)
-    yarn_factor: float = setting(1.0, at_least=1, at_most=1e6)  # YaRN (2309.00071) is on above 1
-    yarn_original_length: int = setting(4096, at_least=1, below=2**31)
-    yarn_beta_fast: float = setting(32.0, above=0, at_most=1e6)
-    yarn_beta_slow: float = setting(1.0, above=0, at_most=1e6)
-    yarn_mscale: float = setting(1.0, at_least=0, at_most=1e3)
-    # 0: YaRN's own attention factor, 0.1 ln(factor) + 1
-    yarn_mscale_all_dim: float = setting(0.0, at_least=0, at_most=1e3)
+    rope: RopeConfig = RopeConfig()
 
     # feed-forward: dense SwiGLU, or DeepSeekMoE (2401.06066) from block num_dense_layers on
     ffn_dim: int = setting(512, at_least=1, at_most=2**24, may_change="new_run")

@@ -7,13 +7,12 @@ the released models.
 """
 
 import math
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtp_jax.config import ModelConfig, UserError
+from mtp_jax.config import ModelConfig, UserError, key_hints
 
-Fields = dict[str, str]  # their key -> field of our ModelConfig
+Fields = dict[str, str]  # their key -> key below our ModelConfig
 Values = dict[str, Any]
 
 BASIC: Fields = {
@@ -112,7 +111,7 @@ WINDOW_KEYS = ("sliding_window", "max_window_layers")  # without effect while us
 SIGMOID: Values = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 EVERY_LAYER: Values = {"moe_layer_freq": 1}
 NOT_IN_CLASS: Values = {"use_mrope": False}
-HALVES: Values = {"attention": "gqa", "rope_interleaved": False}
+HALVES: Values = {"attention": "gqa", "rope.interleaved": False}
 DENSE: Values = HALVES | {"num_experts": 0, "rotary_fraction": 1.0}
 V3_ROUTER: Values = {"router_score": "sigmoid", "router_group_score": "top2_sum"}
 LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # their latent norms take their class's default
@@ -121,7 +120,7 @@ LAYOUTS: dict[str, Layout] = {
     "deepseek_v3": Layout(
         architecture="DeepseekV3ForCausalLM",
         family="deepseek_v3",
-        fields=BASIC | LATENT | {"rope_interleave": "rope_interleaved"},
+        fields=BASIC | LATENT | {"rope_interleave": "rope.interleaved"},
         mixture=EXPERTS | RENORMALIZE,
         defaults=SMALL_DEFAULTS
         | LATENT_SIZES
@@ -173,7 +172,7 @@ LAYOUTS: dict[str, Layout] = {
         tolerated={"mlp_bias": False, "rope_interleave": True},
         implied=LATENT_NORM
         | {
-            "rope_interleaved": True,
+            "rope.interleaved": True,
             "router_score": "softmax",
             "router_group_score": "max",
             "router_renormalize": False,
@@ -276,20 +275,20 @@ ALIASES = {"num_mtp_layers": MTP_KEY, "num_local_experts": "n_routed_experts", "
 # Keys of each rope type inside rope_scaling or rope_parameters: theirs and ours.
 ROPE_TYPES: dict[str, Fields] = {
     "default": {},
-    "linear": {"factor": "rope_linear_factor"},
+    "linear": {"factor": "rope.linear_factor"},
     "llama3": {
-        "factor": "llama3_factor",
-        "original_max_position_embeddings": "llama3_original_length",
-        "low_freq_factor": "llama3_low_frequency",
-        "high_freq_factor": "llama3_high_frequency",
+        "factor": "rope.llama3.factor",
+        "original_max_position_embeddings": "rope.llama3.original_length",
+        "low_freq_factor": "rope.llama3.low_frequency",
+        "high_freq_factor": "rope.llama3.high_frequency",
     },
     "yarn": {
-        "factor": "yarn_factor",
-        "original_max_position_embeddings": "yarn_original_length",
-        "beta_fast": "yarn_beta_fast",
-        "beta_slow": "yarn_beta_slow",
-        "mscale": "yarn_mscale",
-        "mscale_all_dim": "yarn_mscale_all_dim",
+        "factor": "rope.yarn.factor",
+        "original_max_position_embeddings": "rope.yarn.original_length",
+        "beta_fast": "rope.yarn.beta_fast",
+        "beta_slow": "rope.yarn.beta_slow",
+        "mscale": "rope.yarn.mscale",
+        "mscale_all_dim": "rope.yarn.mscale_all_dim",
     },
 }
 
@@ -315,7 +314,7 @@ IGNORED = frozenset(
     """.split()
 )
 
-KINDS = {name: hint for name, hint in typing.get_type_hints(ModelConfig).items()} | {"vocab_size": int}
+KINDS = key_hints(ModelConfig) | {"vocab_size": int}
 WORDS = {int: "an integer", float: "a finite number", bool: "true or false", dict: "an object", str: "a string"}
 
 

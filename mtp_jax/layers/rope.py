@@ -15,28 +15,29 @@ from mtp_jax.config import ModelConfig
 def inverse_frequencies(dim: int, config: ModelConfig) -> np.ndarray:
     """float64[dim / 2] of 1 / theta^(2i / dim), stretched as the config says.
 
-    Linear (2306.15595): all slowed by rope_linear_factor. Llama 3.1 (2407.21783, as released): wavelengths longer than
+    Linear (2306.15595): all slowed by linear_factor. Llama 3.1 (2407.21783, as released): wavelengths longer than
     original / low_frequency are slowed by the factor, those shorter than original / high_frequency are kept, with a
     ramp in the inverse wavelength between.
     YaRN: dims that turn more than beta_fast times in the original length keep their frequency, those that turn less
     than beta_slow times are slowed by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
     """
-    frequency = config.rope_theta ** -(np.arange(0, dim, 2) / dim) / config.rope_linear_factor
-    if config.llama3_factor > 1:
-        low, high = config.llama3_low_frequency, config.llama3_high_frequency
-        turns = config.llama3_original_length * frequency / (2 * np.pi)
+    rope, llama3, yarn = config.rope, config.rope.llama3, config.rope.yarn
+    frequency = rope.theta ** -(np.arange(0, dim, 2) / dim) / rope.linear_factor
+    if llama3.factor > 1:
+        low, high = llama3.low_frequency, llama3.high_frequency
+        turns = llama3.original_length * frequency / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0, 1)
-        return frequency * (kept + (1 - kept) / config.llama3_factor)
-    if config.yarn_factor <= 1:
+        return frequency * (kept + (1 - kept) / llama3.factor)
+    if yarn.factor <= 1:
         return frequency
 
     def dim_of_turns(turns: float) -> float:
-        return dim * math.log(config.yarn_original_length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(dim_of_turns(config.yarn_beta_fast)), 0)
-    high = min(math.ceil(dim_of_turns(config.yarn_beta_slow)), dim - 1)
+    low = max(math.floor(dim_of_turns(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of_turns(yarn.beta_slow)), dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
-    return frequency / config.yarn_factor * ramp + frequency * (1 - ramp)
+    return frequency / yarn.factor * ramp + frequency * (1 - ramp)
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -45,22 +46,24 @@ def _mscale(factor: float, weight: float) -> float:
 
 def rotation_scale(config: ModelConfig) -> float:
     """What YaRN multiplies cos and sin by."""
-    if config.yarn_mscale_all_dim:
-        return _mscale(config.yarn_factor, config.yarn_mscale) / _mscale(config.yarn_factor, config.yarn_mscale_all_dim)
-    return _mscale(config.yarn_factor, 1.0)
+    yarn = config.rope.yarn
+    if yarn.mscale_all_dim:
+        return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    return _mscale(yarn.factor, 1.0)
 
 
 def mla_softmax_scale(config: ModelConfig) -> float:
-    """1 / sqrt(query dims), times mscale^2 where YaRN has yarn_mscale_all_dim. Other attentions have no such factor."""
+    """1 / sqrt(query dims), times mscale^2 where YaRN has mscale_all_dim. Other attentions have no such factor."""
     head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    mscale = _mscale(config.yarn_factor, config.yarn_mscale_all_dim) if config.yarn_mscale_all_dim else 1.0
+    yarn = config.rope.yarn
+    mscale = _mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
     return head_dim**-0.5 * mscale * mscale
 
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotate every dim of x by its position; float32 inside, the input's dtype out.
 
-    Pairs are (2i, 2i+1) where rope_interleaved, else (i, i + R/2).
+    Pairs are (2i, 2i+1) where interleaved, else (i, i + R/2).
     """
     dim = x_BTHR.shape[-1]
     inverse = jnp.asarray(inverse_frequencies(dim, config), jnp.float32)
@@ -68,7 +71,7 @@ def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> j
     scale = rotation_scale(config)
     cos, sin = jnp.cos(angle_BT1R) * scale, jnp.sin(angle_BT1R) * scale
     x = x_BTHR.astype(jnp.float32)
-    if config.rope_interleaved:
+    if config.rope.interleaved:
         a, b = x[..., 0::2], x[..., 1::2]
         out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
     else:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.config import MeshConfig, conventions
+from mtp_jax.config import MeshConfig, RopeConfig, YarnConfig, conventions
 from mtp_jax.decoding import drafting
 from mtp_jax.decoding import state as states
 from mtp_jax.decoding.decoder import Decoder, Generation
@@ -22,12 +22,12 @@ from tests.reference import decoding as oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-YARN = {"yarn_factor": 4.0, "yarn_original_length": 16, "rope_theta": 100.0}
+YARN = RopeConfig(theta=100.0, yarn=YarnConfig(factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.0))
 QWEN = replace(GQA, qk_norm=True, qkv_bias=True, rotary_fraction=0.5)
 MODELS = {
     "mla": MLA,
     "mla_q_lora_moe": replace(MOE, q_lora_rank=6),
-    "mla_yarn": replace(MLA, **YARN, yarn_mscale_all_dim=1.0, yarn_mscale=0.7),
+    "mla_yarn": replace(MLA, rope=YARN),
     "gqa_qwen": QWEN,
     "gqa_moe_tied": replace(GQA, **EXPERTS, tie_embeddings=True),
 }

@@ -101,7 +101,7 @@ NATIVE = {
         *("--config.model.router_group_score=max", "--config.mtp.kind=none"),
     ),
     "llama": (
-        *("--config.model.attention=gqa", "--config.model.rope_interleaved=false", "--config.model.num_experts=0"),
+        *("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.model.num_experts=0"),
         *("--config.model.num_kv_heads=2", "--config.model.head_dim=8"),
     ),
 }
@@ -148,7 +148,7 @@ def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypa
     if kind == "glm4_moe":
         small += [
             "--config.model.attention=gqa",
-            "--config.model.rope_interleaved=false",
+            "--config.model.rope.interleaved=false",
             "--config.mtp.family=glm4_moe",
         ]
         small += ["--config.model.num_kv_heads=2", "--config.model.head_dim=8", "--config.model.rotary_fraction=0.5"]

@@ -9,7 +9,17 @@ import pathlib
 
 import pytest
 
-from mtp_jax.config import Config, ModelConfig, MTPConfig, UserError, load_config, validate
+from mtp_jax.config import (
+    Config,
+    ModelConfig,
+    MTPConfig,
+    UserError,
+    key_hints,
+    load_config,
+    validate,
+    walk,
+    with_values,
+)
 from mtp_jax.interop import hf_config
 from mtp_jax.interop.hf_config import MODEL_TYPES, from_config, layout_of, read_config, to_config
 from mtp_jax.interop.hf_fields import IGNORED, LAYOUTS, WINDOW_KEYS
@@ -129,7 +139,12 @@ FILES = {
 
 # Written by hand from the models' papers and cards.
 LATENT = {"attention": "mla", "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-YARN = {"yarn_factor": 40.0, "yarn_original_length": 4096, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+YARN = {
+    "rope.yarn.factor": 40.0,
+    "rope.yarn.original_length": 4096,
+    "rope.yarn.beta_fast": 32.0,
+    "rope.yarn.beta_slow": 1.0,
+}
 EXPECTED = {
     "v3": LATENT
     | YARN
@@ -143,28 +158,38 @@ EXPECTED = {
     }
     | {"num_experts": 256, "num_experts_per_token": 8, "num_shared_experts": 1, "num_dense_layers": 3}
     | {"router_num_groups": 8, "router_groups_per_token": 4, "routed_scaling_factor": 2.5, "router_score": "sigmoid"}
-    | {"router_group_score": "top2_sum", "router_renormalize": True, "rope_interleaved": True, "vocab_size": 129_280}
-    | {"yarn_mscale": 1.0, "yarn_mscale_all_dim": 1.0, "norm_eps": 1e-6, "latent_norm_eps": 1e-6},
+    | {"router_group_score": "top2_sum", "router_renormalize": True, "rope.interleaved": True, "vocab_size": 129_280}
+    | {"rope.yarn.mscale": 1.0, "rope.yarn.mscale_all_dim": 1.0, "norm_eps": 1e-6, "latent_norm_eps": 1e-6},
     "v2_lite": LATENT
     | YARN
     | {"q_lora_rank": 0, "router_score": "softmax", "router_renormalize": False, "num_shared_experts": 2}
-    | {"yarn_mscale": 0.707, "yarn_mscale_all_dim": 0.707, "num_experts_per_token": 6, "router_num_groups": 1},
+    | {
+        "rope.yarn.mscale": 0.707,
+        "rope.yarn.mscale_all_dim": 0.707,
+        "num_experts_per_token": 6,
+        "router_num_groups": 1,
+    },
     "v2": {"router_group_score": "max", "router_num_groups": 8, "router_groups_per_token": 3, "q_lora_rank": 1536}
     | {"routed_scaling_factor": 16.0, "num_experts": 160},
     "moonlight": LATENT
-    | {"q_lora_rank": 0, "norm_eps": 1e-5, "latent_norm_eps": 1e-6, "rope_theta": 50_000.0, "yarn_factor": 1.0}
+    | {"q_lora_rank": 0, "norm_eps": 1e-5, "latent_norm_eps": 1e-6, "rope.theta": 50_000.0, "rope.yarn.factor": 1.0}
     | {"routed_scaling_factor": 2.446, "num_layers": 27, "router_score": "sigmoid"},
     "glm_air": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "rotary_fraction": 0.5, "head_dim": 128}
-    | {"rope_interleaved": False, "rope_theta": 1e6, "num_kv_heads": 8, "num_experts": 128, "router_score": "sigmoid"}
+    | {"rope.interleaved": False, "rope.theta": 1e6, "num_kv_heads": 8, "num_experts": 128, "router_score": "sigmoid"}
     | {"norm_eps": 1e-5, "num_dense_layers": 1, "expert_dim": 1408, "ffn_dim": 10_944},
-    "mimo": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "num_experts": 0, "rope_theta": 640_000.0}
-    | {"num_layers": 36, "norm_eps": 1e-5, "rope_interleaved": False, "vocab_size": 151_680},
-    "llama": {"attention": "gqa", "llama3_factor": 32.0, "llama3_original_length": 8192, "tie_embeddings": True}
-    | {"llama3_low_frequency": 1.0, "llama3_high_frequency": 4.0, "rope_theta": 500_000.0, "head_dim": 64}
-    | {"qkv_bias": False, "qk_norm": False, "rope_interleaved": False, "rotary_fraction": 1.0, "num_kv_heads": 8},
+    "mimo": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "num_experts": 0, "rope.theta": 640_000.0}
+    | {"num_layers": 36, "norm_eps": 1e-5, "rope.interleaved": False, "vocab_size": 151_680},
+    "llama": {
+        "attention": "gqa",
+        "rope.llama3.factor": 32.0,
+        "rope.llama3.original_length": 8192,
+        "tie_embeddings": True,
+    }
+    | {"rope.llama3.low_frequency": 1.0, "rope.llama3.high_frequency": 4.0, "rope.theta": 500_000.0, "head_dim": 64}
+    | {"qkv_bias": False, "qk_norm": False, "rope.interleaved": False, "rotary_fraction": 1.0, "num_kv_heads": 8},
     "qwen2": {"qkv_bias": True, "head_dim": 64, "num_kv_heads": 2, "tie_embeddings": True, "num_experts": 0},
     "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "embed_dim": 1024, "num_heads": 16},
-    "coder": {"rope_linear_factor": 4.0, "rope_theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
+    "coder": {"rope.linear_factor": 4.0, "rope.theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
 }
 DEPTHS = {"v3": 1, "glm_air": 1, "mimo": 1}
 FAMILIES = {"glm_air": "glm4_moe", "mimo": "mimo"}
@@ -192,7 +217,7 @@ def read(hf, **kwargs):
 
 def model_with(hf, **fields):
     config = read(hf)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    return dataclasses.replace(config, model=with_values(config.model, fields))
 
 
 def mtp_with(hf, **fields):
@@ -219,7 +244,7 @@ def refusal(call, *args, **kwargs):
 @pytest.mark.parametrize("name", FILES)
 def test_a_released_file_gives_the_model_of_its_paper(name):
     config = read(FILES[name])
-    got = dataclasses.asdict(config.model)
+    got = {key: value for key, value, _ in walk(config.model)}
     assert {key: got[key] for key in EXPECTED[name]} == EXPECTED[name]
     assert (kind_of(config).depth, config.mtp.family) == (DEPTHS.get(name, 0), FAMILIES.get(name, "deepseek_v3"))
     assert dataclasses.replace(config, model=ModelConfig(), mtp=MTPConfig()) == Config()
@@ -302,7 +327,7 @@ def test_the_rotation_is_transformers_own(name):
     base, scaling = ROPES[name]
     hf = base | {"rope_scaling": scaling}
     if name == "yarn of half a head":
-        assert read(hf).model.yarn_original_length == hf["max_position_embeddings"]  # absent: as transformers
+        assert read(hf).model.rope.yarn.original_length == hf["max_position_embeddings"]  # absent: as transformers
     values = copy.deepcopy(without(hf, "model_type", "quantization_config"))
     theirs = transformers().AutoConfig.for_model(hf["model_type"], **values)
     functions = importlib.import_module("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
@@ -327,7 +352,7 @@ def test_a_stretching_by_one_is_none():
 
 
 def test_the_rope_of_the_base_keeps_its_style():
-    grown = model_with(LLAMA, rope_theta=1e6)
+    grown = model_with(LLAMA, **{"rope.theta": 1e6})
     assert from_config(grown, "llama", base=LLAMA) == LLAMA | {"rope_theta": 1e6}
     newer = without(LLAMA, "rope_theta", "rope_scaling")
     newer["rope_parameters"] = LLAMA["rope_scaling"] | {"rope_theta": 500_000.0}
@@ -339,10 +364,10 @@ def test_the_rope_of_the_base_keeps_its_style():
     assert from_config(grown, "llama", base=inside) == inside | {"rope_scaling": parameters}
     apart = without(CODER, "rope_scaling") | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}
     assert read(apart) == read(CODER)
-    longer = from_config(model_with(CODER, rope_linear_factor=8.0), "llama", base=apart)
+    longer = from_config(model_with(CODER, **{"rope.linear_factor": 8.0}), "llama", base=apart)
     assert longer["rope_parameters"] == {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5}
     assert longer.keys() == apart.keys()
-    shorter = model_with(LLAMA, llama3_factor=1.0)
+    shorter = model_with(LLAMA, **{"rope.llama3.factor": 1.0})
     assert from_config(shorter, "llama", base=LLAMA)["rope_scaling"] is None
 
 
@@ -476,7 +501,7 @@ def test_training_and_unused_keys_do_not_matter():
 
 NOT_HELD = {
     "model.qk_norm=True": model_with(QWEN2, qk_norm=True),
-    "model.rope_interleaved=True": model_with(QWEN3, rope_interleaved=True),
+    "model.rope.interleaved=True": model_with(QWEN3, **{"rope.interleaved": True}),
     "model.rotary_fraction=0.5": model_with(LLAMA, rotary_fraction=0.5),
     "model.router_renormalize=True": model_with(V2_LITE, router_renormalize=True),
     "model.router_score='softmax'": model_with(GLM_AIR, router_score="softmax"),
@@ -493,7 +518,7 @@ def test_what_no_layout_says_is_refused_by_our_key(named):
 
 
 def test_from_config_refuses_what_its_layout_cannot_hold():
-    wide = model_with(V3, attention="gqa", rope_interleaved=False)
+    wide = model_with(V3, attention="gqa", **{"rope.interleaved": False})
     assert "model.num_experts=256: the llama layout" in refusal(from_config, wide, "llama")
     assert "mtp.kind='parallel'" in refusal(from_config, NOT_HELD["mtp.kind='parallel'"], "llama")
     assert "model.vocab_size=None" in refusal(from_config, model_with(V3, vocab_size=None), "deepseek_v3")
@@ -502,8 +527,8 @@ def test_from_config_refuses_what_its_layout_cannot_hold():
 
 
 def test_what_would_be_read_back_as_another_model_is_not_written():
-    assert "mscale_all_dim'=1.0" in refusal(from_config, model_with(V3, yarn_mscale=0.0), "deepseek_v3")
-    lost = refusal(from_config, model_with(V3, yarn_beta_fast=0.0), "deepseek_v3", base=V3)
+    assert "mscale_all_dim'=1.0" in refusal(from_config, model_with(V3, **{"rope.yarn.mscale": 0.0}), "deepseek_v3")
+    lost = refusal(from_config, model_with(V3, **{"rope.yarn.beta_fast": 0.0}), "deepseek_v3", base=V3)
     assert "'rope_scaling'={" in lost and "would be read back as" in lost
 
 
@@ -617,7 +642,7 @@ def test_a_missing_transformers_is_a_failure_in_ci(monkeypatch):
 
 
 def test_the_tables_name_only_fields_that_exist():
-    names = {f.name for f in dataclasses.fields(ModelConfig)}
+    names = key_hints(ModelConfig).keys()
     for table in LAYOUTS.values():
         assert {*table.fields.values(), *table.mixture.values(), *table.implied} <= names
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {"max_position_embeddings"}

@@ -18,57 +18,61 @@ def inverse_frequencies(dim, model):
     YaRN: a pair that turns more than beta_fast times over the original length keeps its frequency, one that turns less
     than beta_slow times is divided by the factor, and a linear ramp over the pair index lies between.
     """
-    plain = [model.rope_theta ** (-2.0 * i / dim) / model.rope_linear_factor for i in range(dim // 2)]
-    if model.llama3_factor > 1:
+    plain = [model.rope.theta ** (-2.0 * i / dim) / model.rope.linear_factor for i in range(dim // 2)]
+    if model.rope.llama3.factor > 1:
         return [llama3(f, model) for f in plain]
-    if model.yarn_factor <= 1:
+    if model.rope.yarn.factor <= 1:
         return plain
     low, high = correction_range(dim, model)
     out = []
     for i in range(dim // 2):
         ramp = min(max((i - low) / (high - low), 0.0), 1.0)  # 0: keep, 1: interpolate
-        out.append(plain[i] * (1.0 - ramp) + plain[i] / model.yarn_factor * ramp)
+        out.append(plain[i] * (1.0 - ramp) + plain[i] / model.rope.yarn.factor * ramp)
     return out
 
 
 def llama3(frequency, model):
     """One frequency after Llama 3.1's stretching."""
     wavelength = 2 * math.pi / frequency
-    if wavelength < model.llama3_original_length / model.llama3_high_frequency:
+    if wavelength < model.rope.llama3.original_length / model.rope.llama3.high_frequency:
         return frequency
-    if wavelength > model.llama3_original_length / model.llama3_low_frequency:
-        return frequency / model.llama3_factor
-    span = model.llama3_high_frequency - model.llama3_low_frequency
-    smooth = (model.llama3_original_length / wavelength - model.llama3_low_frequency) / span
-    return (1 - smooth) * frequency / model.llama3_factor + smooth * frequency
+    if wavelength > model.rope.llama3.original_length / model.rope.llama3.low_frequency:
+        return frequency / model.rope.llama3.factor
+    span = model.rope.llama3.high_frequency - model.rope.llama3.low_frequency
+    smooth = (model.rope.llama3.original_length / wavelength - model.rope.llama3.low_frequency) / span
+    return (1 - smooth) * frequency / model.rope.llama3.factor + smooth * frequency
 
 
 def correction_range(dim, model):
     """(low, high): the pair indices where the ramp starts and ends, floor and ceiling, clipped to [0, dim - 1]."""
 
     def pair_index(num_turns):
-        return dim * math.log(model.yarn_original_length / (num_turns * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+        return (
+            dim
+            * math.log(model.rope.yarn.original_length / (num_turns * 2 * math.pi))
+            / (2 * math.log(model.rope.theta))
+        )
 
-    low = max(math.floor(pair_index(model.yarn_beta_fast)), 0)
-    high = min(math.ceil(pair_index(model.yarn_beta_slow)), dim - 1)
+    low = max(math.floor(pair_index(model.rope.yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_index(model.rope.yarn.beta_slow)), dim - 1)
     return low, (high + 0.001 if high == low else high)
 
 
 def attention_factor(model):
     """What cos and sin are multiplied by."""
-    factor = model.yarn_factor
+    factor = model.rope.yarn.factor
     if factor <= 1:
         return 1.0
-    if model.yarn_mscale_all_dim > 0:
-        return get_mscale(factor, model.yarn_mscale) / get_mscale(factor, model.yarn_mscale_all_dim)
+    if model.rope.yarn.mscale_all_dim > 0:
+        return get_mscale(factor, model.rope.yarn.mscale) / get_mscale(factor, model.rope.yarn.mscale_all_dim)
     return 0.1 * math.log(factor) + 1.0
 
 
 def softmax_factor(model):
     """What the softmax scale of latent attention is multiplied by."""
-    if model.yarn_factor <= 1 or model.yarn_mscale_all_dim <= 0:
+    if model.rope.yarn.factor <= 1 or model.rope.yarn.mscale_all_dim <= 0:
         return 1.0
-    return get_mscale(model.yarn_factor, model.yarn_mscale_all_dim) ** 2
+    return get_mscale(model.rope.yarn.factor, model.rope.yarn.mscale_all_dim) ** 2
 
 
 def rotate(vector, position, model):
@@ -82,7 +86,7 @@ def rotate(vector, position, model):
     frequencies, scale = inverse_frequencies(n, model), attention_factor(model)
     out = np.zeros(n)
     for i in range(n // 2):
-        first, second = (2 * i, 2 * i + 1) if model.rope_interleaved else (i, i + n // 2)
+        first, second = (2 * i, 2 * i + 1) if model.rope.interleaved else (i, i + n // 2)
         cos = scale * math.cos(position * frequencies[i])
         sin = scale * math.sin(position * frequencies[i])
         out[first] = vector[first] * cos - vector[second] * sin

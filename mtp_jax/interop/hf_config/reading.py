@@ -10,7 +10,7 @@ import pathlib
 import typing
 from typing import Any
 
-from mtp_jax.config import CONVENTIONS, Config, ModelConfig, MTPConfig, UserError
+from mtp_jax.config import CONVENTIONS, Config, ModelConfig, MTPConfig, UserError, with_values
 from mtp_jax.interop.hf_fields import (
     ALIASES,
     IGNORED,
@@ -138,9 +138,9 @@ def read_values(values: Values, layout: Layout, where: str, depth: int | None) -
             raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
     check_quantization(values.get("quantization_config"), where)
     fields = _read_fields(values, layout, where) | _read_rope(values, layout, where)
-    model = ModelConfig(**fields)
+    model = with_values(ModelConfig(), fields)
     implied = {name: value for name, value in layout.implied.items() if counts(name, model)}
-    model = dataclasses.replace(model, **implied)
+    model = with_values(model, implied)
     for key, wanted in derived(model).items():
         if values.get(key) is not None and values[key] != wanted:
             raise bad(where, key, values[key], f"is not supported; the other fields make it {short(wanted)}")
@@ -185,7 +185,7 @@ def _read_rope(values: Values, layout: Layout, where: str) -> Values:
     name = rope_key(values)
     rope = typed(where, name, values.get(name) or {}, dict)
     outer = {"rope_theta": 10_000.0, "partial_rotary_factor": layout.rotary_fraction or 1.0} | values | rope
-    out = {"rope_theta": typed(where, "rope_theta", outer["rope_theta"], float)}
+    out = {"rope.theta": typed(where, "rope_theta", outer["rope_theta"], float)}
     fraction = typed(where, "partial_rotary_factor", outer["partial_rotary_factor"], float)
     if layout.rotary_fraction is not None:
         out["rotary_fraction"] = fraction

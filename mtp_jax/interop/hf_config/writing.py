@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 
-from mtp_jax.config import CONVENTIONS, Config, Conventions, ModelConfig, UserError, conventions
+from mtp_jax.config import CONVENTIONS, Config, Conventions, ModelConfig, UserError, conventions, value_of
 from mtp_jax.interop.hf_config.reading import counts, derived, layout_named, read_values, rope_key
 from mtp_jax.interop.hf_fields import (
     ALIASES,
@@ -94,7 +94,7 @@ def _check_held(config: Config, layout: str) -> None:
     table, model = LAYOUTS[layout], config.model
     kind_of(config).check_export()
     for name, wanted in table.implied.items():
-        value = getattr(model, name)
+        value = value_of(model, name)
         if value != wanted and counts(name, model):
             raise UserError(
                 f"model.{name}={value!r}: the {layout} layout cannot hold it, it has {wanted!r} there; train the model "
@@ -112,7 +112,7 @@ def _write(config: Config, layout: Layout, base: Values) -> Values:
     model = config.model
     mtp = _write_mtp(config, layout)
     fields = layout.fields | (layout.mixture if model.num_experts else {})
-    out = {key: getattr(model, name) for key, name in fields.items()}
+    out = {key: value_of(model, name) for key, name in fields.items()}
     out |= {key: None for key in WRITTEN_NULL if out.get(key) == 0}
     if layout.mixture and not model.num_experts:
         # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
@@ -126,13 +126,13 @@ def _write(config: Config, layout: Layout, base: Values) -> Values:
 
 
 def _write_rope(model: ModelConfig, layout: Layout, base: Values) -> Values:
-    kind = next((k for k, f in ROPE_TYPES.items() if f and getattr(model, f["factor"]) > 1), "default")
-    scaling = {key: getattr(model, name) for key, name in ROPE_TYPES[kind].items()}
-    if kind == "yarn" and not model.yarn_mscale_all_dim:
+    kind = next((k for k, f in ROPE_TYPES.items() if f and value_of(model, f["factor"]) > 1), "default")
+    scaling = {key: value_of(model, name) for key, name in ROPE_TYPES[kind].items()}
+    if kind == "yarn" and not model.rope.yarn.mscale_all_dim:
         del scaling["mscale_all_dim"]
-        if model.yarn_mscale == 1.0:
+        if model.rope.yarn.mscale == 1.0:
             del scaling["mscale"]
-    outer: Values = {"rope_theta": model.rope_theta}
+    outer: Values = {"rope_theta": model.rope.theta}
     if layout.rotary_fraction is not None:
         outer["partial_rotary_factor"] = model.rotary_fraction
     name = rope_key(base)
@@ -160,9 +160,9 @@ def _scaffold(config: Config, layout: str) -> Values:
     """What a complete file holds besides the model."""
     model = config.model
     longest = config.data.sequence_length
-    for factor, original in (("yarn_factor", "yarn_original_length"), ("llama3_factor", "llama3_original_length")):
-        if getattr(model, factor) > 1:
-            longest = max(longest, int(getattr(model, factor) * getattr(model, original)))
+    for stretched in (model.rope.yarn, model.rope.llama3):
+        if stretched.factor > 1:
+            longest = max(longest, int(stretched.factor * stretched.original_length))
     return {
         "architectures": [LAYOUTS[layout].architecture],
         "model_type": layout,
