@@ -29,9 +29,9 @@ def get_config():
     model.num_shared_experts = 2
     model.expert_dim = 1408
     model.num_dense_layers = 1
-    model.router_score = "softmax"
-    model.router_renormalize = False
-    model.router_bias_rate = 0.0  # balanced by losses alone
+    model.router.score = "softmax"
+    model.router.renormalize = False
+    model.router.bias_rate = 0.0  # balanced by losses alone
     model.balance_loss_weight = 1e-3
     model.init_std = 0.006
     model.compute_dtype = "bfloat16"

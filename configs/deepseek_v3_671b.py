@@ -31,12 +31,12 @@ def get_config():
     model.num_shared_experts = 1
     model.expert_dim = 2048
     model.num_dense_layers = 3
-    model.router_score = "sigmoid"
-    model.router_num_groups = 8
-    model.router_groups_per_token = 4
-    model.router_renormalize = True
+    model.router.score = "sigmoid"
+    model.router.num_groups = 8
+    model.router.groups_per_token = 4
+    model.router.renormalize = True
     model.routed_scaling_factor = 2.5
-    model.router_bias_rate = 1e-3
+    model.router.bias_rate = 1e-3
     model.balance_loss_weight = 1e-4
     model.init_std = 0.006
     model.compute_dtype = "bfloat16"
@@ -64,7 +64,7 @@ def get_config():
 
     # 14.8 T tokens at the final batch size; gamma is 0 after 14.3 T of them
     config.training.num_steps = 235_000
-    model.router_bias_until = 227_000
+    model.router.bias_until = 227_000
 
     config.checkpoint.every = 500
     # 256 chips, 2 rows a chip at a time; 4 (grad_accum_steps = 15) took 80.6 GiB without kernels

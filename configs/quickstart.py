@@ -27,7 +27,7 @@ def get_config():
     config.model.num_shared_experts = 1
     config.model.expert_dim = 64
     config.model.num_dense_layers = 1
-    config.model.router_bias_rate = 1e-2  # the paper's 1e-3 balances over many thousand steps; here there are 600
+    config.model.router.bias_rate = 1e-2  # the paper's 1e-3 balances over many thousand steps; here there are 600
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 2

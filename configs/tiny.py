@@ -23,9 +23,9 @@ def get_config():
     config.model.num_experts_per_token = 2
     config.model.num_shared_experts = 1
     config.model.expert_dim = 32
-    config.model.router_num_groups = 4
-    config.model.router_groups_per_token = 2
-    config.model.router_bias_rate = 1e-2
+    config.model.router.num_groups = 4
+    config.model.router.groups_per_token = 2
+    config.model.router.bias_rate = 1e-2
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 2

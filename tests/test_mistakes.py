@@ -133,7 +133,7 @@ def test_every_router_bias_moves_by_the_load_of_valid_tokens(shared):
     config = tiny(f"--config.mtp.shared_depths={shared}")
     batch = rows(config, num_padding=5)
     state, _ = run_steps(config, [batch])
-    rate = config.model.router_bias_rate
+    rate = config.model.router.bias_rate
     trunk = state["biases"]["trunk"]["blocks"]["ffn"]["router"]["bias"]
     mtp = state["biases"]["mtp"]["module"]["block"]["ffn"]["router"]["bias"]
     assert trunk.shape == (2, 8) and mtp.shape == (1 if shared == "true" else 2, 8)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mtp_jax.config import Conventions, ModelConfig, MTPConfig, RopeConfig, YarnConfig, with_values
+from mtp_jax.config import Conventions, ModelConfig, MTPConfig, RopeConfig, RouterConfig, YarnConfig, with_values
 from tests.reference import loss as loss_module
 from tests.reference import moe as moe_module
 from tests.reference import rope, router, targets
@@ -239,14 +239,19 @@ def test_gqa_by_hand():
 # router, mixture of experts
 
 
-def _router(**overrides):
-    return ModelConfig(num_experts=6, **{"num_experts_per_token": 2, **overrides})
+def _router(num_experts_per_token=2, routed_scaling_factor=1.0, **fields):
+    return ModelConfig(
+        num_experts=6,
+        num_experts_per_token=num_experts_per_token,
+        routed_scaling_factor=routed_scaling_factor,
+        router=RouterConfig(**fields),
+    )
 
 
 def test_router_ties_go_to_the_lower_index():
     assert router.best([1.0, 2.0, 2.0, 0.0], 1) == [1]
     assert router.choose(np.full(6, 0.5), np.zeros(6), _router()) == [0, 1]
-    grouped = _router(router_num_groups=3, router_groups_per_token=1)
+    grouped = _router(num_groups=3, groups_per_token=1)
     assert router.choose(np.full(6, 0.5), np.zeros(6), grouped) == [0, 1]
 
 
@@ -255,30 +260,30 @@ def test_router_bias_moves_the_choice_and_not_the_gate():
     chosen = router.choose(s, bias, _router())
     assert chosen == [0, 5]
     np.testing.assert_allclose(router.gates(s, chosen, _router()), [0.9 / 1.1, 0.2 / 1.1])
-    raw = _router(router_renormalize=False, routed_scaling_factor=2.5)
+    raw = _router(renormalize=False, routed_scaling_factor=2.5)
     np.testing.assert_allclose(router.gates(s, chosen, raw), [2.25, 0.5])
     assert router.gates(np.zeros(6), [0, 1], _router()) == [0.0, 0.0]
 
 
 def test_router_groups_limit_the_choice():
     s = np.array([0.9, 0.0, 0.5, 0.5, 0.3, 0.3])
-    limited = {"router_num_groups": 3, "router_groups_per_token": 1}
+    limited = {"num_groups": 3, "groups_per_token": 1}
     assert router.choose(s, np.zeros(6), _router(**limited)) == [2, 3]  # 1.0 beats 0.9 and 0.6
-    assert router.choose(s, np.zeros(6), _router(**limited, router_group_score="max")) == [0, 1]
+    assert router.choose(s, np.zeros(6), _router(**limited, group_score="max")) == [0, 1]
     threes = np.array([0.5, 0.5, 0.0, 0.6, 0.3, 0.3])  # two best: 1.0 and 0.9; all three: 1.0 and 1.2
-    assert router.choose(threes, np.zeros(6), _router(router_num_groups=2)) == [0, 1]
-    two = _router(router_num_groups=3, router_groups_per_token=2, num_experts_per_token=3)
+    assert router.choose(threes, np.zeros(6), _router(num_groups=2)) == [0, 1]
+    two = _router(num_groups=3, groups_per_token=2, num_experts_per_token=3)
     assert router.choose(s, np.zeros(6), two) == [0, 2, 3]
     negative = router.choose(np.full(6, 0.1), np.array([-1.0, -1, -1, -1, -2, -2]), _router(**limited))
     assert negative == [0, 1], "a masked group does not count as 0, above a negative s + b"
-    singles = _router(router_num_groups=6, router_groups_per_token=2)
+    singles = _router(num_groups=6, groups_per_token=2)
     assert router.choose(s, np.zeros(6), singles) == [0, 2], "a group of one has no second best"
 
 
 def test_router_scores():
     x, params = np.array([1.0]), {"router": np.array([[0.0, math.log(3), 0.0, 0.0, 0.0, 0.0]])}
     np.testing.assert_allclose(router.scores(params, _router(), x)[:2], [0.5, 0.75])
-    np.testing.assert_allclose(router.scores(params, _router(router_score="softmax"), x)[:2], [1 / 8, 3 / 8])
+    np.testing.assert_allclose(router.scores(params, _router(score="softmax"), x)[:2], [1 / 8, 3 / 8])
 
 
 def test_swiglu_by_hand():

@@ -106,20 +106,20 @@ def _check_experts(config: Config) -> None:
             f"model.num_experts_per_token={m.num_experts_per_token}: must lie between 1 and "
             f"model.num_experts={m.num_experts}"
         )
-    if m.num_experts % m.router_num_groups:
+    if m.num_experts % m.router.num_groups:
         raise UserError(
-            f"model.router_num_groups={m.router_num_groups}: does not divide model.num_experts={m.num_experts}"
+            f"model.router.num_groups={m.router.num_groups}: does not divide model.num_experts={m.num_experts}"
         )
-    if not 1 <= m.router_groups_per_token <= m.router_num_groups:
+    if not 1 <= m.router.groups_per_token <= m.router.num_groups:
         raise UserError(
-            f"model.router_groups_per_token={m.router_groups_per_token}: must lie between 1 and "
-            f"model.router_num_groups={m.router_num_groups}"
+            f"model.router.groups_per_token={m.router.groups_per_token}: must lie between 1 and "
+            f"model.router.num_groups={m.router.num_groups}"
         )
-    reachable = m.num_experts // m.router_num_groups * m.router_groups_per_token
+    reachable = m.num_experts // m.router.num_groups * m.router.groups_per_token
     if reachable < m.num_experts_per_token:
         raise UserError(
             f"model.num_experts_per_token={m.num_experts_per_token}: the chosen groups hold only {reachable} experts; "
-            "raise model.router_groups_per_token"
+            "raise model.router.groups_per_token"
         )
     if m.num_dense_layers >= m.num_layers:
         raise UserError(

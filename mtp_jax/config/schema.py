@@ -44,6 +44,22 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class RouterConfig:
+    """Which experts a token goes to, and how their load is balanced."""
+
+    score: Literal["sigmoid", "softmax"] = setting("sigmoid", was="model.router_score")
+    num_groups: int = setting(1, at_least=1, at_most=2**16, when="moe", was="model.router_num_groups")
+    groups_per_token: int = setting(1, at_least=1, at_most=2**16, when="moe", was="model.router_groups_per_token")
+    # V3: sum of the two best; V2: the best
+    group_score: Literal["top2_sum", "max"] = setting("top2_sum", was="model.router_group_score")
+    renormalize: bool = setting(True, was="model.router_renormalize")
+    # gamma of the auxiliary-loss-free balancing; 0: off
+    bias_rate: float = setting(1e-3, at_least=0, at_most=1e3, may_change="new_run", was="model.router_bias_rate")
+    # step after which gamma is 0; 0: never
+    bias_until: int = setting(0, at_least=0, below=2**31, may_change="new_run", was="model.router_bias_until")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The main model: DeepSeek-V3's architecture (2412.19437), every piece switchable.
 
@@ -90,16 +106,8 @@ class ModelConfig:
     num_experts_per_token: int = setting(2, at_least=1, at_most=2**16, when="moe")
     num_shared_experts: int = setting(1, at_least=0, at_most=2**12)
     expert_dim: int = setting(128, at_least=1, at_most=2**24, when="moe")
-    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
-    router_num_groups: int = setting(1, at_least=1, at_most=2**16, when="moe")
-    router_groups_per_token: int = setting(1, at_least=1, at_most=2**16, when="moe")
-    router_group_score: Literal["top2_sum", "max"] = "top2_sum"  # V3: sum of the two best; V2: the best
-    router_renormalize: bool = True
+    router: RouterConfig = RouterConfig()
     routed_scaling_factor: float = setting(1.0, at_least=0, at_most=1e6)
-    # gamma of the auxiliary-loss-free balancing; 0: off
-    router_bias_rate: float = setting(1e-3, at_least=0, at_most=1e3, may_change="new_run")
-    # step after which gamma is 0; 0: never
-    router_bias_until: int = setting(0, at_least=0, below=2**31, may_change="new_run")
     # alpha of the sequence-wise balance loss
     balance_loss_weight: float = setting(1e-4, at_least=0, at_most=1e6, may_change="new_run")
     moe_dispatch: Literal["auto", "dense", "ragged"] = setting("auto", may_change="resume")

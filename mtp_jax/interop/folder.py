@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from mtp_jax.config import Config, UserError
+from mtp_jax.config import Config, UserError, with_values
 from mtp_jax.interop import hf_config, weights
 from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS, ROUTER_BIAS
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
@@ -116,7 +116,7 @@ def open_model(
         dtype = param_dtype or ("bfloat16" if _is_bfloat16(files, listed) else "float32")
         model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
         if not ROUTER_BIAS.keys() & LAYOUTS[model_type].expert_block.keys():
-            model = dataclasses.replace(model, router_bias_rate=0.0)  # moved, they could not be exported
+            model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
         config = dataclasses.replace(config, model=model)
         arrays = weights.lazy_arrays(files, config, listed)
     except BaseException:
@@ -243,7 +243,7 @@ def _refuse_lost_biases(biases: Tree, listed: list[Tensor], model_type: str) -> 
         if path not in named and np.any(np.asarray(leaf[...])):
             raise UserError(
                 f"{'.'.join(path)}: is not zero and the {model_type} layout has no place for it; "
-                "train with model.router_bias_rate=0, or with model.router_score=sigmoid for deepseek_v3"
+                "train with model.router.bias_rate=0, or with model.router.score=sigmoid for deepseek_v3"
             )
 
 

@@ -38,11 +38,11 @@ EXPERTS: Fields = {
     "num_experts_per_tok": "num_experts_per_token",
     "n_shared_experts": "num_shared_experts",
     "moe_intermediate_size": "expert_dim",
-    "n_group": "router_num_groups",
-    "topk_group": "router_groups_per_token",
+    "n_group": "router.num_groups",
+    "topk_group": "router.groups_per_token",
     "routed_scaling_factor": "routed_scaling_factor",
 }
-RENORMALIZE: Fields = {"norm_topk_prob": "router_renormalize"}
+RENORMALIZE: Fields = {"norm_topk_prob": "router.renormalize"}
 
 NULLS: Values = {"q_lora_rank": 0, "n_shared_experts": 0, "n_routed_experts": 0, "n_group": 1, "topk_group": 1}
 WRITTEN_NULL = ("q_lora_rank",)  # transformers' class refuses null in the others
@@ -113,7 +113,7 @@ EVERY_LAYER: Values = {"moe_layer_freq": 1}
 NOT_IN_CLASS: Values = {"use_mrope": False}
 HALVES: Values = {"attention": "gqa", "rope.interleaved": False}
 DENSE: Values = HALVES | {"num_experts": 0, "rotary_fraction": 1.0}
-V3_ROUTER: Values = {"router_score": "sigmoid", "router_group_score": "top2_sum"}
+V3_ROUTER: Values = {"router.score": "sigmoid", "router.group_score": "top2_sum"}
 LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # their latent norms take their class's default
 
 LAYOUTS: dict[str, Layout] = {
@@ -173,9 +173,9 @@ LAYOUTS: dict[str, Layout] = {
         implied=LATENT_NORM
         | {
             "rope.interleaved": True,
-            "router_score": "softmax",
-            "router_group_score": "max",
-            "router_renormalize": False,
+            "router.score": "softmax",
+            "router.group_score": "max",
+            "router.renormalize": False,
         },
         groups_by_method=True,
         heads_divide=True,

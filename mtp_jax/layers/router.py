@@ -42,13 +42,13 @@ class Router(nnx.Module):
         logits_BTE = jnp.einsum(
             "btd,de->bte", x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest"
         )
-        scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router_score == "sigmoid" else jax.nn.softmax(logits_BTE)
+        scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router.score == "sigmoid" else jax.nn.softmax(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(scores_BTE) + self.bias[...]
         # Token by token, but the compiler does not cut a top-k on every platform: it would collect all devices' scores.
         tokens = ("batch", "length", None)
         chosen_BTK = local(self._choose, (tokens,), tokens)(choice_BTE)
         gates_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
-        if config.router_renormalize:
+        if config.router.renormalize:
             gates_BTK = gates_BTK / (gates_BTK.sum(-1, keepdims=True) + 1e-20)
         return gates_BTK * config.routed_scaling_factor, chosen_BTK, self._stats(scores_BTE, chosen_BTK, valid_BT)
 
@@ -58,13 +58,13 @@ class Router(nnx.Module):
     def _keep_best_groups(self, choice_BTE: jax.Array) -> jax.Array:
         """-inf outside the groups a token may use ("node-limited routing", section 2.1.2)."""
         config = self.config
-        if config.router_groups_per_token == config.router_num_groups:
+        if config.router.groups_per_token == config.router.num_groups:
             return choice_BTE
-        grouped_BTGE = choice_BTE.reshape(*choice_BTE.shape[:2], config.router_num_groups, -1)
-        best = 2 if config.router_group_score == "top2_sum" else 1
+        grouped_BTGE = choice_BTE.reshape(*choice_BTE.shape[:2], config.router.num_groups, -1)
+        best = 2 if config.router.group_score == "top2_sum" else 1
         group_score_BTG = jax.lax.top_k(grouped_BTGE, min(best, grouped_BTGE.shape[-1]))[0].sum(-1)
-        kept_BTK = jax.lax.top_k(group_score_BTG, config.router_groups_per_token)[1]
-        keep_BTG = jax.nn.one_hot(kept_BTK, config.router_num_groups, dtype=bool).any(axis=-2)
+        kept_BTK = jax.lax.top_k(group_score_BTG, config.router.groups_per_token)[1]
+        keep_BTG = jax.nn.one_hot(kept_BTK, config.router.num_groups, dtype=bool).any(axis=-2)
         return jnp.where(keep_BTG[..., None], grouped_BTGE, -jnp.inf).reshape(choice_BTE.shape)
 
     def _stats(self, scores_BTE: jax.Array, chosen_BTK: jax.Array, valid_BT: jax.Array) -> RouterStats:

@@ -216,8 +216,8 @@ def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], s
 
     A module shared by all depths has one bias and the load of all its depths.
     """
-    until = config.model.router_bias_until
-    rate = jnp.where((step < until) | (until == 0), config.model.router_bias_rate, 0.0)
+    until = config.model.router.bias_until
+    rate = jnp.where((step < until) | (until == 0), config.model.router.bias_rate, 0.0)
 
     def moved(tree: Tree, stat: RouterStats | None) -> Tree:
         def one(bias: jax.Array) -> jax.Array:

@@ -97,8 +97,8 @@ NATIVE = {
     "deepseek_v3 shared depths": ("--config.mtp.shared_depths=true", "--config.mtp.depth=3"),
     "deepseek_v3 other ways": ("--config.mtp.concat_order=hidden_first", "--config.mtp.output_norm=main"),
     "deepseek_v2": (
-        *("--config.model.router_score=softmax", "--config.model.router_renormalize=false"),
-        *("--config.model.router_group_score=max", "--config.mtp.kind=none"),
+        *("--config.model.router.score=softmax", "--config.model.router.renormalize=false"),
+        *("--config.model.router.group_score=max", "--config.mtp.kind=none"),
     ),
     "llama": (
         *("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.model.num_experts=0"),
@@ -111,7 +111,7 @@ NATIVE = {
 def test_a_model_of_ours_comes_back_as_it_went_out(monkeypatch, tmp_path, name):
     overrides = NATIVE[name]
     if name == "deepseek_v2":
-        overrides = (*overrides, "--config.model.router_bias_rate=0")
+        overrides = (*overrides, "--config.model.router.bias_rate=0")
     config = trained(tmp_path / "run", *overrides)
     if name == "deepseek_v2":  # its layout has no router biases; zero ones are not lost
         with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
@@ -143,7 +143,7 @@ def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypa
     import torch
     import transformers
 
-    small = ["--config.model.num_experts=8", "--config.model.router_num_groups=4"]  # transformers' groups have two
+    small = ["--config.model.num_experts=8", "--config.model.router.num_groups=4"]  # transformers' groups have two
     small += [f"--config.model.num_layers={layers}", "--config.mtp.depth=1", "--config.model.expert_dim=8"]
     if kind == "glm4_moe":
         small += [
@@ -240,7 +240,7 @@ def test_a_layout_without_router_biases_is_trained_without(tmp_path):
     hf_models.build("deepseek_v2_lite", tmp_path / "v2")
     hf_models.build("deepseek_v3", tmp_path / "v3")
     with hf_folder.open_model(tmp_path / "v2") as v2, hf_folder.open_model(tmp_path / "v3") as v3:
-        assert v2.config.model.router_bias_rate == 0.0 < v3.config.model.router_bias_rate
+        assert v2.config.model.router.bias_rate == 0.0 < v3.config.model.router.bias_rate
 
 
 def test_a_v2_stays_what_it_was_under_its_familys_name(monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from mtp_jax.config import (
     key_hints,
     load_config,
     validate,
+    value_of,
     walk,
     with_values,
 )
@@ -157,25 +158,25 @@ EXPECTED = {
         "expert_dim": 2048,
     }
     | {"num_experts": 256, "num_experts_per_token": 8, "num_shared_experts": 1, "num_dense_layers": 3}
-    | {"router_num_groups": 8, "router_groups_per_token": 4, "routed_scaling_factor": 2.5, "router_score": "sigmoid"}
-    | {"router_group_score": "top2_sum", "router_renormalize": True, "rope.interleaved": True, "vocab_size": 129_280}
+    | {"router.num_groups": 8, "router.groups_per_token": 4, "routed_scaling_factor": 2.5, "router.score": "sigmoid"}
+    | {"router.group_score": "top2_sum", "router.renormalize": True, "rope.interleaved": True, "vocab_size": 129_280}
     | {"rope.yarn.mscale": 1.0, "rope.yarn.mscale_all_dim": 1.0, "norm_eps": 1e-6, "latent_norm_eps": 1e-6},
     "v2_lite": LATENT
     | YARN
-    | {"q_lora_rank": 0, "router_score": "softmax", "router_renormalize": False, "num_shared_experts": 2}
+    | {"q_lora_rank": 0, "router.score": "softmax", "router.renormalize": False, "num_shared_experts": 2}
     | {
         "rope.yarn.mscale": 0.707,
         "rope.yarn.mscale_all_dim": 0.707,
         "num_experts_per_token": 6,
-        "router_num_groups": 1,
+        "router.num_groups": 1,
     },
-    "v2": {"router_group_score": "max", "router_num_groups": 8, "router_groups_per_token": 3, "q_lora_rank": 1536}
+    "v2": {"router.group_score": "max", "router.num_groups": 8, "router.groups_per_token": 3, "q_lora_rank": 1536}
     | {"routed_scaling_factor": 16.0, "num_experts": 160},
     "moonlight": LATENT
     | {"q_lora_rank": 0, "norm_eps": 1e-5, "latent_norm_eps": 1e-6, "rope.theta": 50_000.0, "rope.yarn.factor": 1.0}
-    | {"routed_scaling_factor": 2.446, "num_layers": 27, "router_score": "sigmoid"},
+    | {"routed_scaling_factor": 2.446, "num_layers": 27, "router.score": "sigmoid"},
     "glm_air": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "rotary_fraction": 0.5, "head_dim": 128}
-    | {"rope.interleaved": False, "rope.theta": 1e6, "num_kv_heads": 8, "num_experts": 128, "router_score": "sigmoid"}
+    | {"rope.interleaved": False, "rope.theta": 1e6, "num_kv_heads": 8, "num_experts": 128, "router.score": "sigmoid"}
     | {"norm_eps": 1e-5, "num_dense_layers": 1, "expert_dim": 1408, "ffn_dim": 10_944},
     "mimo": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "num_experts": 0, "rope.theta": 640_000.0}
     | {"num_layers": 36, "norm_eps": 1e-5, "rope.interleaved": False, "vocab_size": 151_680},
@@ -462,7 +463,7 @@ def test_families_without_mtp_of_their_own_name_the_depth_only_where_there_is_on
 
 
 TRAINING = (
-    *("param_dtype", "compute_dtype", "remat", "init_std", "router_bias_rate", "router_bias_until"),
+    *("param_dtype", "compute_dtype", "remat", "init_std", "router.bias_rate", "router.bias_until"),
     *("balance_loss_weight", "moe_dispatch", "attention_kernel", "expert_kernel", "scan_unroll"),
 )
 
@@ -480,11 +481,11 @@ TRAINING = (
 def test_the_configs_of_this_repository_have_a_layout(name, layout):
     config = load_config(str(pathlib.Path(__file__).parents[2] / "configs" / f"{name}.py"))
     assert layout_of(config) == layout
-    untrained = {key: getattr(ModelConfig(), key) for key in TRAINING}
+    untrained = {key: value_of(ModelConfig(), key) for key in TRAINING}
     model = dataclasses.replace(config.model, vocab_size=1024)
     back = read(through_transformers(from_config(dataclasses.replace(config, model=model), layout)))
-    assert back.model == dataclasses.replace(model, **untrained)
-    assert (back.mtp.kind, back.depth) == (config.mtp.kind, kind_of(config).depth)
+    assert back.model == with_values(model, untrained)
+    assert (back.mtp.kind, kind_of(back).depth) == (config.mtp.kind, kind_of(config).depth)
 
 
 def test_mimo_without_its_modules_is_qwen2():
@@ -493,19 +494,21 @@ def test_mimo_without_its_modules_is_qwen2():
 
 
 def test_training_and_unused_keys_do_not_matter():
-    config = model_with(QWEN3, router_score="softmax", q_lora_rank=7, remat="full", init_std=0.5, latent_norm_eps=1.0)
+    config = model_with(
+        QWEN3, q_lora_rank=7, remat="full", init_std=0.5, latent_norm_eps=1.0, **{"router.score": "softmax"}
+    )
     assert layout_of(config) == "qwen3"
     assert from_config(config, "qwen3", base=QWEN3) == QWEN3
-    assert layout_of(model_with(V3, router_group_score="max", router_groups_per_token=8)) == "deepseek_v3"
+    assert layout_of(model_with(V3, **{"router.group_score": "max", "router.groups_per_token": 8})) == "deepseek_v3"
 
 
 NOT_HELD = {
     "model.qk_norm=True": model_with(QWEN2, qk_norm=True),
     "model.rope.interleaved=True": model_with(QWEN3, **{"rope.interleaved": True}),
     "model.rotary_fraction=0.5": model_with(LLAMA, rotary_fraction=0.5),
-    "model.router_renormalize=True": model_with(V2_LITE, router_renormalize=True),
-    "model.router_score='softmax'": model_with(GLM_AIR, router_score="softmax"),
-    "model.router_group_score='top2_sum'": model_with(V2, router_group_score="top2_sum"),
+    "model.router.renormalize=True": model_with(V2_LITE, **{"router.renormalize": True}),
+    "model.router.score='softmax'": model_with(GLM_AIR, **{"router.score": "softmax"}),
+    "model.router.group_score='top2_sum'": model_with(V2, **{"router.group_score": "top2_sum"}),
     "model.latent_norm_eps=1e-05": model_with(V3, latent_norm_eps=1e-5),
     "model.num_heads=12": model_with(LLAMA, num_heads=12, num_kv_heads=4),
     "mtp.kind='parallel'": mtp_with(LLAMA, kind="parallel", depth=2),

@@ -10,7 +10,7 @@ from tests.reference.attention import softmax
 def scores(params, model, x):
     """Affinities s [E] of one token [D]: sigmoid of, or softmax over, its dot products with the experts' centroids."""
     logits = x @ params["router"]
-    if model.router_score == "softmax":
+    if model.router.score == "softmax":
         return softmax(logits)
     return np.array([1.0 / (1.0 + math.exp(-logit)) for logit in logits])
 
@@ -26,12 +26,12 @@ def choose(s, bias, model):
     A group's score is the sum of its two best s + b (V3), or its best (V2).
     """
     choice = s + bias
-    size = model.num_experts // model.router_num_groups
+    size = model.num_experts // model.router.num_groups
     group_scores = []
-    for g in range(model.router_num_groups):
+    for g in range(model.router.num_groups):
         inside = sorted(choice[g * size : (g + 1) * size], reverse=True)
-        group_scores.append(sum(inside[:2]) if model.router_group_score == "top2_sum" else inside[0])
-    groups = best(group_scores, model.router_groups_per_token)
+        group_scores.append(sum(inside[:2]) if model.router.group_score == "top2_sum" else inside[0])
+    groups = best(group_scores, model.router.groups_per_token)
     allowed = [e for e in range(model.num_experts) if e // size in groups]
     order = best([choice[e] for e in allowed], model.num_experts_per_token)
     return [allowed[i] for i in order]
@@ -39,7 +39,7 @@ def choose(s, bias, model):
 
 def gates(s, chosen, model):
     """Weights of the chosen experts: s itself (never s + b), over its sum when renormalised, times the factor."""
-    total = sum(s[e] for e in chosen) + 1e-20 if model.router_renormalize else 1.0
+    total = sum(s[e] for e in chosen) + 1e-20 if model.router.renormalize else 1.0
     return [model.routed_scaling_factor * s[e] / total for e in chosen]
 
 

@@ -168,8 +168,8 @@ def _read_fields(values: Values, layout: Layout, where: str) -> Values:
         method = values.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
             raise bad(where, "topk_method", method, "is not supported; mtp_jax has greedy and group_limited_greedy")
-        if method == "greedy" and "router_num_groups" in out:
-            out |= {"router_num_groups": 1, "router_groups_per_token": 1}
+        if method == "greedy" and "router.num_groups" in out:
+            out |= {"router.num_groups": 1, "router.groups_per_token": 1}
     return out
 
 
@@ -275,6 +275,6 @@ def derived(model: ModelConfig) -> Values:
 
 def counts(name: str, model: ModelConfig) -> bool:
     """Whether the field changes what this model computes."""
-    if name == "router_group_score":
-        return model.num_experts > 0 and model.router_groups_per_token < model.router_num_groups
-    return model.num_experts > 0 or name not in ("router_score", "router_renormalize")
+    if name == "router.group_score":
+        return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
+    return model.num_experts > 0 or name not in ("router.score", "router.renormalize")

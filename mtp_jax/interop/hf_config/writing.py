@@ -63,7 +63,7 @@ def layout_of(config: Config) -> str:
     """
     model, mtp = config.model, config.mtp
     if model.attention == "mla":
-        layout = "deepseek_v2" if model.num_experts and model.router_score == "softmax" else "deepseek_v3"
+        layout = "deepseek_v2" if model.num_experts and model.router.score == "softmax" else "deepseek_v3"
     elif model.num_experts:
         layout = "glm4_moe"
     elif model.qkv_bias and model.qk_norm:
