@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers.block import Block, scan_over, stacked
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import ParamInfo, matrix
 from mtp_jax.layers.router import RouterStats
+from mtp_jax.layers.stack import scan_over, stacked
 from mtp_jax.sharding import constrain
 
 

@@ -25,6 +25,7 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "layers": (),  # the leading dim of stacked weights
 }
 
 

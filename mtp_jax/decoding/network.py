@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Architecture
-from mtp_jax.layers.block import Block, unstacked
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.stack import unstacked
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, MainModel, kind_of
 from mtp_jax.sharding import constrain
@@ -104,7 +105,7 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
             return variable
         is_cast = info.is_matrix and "router" not in info.axes  # the router computes in float32
         value = variable[...].astype(dtype if is_cast else variable.dtype)
-        return variable.replace(constrain(value, *(None,) * (value.ndim - len(info.axes)), *info.axes))
+        return variable.replace(constrain(value, *info.axes))
 
     def ready(module: Any) -> Any:
         return jax.tree.map(one, module, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,6 +1,6 @@
 """One declaration for one weight: shape, initializer, logical axes and which dims are summed over, together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 class ParamInfo:
     """What placement and optimizer need to know of a weight, whatever module holds it.
 
-    axes: one logical axis name (or None) a dim, without the leading dims that stacking adds.
+    axes: one logical axis name (or None) per dim; those of a stacked weight begin with "layers".
     in_dims, out_dims: negative dim numbers summed over by, and produced by, the matmul; both empty for vectors
       (norm scales, biases) and for the embedding table, which is looked up and not multiplied.
     """
@@ -24,6 +24,15 @@ class ParamInfo:
     @property
     def is_matrix(self) -> bool:
         return bool(self.in_dims)
+
+    def stacked(self) -> "ParamInfo":
+        """The declaration of several such weights with a leading dim over them."""
+        return replace(self, axes=("layers", *self.axes))
+
+    def unstacked(self) -> "ParamInfo":
+        """The declaration of one weight of a stack."""
+        assert self.axes[0] == "layers", self.axes
+        return replace(self, axes=self.axes[1:])
 
 
 class RouterBias(nnx.Variable):

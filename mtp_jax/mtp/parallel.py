@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Config, ModelConfig, UserError
-from mtp_jax.layers.block import Block, scan_over, stacked
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
+from mtp_jax.layers.stack import scan_over, stacked
 from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Text
 from mtp_jax.targets import Rows
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Architecture, conventions
-from mtp_jax.layers.block import Block, scan_over, stacked, unstacked
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import RouterStats
+from mtp_jax.layers.stack import scan_over, stacked, unstacked
 from mtp_jax.mtp.kind import Extra, Kind, MainModel, Propose, Text
 from mtp_jax.targets import Rows
 

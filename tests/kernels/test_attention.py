@@ -15,7 +15,7 @@ from mtp_jax.kernels.attention import cudnn, hopper, xla
 from mtp_jax.kernels.attention.hopper import blocks
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.selection import warn_once
-from mtp_jax.layers.block import POLICIES
+from mtp_jax.layers.stack import POLICIES
 from tests.kernels.hopper import assert_close, hopper_only
 
 

@@ -14,7 +14,7 @@ from mtp_jax.kernels import attention
 from mtp_jax.kernels.attention import splash
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.selection import warn_once
-from mtp_jax.layers.block import POLICIES
+from mtp_jax.layers.stack import POLICIES
 from mtp_jax.sharding import first_position, local, whole_length
 from tests.kernels.hopper import assert_close
 
