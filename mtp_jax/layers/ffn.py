@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers.linear import linear
 from mtp_jax.layers.param import matrix
 from mtp_jax.sharding import constrain
 
@@ -18,6 +19,5 @@ class SwiGLU(nnx.Module):
         self.down = matrix(rngs, (width, dim), ("ffn", "embed"), 1, config)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype = x_BTD.dtype
-        h_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype)) * (x_BTD @ self.up[...].astype(dtype))
-        return constrain(h_BTF, "batch", "length", "ffn") @ self.down[...].astype(dtype)
+        h_BTF = jax.nn.silu(linear(x_BTD, self.gate)) * linear(x_BTD, self.up)
+        return linear(constrain(h_BTF, "batch", "length", "ffn"), self.down)

@@ -14,6 +14,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import attend, attend_cached
 from mtp_jax.layers import rope
 from mtp_jax.layers.cache import Slots, write
+from mtp_jax.layers.linear import cast, linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.sharding import first_position, local, whole_length
@@ -50,7 +51,7 @@ class GroupedQueryAttention(nnx.Module):
         heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
         attention = local(self._attend, (heads, groups, groups, ("batch", None)), heads)
         out_BTHQ = attention(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT)
-        return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(x_BTD.dtype))
+        return linear(out_BTHQ, self.o)
 
     def empty_cache(self, num_rows: int, num_slots: int, dtype: Any) -> HeadCache:
         """Room for the keys and values of `num_slots` tokens a row."""
@@ -64,18 +65,16 @@ class GroupedQueryAttention(nnx.Module):
         k_BSGQ, v_BSGQ = (x[:, : slots.num_visible] for x in cache)
         last_BT = slots.positions_BT[:, start:]
         out_BTHQ = attend_cached(q_BTHQ[:, start:], k_BSGQ, v_BSGQ, last_BT, self.config.head_dim**-0.5)
-        return jnp.einsum("bthq,hqd->btd", out_BTHQ, self.o[...].astype(x_BTD.dtype)), cache
+        return linear(out_BTHQ, self.o), cache
 
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, Q], keys and values [B, T, G, Q]; queries and keys normed and rotated."""
         config, dtype = self.config, x_BTD.dtype
-        q_BTHQ = jnp.einsum("btd,dhq->bthq", x_BTD, self.q[...].astype(dtype))
-        k_BTGQ = jnp.einsum("btd,dgq->btgq", x_BTD, self.k[...].astype(dtype))
-        v_BTGQ = jnp.einsum("btd,dgq->btgq", x_BTD, self.v[...].astype(dtype))
+        q_BTHQ, k_BTGQ, v_BTGQ = (linear(x_BTD, weight) for weight in (self.q, self.k, self.v))
         if config.qkv_bias:
-            q_BTHQ = q_BTHQ + self.q_bias[...].astype(dtype)
-            k_BTGQ = k_BTGQ + self.k_bias[...].astype(dtype)
-            v_BTGQ = v_BTGQ + self.v_bias[...].astype(dtype)
+            q_BTHQ = q_BTHQ + cast(self.q_bias, dtype)
+            k_BTGQ = k_BTGQ + cast(self.k_bias, dtype)
+            v_BTGQ = v_BTGQ + cast(self.v_bias, dtype)
         if config.qk_norm:
             q_BTHQ, k_BTGQ = self.q_norm(q_BTHQ), self.k_norm(k_BTGQ)
         return self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT), v_BTGQ

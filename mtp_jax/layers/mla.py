@@ -15,6 +15,7 @@ from mtp_jax.kernels.attention import attend, attend_cached
 from mtp_jax.kernels.device import device
 from mtp_jax.layers import rope
 from mtp_jax.layers.cache import Slots, write
+from mtp_jax.layers.linear import cast, linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.sharding import constrain, first_position, local, whole_length
@@ -51,9 +52,8 @@ class MultiHeadLatentAttention(nnx.Module):
             ),
             ("batch", "length", "heads", None),
         )
-        kv_b_CHX = self.kv_b[...].astype(x_BTD.dtype)
-        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BT)
-        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(x_BTD.dtype))
+        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, cast(self.kv_b, x_BTD.dtype), segments_BT)
+        return linear(out_BTHV, self.o)
 
     def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BS):
         """One device's queries over whole rows.
@@ -87,8 +87,8 @@ class MultiHeadLatentAttention(nnx.Module):
         cache_BSW = write(cache_BSW, entries_BTW, slots.slots_BT)
         seen_BSW = cache_BSW[:, : slots.num_visible]
         attention = self._absorbed if self._absorbs(q_BTHQ.shape[1]) else self._expanded
-        out_BTHV = attention(q_BTHQ, seen_BSW, self.kv_b[...].astype(x_BTD.dtype), last_BT)
-        return jnp.einsum("bthv,hvd->btd", out_BTHV, self.o[...].astype(x_BTD.dtype)), cache_BSW
+        out_BTHV = attention(q_BTHQ, seen_BSW, cast(self.kv_b, x_BTD.dtype), last_BT)
+        return linear(out_BTHV, self.o), cache_BSW
 
     def _absorbs(self, num_queries: int) -> bool:
         """Which form takes fewer multiplications for each entry seen: absorbed, T H (2 C + R), or expanded,
@@ -120,18 +120,17 @@ class MultiHeadLatentAttention(nnx.Module):
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[B, T, H, N + R], the last R dims rotated."""
-        dtype, nope = x_BTD.dtype, self.config.qk_nope_head_dim
+        nope = self.config.qk_nope_head_dim
         if self.config.q_lora_rank:
-            compressed_BTC = self.q_a_norm(x_BTD @ self.q_a[...].astype(dtype))
-            q_BTHQ = jnp.einsum("btc,chq->bthq", compressed_BTC, self.q_b[...].astype(dtype))
+            q_BTHQ = linear(self.q_a_norm(linear(x_BTD, self.q_a)), self.q_b)
         else:
-            q_BTHQ = jnp.einsum("btd,dhq->bthq", x_BTD, self.q[...].astype(dtype))
+            q_BTHQ = linear(x_BTD, self.q)
         rotated_BTHR = rope.rotate(q_BTHQ[..., nope:], positions_BT, self.config)
         return constrain(jnp.concatenate([q_BTHQ[..., :nope], rotated_BTHR], -1), "batch", "length", "heads", None)
 
     def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a cache holds: the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
-        kv_BTW = x_BTD @ self.kv_a[...].astype(x_BTD.dtype)
+        kv_BTW = linear(x_BTD, self.kv_a)
         rank = self.config.kv_lora_rank
         rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.config)[:, :, 0]
         return self.kv_a_norm(kv_BTW[..., :rank]), rotary_BTR

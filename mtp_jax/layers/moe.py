@@ -6,15 +6,14 @@ Shape letters: B rows, T positions, D model, E experts, F expert width, K expert
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import device
-from mtp_jax.kernels.grouped_matmul import grouped_matmul, grouped_matmuls
 from mtp_jax.kernels.permute import through_experts
 from mtp_jax.layers.exchange import exchanged
 from mtp_jax.layers.ffn import SwiGLU
+from mtp_jax.layers.linear import cast, grouped, linear, sum_over_experts
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import Router, RouterStats
 from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, spec
@@ -54,11 +53,11 @@ class MixtureOfExperts(nnx.Module):
         gates_BTE = (jax.nn.one_hot(chosen_BTK, self.config.num_experts, dtype=dtype) * gates_BTK[..., None]).sum(-2)
         gates_BTE = constrain(gates_BTE, "moe_batch", "length", "experts")
         x_BTD = constrain(x_BTD, "moe_batch", "length", None)
-        gate_BTEF = jnp.einsum("btd,edf->btef", x_BTD, self.gate[...].astype(dtype))
-        up_BTEF = jnp.einsum("btd,edf->btef", x_BTD, self.up[...].astype(dtype))
+        gate_BTEF = linear(x_BTD, self.gate)
+        up_BTEF = linear(x_BTD, self.up)
         h_BTEF = constrain(jax.nn.silu(gate_BTEF) * up_BTEF, "moe_batch", "length", "experts", "ffn")
         h_BTEF = h_BTEF * gates_BTE[..., None]
-        return jnp.einsum("btef,efd->btd", h_BTEF, self.down[...].astype(dtype))
+        return sum_over_experts(h_BTEF, self.down)
 
     def _ragged(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
         """Tokens sorted by expert, one grouped matmul over the groups as long as they are.
@@ -67,7 +66,7 @@ class MixtureOfExperts(nnx.Module):
         one of them). Where the expert axis is cut, tokens go to the owners of their experts and come back; the experts'
         weights stay where they are, but for the model dim, which is collected over the fsdp axis.
         """
-        weights = tuple(w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))
+        weights = tuple(cast(w, x_BTD.dtype) for w in (self.gate, self.up, self.down))
         experts = functools.partial(_experts, kernel=self.config.expert_kernel)
         if num_shards("batch") * num_shards("length") * num_shards("ffn") == 1:
             here = functools.partial(experts, weights=weights)
@@ -91,8 +90,8 @@ def _experts(x_ND, sizes_E, weights, kernel):
     """SwiGLU of every expert on its group of rows."""
     gate_EDF, up_EDF, down_EFD = weights
     with jax.named_scope("experts"):
-        gate_NF, up_NF = grouped_matmuls(x_ND, (gate_EDF, up_EDF), sizes_E, kernel)
-        return grouped_matmul(jax.nn.silu(gate_NF) * up_NF, down_EFD, sizes_E, kernel)
+        gate_NF, up_NF = grouped(x_ND, (gate_EDF, up_EDF), sizes_E, kernel)
+        return grouped(jax.nn.silu(gate_NF) * up_NF, (down_EFD,), sizes_E, kernel)[0]
 
 
 def uses_ragged(config: ModelConfig) -> bool:

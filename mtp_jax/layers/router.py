@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers.linear import linear
 from mtp_jax.layers.param import RouterBias, matrix
 from mtp_jax.sharding import local
 
@@ -39,9 +40,7 @@ class Router(nnx.Module):
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Returns gates float32[B, T, K], chosen experts int32[B, T, K] and the statistics of valid positions."""
         config = self.config
-        logits_BTE = jnp.einsum(
-            "btd,de->bte", x_BTD.astype(jnp.float32), self.weight[...].astype(jnp.float32), precision="highest"
-        )
+        logits_BTE = linear(x_BTD.astype(jnp.float32), self.weight, precision="highest")
         scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router.score == "sigmoid" else jax.nn.softmax(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(scores_BTE) + self.bias[...]
         # Token by token, but the compiler does not cut a top-k on every platform: it would collect all devices' scores.

@@ -19,6 +19,7 @@ from flax import nnx
 from mtp_jax.config import Architecture, conventions
 from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
+from mtp_jax.layers.linear import linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import RouterStats
@@ -59,7 +60,7 @@ class SequentialModule(nnx.Module):
     def _join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         halves = [self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
         joined = jnp.concatenate(halves if self.is_embedding_first else halves[::-1], axis=-1)
-        return joined @ self.projection[...].astype(joined.dtype)
+        return linear(joined, self.projection)
 
 
 class SequentialModules(nnx.Module):

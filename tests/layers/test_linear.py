@@ -1,0 +1,70 @@
+"""Products of activations and weights: their values, and that they are made in one place."""
+
+import ast
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers.linear import linear, sum_over_experts
+from mtp_jax.layers.param import matrix
+
+ROOT = pathlib.Path(__file__).parent.parent.parent / "mtp_jax"
+PRODUCTS = {"einsum", "dot", "matmul", "tensordot", "dot_general", "ragged_dot", "vdot", "inner"}
+
+
+def weight(shape, axes, in_dims, dtype="float32"):
+    return matrix(nnx.Rngs(params=jax.random.key(0)), shape, axes, in_dims, ModelConfig(param_dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "in_dims", "einsum"),
+    [
+        ((6, 5), ("embed", "ffn"), 1, "btd,df->btf"),
+        ((6, 3, 4), ("embed", "heads", None), 1, "btd,dhq->bthq"),
+        ((2, 3, 6), ("heads", None, "embed"), 2, "bthv,hvd->btd"),
+        ((4, 6, 5), ("experts", "embed", "ffn"), 1, "btd,edf->btef"),
+    ],
+)
+def test_the_declared_dims_are_summed(shape, axes, in_dims, einsum):
+    param = weight(shape, axes, in_dims)
+    summed = shape[:in_dims] if axes[0] != "experts" else shape[1:2]
+    x = jax.random.normal(jax.random.key(1), (2, 7, *summed)).astype(jnp.bfloat16)
+    found = linear(x, param)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, jnp.einsum(einsum, x, param[...].astype(jnp.bfloat16)))
+
+
+def test_outputs_of_experts_are_summed():
+    param = weight((4, 5, 6), ("experts", "ffn", "embed"), 1)
+    x_BTEF = jax.random.normal(jax.random.key(1), (2, 7, 4, 5))
+    found = sum_over_experts(x_BTEF, param)
+    np.testing.assert_array_equal(found, jnp.einsum("btef,efd->btd", x_BTEF, param[...]))
+
+
+def products_of_weights(source):
+    """Line numbers of `@` and of calls of jnp's or lax's products that read `self.<weight>[...]`; of any `@` at all."""
+    for node in ast.walk(ast.parse(source)):
+        is_matmul = isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)
+        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PRODUCTS
+        reads = any(
+            isinstance(inner, ast.Subscript) and isinstance(inner.value, ast.Attribute) for inner in ast.walk(node)
+        )
+        if is_matmul or (is_call and reads):
+            yield node.lineno
+
+
+def test_no_other_file_multiplies_by_a_weight():
+    files = [*(ROOT / "layers").rglob("*.py"), *(ROOT / "mtp").rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in files
+        if path.name != "linear.py"
+        for line in products_of_weights(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, f"use mtp_jax.layers.linear: {found}"
+    assert list(products_of_weights('x @ y\njnp.einsum("td,df->tf", x, self.up[...].astype(d))')) == [1, 2]
