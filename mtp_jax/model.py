@@ -118,12 +118,9 @@ class AbstractModel(NamedTuple):
         return nnx.merge(self.graph, *filled)
 
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
-        """Where params and biases live; leading dims of stacked weights are not sharded."""
-
-        def place(info: ParamInfo, leaf: jax.ShapeDtypeStruct):
-            return sharding.named(mesh, (None,) * (leaf.ndim - len(info.axes)) + info.axes)
-
-        params = jax.tree.map(place, self.infos, self.params, is_leaf=lambda x: isinstance(x, ParamInfo))
+        """Where params and biases live."""
+        is_info = lambda x: isinstance(x, ParamInfo)  # noqa: E731
+        params = jax.tree.map(lambda info: sharding.named(mesh, info.axes), self.infos, is_leaf=is_info)
         return params, jax.tree.map(lambda _: sharding.named(mesh, ()), self.biases)
 
 
