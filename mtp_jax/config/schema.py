@@ -128,6 +128,15 @@ class TokenOrderConfig:
 
 
 @dataclass(frozen=True)
+class NextLatentConfig:
+    """mtp.kind = nextlat: next-latent prediction (2511.05963)."""
+
+    width: int = setting(0, at_least=0, at_most=2**20)  # of the MLP; 0: 2 * model.embed_dim
+    latent_weight: float = setting(1.0, at_least=0, at_most=1e6)  # of the smooth L1 distance of hidden states
+    kl_weight: float = setting(1.0, at_least=0, at_most=1e6)  # of the KL divergence of the predicted tokens
+
+
+@dataclass(frozen=True)
 class MTPConfig:
     """Multi-token prediction: which extra heads, how they are wired and how they are weighted."""
 
@@ -154,6 +163,7 @@ class MTPConfig:
     output_norm: Literal["", "own", "main"] = ""
     chain: Literal["", "previous", "trunk"] = ""  # what depth k + 1 receives
     top: TokenOrderConfig = field(default_factory=TokenOrderConfig)
+    nextlat: NextLatentConfig = field(default_factory=NextLatentConfig)
 
 
 @dataclass(frozen=True)

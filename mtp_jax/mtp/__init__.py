@@ -8,12 +8,13 @@ import functools
 
 from mtp_jax.config import Architecture, Config, UserError
 from mtp_jax.mtp.kind import Caches, DecoderInputs, Extra, Kind, MainModel, Propose, Scales, Text
+from mtp_jax.mtp.nextlat import NextLatent
 from mtp_jax.mtp.none import NoMTP
 from mtp_jax.mtp.parallel import Parallel
 from mtp_jax.mtp.sequential import Sequential
 from mtp_jax.mtp.top import TokenOrder
 
-KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (NoMTP, Parallel, Sequential, TokenOrder)}
+KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (NoMTP, Parallel, Sequential, TokenOrder, NextLatent)}
 RELEASED = Sequential.name  # the kind of the MTP layers of released checkpoints
 NONE = NoMTP.name
 
