@@ -1,9 +1,11 @@
 """Train, measure and decode multi-token prediction models in JAX.
 
-mtp_jax.load(path)                                   a trained model, or a Hugging Face folder: logits
-mtp_jax.targets.build(tokens, segment_ids, depth)    depth-k inputs, targets and validity
+mtp_jax.load(path)                                   a trained model, or a Hugging Face folder
 mtp_jax.config.load_config(path, overrides)          a config file as frozen dataclasses
-mtp_jax.model                                        trunk and multi-token strategy as one module
+mtp_jax.targets.rows(...)                            rows of tokens as inputs, targets and weights of every depth
+mtp_jax.mtp.kind_of(config)                          multi-token prediction of one kind; mtp_jax.mtp.KINDS lists them
+mtp_jax.losses.evaluate(terms)                       the loss of all terms, chunk by chunk
+mtp_jax.model                                        decoder and MTP kind as one module
 mtp_jax.training.loop.train(config, workdir)         what train.py calls
 """
 
@@ -13,7 +15,17 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = (
-    *("config", "data", "decoding", "evaluation", "interop", "language_model", "loss", "model", "sharding", "targets"),
+    "config",
+    "data",
+    "decoding",
+    "evaluation",
+    "interop",
+    "language_model",
+    "losses",
+    "model",
+    "mtp",
+    "sharding",
+    "targets",
     "training",
 )
 

@@ -7,6 +7,7 @@ import numpy as np
 
 PyTree = Any  # of arrays, or of what describes them
 Tree = dict[str, Any]  # nested dicts: what a PyTree of parameters is here
+Cache = Any  # what decoding keeps of the tokens read; of one block, in the form its attention chooses
 JsonObject = dict[str, Any]  # parsed, or about to be written
 Index = int | slice | EllipsisType | tuple[int | slice, ...]  # of an array, basic indexing only
 

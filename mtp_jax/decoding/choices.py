@@ -4,7 +4,6 @@ Shape letters: G contexts, J continuations of each, B = G * J rows, C tokens of 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from mtp_jax.decoding.scoring import TOKENS_PER_BATCH, chunk_tokens
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.losses import token_scores
 from mtp_jax.sharding import constrain
+from mtp_jax.typing import Cache
 
 CACHE_BYTES = 1 << 30  # of the caches of a batch, those of its continuations included
 FEWEST = 4  # continuations scored together, whatever their caches take
@@ -110,7 +110,7 @@ def _batch(decoder: Decoder, contexts, continuations, num_slots: int, num_rows: 
 
 @jax.jit
 def _continued(
-    network: Network, caches: list[Any], lengths_G: jax.Array, inputs_GJC: jax.Array, targets_GJC: jax.Array
+    network: Network, caches: list[Cache], lengths_G: jax.Array, inputs_GJC: jax.Array, targets_GJC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """log p of the targets, float32[G, J, C], and whether each is the likeliest token.
 

@@ -5,7 +5,6 @@ Shape letters: B rows, S slots, K drafts a round.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -163,7 +162,7 @@ class Decoder:
                 raise UserError(f"prompt {b}: token {int(bad[0])} is outside the vocabulary of {vocab}")
 
 
-def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raises UserError where `value` is no integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise UserError(f"{name}={value!r}: must be an integer")

@@ -6,6 +6,7 @@ Shape letters: B rows, T new tokens, D model, V vocabulary, S slots, N extra dep
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from mtp_jax.layers.stack import unstacked
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, MainModel, kind_of
 from mtp_jax.sharding import constrain
+from mtp_jax.typing import Cache, PyTree
 
 
 class Parts(NamedTuple):
@@ -31,13 +33,13 @@ class Parts(NamedTuple):
     head_DV: jax.Array
     final_norm: RMSNorm
     blocks: list[Block]
-    mtp: Any
+    mtp: PyTree
 
 
 class _Structure:
     """A tree's structure that is compared by identity first."""
 
-    def __init__(self, tree: Any):
+    def __init__(self, tree: jax.tree_util.PyTreeDef):
         self.tree, self.hash = tree, hash(tree)
 
     def __hash__(self) -> int:
@@ -55,11 +57,11 @@ class Network:
         leaves, tree = jax.tree.flatten(parts)
         self._leaves, self._structure = leaves, _Structure(tree)
 
-    def tree_flatten(self) -> tuple[list[Any], _Structure]:
+    def tree_flatten(self) -> tuple[list[jax.Array], _Structure]:
         return self._leaves, self._structure
 
     @classmethod
-    def tree_unflatten(cls, structure: _Structure, leaves: Any) -> "Network":
+    def tree_unflatten(cls, structure: _Structure, leaves: Iterable[jax.Array]) -> "Network":
         network = object.__new__(cls)
         network._leaves, network._structure = list(leaves), structure
         return network
@@ -73,7 +75,7 @@ class Network:
         return self.parts.blocks
 
     @property
-    def mtp(self) -> Any:
+    def mtp(self) -> PyTree:
         return self.parts.mtp
 
     @property
@@ -121,7 +123,9 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
     return Network(parts)
 
 
-def run_main(network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Any]) -> tuple[MainModel, list[Any]]:
+def run_main(
+    network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Cache]
+) -> tuple[MainModel, list[Cache]]:
     """New tokens through the main model: what drafting sees of it, and the caches with the new tokens' entries."""
     h_BTD = branch_BTD = network.embed(tokens_BT)
     written = []
@@ -134,18 +138,18 @@ def run_main(network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[
 
 def empty_caches(
     architecture: Architecture, network: Network, num_drafts: int, num_rows: int, num_slots: int
-) -> tuple[list[Any], Caches]:
+) -> tuple[list[Cache], Caches]:
     """Caches of every main block, and of what drafts `num_drafts` tokens."""
     dtype, kind = jnp.dtype(architecture.model.compute_dtype), kind_of(architecture)
 
-    def empty() -> Any:
+    def empty() -> Cache:
         return network.blocks[0].attention.empty_cache(num_rows, num_slots, dtype)  # all layers attend alike
 
     main = placed([empty() for _ in network.blocks])
     return main, placed(kind.empty_caches(empty, num_drafts), kind.stacks_caches)
 
 
-def placed(caches: Any, is_stacked: bool = False) -> Any:
+def placed(caches: Caches, is_stacked: bool = False) -> Caches:
     """Caches sharded by rows and, where heads have their own entries, by heads; latents are shared by all."""
 
     def one(x: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ D model, K drafts per step, N extra depths.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from mtp_jax.decoding.verify import Verdict, verify
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.mtp import Caches, Text, kind_of
 from mtp_jax.sharding import constrain
+from mtp_jax.typing import Cache
 
 PROMPT_CHUNK = 512  # prompt tokens run at once, at most
 
@@ -50,7 +51,7 @@ class State(NamedTuple):
     is_done_B: jax.Array
     keys_B: jax.Array
     recent_BWD: jax.Array
-    caches: list[Any]
+    caches: list[Cache]
     mtp_caches: Caches
     counts: Counts
 

@@ -1,7 +1,5 @@
 """The transformer block of trunk and MTP modules alike: h + attention(norm(h)), then h + ffn(norm(h))."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +14,7 @@ from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
 from mtp_jax.sharding import constrain, num_shards
+from mtp_jax.typing import Cache
 
 
 class Block(nnx.Module):
@@ -46,8 +45,8 @@ class Block(nnx.Module):
         return self._feed_forward(h_BTD, valid_BT)
 
     def decode(
-        self, h_BTD: jax.Array, slots: Slots, cache: Any, num_wanted: int | None = None
-    ) -> tuple[jax.Array, Any]:
+        self, h_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """New tokens [B, T, D] -> [B, T, D], reading the tokens before them from the attention's cache.
 
         Args:

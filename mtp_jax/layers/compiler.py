@@ -1,16 +1,17 @@
 """Identities that make the compiler keep less in memory around a scan over layers; none changes a value."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mtp_jax.sharding import constrain
+from mtp_jax.typing import PyTree
 
 
-def taps(state: nnx.State, dtype: Any) -> nnx.State:
+def taps(state: nnx.State, dtype: DTypeLike) -> nnx.State:
     """Zeros that stand for the stacked weights where gradients are concerned, in the dtype the layers use each in.
 
     The gradient of a scanned stack is a stack, kept until the whole backward pass is done. Taken of the weights it has
@@ -41,7 +42,7 @@ def cast_layer(weights: nnx.State, layer_taps: nnx.State) -> nnx.State:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _tap(weight: jax.Array, dtype: Any) -> jax.Array:
+def _tap(weight: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.zeros(weight.shape, dtype)
 
 
@@ -64,7 +65,7 @@ _tapped.defvjp(
 
 
 @jax.custom_vjp
-def gradients_together(tree: Any) -> Any:
+def gradients_together(tree: PyTree) -> PyTree:
     """`tree` itself; in the backward pass none of its gradients is handed on before all of them are there.
 
     A scan over one layer is no loop once compiled, and the compiler may put off that layer's weight gradients, and keep
@@ -77,7 +78,7 @@ def gradients_together(tree: Any) -> Any:
 gradients_together.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.optimization_barrier(grads),))
 
 
-def read_here(tree: Any) -> Any:
+def read_here(tree: PyTree) -> PyTree:
     """`tree` itself, read here and as it is; not differentiable.
 
     Without it the compiler sees that the loop over layers only uses a weight in the compute dtype, casts the whole

@@ -12,13 +12,14 @@ times experts a token), R rows of a round, W rows from one device to another in 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.kernels.device import device
 from mtp_jax.sharding import LOGICAL_AXES
+from mtp_jax.typing import PyTree
 
 # Rows of a round over the rows a device gets when the load is even. Once the balancing has settled the fullest device
 # is a few per cent above the mean and one round does; every further one sends, and computes, a round's rows again.
@@ -26,7 +27,7 @@ ROUND_SLACK = 1.25
 
 
 def exchanged(
-    x_ND: jax.Array, sizes_E: jax.Array, weights: Any, experts: Callable[..., jax.Array], per_token: int
+    x_ND: jax.Array, sizes_E: jax.Array, weights: PyTree, experts: Callable[..., jax.Array], per_token: int
 ) -> jax.Array:
     """The experts' outputs of every row, wherever the experts live. Inside shard_map over all axes of the mesh.
 
@@ -166,7 +167,9 @@ def _rows(offsets_PL: jax.Array, sizes_PL: jax.Array, width: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_of_rounds(one_round: Callable[..., jax.Array], count: jax.Array, constants: Any, inputs: Any) -> jax.Array:
+def sum_of_rounds(
+    one_round: Callable[..., jax.Array], count: jax.Array, constants: PyTree, inputs: PyTree
+) -> jax.Array:
     """sum over r < count of one_round(r, constants, inputs), count >= 1 and known at run time only.
 
     The first round is differentiated like any other code. Further ones, which are rare, are run again in the backward
@@ -186,7 +189,7 @@ def _add_rounds(one_round, count, constants, inputs, first):
     return jax.lax.fori_loop(1, count, add_round, first)
 
 
-def _in_the_loop(r: jax.Array, inputs: Any) -> Any:
+def _in_the_loop(r: jax.Array, inputs: PyTree) -> PyTree:
     """`inputs`, tied to the round. Else the compiler copies the rows to the layout in which they are sent before the
     loop, and keeps the copies beside them until the last round."""
     return jax.lax.optimization_barrier((r, inputs))[1]

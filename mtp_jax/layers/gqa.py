@@ -4,11 +4,12 @@ Shape letters: B rows, T positions (one device's queries, S its keys: those of w
 H query heads, G key/value heads, Q head dim.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import attend, attend_cached
@@ -53,7 +54,7 @@ class GroupedQueryAttention(nnx.Module):
         out_BTHQ = attention(q_BTHQ, k_BTGQ, v_BTGQ, segments_BT)
         return linear(out_BTHQ, self.o)
 
-    def empty_cache(self, num_rows: int, num_slots: int, dtype: Any) -> HeadCache:
+    def empty_cache(self, num_rows: int, num_slots: int, dtype: DTypeLike) -> HeadCache:
         """Room for the keys and values of `num_slots` tokens a row."""
         shape = (num_rows, num_slots, self.config.num_kv_heads, self.config.head_dim)
         return HeadCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

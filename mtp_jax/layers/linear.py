@@ -5,19 +5,20 @@ A weight is an `nnx.Param` made by `layers.param.matrix`: its declaration says w
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+from flax import nnx
+from jax.typing import DTypeLike
 
 from mtp_jax.kernels.grouped_matmul import grouped_matmuls
 
 
-def cast(weight: Any, dtype: Any) -> jax.Array:
+def cast(weight: nnx.Variable, dtype: DTypeLike) -> jax.Array:
     """The value of a weight in the compute dtype."""
     return weight[...].astype(dtype)
 
 
-def linear(x: jax.Array, weight: Any, precision: str | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> jax.Array:
     """`x` times a weight, cast to the dtype of x; the result has that dtype.
 
     Args:
@@ -29,7 +30,7 @@ def linear(x: jax.Array, weight: Any, precision: str | None = None) -> jax.Array
     return _contract(x, weight, weight.get_metadata()["info"].in_dims, precision)
 
 
-def sum_over_experts(x_BTEF: jax.Array, weight: Any) -> jax.Array:
+def sum_over_experts(x_BTEF: jax.Array, weight: nnx.Variable) -> jax.Array:
     """Every expert's activations by its own matrix [E, F, D], summed over experts: [B, T, D] in the dtype of x."""
     info = weight.get_metadata()["info"]
     return _contract(x_BTEF, weight, (info.in_dims[0] - 1, *info.in_dims), None)
@@ -48,7 +49,7 @@ def grouped(x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, k
     return grouped_matmuls(x_ND, weights, sizes_E, kernel)
 
 
-def _contract(x: jax.Array, weight: Any, in_dims: tuple[int, ...], precision: str | None) -> jax.Array:
+def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], precision: str | None) -> jax.Array:
     value = cast(weight, x.dtype)
     last = tuple(range(x.ndim - len(in_dims), x.ndim))
     summed = last, tuple(value.ndim + dim for dim in in_dims)

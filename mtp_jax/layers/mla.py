@@ -4,11 +4,10 @@ Shape letters: B rows, T positions (one device's queries, S its keys: those of w
 H heads, N nope dim, R rotary dim, V value dim, X = N + V, C key/value latent, W = C + R numbers a token in a cache.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.attention import attend, attend_cached
@@ -47,8 +46,11 @@ class MultiHeadLatentAttention(nnx.Module):
         attention = local(
             self._attend,
             (
-                *(("batch", "length", "heads", None), ("batch", "length", None), ("batch", "length", None)),
-                *((None, "heads", None), ("batch", None)),
+                ("batch", "length", "heads", None),
+                ("batch", "length", None),
+                ("batch", "length", None),
+                (None, "heads", None),
+                ("batch", None),
             ),
             ("batch", "length", "heads", None),
         )
@@ -73,7 +75,7 @@ class MultiHeadLatentAttention(nnx.Module):
         rotary_BSHR = jnp.broadcast_to(rotary_BSR[:, :, None], (*k_nope_BSHN.shape[:3], rotary_BSR.shape[-1]))
         return jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1), v_BSHV
 
-    def empty_cache(self, num_rows: int, num_slots: int, dtype: Any) -> jax.Array:
+    def empty_cache(self, num_rows: int, num_slots: int, dtype: DTypeLike) -> jax.Array:
         """[B, S, C + R]: of each token its latent and its rotary key, whatever the number of heads."""
         return jnp.zeros((num_rows, num_slots, self.config.kv_lora_rank + self.config.qk_rope_head_dim), dtype)
 

@@ -1,11 +1,12 @@
 """One declaration for one weight: shape, initializer, logical axes and which dims are summed over, together."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mtp_jax.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class RouterBias(nnx.Variable):
 
 
 def matrix(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], in_dims: int, config: Any
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], in_dims: int, config: ModelConfig
 ) -> nnx.Param:
     """A weight of N(0, init_std^2), fp32 or config.param_dtype.
 
@@ -57,6 +58,6 @@ def matrix(
     return nnx.Param(value.astype(config.param_dtype), info=ParamInfo(axes, sums, makes))
 
 
-def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, config: Any) -> nnx.Param:
+def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, config: ModelConfig) -> nnx.Param:
     """A norm scale or a bias, constant at the start."""
     return nnx.Param(jnp.full(shape, value, config.param_dtype), info=ParamInfo(axes))

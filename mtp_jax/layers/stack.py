@@ -14,6 +14,7 @@ from mtp_jax.kernels.device import device
 from mtp_jax.kernels.grouped_matmul.xla import RAGGED_DOT
 from mtp_jax.layers import compiler
 from mtp_jax.layers.param import ParamInfo
+from mtp_jax.typing import PyTree
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> Any:
@@ -39,8 +40,13 @@ def _each_info(change: Callable[[ParamInfo], ParamInfo], tree: Any) -> Any:
 
 
 def scan_over(
-    module: nnx.Module, body: Callable[..., Any], carry: Any, xs: Any, config: ModelConfig, is_shared: bool = False
-) -> tuple[Any, Any]:
+    module: nnx.Module,
+    body: Callable[..., Any],
+    carry: PyTree,
+    xs: PyTree,
+    config: ModelConfig,
+    is_shared: bool = False,
+) -> tuple[PyTree, PyTree]:
     """`carry, y = body(one module, carry, x)` over the stack of `module` and the leading dim of `xs`.
 
     `unrolled` says how many layers are compiled, one in most cases. What config.remat does not keep of the body's

@@ -7,7 +7,7 @@ Shape letters: B rows, T positions, N extra depths (`Kind.depth`), K = 1 + N dep
 vocabulary, S slots of a cache, W positions of the drafting window, n drafts proposed at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,10 @@ from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
 from mtp_jax.losses import CrossEntropy, HiddenTerm, Term
 from mtp_jax.targets import Rows
+from mtp_jax.typing import Cache, JsonObject, PyTree
 
-Caches = Any  # a pytree of a kind's own: what its drafting keeps of the tokens read
+Caches = PyTree  # of a kind's own: what its drafting keeps of the tokens read
+Ready = Callable[[Any], Any]  # a module -> the same module with its weights cast and placed for inference
 Propose = Callable[[jax.Array], jax.Array]  # normed hidden states [B, n, D] of the next n drafts -> int32[B, n], drawn
 
 
@@ -159,7 +161,7 @@ class Kind:
         return True
 
     @classmethod
-    def heading(cls, settings: Sequence[Mapping[str, Any]]) -> str:
+    def heading(cls, settings: Sequence[JsonObject]) -> str:
         """The kind in the title of a table of runs with these settings (`section.key` -> value)."""
         del settings
         return f"{cls.name}, on top of the main model"
@@ -235,12 +237,12 @@ class Kind:
         """Tokens that can be drafted per forward pass; None: any number."""
         return 0
 
-    def unstack(self, module: Any, ready: Callable[[Any], Any]) -> Any:
-        """The kind's modules as drafting runs them, a pytree; `ready` casts and places the weights of one module."""
+    def unstack(self, module: Any, ready: Ready) -> PyTree:
+        """The kind's modules as drafting runs them, a pytree."""
         del module, ready
         return ()
 
-    def empty_caches(self, empty: Callable[[], Any], num_drafts: int) -> Caches:
+    def empty_caches(self, empty: Callable[[], Cache], num_drafts: int) -> Caches:
         """Caches for drafting `num_drafts` tokens; `empty()` makes that of one block."""
         del empty, num_drafts
         return []
@@ -250,7 +252,7 @@ class Kind:
         return main.hidden
 
     def read_prompt(
-        self, parts: Any, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
+        self, parts: PyTree, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
     ) -> Caches:
         """The caches with the entries of a run of prompt tokens.
 
@@ -263,7 +265,7 @@ class Kind:
         return caches
 
     def draft(
-        self, parts: Any, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
+        self, parts: PyTree, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
     ) -> Caches:
         """Propose the `num_drafts` tokens after position `text.last_B`.
 

@@ -16,9 +16,6 @@ The last j positions of a row have no h_{i+j} in it: they do not count at depth 
 Shape letters: B rows, T positions, K = 1 + N depths, N extra depths, D model, M width of the MLP.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +25,7 @@ from mtp_jax.layers.linear import linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.losses import CrossEntropy, HiddenTerm, KLDivergence, Term
-from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Scales, Text
+from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Ready, Scales, Text
 from mtp_jax.sharding import constrain
 from mtp_jax.targets import Rows
 
@@ -126,7 +123,7 @@ class NextLatent(Kind):
             ),
         ]
 
-    def unstack(self, module: LatentStep, ready: Callable[[Any], Any]) -> Any:
+    def unstack(self, module: LatentStep, ready: Ready) -> LatentStep:
         return ready(module)
 
     def draft_hidden(self, main: MainModel) -> jax.Array:

@@ -3,8 +3,7 @@
 Shape letters: B rows, T positions, D model, N extra depths, K drafts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,9 @@ from mtp_jax.config import Config, ModelConfig, UserError
 from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.stack import scan_over, stacked
-from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Text
+from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Ready, Text
 from mtp_jax.targets import Rows
+from mtp_jax.typing import Cache, JsonObject
 
 
 class ParallelHeads(nnx.Module):
@@ -53,7 +53,7 @@ class Parallel(Kind):
         return float(self.depth)
 
     @classmethod
-    def heading(cls, settings: Sequence[Mapping[str, Any]]) -> str:
+    def heading(cls, settings: Sequence[JsonObject]) -> str:
         matched = {each.get("mtp.parameter_matched") for each in settings}
         if matched == {True}:
             return "parallel heads, parameter-matched: the main model gives up a block for each"
@@ -103,11 +103,11 @@ class Parallel(Kind):
         """One token per head."""
         return self.depth
 
-    def unstack(self, module: ParallelHeads, ready: Callable[[Any], Any]) -> Any:
+    def unstack(self, module: ParallelHeads, ready: Ready) -> Block:
         """The heads' blocks as one module with stacked weights, since they run side by side."""
         return ready(module.block)
 
-    def empty_caches(self, empty: Callable[[], Any], num_drafts: int) -> Caches:
+    def empty_caches(self, empty: Callable[[], Cache], num_drafts: int) -> Caches:
         if not num_drafts:
             return []
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_drafts, *x.shape)), empty())
@@ -117,12 +117,12 @@ class Parallel(Kind):
         return main.branch
 
     def read_prompt(
-        self, parts: Any, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
+        self, parts: Block, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
     ) -> Caches:
         return _run(parts, len(tokens_NBT), hidden_BTD, slots, caches)[1]
 
     def draft(
-        self, parts: Any, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
+        self, parts: Block, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
     ) -> Caches:
         """Each head proposes its token from z alone."""
         slots = slots_at(text.positions_BW, text.tokens_BS.shape[1])
@@ -131,7 +131,7 @@ class Parallel(Kind):
         return caches
 
 
-def _run(blocks: Any, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:
+def _run(blocks: Block, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:
     """The first `num` heads' blocks on the same z, side by side: [K, B, 1, D] of the last position, and caches."""
     heads = jax.tree.map(lambda w: w[:num], blocks)
     return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache, 1))(heads, caches)

@@ -9,8 +9,7 @@ tokens that were kept and the newest drafts: a window of the last positions runs
 Shape letters: B rows, T positions, W positions of the window, D model, N extra depths.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,9 @@ from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import RouterStats
 from mtp_jax.layers.stack import scan_over, stacked, unstacked
-from mtp_jax.mtp.kind import Extra, Kind, MainModel, Propose, Text
+from mtp_jax.mtp.kind import Extra, Kind, MainModel, Propose, Ready, Text
 from mtp_jax.targets import Rows
+from mtp_jax.typing import Cache, JsonObject
 
 
 class SequentialModule(nnx.Module):
@@ -52,8 +52,8 @@ class SequentialModule(nnx.Module):
         return self.block(join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
 
     def decode(
-        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Any, num_wanted: int | None = None
-    ) -> tuple[jax.Array, Any]:
+        self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """h_k of new tokens, as `Block.decode`, and this depth's cache with their entries."""
         return self.block.decode(self._join(embedding_BTD, hidden_BTD), slots, cache, num_wanted)
 
@@ -80,7 +80,7 @@ class Sequential(Kind):
     has_conventions = True
 
     @classmethod
-    def heading(cls, settings: Sequence[Mapping[str, Any]]) -> str:
+    def heading(cls, settings: Sequence[JsonObject]) -> str:
         return "sequential modules, on top of the main model"
 
     def __init__(self, architecture: Architecture):
@@ -118,11 +118,11 @@ class Sequential(Kind):
         _, (hidden_NBTD, stats) = scan_over(module.module, body, h_0, xs, self.model, is_shared=self.is_shared)
         return Extra(hidden_NBTD, stats)
 
-    def unstack(self, module: SequentialModules, ready: Callable[[Any], Any]) -> list[SequentialModule]:
+    def unstack(self, module: SequentialModules, ready: Ready) -> list[SequentialModule]:
         """One module per depth; a single one where depths share it."""
         return [ready(one) for one in unstacked(module.module)]
 
-    def empty_caches(self, empty: Callable[[], Any], num_drafts: int) -> list[Any]:
+    def empty_caches(self, empty: Callable[[], Cache], num_drafts: int) -> list[Cache]:
         """One per trained depth in use: drafts beyond them share the last one's."""
         return [empty() for _ in range(min(num_drafts, self.depth))]
 
@@ -137,8 +137,8 @@ class Sequential(Kind):
         hidden_BTD: jax.Array,
         tokens_NBT: jax.Array,
         slots: Slots,
-        caches: list[Any],
-    ) -> list[Any]:
+        caches: list[Cache],
+    ) -> list[Cache]:
         written = []
         onward_BTD = hidden_BTD
         for k, cache in enumerate(caches):
@@ -155,9 +155,9 @@ class Sequential(Kind):
         main: MainModel,
         text: Text,
         num_drafts: int,
-        caches: list[Any],
+        caches: list[Cache],
         propose: Propose,
-    ) -> list[Any]:
+    ) -> list[Cache]:
         """Each depth is fed with the draft before; the last of them as often again as there are drafts left."""
         num_slots, caches = text.tokens_BS.shape[1], list(caches)
         slots = slots_at(text.positions_BW, num_slots)
