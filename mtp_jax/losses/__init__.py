@@ -10,6 +10,7 @@ from mtp_jax.losses.depths import DepthSums, agreement, depth_sums, expected_tok
 from mtp_jax.losses.divergence import KLDivergence
 from mtp_jax.losses.driver import evaluate, token_scores
 from mtp_jax.losses.listwise import ListNet
+from mtp_jax.losses.mixture import Mixture
 from mtp_jax.losses.term import HiddenTerm, Logits, Loss, Term, TermSums, weight_sum
 from mtp_jax.losses.total_variation import EndToEndTotalVariation, TotalVariation
 
@@ -22,6 +23,7 @@ __all__ = [
     "ListNet",
     "Logits",
     "Loss",
+    "Mixture",
     "Term",
     "TermSums",
     "TotalVariation",
