@@ -78,6 +78,9 @@ class ModelConfig:
     init_std: float = setting(0.02, at_least=0, at_most=10, may_change="new_run")
     param_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
     compute_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
+    # of float32 products by weights in layers/linear.py, on devices that round operands: default lets TPUs (bfloat16)
+    # and GPUs (TensorFloat-32) do so, highest does not. Grouped experts and the head are not among them.
+    matmul_precision: Literal["default", "high", "highest"] = setting("default", may_change="new_run")
     # What the backward pass recomputes: everything but matmul outputs (dots), but the outputs of attention and of the
     # experts' matmuls (kernels), or everything (full)
     remat: Literal["none", "dots", "kernels", "full"] = setting("none", may_change="resume")

@@ -19,13 +19,13 @@ def cast(weight: nnx.Variable, dtype: DTypeLike) -> jax.Array:
 
 
 def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> jax.Array:
-    """`x` times a weight, cast to the dtype of x; the result has that dtype.
+    """`x` times a weight, cast to the dtype of x; the result has that dtype. model.matmul_precision says how exactly.
 
     Args:
       x: [..., summed dims], as many as the weight sums and in their order: [B, T, D] by [D, F] gives [B, T, F], by
         [D, H, Q] gives [B, T, H, Q]; [B, T, H, V] by [H, V, D] gives [B, T, D]. An "experts" dim of the weight is
         produced like any other: [B, T, D] by [E, D, F] gives [B, T, E, F].
-      precision: as of `jax.lax.dot_general`.
+      precision: as of `jax.lax.dot_general`, in place of the configured one.
     """
     return _contract(x, weight, weight.get_metadata()["info"].in_dims, precision)
 
@@ -51,6 +51,8 @@ def grouped(x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, k
 
 def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], precision: str | None) -> jax.Array:
     value = cast(weight, x.dtype)
+    configured = weight.get_metadata()["info"].precision
+    precision = precision or (None if configured == "default" else configured)
     last = tuple(range(x.ndim - len(in_dims), x.ndim))
     summed = last, tuple(value.ndim + dim for dim in in_dims)
     return jax.lax.dot_general(x, value, (summed, ((), ())), precision, preferred_element_type=x.dtype)

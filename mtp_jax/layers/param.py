@@ -14,6 +14,7 @@ class ParamInfo:
     """What placement and optimizer need to know of a weight, whatever module holds it.
 
     axes: one logical axis name (or None) per dim; those of a stacked weight begin with "layers".
+    precision: of products by the weight (model.matmul_precision).
     in_dims, out_dims: negative dim numbers summed over by, and produced by, the matmul; both empty for vectors
       (norm scales, biases) and for the embedding table, which is looked up and not multiplied.
     """
@@ -21,6 +22,7 @@ class ParamInfo:
     axes: tuple[str | None, ...]
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
+    precision: str = "default"
 
     @property
     def is_matrix(self) -> bool:
@@ -55,7 +57,7 @@ def matrix(
     sums = tuple(range(first - rank, first - rank + in_dims))
     makes = tuple(range(first - rank + in_dims, 0))
     value = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value.astype(config.param_dtype), info=ParamInfo(axes, sums, makes))
+    return nnx.Param(value.astype(config.param_dtype), info=ParamInfo(axes, sums, makes, config.matmul_precision))
 
 
 def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, config: ModelConfig) -> nnx.Param:

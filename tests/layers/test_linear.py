@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.linear import linear, sum_over_experts
 from mtp_jax.layers.param import matrix
 
@@ -68,3 +69,14 @@ def test_no_other_file_multiplies_by_a_weight():
     ]
     assert not found, f"use mtp_jax.layers.linear: {found}"
     assert list(products_of_weights('x @ y\njnp.einsum("td,df->tf", x, self.up[...].astype(d))')) == [1, 2]
+
+
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+def test_products_by_dense_weights_have_the_configured_precision(precision):
+    """Read from the program, since this machine's float32 products are exact in any case."""
+    config = ModelConfig(vocab_size=8, embed_dim=16, ffn_dim=24, matmul_precision=precision)
+    layer = SwiGLU(24, config, nnx.Rngs(params=jax.random.key(0)))
+    jaxpr = jax.make_jaxpr(layer)(jnp.ones((1, 2, 16)))
+    found = [e.params["precision"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+    expected = None if precision == "default" else (jax.lax.Precision(precision),) * 2
+    assert found == [expected] * 3
