@@ -69,7 +69,7 @@ def main() -> None:
 
 def record(model: mtp_jax.language_model.LanguageModel, args: argparse.Namespace, result) -> dict:
     """The result's line."""
-    counts, config = count_parameters(model.config), model.config
+    counts, config = count_parameters(model.config.architecture), model.config
     rounds_per_second = result.tokens_per_second / result.tokens_per_forward / result.batch_size
     return {
         "benchmark": "decode",

@@ -21,7 +21,7 @@ def test_config_is_documented_and_valid(path):
         assert part in docstring
     config = load_config(str(path))
     validate(config, DEVICES.get(path.stem, 1))
-    counted = count_parameters(with_vocabulary(config, BYTE_VOCABULARY))
+    counted = count_parameters(with_vocabulary(config, BYTE_VOCABULARY).architecture)
     assert (counted.mtp_total > 0) == (kind_of(config).depth > 0) and counted.active <= counted.total
 
 
@@ -35,7 +35,7 @@ def test_config_is_documented_and_valid(path):
     ],
 )
 def test_published_parameter_counts(name, total, active, mtp_total):
-    counted = count_parameters(load_config(str(CONFIGS / f"{name}.py")))
+    counted = count_parameters(load_config(str(CONFIGS / f"{name}.py")).architecture)
     assert counted.total == pytest.approx(total, rel=0.005)
     assert counted.active == pytest.approx(active, rel=0.025)
     assert counted.mtp_total == pytest.approx(mtp_total, rel=0.005)
