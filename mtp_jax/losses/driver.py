@@ -78,7 +78,8 @@ class _Chunks(NamedTuple):
 
 def _hidden(term: HiddenTerm) -> tuple[jax.Array, TermSums]:
     value_K = (term.weight_KBT * term.value_KBT).sum((1, 2))
-    return (term.scale_K * value_K).sum(), TermSums(jax.lax.stop_gradient(value_K), weight_sum(term.weight_KBT))
+    sums = TermSums(value_K, weight_sum(term.weight_KBT))
+    return (term.scale_K * value_K).sum(), jax.lax.stop_gradient(sums)
 
 
 def _chunked_term(term: Term, chunk_tokens: int) -> tuple[jax.Array, TermSums]:
