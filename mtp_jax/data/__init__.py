@@ -20,16 +20,3 @@ from mtp_jax.data.packing import Row
 from mtp_jax.data.pipeline import Batch, Batches, BatchIterator
 from mtp_jax.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 from mtp_jax.data.tokenizer import load as load_tokenizer
-
-__all__ = [
-    "Batch",
-    "BatchIterator",
-    "Batches",
-    "ByteTokenizer",
-    "Corpus",
-    "HFTokenizer",
-    "Row",
-    "Tokenizer",
-    "load_tokenizer",
-    "prepare",
-]

@@ -2,5 +2,3 @@
 
 from mtp_jax.language_model.loading import load
 from mtp_jax.language_model.model import Completions, LanguageModel
-
-__all__ = ["Completions", "LanguageModel", "load"]

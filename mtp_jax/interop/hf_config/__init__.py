@@ -6,5 +6,3 @@ writing.py   Config -> config.json
 
 from mtp_jax.interop.hf_config.reading import MODEL_TYPES, longest_text, read_config, to_config
 from mtp_jax.interop.hf_config.writing import from_config, layout_of
-
-__all__ = ["MODEL_TYPES", "from_config", "layout_of", "longest_text", "read_config", "to_config"]

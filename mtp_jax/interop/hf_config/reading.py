@@ -11,27 +11,8 @@ import typing
 from typing import Any
 
 from mtp_jax.config import CONVENTIONS, Config, ModelConfig, MTPConfig, UserError, with_values
-from mtp_jax.interop.hf_fields import (
-    ALIASES,
-    IGNORED,
-    KINDS,
-    LAYOUTS,
-    MTP_KEY,
-    NOT_HELD,
-    NULLS,
-    ROPE_COMMON,
-    ROPE_FIXED,
-    ROPE_TYPES,
-    WINDOW_KEYS,
-    WIRING_KEY,
-    Layout,
-    Values,
-    bad,
-    check_quantization,
-    short,
-    typed,
-    without_aliases,
-)
+from mtp_jax.interop import hf_fields
+from mtp_jax.interop.hf_fields import Layout, Values, bad, short, typed
 from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED
 
@@ -75,7 +56,7 @@ def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int |
       UserError: an unknown layout or key, a value that our model cannot hold or of the wrong type.
     """
     layout = layout_named(hf.get("model_type"), where)
-    values = without_aliases(hf, layout, where)
+    values = hf_fields.without_aliases(hf, layout, where)
     _check_known(hf, layout, where, ignore)
     config = read_values(values, layout, where, depth)
     try:
@@ -92,7 +73,7 @@ def longest_text(hf: Values, where: str) -> int:
       UserError: an unknown layout, or a value that is no number of tokens.
     """
     layout = layout_named(hf.get("model_type"), where)
-    value = _field(without_aliases(hf, layout, where), layout, where, "max_position_embeddings", int)
+    value = _field(hf_fields.without_aliases(hf, layout, where), layout, where, "max_position_embeddings", int)
     if value < 2:
         raise bad(where, "max_position_embeddings", value, "leaves no room for a text; must be at least 2")
     return value
@@ -100,20 +81,22 @@ def longest_text(hf: Values, where: str) -> int:
 
 def layout_named(model_type: Any, where: str) -> Layout:
     """The layout of a model_type; raises UserError where it is none that we have, with the reason where it is known."""
-    if isinstance(model_type, str) and model_type in LAYOUTS:
-        return LAYOUTS[model_type]
+    if isinstance(model_type, str) and model_type in hf_fields.LAYOUTS:
+        return hf_fields.LAYOUTS[model_type]
     known = ", ".join(MODEL_TYPES)
-    reason = NOT_HELD.get(model_type, "") if isinstance(model_type, str) else ""
+    reason = hf_fields.NOT_HELD.get(model_type, "") if isinstance(model_type, str) else ""
     if reason:
         reason += ", which mtp_jax does not have; "
     raise UserError(f"{where}: field 'model_type'={short(model_type)} is not supported; {reason}use one of {known}")
 
 
 def _check_known(hf: Values, layout: Layout, where: str, ignore: tuple[str, ...]) -> None:
-    known = IGNORED | layout.fields.keys() | layout.mixture.keys() | layout.fixed.keys() | layout.tolerated.keys()
-    known |= {MTP_KEY, WIRING_KEY, "quantization_config", "layer_types", *ROPE_KEYS, *ignore}
-    known |= {alias for alias, key in ALIASES.items() if key in known}
-    known |= set(WINDOW_KEYS) if "use_sliding_window" in layout.fixed else set()
+    known = (
+        hf_fields.IGNORED | layout.fields.keys() | layout.mixture.keys() | layout.fixed.keys() | layout.tolerated.keys()
+    )
+    known |= {hf_fields.MTP_KEY, hf_fields.WIRING_KEY, "quantization_config", "layer_types", *ROPE_KEYS, *ignore}
+    known |= {alias for alias, key in hf_fields.ALIASES.items() if key in known}
+    known |= set(hf_fields.WINDOW_KEYS) if "use_sliding_window" in layout.fixed else set()
     known |= {"num_key_value_heads", "head_dim", "qk_head_dim"} if layout.implied["attention"] == "mla" else set()
     known |= {"topk_method"} if layout.groups_by_method else set()
     remedy = f"is not one that mtp_jax knows for {hf['model_type']} and may change what the model computes; "
@@ -125,7 +108,11 @@ def _check_known(hf: Values, layout: Layout, where: str, ignore: tuple[str, ...]
         if not isinstance(rope, dict):
             continue
         kind = str(rope.get("rope_type", rope.get("type", "default")))
-        rope_known = {*ROPE_COMMON, *ROPE_TYPES.get(kind, rope), *ROPE_FIXED.get(kind, {})}
+        rope_known = {
+            *hf_fields.ROPE_COMMON,
+            *hf_fields.ROPE_TYPES.get(kind, rope),
+            *hf_fields.ROPE_FIXED.get(kind, {}),
+        }
         for key in sorted(rope.keys() - rope_known):
             if f"{name}.{key}" not in ignore:
                 raise bad(where, f"{name}.{key}", rope[key], f"{remedy}if it does not, pass ignore={name}.{key}")
@@ -136,7 +123,7 @@ def read_values(values: Values, layout: Layout, where: str, depth: int | None) -
     for key, wanted in (layout.fixed | layout.tolerated).items():
         if values.get(key, wanted) != wanted:
             raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
-    check_quantization(values.get("quantization_config"), where)
+    hf_fields.check_quantization(values.get("quantization_config"), where)
     fields = _read_fields(values, layout, where) | _read_rope(values, layout, where)
     model = with_values(ModelConfig(), fields)
     implied = {name: value for name, value in layout.implied.items() if counts(name, model)}
@@ -163,7 +150,7 @@ def _read_fields(values: Values, layout: Layout, where: str) -> Values:
         if name in ("num_kv_heads", "head_dim") and values.get(key, layout.defaults[key]) is None:
             out[name] = out["num_heads"] if name == "num_kv_heads" else out["embed_dim"] // max(1, out["num_heads"])
         else:
-            out[name] = _field(values, layout, where, key, KINDS[name])
+            out[name] = _field(values, layout, where, key, hf_fields.KINDS[name])
     if layout.groups_by_method:
         method = values.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
@@ -177,7 +164,7 @@ def _field(values: Values, layout: Layout, where: str, key: str, kind: type) -> 
     if key not in values and key not in layout.defaults:
         raise UserError(f"{where}: field {key!r} is missing; add it")
     value = values.get(key, layout.defaults.get(key))
-    return typed(where, key, NULLS[key] if value is None and key in NULLS else value, kind)
+    return typed(where, key, hf_fields.NULLS[key] if value is None and key in hf_fields.NULLS else value, kind)
 
 
 def _read_rope(values: Values, layout: Layout, where: str) -> Values:
@@ -192,15 +179,15 @@ def _read_rope(values: Values, layout: Layout, where: str) -> Values:
     elif fraction != 1.0:
         raise bad(where, "partial_rotary_factor", fraction, "is not supported; this layout rotates whole heads, 1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise bad(where, f"{name}.rope_type", kind, f"is not supported; mtp_jax has {', '.join(ROPE_TYPES)}")
-    for key, wanted in ROPE_FIXED.get(kind, {}).items():
+    if not isinstance(kind, str) or kind not in hf_fields.ROPE_TYPES:
+        raise bad(where, f"{name}.rope_type", kind, f"is not supported; mtp_jax has {', '.join(hf_fields.ROPE_TYPES)}")
+    for key, wanted in hf_fields.ROPE_FIXED.get(kind, {}).items():
         if rope.get(key, wanted) != wanted:
             raise bad(where, f"{name}.{key}", rope[key], f"is not supported; mtp_jax has {wanted!r} there")
     if kind == "default":
         return out
     scaling = _read_scaling(rope | {"rope_type": kind}, values, layout, where, name)
-    factor = scaling[ROPE_TYPES[kind]["factor"]]
+    factor = scaling[hf_fields.ROPE_TYPES[kind]["factor"]]
     if factor < 1:
         raise bad(where, f"{name}.factor", rope.get("factor"), f"stretches by {factor:g}; must be at least 1")
     return out | scaling if factor > 1 else out
@@ -223,17 +210,17 @@ def _read_scaling(rope: Values, values: Values, layout: Layout, where: str, name
             remedy = f"without {name}.mscale is not supported; give both or neither"
             raise bad(where, f"{name}.mscale_all_dim", rope["mscale_all_dim"], remedy)
     out = {}
-    for key, ours in ROPE_TYPES[kind].items():
+    for key, ours in hf_fields.ROPE_TYPES[kind].items():
         if key not in rope and kind != "yarn":
             raise UserError(f"{where}: field '{name}.{key}' is missing; add it")
         if key in rope:
-            out[ours] = typed(where, f"{name}.{key}", rope[key], KINDS[ours])
+            out[ours] = typed(where, f"{name}.{key}", rope[key], hf_fields.KINDS[ours])
     return out
 
 
 def _read_mtp(values: Values, layout: Layout, where: str, depth: int | None) -> MTPConfig:
-    modules = typed(where, MTP_KEY, values.get(MTP_KEY) or 0, int)
-    wiring = typed(where, WIRING_KEY, values.get(WIRING_KEY) or {}, dict)
+    modules = typed(where, hf_fields.MTP_KEY, values.get(hf_fields.MTP_KEY) or 0, int)
+    wiring = typed(where, hf_fields.WIRING_KEY, values.get(hf_fields.WIRING_KEY) or {}, dict)
     preset = dataclasses.asdict(CONVENTIONS[layout.family])
     hints = typing.get_type_hints(MTPConfig)
     wired = {}
@@ -241,14 +228,16 @@ def _read_mtp(values: Values, layout: Layout, where: str, depth: int | None) -> 
         choices = [c for c in typing.get_args(hints.get(key)) if c] if key in preset else []
         if key not in (*preset, "shared_depths", "depth") or (choices and value not in choices):
             allowed = " or ".join(choices) or "no such key; one of " + ", ".join((*preset, "shared_depths", "depth"))
-            raise bad(where, f"{WIRING_KEY}.{key}", value, f"is not known ({allowed}); correct the file")
+            raise bad(where, f"{hf_fields.WIRING_KEY}.{key}", value, f"is not known ({allowed}); correct the file")
         if choices and value != preset[key]:
             wired[key] = value
-    shared = typed(where, f"{WIRING_KEY}.shared_depths", wiring.get("shared_depths", False), bool)
-    stored = typed(where, f"{WIRING_KEY}.depth", wiring.get("depth", modules), int)
+    shared = typed(where, f"{hf_fields.WIRING_KEY}.shared_depths", wiring.get("shared_depths", False), bool)
+    stored = typed(where, f"{hf_fields.WIRING_KEY}.depth", wiring.get("depth", modules), int)
     if (stored != modules and not shared) or (shared and modules != 1):
-        remedy = f"does not fit {WIRING_KEY}={short(wiring)}; shared depths are one module, others one a depth"
-        raise bad(where, MTP_KEY, modules, remedy)
+        remedy = (
+            f"does not fit {hf_fields.WIRING_KEY}={short(wiring)}; shared depths are one module, others one a depth"
+        )
+        raise bad(where, hf_fields.MTP_KEY, modules, remedy)
     if depth is not None and not (0 <= depth <= stored or (shared and depth > 0)):
         raise UserError(f"depth={depth}: {where} has {stored} MTP layers; ask for 0 to {stored}")
     wanted = stored if depth is None else depth

@@ -4,22 +4,9 @@ import copy
 import dataclasses
 
 from mtp_jax.config import CONVENTIONS, Config, Conventions, ModelConfig, UserError, conventions, value_of
+from mtp_jax.interop import hf_fields
 from mtp_jax.interop.hf_config.reading import counts, derived, layout_named, read_values, rope_key
-from mtp_jax.interop.hf_fields import (
-    ALIASES,
-    EXPERTS,
-    LAYOUTS,
-    MTP_KEY,
-    NO_EXPERTS,
-    ROPE_TYPES,
-    WIRING_KEY,
-    WRITTEN_NULL,
-    Layout,
-    Values,
-    bad,
-    short,
-    without_aliases,
-)
+from mtp_jax.interop.hf_fields import Layout, Values, bad, short
 from mtp_jax.mtp import kind_of
 
 
@@ -44,13 +31,13 @@ def from_config(config: Config, layout: str, base: Values | None = None) -> Valu
         return _read_back(_scaffold(config, layout) | table.fixed | new, table, new, {})
     if base.get("model_type") != layout:
         raise UserError(f"model_type={base.get('model_type')!r}: the model is exported as {layout}; leave base out")
-    old = _write(read_values(without_aliases(base, table, "base"), table, "base", None), table, base)
+    old = _write(read_values(hf_fields.without_aliases(base, table, "base"), table, "base", None), table, base)
     new = _write(config, table, base)
     changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
     gone = (old.keys() - new.keys()) | {"quantization_config"}
-    result = {key: copy.deepcopy(value) for key, value in base.items() if ALIASES.get(key, key) not in gone}
+    result = {key: copy.deepcopy(value) for key, value in base.items() if hf_fields.ALIASES.get(key, key) not in gone}
     for key, value in changed.items():
-        names = [name for name in result if ALIASES.get(name, name) == key] or [key]
+        names = [name for name in result if hf_fields.ALIASES.get(name, name) == key] or [key]
         result |= dict.fromkeys(names, value)
     return _read_back(result, table, new, base)
 
@@ -82,7 +69,7 @@ def layout_of(config: Config) -> str:
 def _read_back(result: Values, table: Layout, new: Values, base: Values) -> Values:
     """`result`, once it is sure to say of the model what `new` says."""
     where = "the config.json to write"
-    back = _write(read_values(without_aliases(result, table, where), table, where, None), table, base)
+    back = _write(read_values(hf_fields.without_aliases(result, table, where), table, where, None), table, base)
     for key, value in new.items():
         if back.get(key) != value:
             raise bad(where, key, value, f"would be read back as {short(back.get(key))}; train the model with that")
@@ -91,7 +78,7 @@ def _read_back(result: Values, table: Layout, new: Values, base: Values) -> Valu
 
 def _check_held(config: Config, layout: str) -> None:
     """Refuse, by our key, what the layout cannot say."""
-    table, model = LAYOUTS[layout], config.model
+    table, model = hf_fields.LAYOUTS[layout], config.model
     kind_of(config).check_export()
     for name, wanted in table.implied.items():
         value = value_of(model, name)
@@ -113,12 +100,12 @@ def _write(config: Config, layout: Layout, base: Values) -> Values:
     mtp = _write_mtp(config, layout)
     fields = layout.fields | (layout.mixture if model.num_experts else {})
     out = {key: value_of(model, name) for key, name in fields.items()}
-    out |= {key: None for key in WRITTEN_NULL if out.get(key) == 0}
+    out |= {key: None for key in hf_fields.WRITTEN_NULL if out.get(key) == 0}
     if layout.mixture and not model.num_experts:
         # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
         # ours is. (transformers' own MTP loader gives every module experts and cannot hold this one.)
-        out |= NO_EXPERTS | {"first_k_dense_replace": model.num_layers + mtp.get(MTP_KEY, 0)}
-        out |= {key: True for key in layout.mixture.keys() - EXPERTS.keys()}
+        out |= hf_fields.NO_EXPERTS | {"first_k_dense_replace": model.num_layers + mtp.get(hf_fields.MTP_KEY, 0)}
+        out |= {key: True for key in layout.mixture.keys() - hf_fields.EXPERTS.keys()}
     if layout.groups_by_method:
         out["topk_method"] = "group_limited_greedy" if out["n_group"] > 1 else "greedy"
     out |= {k: v for k, v in derived(model).items() if k in base or k == "num_key_value_heads"}
@@ -126,8 +113,8 @@ def _write(config: Config, layout: Layout, base: Values) -> Values:
 
 
 def _write_rope(model: ModelConfig, layout: Layout, base: Values) -> Values:
-    kind = next((k for k, f in ROPE_TYPES.items() if f and value_of(model, f["factor"]) > 1), "default")
-    scaling = {key: value_of(model, name) for key, name in ROPE_TYPES[kind].items()}
+    kind = next((k for k, f in hf_fields.ROPE_TYPES.items() if f and value_of(model, f["factor"]) > 1), "default")
+    scaling = {key: value_of(model, name) for key, name in hf_fields.ROPE_TYPES[kind].items()}
     if kind == "yarn" and not model.rope.yarn.mscale_all_dim:
         del scaling["mscale_all_dim"]
         if model.rope.yarn.mscale == 1.0:
@@ -145,7 +132,7 @@ def _write_rope(model: ModelConfig, layout: Layout, base: Values) -> Values:
 def _write_mtp(config: Config, layout: Layout) -> Values:
     depth = kind_of(config).depth
     if not depth:
-        return {MTP_KEY: 0} if layout.always_depth else {}
+        return {hf_fields.MTP_KEY: 0} if layout.always_depth else {}
     preset = CONVENTIONS[layout.family]
     ours = conventions(config.mtp)
     names = [f.name for f in dataclasses.fields(Conventions)]
@@ -153,7 +140,7 @@ def _write_mtp(config: Config, layout: Layout) -> Values:
     if config.mtp.shared_depths:
         wiring |= {"shared_depths": True, "depth": depth}
     modules = 1 if config.mtp.shared_depths else depth
-    return {MTP_KEY: modules} | ({WIRING_KEY: wiring} if wiring else {})
+    return {hf_fields.MTP_KEY: modules} | ({hf_fields.WIRING_KEY: wiring} if wiring else {})
 
 
 def _scaffold(config: Config, layout: str) -> Values:
@@ -164,7 +151,7 @@ def _scaffold(config: Config, layout: str) -> Values:
         if stretched.factor > 1:
             longest = max(longest, int(stretched.factor * stretched.original_length))
     return {
-        "architectures": [LAYOUTS[layout].architecture],
+        "architectures": [hf_fields.LAYOUTS[layout].architecture],
         "model_type": layout,
         "max_position_embeddings": longest,
         "initializer_range": model.init_std,

@@ -9,8 +9,6 @@ from mtp_jax.kernels.attention import cudnn, hopper, splash, xla
 from mtp_jax.kernels.attention.xla import attend_cached
 from mtp_jax.kernels.selection import Backend, select
 
-__all__ = ["BACKENDS", "attend", "attend_cached"]
-
 BACKENDS = (
     Backend("mosaic", hopper.attend, hopper.unsupported_reason, "gpu"),
     Backend("cudnn", cudnn.attend, cudnn.unsupported_reason, "gpu"),

@@ -8,29 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mtp_jax.kernels.attention.hopper.blocks import (
-    BLOCK,
-    COLUMNS,
-    LOG2E,
-    MASKED,
-    NUM_WARPGROUPS,
-    ROW,
-    ROWS,
-    TILE,
-    Place,
-    Ranges,
-    Seen,
-    Tiles,
-    across,
-    kernel,
-    load,
-    over_keys,
-    smem,
-)
+from mtp_jax.kernels.attention.hopper import blocks
 
 
 def forward(
-    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, seen: Ranges, scale: float, tiles: Tiles
+    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, seen: blocks.Ranges, scale: float, tiles: blocks.Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """The output [B, T, H, V], and the logarithm to base 2 of the softmax's denominator, float32[B, H, T]."""
     num_rows, length, heads, query_dim = q_BTHQ.shape
@@ -39,10 +21,10 @@ def forward(
     def attention_forward(
         start_ref, first_ref, q_ref, k_ref, v_ref, out_ref, total_ref, shared, total_smem2, loaded, turn
     ):
-        place = Place(q_ref, k_ref, length // BLOCK, is_reversed=True)
+        place = blocks.Place(q_ref, k_ref, length // blocks.BLOCK, is_reversed=True)
         q_smem, out_smem = (ref.at[place.warpgroup] for ref in shared)
         total_smem, queries = total_smem2.at[place.warpgroup], place.own
-        keys = Seen(start_ref, first_ref, place, block)
+        keys = blocks.Seen(start_ref, first_ref, place, block)
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -50,23 +32,23 @@ def forward(
 
         def compute(run):
             plgpu.copy_gmem_to_smem(q_ref.at[place.row, queries, place.head], q_smem, loaded.at[place.warpgroup])
-            start = load(start_ref.at[place.row, queries], ROW)
+            start = blocks.load(start_ref.at[place.row, queries], blocks.ROW)
             plgpu.barrier_wait(loaded.at[place.warpgroup])
             pl.when(place.warpgroup == 1)(take_turns)
             total, greatest, out = run(
                 (
-                    plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
-                    plgpu.layout_cast(jnp.full((ROWS,), MASKED, jnp.float32), ROW),
-                    plgpu.layout_cast(jnp.zeros((ROWS, value_dim), jnp.float32), TILE),
+                    plgpu.layout_cast(jnp.zeros((blocks.ROWS,), jnp.float32), blocks.ROW),
+                    plgpu.layout_cast(jnp.full((blocks.ROWS,), blocks.MASKED, jnp.float32), blocks.ROW),
+                    plgpu.layout_cast(jnp.zeros((blocks.ROWS, value_dim), jnp.float32), blocks.TILE),
                     start,
                 )
             )[:3]
             pl.when(place.warpgroup == 0)(take_turns)
-            out *= across(1.0 / total, out.shape)
-            columns = [pl.ds(begin, COLUMNS) for begin in range(0, value_dim, COLUMNS)]
+            out *= blocks.across(1.0 / total, out.shape)
+            columns = [pl.ds(begin, blocks.COLUMNS) for begin in range(0, value_dim, blocks.COLUMNS)]
             for i, own in enumerate(columns):
-                out_smem[i] = out[:, own.start : own.start + COLUMNS].astype(dtype)
-            total_smem[...] = greatest + jnp.log(total) * LOG2E
+                out_smem[i] = out[:, own.start : own.start + blocks.COLUMNS].astype(dtype)
+            total_smem[...] = greatest + jnp.log(total) * blocks.LOG2E
             plgpu.commit_smem()
             for i, own in enumerate(columns):
                 plgpu.copy_smem_to_gmem(out_smem.at[i], out_ref.at[place.row, queries, place.head, own])
@@ -81,13 +63,13 @@ def forward(
                 take_turns()
                 return scores[...]
 
-            scores = pl.run_scoped(product, plgpu.ACC((ROWS, block), jnp.float32)) * (scale * LOG2E)
+            scores = pl.run_scoped(product, plgpu.ACC((blocks.ROWS, block), jnp.float32)) * (scale * blocks.LOG2E)
             plgpu.barrier_arrive(k_done)
             scores = keys.masked(scores, index[0], start)
             new = jnp.maximum(greatest, scores.max(axis=1))
             shrink = jnp.exp2(greatest - new)
-            probs = jnp.exp2(scores - across(new, scores.shape))
-            out *= across(shrink, out.shape)
+            probs = jnp.exp2(scores - blocks.across(new, scores.shape))
+            out *= blocks.across(shrink, out.shape)
             probs_16 = probs.astype(dtype)
             take_turns()
             total = total * shrink + probs.sum(axis=1)
@@ -95,23 +77,23 @@ def forward(
             plgpu.barrier_arrive(v_done)
             return total, new, out, start
 
-        over_keys(step, compute, keys, stages, k_ref, v_ref)
+        blocks.over_keys(step, compute, keys, stages, k_ref, v_ref)
 
-    return kernel(
+    return blocks.kernel(
         attention_forward,
         (
             jax.ShapeDtypeStruct((num_rows, length, heads, value_dim), dtype),
             jax.ShapeDtypeStruct((num_rows, heads, length), jnp.float32),
         ),
-        (heads, length // BLOCK, num_rows),
+        (heads, length // blocks.BLOCK, num_rows),
         (
             # The output takes the place of the queries: as many bytes a warpgroup, so that neither meets the other's.
             plgpu.RefUnion(
-                smem((NUM_WARPGROUPS, ROWS, query_dim), dtype),
-                smem((NUM_WARPGROUPS, query_dim // COLUMNS, ROWS, COLUMNS), dtype),
+                blocks.smem((blocks.NUM_WARPGROUPS, blocks.ROWS, query_dim), dtype),
+                blocks.smem((blocks.NUM_WARPGROUPS, query_dim // blocks.COLUMNS, blocks.ROWS, blocks.COLUMNS), dtype),
             ),
-            plgpu.SMEM((NUM_WARPGROUPS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=NUM_WARPGROUPS),
-            plgpu.Barrier(num_arrivals=NUM_WARPGROUPS),
+            plgpu.SMEM((blocks.NUM_WARPGROUPS, blocks.ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=blocks.NUM_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=blocks.NUM_WARPGROUPS),
         ),
     )(seen.start_BT, seen.first_1, q_BTHQ, k_BSGQ, v_BSGV)
