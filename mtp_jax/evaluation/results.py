@@ -79,15 +79,12 @@ def draw(values: JsonObject, path: pathlib.Path, title: str) -> bool:
     panels = [panel for panel in (_losses(values), _acceptance(values), _benchmarks(values)) if panel]
     if not panels:
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     height = 1.0 + 0.3 * max(len(rows) for _, rows in panels)
     size = 4.6 * len(panels), max(2.4, height)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, rows) in zip(axes.flat, panels, strict=True):
+    figure = Figure(size, layout="constrained")
+    for axis, (name, rows) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         names, numbers, errors = zip(*rows, strict=True)
         places = range(len(rows))
         xerr = [e or 0.0 for e in errors]
@@ -101,7 +98,6 @@ def draw(values: JsonObject, path: pathlib.Path, title: str) -> bool:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return True
 
 

@@ -415,12 +415,10 @@ def test_seeds_are_thin_and_their_mean_is_bold(sweep, monkeypatch, tmp_path):
     axes = {axis.get_title(loc="left"): axis for axis in figures[0].axes}
     assert {"loss, main", "loss, depth 1", "loss, depth 2", "agreement with the main head, depth 2"} <= set(axes)
     lines = axes["loss, main"].get_lines()
-    widths = {color: [x.get_linewidth() for x in lines if x.get_color() == color] for color in pictures.COLORS[:3]}
+    widths = {color: [x.get_linewidth() for x in lines if x.get_color() == color] for color in ("C0", "C1", "C2")}
     assert [(sum(w < 1 for w in ws), sum(w > 1.5 for w in ws)) for ws in widths.values()] == [(3, 1), (3, 1), (3, 1)]
-    (mean,) = [x for x in lines if x.get_color() == pictures.COLORS[1] and x.get_linewidth() > 1.5]
+    (mean,) = [x for x in lines if x.get_color() == "C1" and x.get_linewidth() > 1.5]
     assert len(mean.get_xdata()) == 600  # of the finished two: the seed that failed at step 300 does not cut it
-    for axis in axes.values():
-        pictures.plt.close(axis.figure)
 
 
 @pytest.mark.usefixtures("undrawn")

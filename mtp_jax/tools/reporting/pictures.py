@@ -4,22 +4,20 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
-import matplotlib.lines
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.rcsetup import cycler
+from matplotlib.typing import LineStyleType
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.typing import LineStyleType  # noqa: E402
-
-from mtp_jax.config import UserError  # noqa: E402
-from mtp_jax.tools.reporting.runs import Rows, Run  # noqa: E402
-from mtp_jax.tools.reporting.variants import Variant, shown_benchmarks  # noqa: E402
-from mtp_jax.training.metrics import METRICS_FILE  # noqa: E402
+from mtp_jax.config import UserError
+from mtp_jax.tools.reporting.runs import Rows, Run
+from mtp_jax.tools.reporting.variants import Variant, shown_benchmarks
+from mtp_jax.training.metrics import METRICS_FILE
 
 # panel title, the metrics it shows: a name, or a prefix ending in _ for one curve a depth
 LOSS, ACCURACY, AGREEMENT = "loss", "label accuracy", "agreement with the main head"
@@ -36,12 +34,26 @@ OF_THE_STEP = (
 PEAKED = (LOSS, "gradient norm")  # panels whose first steps would squeeze the rest
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 STYLES: tuple[LineStyleType, ...] = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
-GREY, PALE = "#999999", "#e6e6e6"
+RC: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.prop_cycle": cycler(color=COLORS),  # "C0", "C1", ... by number
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
 
 Curve = list[tuple[int, float]]
 LegendEntry = tuple[str, str, LineStyleType]  # label, colour, line
 
 
+@matplotlib.rc_context(RC)
 def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
     """Curves over steps, one panel for each group of metrics that any run has.
 
@@ -61,21 +73,23 @@ def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
     figure, axes = _grid(len(panels), 3 if len(panels) <= 9 else 4)
     for axis, (title, names) in zip(axes, panels, strict=True):
         if is_single:
-            _draw_run(axis, logged[0].rows, names)
+            for depth, curve in curves(logged[0].rows, names).items():
+                _line(axis, curve, color=f"C{depth}", linewidth=1.5)
         else:
             _draw_variants(axis, variants, names)
         _dress(axis, title)
     labels: list[LegendEntry]
     if is_single:
         depth = max(curves(logged[0].rows, ("loss_mtp_",)), default=0)
-        labels = [("main" if k == 0 else f"depth {k}", _color(k), "solid") for k in range(depth + 1)]
+        labels = [("main" if k == 0 else f"depth {k}", f"C{k}", "solid") for k in range(depth + 1)]
     else:
         drawn = [(i, v) for i, v in enumerate(variants) if any(run.rows for run in v.runs)]
-        labels = [(_legend_label(v), _color(i), _style(i)) for i, v in drawn]
+        labels = [(_legend_label(v), f"C{i}", _style(i)) for i, v in drawn]
     _legend(figure, labels, logged[0].name if is_single else None)
     _save(figure, output)
 
 
+@matplotlib.rc_context(RC)
 def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
     """Bars, a panel a benchmark with a scale of its own, a colour a variant. An error bar is the sample standard
     deviation over seeds, or the task's standard error where there is one seed. False where no run has a benchmark.
@@ -94,20 +108,18 @@ def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
             if sample is None:
                 continue
             error = sample.error if sample.deviation is None else sample.deviation
-            axis.bar(i, sample.mean, color=_color(i), width=0.75, hatch=None if i < len(COLORS) else "//")
+            axis.bar(i, sample.mean, color=f"C{i}", width=0.75, hatch=None if i < len(COLORS) else "//")
             axis.errorbar(i, sample.mean, error, color="#333333", capsize=3, linewidth=1)
             axis.plot([i] * len(sample.values), sample.values, ".", color="#333333", markersize=3)
-        _dress(axis, "")
-        axis.set_title(f"{task}\n", fontsize=10, loc="left")
+        axis.set_title(f"{task}\n")
         lower = "" if facts.get("higher_is_better", True) else ", lower is better"
         what = f"{facts['main_metric']}{lower}; {facts['kind']}"
-        axis.text(0, 1.03, what, fontsize=8, color="#666666", transform=axis.transAxes)
+        axis.text(0, 1.03, what, color="#666666", transform=axis.transAxes)
         axis.set_xticks([])
-        axis.set_xlabel("")
         axis.set_xlim(-0.75, len(variants) - 0.25)
         if axis.get_ylim()[0] < 0 <= min(v for variant in variants for v in _values(variant, task)):
             axis.set_ylim(bottom=0)  # where all are 0 the axis would go below
-    labels: list[LegendEntry] = [(_legend_label(v), _color(i), "solid") for i, v in enumerate(variants)]
+    labels: list[LegendEntry] = [(_legend_label(v), f"C{i}", "solid") for i, v in enumerate(variants)]
     _legend(figure, labels, "error bars: standard deviation over seeds, or standard error of the task for one seed")
     _save(figure, output)
     return True
@@ -147,60 +159,42 @@ def _panels(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
     return [*panels, *OF_THE_STEP]
 
 
-def _draw_run(axis: Axes, rows: Rows, names: tuple[str, ...]) -> None:
-    for depth, curve in curves(rows, names).items():
-        _line(axis, curve, color=_color(depth), linewidth=1.5)
-
-
 def _draw_variants(axis: Axes, variants: Sequence[Variant], names: tuple[str, ...]) -> None:
     for i, variant in enumerate(variants):
         every = {run: curve for run in variant.runs for curve in curves(run.rows, names).values()}
         for curve in every.values() if len(every) > 1 else ():
-            _line(axis, curve, color=_color(i), linewidth=0.6, alpha=0.55, linestyle=_style(i))
+            _line(axis, curve, color=f"C{i}", linewidth=0.6, alpha=0.55, linestyle=_style(i))
         finished = [curve for run, curve in every.items() if run.is_finished]
         if every:
             mean = mean_curve(finished or list(every.values()))
-            _line(axis, mean, color=_color(i), linewidth=1.9, linestyle=_style(i))
+            _line(axis, mean, color=f"C{i}", linewidth=1.9, linestyle=_style(i))
 
 
-def _line(
-    axis: Axes,
-    curve: Curve,
-    color: str,
-    linewidth: float,
-    linestyle: LineStyleType = "solid",
-    alpha: float | None = None,
-) -> None:
+def _line(axis: Axes, curve: Curve, **style: Any) -> None:
     if curve:
         steps, values = zip(*curve, strict=True)
-        marker = "o" if len(curve) == 1 else None
-        axis.plot(steps, values, marker=marker, color=color, linewidth=linewidth, linestyle=linestyle, alpha=alpha)
+        axis.plot(steps, values, marker="o" if len(curve) == 1 else None, **style)
 
 
 def _grid(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     num_columns = min(num_columns, num_panels)
     num_rows = -(-num_panels // num_columns)
     size = (max(6.4, 4.6 * num_columns), 3.2 * num_rows)  # the legend's widest line
-    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis in axes.flat[num_panels:]:
         axis.remove()
     return figure, list(axes.flat[:num_panels])
 
 
 def _dress(axis: Axes, title: str) -> None:
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.set_xlabel("step", fontsize=8)
-    axis.tick_params(labelsize=8, color=GREY)
-    axis.grid(color=PALE, linewidth=0.6, axis="both" if title else "y")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(GREY)
+    axis.set_title(title)
+    axis.set_xlabel("step")
     if title.startswith(PEAKED):
         _cut_off_the_start(axis)
     if title == "learning rate":
         axis.set_ylim(bottom=0)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axis.yaxis.get_offset_text().set_fontsize(8)
 
 
 def _cut_off_the_start(axis: Axes) -> None:
@@ -215,17 +209,13 @@ def _cut_off_the_start(axis: Axes) -> None:
 
 
 def _legend(figure: Figure, labels: list[LegendEntry], title: str | None) -> None:
-    line = matplotlib.lines.Line2D
-    handles = [line([], [], color=color, linestyle=style, linewidth=1.9, label=text) for text, color, style in labels]
+    handles = [Line2D([], [], color=color, linestyle=style, linewidth=1.9, label=text) for text, color, style in labels]
     longest = max(len(text) for text, *_ in labels)
     figure.legend(
         handles=handles,
         loc="outside upper left",
         ncols=max(1, int(figure.get_figwidth() * 11 / (longest + 8))),
-        fontsize=8,
-        frameon=False,
         title=title,
-        title_fontsize=8,
         alignment="left",
     )
 
@@ -235,15 +225,8 @@ def _legend_label(variant: Variant) -> str:
 
 
 def _save(figure: Figure, output: pathlib.Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130 if len(figure.axes) <= 12 else 90)  # many panels: a megabyte less
-    finally:
-        plt.close(figure)
-
-
-def _color(index: int) -> str:
-    return COLORS[index % len(COLORS)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=130 if len(figure.axes) <= 12 else 90)  # many panels: a megabyte less
 
 
 def _style(index: int) -> LineStyleType:

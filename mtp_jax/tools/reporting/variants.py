@@ -201,27 +201,16 @@ def beyond_noise(one: Sample, other: Sample) -> bool | None:
         seeds see the same documents, so more seeds do not shrink these; that both variants see the same ones would,
         and is left out: rather too few marks than too many.
     """
-    difference, checks = abs(one.mean - other.mean), []
-    spreads = [s.deviation for s in (one, other) if s.deviation is not None]
-    if spreads:
-        both = [spreads[0] if s.deviation is None else s.deviation for s in (one, other)]
-        parts = [d**2 / len(s.values) for d, s in zip(both, (one, other), strict=True)]
-        checks.append(difference > _welch_bound(parts, [len(one.values), len(other.values)]))
+    checks, counts = [], [len(s.values) for s in (one, other)]
+    if max(counts) > 1:
+        sides = [x for s in (one, other) for x in (s.mean, s.deviation or 0.0, len(s.values))]
+        # Beside a single run, the pooled deviation and its degrees of freedom are the other side's.
+        found = stats.ttest_ind_from_stats(*sides, equal_var=1 in counts)
+        checks.append(bool(found.pvalue < 1 - CONFIDENCE))
     if one.error is not None and other.error is not None:
-        checks.append(difference > stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(one.error, other.error))
+        bound = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(one.error, other.error)
+        checks.append(abs(one.mean - other.mean) > bound)
     return all(checks) if checks else None
-
-
-def _welch_bound(squared_errors: list[float], counts: list[int]) -> float:
-    """The difference of two means that chance exceeds once in twenty times."""
-    total = sum(squared_errors)
-    if total == 0:
-        return 0.0
-    if 1 in counts:
-        freedom = float(max(counts) - 1)
-    else:
-        freedom = total**2 / sum(e**2 / (n - 1) for e, n in zip(squared_errors, counts, strict=True))
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
 
 
 def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> JsonObject:
