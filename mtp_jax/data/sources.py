@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from absl import logging
@@ -22,9 +20,6 @@ if TYPE_CHECKING:  # slow to import, and not needed once the tokens are in the c
     from tensorflow_datasets.core.features import FeatureConnector
 
 _READ_AT_ONCE = 64  # records
-
-
-MakeBuilder = Callable[[pathlib.Path], "DatasetBuilder"]
 
 
 class Records(Protocol):
@@ -78,31 +73,16 @@ def open_source(data: DataConfig, seed: int) -> Source:
 def _python_source(data: DataConfig) -> Source:
     paths = documents.stdlib_files()
     key = cache.key_of("python_source", 1, sys.version, _stamps(paths, "python_source"))
-
-    def builder(folder: pathlib.Path) -> "DatasetBuilder":
-        builders = _import("mtp_jax.data.builders")
-        config = builders.PythonSourceConfig(name="default", paths=tuple(paths))
-        return builders.PythonSource(config=config, data_dir=folder, file_format="array_record")
-
-    return Source("python_source", key, functools.partial(_read_own, data, "python_source", key, builder))
+    read = functools.partial(documents.python_documents, paths)
+    return Source("python_source", key, functools.partial(_read_own, data, key, read))
 
 
 def _text_files(data: DataConfig) -> Source:
     paths = documents.match_files(data.files)
-    settings = [data.text_field, data.max_document_chars]
+    settings = (data.text_field, data.max_document_chars)
     key = cache.key_of("text_files", 1, settings, _stamps([os.path.abspath(p) for p in paths], "data.files"))
-
-    def builder(folder: pathlib.Path) -> "DatasetBuilder":
-        builders = _import("mtp_jax.data.builders")
-        config = builders.TextFilesConfig(
-            name="default",
-            paths=tuple(paths),
-            text_field=data.text_field,
-            max_document_chars=data.max_document_chars,
-        )
-        return builders.TextFiles(config=config, data_dir=folder, file_format="array_record")
-
-    return Source(f"data.files={data.files}", key, functools.partial(_read_own, data, "text_files", key, builder))
+    read = functools.partial(documents.text_documents, paths, *settings)
+    return Source(f"data.files={data.files}", key, functools.partial(_read_own, data, key, read))
 
 
 def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
@@ -117,19 +97,20 @@ def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
     return stamps
 
 
-def _read_own(data: DataConfig, name: str, key: str, builder: MakeBuilder) -> Iterator[str]:
-    """Texts of one of our own builders, prepared in the cache first if it is not there."""
-    folder = cache.entry(cache.root(data) / "sources", key, functools.partial(_prepare, builder))
+def _read_own(data: DataConfig, key: str, read: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[str]:
+    """Texts of files as a TFDS dataset, prepared in the cache first if it is not there."""
+    import tensorflow_datasets as tfds
+
+    def prepare(folder: pathlib.Path) -> None:
+        from mtp_jax.data import builders
+
+        with _quiet():
+            builders.Documents(data.source, read, data_dir=folder, file_format="array_record").download_and_prepare()
+
+    folder = cache.entry(cache.root(data) / "sources", key, prepare)
     # The builder that is opened comes from the files alone, whatever the code that wrote them
     (directory,) = [path.parent for path in folder.rglob("dataset_info.json")]
-    prepared = _import("tensorflow_datasets").builder_from_directory(directory)
-    yield from _texts(prepared.as_data_source(split="train"), "text", name)
-
-
-def _prepare(make_builder: MakeBuilder, folder: pathlib.Path) -> None:
-    """Write a builder's records into `folder`; what its generation raises passes through."""
-    with _quiet():
-        make_builder(folder).download_and_prepare()
+    yield from _texts(tfds.builder_from_directory(directory).as_data_source(split="train"), "text", data.source)
 
 
 def _tfds_dataset(data: DataConfig) -> Source:
@@ -164,7 +145,8 @@ def _tfds_dataset(data: DataConfig) -> Source:
 
 def _open_builder(data: DataConfig) -> "DatasetBuilder":
     """The builder of data.source, prepared."""
-    tfds = _import("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     where = f" under data.tfds_dir={data.tfds_dir}" if data.tfds_dir else ""
     try:
         if os.path.isfile(os.path.join(data.source, "dataset_info.json")):
@@ -192,7 +174,8 @@ def _open_builder(data: DataConfig) -> "DatasetBuilder":
 
 
 def _check_text_feature(features: "FeatureConnector", data: DataConfig) -> None:
-    tfds = _import("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     available = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
     feature = available.get(data.text_field)
     if isinstance(feature, tfds.features.Text):
@@ -221,7 +204,9 @@ def _texts(records: Records, field: str, name: str) -> Iterator[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without TFDS's progress bars and notices, which would bury the run's own output."""
-    _import("tensorflow_datasets").disable_progress_bar()
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
@@ -229,11 +214,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _import(name: str) -> ModuleType:
-    """A module that loads TFDS: slow, and not needed once the tokens are in the cache."""
-    return importlib.import_module(name)
 
 
 def _reason(error: BaseException) -> str:

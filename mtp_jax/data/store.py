@@ -4,18 +4,17 @@ import array
 import hashlib
 import json
 import pathlib
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tqdm
 
 from mtp_jax.config import UserError
 from mtp_jax.data.tokenizer import Tokenizer
 
 VERSION = 1  # of the files below; part of the cache key
 _BATCH_CHARS = 1 << 20  # text tokenised at one time
-_REPORT_SECONDS = 5.0
+_SILENT_SECONDS = 5.0  # before progress is shown
 
 
 class TokenStore:
@@ -78,9 +77,9 @@ def write(directory: pathlib.Path, texts: Iterable[str], tokenizer: Tokenizer, n
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     offsets, hashes, num_bytes = array.array("q", [0]), array.array("Q"), array.array("q")
-    report = _progress(name)
+    watched = tqdm.tqdm(texts, f"{name}: tokenising", unit=" documents", delay=_SILENT_SECONDS, mininterval=1.0)
     with open(directory / "tokens.bin", "wb") as file:
-        for batch in _batches(texts):
+        for batch in _batches(watched):
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 if not len(ids):  # a tokenizer that strips may leave nothing
                     continue
@@ -89,7 +88,6 @@ def write(directory: pathlib.Path, texts: Iterable[str], tokenizer: Tokenizer, n
                 offsets.append(offsets[-1] + len(bos) + len(ids) + len(eos))
                 hashes.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
                 num_bytes.append(len(encoded))
-            report(len(hashes), offsets[-1])
     if not hashes:
         raise UserError(f"{name}: holds no text; give documents that are not empty")
     np.save(directory / "offsets.npy", np.frombuffer(offsets, np.int64))
@@ -132,17 +130,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _progress(name: str) -> Callable[[int, int], None]:
-    """A function that says, every few seconds, how far it has come."""
-    last = time.monotonic()
-
-    def report(num_documents: int, num_tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > _REPORT_SECONDS:
-            last = time.monotonic()
-            line = f"{name}: tokenised {num_documents:,} documents, {num_tokens / 1e6:,.1f} M tokens"
-            print(line, file=sys.stderr, flush=True)
-
-    return report
