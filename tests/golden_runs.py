@@ -90,6 +90,7 @@ def exports():
     """SHA-256 of every file that a freshly initialised model of each layout is exported to."""
     import jax
     import numpy as np
+    from flax.traverse_util import flatten_dict
 
     from mtp_jax.config import with_values
     from mtp_jax.interop import hf_config, weights
@@ -102,7 +103,7 @@ def exports():
         if changes:  # as GLM-4.5 lays its heads out
             config = with_values(config, {"model.rope.interleaved": False})
         params, biases = jax.device_get(jax.jit(lambda config=config: init(config.architecture, 3))())
-        leaves = weights.flat(params, "params") | weights.flat(biases, "biases")
+        leaves = flatten_dict({"params": params, "biases": biases})
         layout = hf_config.layout_of(config)
         listed = [t for t in weights.tensors(config, layout) if not t.repeats]
         specs = {t.name: ("F32", t.shape) for t in listed}

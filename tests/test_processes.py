@@ -5,8 +5,8 @@ import signal
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
-from mtp_jax.interop.weights import flat
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
 from tests.commands import SMALL, finish, run_process, start_two
@@ -28,7 +28,7 @@ def final_biases(workdir):
     with Checkpoints(workdir / "checkpoints") as saved:
         step, state = saved.open_part(("biases",))
     assert step == 30
-    return {path: leaf[...] for path, leaf in flat(state).items()}
+    return {path: leaf[...] for path, leaf in flatten_dict(state).items()}
 
 
 def test_two_processes_train_as_one(alone, tmp_path):

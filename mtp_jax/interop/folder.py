@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import Config, UserError, with_values
 from mtp_jax.interop import hf_config, weights
@@ -239,7 +240,7 @@ def _is_written(tensor: Tensor, origin: Origin | None) -> bool:
 
 def _refuse_lost_biases(biases: Tree, listed: list[Tensor], model_type: str) -> None:
     named = {t.path for t in listed}
-    for path, leaf in weights.flat(biases, "biases").items():
+    for path, leaf in flatten_dict({"biases": biases}).items():
         if path not in named and np.any(np.asarray(leaf[...])):
             raise UserError(
                 f"{'.'.join(path)}: is not zero and the {model_type} layout has no place for it; "
@@ -248,14 +249,10 @@ def _refuse_lost_biases(biases: Tree, listed: list[Tensor], model_type: str) -> 
 
 
 def _export_dtypes(listed: list[Tensor], config: Config, origin: Origin | None, dtype: str | None) -> dict[str, str]:
-    out = {}
-    for t in listed:
-        if dtype is None and origin is not None:
-            new = BIAS_DTYPE if t.path[0] == "biases" else origin.dtype  # of layers added since
-            out[t.name] = origin.others.get(t.name, new)
-        else:
-            out[t.name] = BIAS_DTYPE if t.path[0] == "biases" else EXPORT_DTYPES[dtype or config.model.param_dtype]
-    return out
+    main, others = EXPORT_DTYPES[dtype or config.model.param_dtype], {}
+    if dtype is None and origin is not None:
+        main, others = origin.dtype, origin.others
+    return {t.name: others.get(t.name, BIAS_DTYPE if t.path[0] == "biases" else main) for t in listed}
 
 
 def _set_dtype(values: JsonObject, dtypes: dict[str, str], base: JsonObject | None) -> None:

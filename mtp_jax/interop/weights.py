@@ -7,11 +7,12 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
 
 from mtp_jax.config import Config, UserError
@@ -53,8 +54,8 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
     """
     layout, built = LAYOUTS[model_type], abstract_model(config.architecture)
     stack = ("mtp", *(kind_of(config).released_path or ()))
-    leaves = flat(built.params, "params") | flat(built.biases, "biases")
-    infos = flat(built.infos, "params")
+    leaves = flatten_dict({"params": built.params, "biases": built.biases})
+    infos = flatten_dict({"params": built.infos})
     out: list[Tensor] = []
     used: set[Path] = set()
 
@@ -82,7 +83,10 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
         names = layout.expert_block if _has_experts(leaves, ("params", *stack, "block")) else layout.block
         add(prefix, (*stack, "block"), names, (depth,))
         out.extend(_again(prefix, layout, out))
-    _refuse_unnamed(set(leaves) - used, model_type)
+    # The table of a layout without router biases is right while they are zero, which export checks.
+    unnamed = sorted(".".join(path) for path in set(leaves) - used if path[0] != "biases")
+    if unnamed:
+        raise UserError(f"{unnamed[0]}: the {model_type} layout has no name for it; choose another --family")
     return out
 
 
@@ -105,13 +109,6 @@ def _again(prefix: str, layout: Layout, listed: list[Tensor]) -> list[Tensor]:
         by_path.get(ours, by_path["embed"])._replace(name=prefix + theirs, repeats=True)
         for theirs, ours in layout.repeated.items()
     ]
-
-
-def _refuse_unnamed(paths: set[Path], model_type: str) -> None:
-    # The table of a layout without router biases is right while they are zero, which export checks.
-    unnamed = sorted(".".join(path) for path in paths if path[0] != "biases")
-    if unnamed:
-        raise UserError(f"{unnamed[0]}: the {model_type} layout has no name for it; choose another --family")
 
 
 def _their_shape(info: ParamInfo, inner: tuple[int, ...]) -> tuple[int, ...]:
@@ -180,9 +177,10 @@ class FolderArray:
         """The block of one tensor in our dims: of the rows it lies in, no others are read."""
         shape = self.shape[self._num_lead :]
         if not tensor.info.is_matrix:
-            whole = read(self._folder, tensor, slice(inner[0].start, inner[0].stop) if len(tensor.shape) > 1 else None)
-            first = slice(None) if len(tensor.shape) > 1 else slice(inner[0].start, inner[0].stop)
-            kept = whole.reshape(-1, *shape[1:])
+            read_first, first = slice(inner[0].start, inner[0].stop), slice(None)
+            if len(tensor.shape) == 1:
+                read_first, first = first, read_first
+            kept = read(self._folder, tensor, read_first).reshape(-1, *shape[1:])
             return kept[(first, *(slice(r.start, r.stop) for r in inner[1:]))].astype(self.dtype)
         num_in = len(tensor.info.in_dims)
         outer = inner[num_in]
@@ -194,19 +192,8 @@ class FolderArray:
         return kept[tuple(where)].astype(self.dtype)
 
 
-class Zeros:
-    """A leaf the layout has no tensor for."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike):
-        self.shape, self.dtype = shape, np.dtype(dtype)
-
-    def __getitem__(self, index: Index) -> np.ndarray:
-        return np.broadcast_to(np.zeros((), self.dtype), self.shape)[index].copy()
-
-
-def read(folder: TensorFolder, tensor: Tensor, rows: slice | None = None) -> np.ndarray:
+def read(folder: TensorFolder, tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
     """A tensor, or some of its rows; block-wise fp8 comes back multiplied with its scales, float32."""
-    rows = slice(None) if rows is None else rows
     raw = folder.read(tensor.name, rows)
     if folder.infos[tensor.name].dtype != "F8_E4M3":
         return raw
@@ -225,11 +212,13 @@ def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> T
         if not tensor.repeats:
             parts.setdefault(tensor.path, {})[tensor.at] = tensor
     leaves: dict[Path, ReadableArray] = {}
-    for path, leaf in (flat(built.params, "params") | flat(built.biases, "biases")).items():
+    for path, leaf in flatten_dict({"params": built.params, "biases": built.biases}).items():
         dtype = ml_dtypes.bfloat16 if leaf.dtype == "bfloat16" else leaf.dtype
-        has_tensors = path in parts
-        leaves[path] = FolderArray(folder, parts[path], leaf.shape, dtype) if has_tensors else Zeros(leaf.shape, dtype)
-    return {"params": {}, "biases": {}} | nested(leaves)
+        if path in parts:
+            leaves[path] = FolderArray(folder, parts[path], leaf.shape, dtype)
+        else:  # the layout has no tensor for it
+            leaves[path] = np.broadcast_to(np.zeros((), dtype), leaf.shape)
+    return {"params": {}, "biases": {}} | unflatten_dict(leaves)
 
 
 def place(arrays: Tree, abstract: Tree) -> Tree:
@@ -239,15 +228,15 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
       abstract: ShapeDtypeStructs with shardings, of some of the leaves.
     """
     out = {}
-    leaves = flat(arrays)
-    for path, want in flat(abstract).items():
+    leaves = flatten_dict(arrays)
+    for path, want in flatten_dict(abstract).items():
         leaf, dtype = leaves[path], want.dtype
 
         def block(index: tuple[slice, ...] | None, leaf: ReadableArray = leaf, dtype: np.dtype = dtype) -> np.ndarray:
             return np.asarray(leaf[index or ()]).astype(dtype)
 
         out[path] = jax.make_array_from_callback(want.shape, want.sharding, block)
-    return {name: {} for name in abstract} | nested(out)
+    return {name: {} for name in abstract} | unflatten_dict(out)
 
 
 def check_folder(
@@ -325,7 +314,7 @@ def their_arrays(
       arrays: {"params": ..., "biases": ...} of `ReadableArray`s.
       dtypes: numpy dtype by name.
     """
-    leaves = flat(arrays["params"], "params") | flat(arrays["biases"], "biases")
+    leaves = flatten_dict(arrays)
     layer: tuple[Path, tuple[int, ...]] | None = None
     slabs: dict[Path, np.ndarray] = {}
     for t in listed:
@@ -336,25 +325,6 @@ def their_arrays(
             slabs[t.path] = np.asarray(leaves[t.path][t.at[0] if t.at else ...])
         array = slabs[t.path][t.at[1:]]
         yield t.name, np.ascontiguousarray(to_theirs(array, t).astype(dtypes[t.name]))
-
-
-def flat(tree: Tree, *prefix: str) -> dict[Path, Any]:
-    """Leaves by their path; `prefix` comes first."""
-    out: dict[Path, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, *prefix, key) if isinstance(value, dict) else {(*prefix, key): value}
-    return out
-
-
-def nested(leaves: Mapping[Path, object]) -> Tree:
-    """The dicts that `flat` took apart."""
-    out: Tree = {}
-    for path, leaf in leaves.items():
-        inner = out
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = leaf
-    return out
 
 
 def _num_stacked(leaves: Mapping[Path, ReadableArray], prefix: Path) -> int:

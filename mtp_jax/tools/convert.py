@@ -11,18 +11,16 @@ Exit codes: 0 done, 1 failed, 2 unusable arguments or files.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import pathlib
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import tqdm
 
 from mtp_jax import cli
-from mtp_jax.config import Config, UserError, to_dict
+from mtp_jax.config import Config, UserError, to_dict, with_values
 from mtp_jax.mtp import NONE, kind_of
 from mtp_jax.typing import ReadableArray
 
@@ -62,8 +60,9 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
 
 def import_(args: argparse.Namespace) -> None:
     """A Hugging Face folder as a workdir with one checkpoint, step 0, of weights alone."""
+    from flax.traverse_util import flatten_dict
+
     from mtp_jax.interop import folder
-    from mtp_jax.interop.weights import flat
     from mtp_jax.training import workdir as workdirs
     from mtp_jax.training.checkpoint import CheckpointError, write_streamed
 
@@ -73,23 +72,27 @@ def import_(args: argparse.Namespace) -> None:
     with folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype) as model:
         if args.check is not None:
             _refuse_check(args.check, args.hf, has_tokenizer, model.config)
-        leaves = list(flat(model.arrays).values())
+        leaves = list(flatten_dict(model.arrays).values())
         num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
         print(f"{args.hf}: {describe(model.config)}")
-        with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as progress:
+        with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as bar:
             folder.save_sides(model, partial)
             try:
-                write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, progress)
+                write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, bar.update)
             except CheckpointError as error:
                 raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
-            config = _with_tokenizer(model.config, pathlib.Path(args.workdir))
+            # Where the folder had no tokenizer, a run says so instead of reading bytes.
+            tokenizer = pathlib.Path(args.workdir).absolute() / "hf" / "tokenizer.json"
+            config = with_values(model.config, {"data.tokenizer": str(tokenizer)})
             text = json.dumps(to_dict(config), indent=2) + "\n"
             (partial / workdirs.CONFIG_FILE).write_text(text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
     if not has_tokenizer:
         print("note: there is no tokenizer.json; set data.tokenizer before training or eval.py")
     if args.check is not None:
-        check(args.workdir, args.check)
+        from mtp_jax.evaluation import conventions
+
+        print(conventions.report(args.workdir, args.check))
 
 
 def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) -> None:
@@ -102,16 +105,11 @@ def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) 
         raise UserError(f"--check={text_file}: no such file; give a text file")
 
 
-def _with_tokenizer(config: Config, workdir: pathlib.Path) -> Config:
-    """data.tokenizer set to the copy in the workdir; where there is none, a run says so instead of reading bytes."""
-    path = str(workdir.absolute() / "hf" / "tokenizer.json")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
-
-
 def export(args: argparse.Namespace) -> None:
     """The newest sound checkpoint as a Hugging Face folder."""
+    from flax.traverse_util import flatten_dict
+
     from mtp_jax.interop import folder
-    from mtp_jax.interop.weights import flat
     from mtp_jax.training import workdir as workdirs
     from mtp_jax.training.checkpoint import Checkpoints
     from mtp_jax.training.transfer import MODEL_PARTS
@@ -123,12 +121,13 @@ def export(args: argparse.Namespace) -> None:
             raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
         step, arrays = saved.open_part(MODEL_PARTS)
         if args.depth == 0 and "mtp" in arrays["params"]:
-            config = _main_alone(config)
+            # A matched parallel model keeps the blocks its trunk has.
+            config = with_values(config, {"model.num_layers": kind_of(config).num_main_layers, "mtp.kind": NONE})
             arrays = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in arrays.items()}
         sides = workdir / folder.SIDE_FOLDER
-        with _bar(flat(arrays).values(), "export") as progress:
+        with _bar(flatten_dict(arrays).values(), "export") as bar:
             layout, written = folder.write_model(
-                args.hf, config, arrays, sides, args.family, args.dtype, _tokenizer_file(config), progress
+                args.hf, config, arrays, sides, args.family, args.dtype, _tokenizer_file(config), bar.update
             )
     print(f"{args.hf}: step {step} as {layout} in {written}, {describe(config)}")
     for note in notes(config, layout):
@@ -142,12 +141,6 @@ def _tokenizer_file(config: Config) -> pathlib.Path | None:
     path = pathlib.Path(config.data.tokenizer).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     return path if path.is_file() else None
-
-
-def _main_alone(config: Config) -> Config:
-    """The next-token model; a matched parallel model keeps the blocks its trunk has."""
-    model = dataclasses.replace(config.model, num_layers=kind_of(config).num_main_layers)
-    return dataclasses.replace(config, model=model, mtp=dataclasses.replace(config.mtp, kind=NONE))
 
 
 def notes(config: Config, layout: str) -> list[str]:
@@ -172,13 +165,6 @@ def notes(config: Config, layout: str) -> list[str]:
     return out
 
 
-def check(workdir: str, text_file: str) -> None:
-    """Print the MTP loss of every combination of conventions, and warn where the configured one is not the lowest."""
-    from mtp_jax.evaluation import conventions
-
-    print(conventions.report(workdir, text_file))
-
-
 def describe(config: Config) -> str:
     """The model in a few words."""
     from mtp_jax.model import count_parameters
@@ -188,24 +174,10 @@ def describe(config: Config) -> str:
     return f"{counts.total / 1e6:,.1f} M parameters{extra}, {config.model.num_layers} layers"
 
 
-@contextmanager
-def _bar(leaves: Iterable[ReadableArray], what: str) -> Iterator[Callable[[int], None]]:
+def _bar(leaves: Iterable[ReadableArray], what: str) -> tqdm.tqdm:
     """Progress over weights; nothing is shown before the first of them, so that a refusal stays one line."""
-    bar: tqdm.tqdm | None = None
-
-    def update(num_elements: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm.tqdm(
-                total=sum(math.prod(leaf.shape) for leaf in leaves), desc=what, unit=" weights", unit_scale=True
-            )
-        bar.update(num_elements)
-
-    try:
-        yield update
-    finally:
-        if bar is not None:
-            bar.close()
+    total = sum(math.prod(leaf.shape) for leaf in leaves)
+    return tqdm.tqdm(total=total, desc=what, unit=" weights", unit_scale=True, delay=1e-9)
 
 
 def _stop(*_: object) -> None:

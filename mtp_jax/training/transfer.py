@@ -3,10 +3,11 @@ shards of the mesh. The main model must match; MTP modules may be new."""
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-import jax
+from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import Config, UserError, conventions, walk
 from mtp_jax.interop import folder as hf_folder
@@ -19,22 +20,17 @@ Tree = dict[str, Any]
 MODEL_PARTS = ("params", "biases")  # of the state: what makes the model, without optimizer and step
 
 
-class Source(Protocol):
+class Source(NamedTuple):
     """Weights to start from.
 
-    Attributes:
-      config: of the model they are of; None where it is not known.
-      name: for people, with the step.
-      shapes: `MODEL_PARTS` as nested dicts of leaves with shape and dtype.
+    config: of the model they are of; None where it is not known.
+    shapes: `MODEL_PARTS` as nested dicts of leaves with shape and dtype.
+    read: ShapeDtypeStructs with shardings, of some of the leaves -> what is read, for people, and jax arrays there.
     """
 
     config: Config | None
-    name: str
     shapes: Tree
-
-    def read(self, wanted: Tree) -> Tree:
-        """The leaves of `wanted`, ShapeDtypeStructs with shardings, as jax arrays there."""
-        ...
+    read: Callable[[Tree], tuple[str, Tree]]
 
 
 def check_source(path: str, abstract_state: Tree) -> None:
@@ -65,9 +61,9 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
         wanted = {
             name: {p: abstract_state[name][p] for p in parts if p in abstract_state[name]} for name in MODEL_PARTS
         }
-        loaded = source.read({name: tree for name, tree in wanted.items() if tree})
+        name, loaded = source.read({name: tree for name, tree in wanted.items() if tree})
         notes = _differences(source.config, config, takes_mtp)
-        taken = f"{' and '.join(parts)} of {source.name}"
+        taken = f"{' and '.join(parts)} of {name}"
     merged = {name: {**state[name], **loaded.get(name, {})} for name in MODEL_PARTS}
     fresh = "" if takes_mtp or "mtp" not in state["params"] else "; the MTP modules start fresh"
     return {**state, **merged}, "\n         ".join([taken + fresh, *notes])
@@ -85,10 +81,10 @@ def copy_sides(path: str, workdir: str) -> None:
 
 
 @contextmanager
-def _opened(path: str):
+def _opened(path: str) -> Iterator[Source]:
     if hf_folder.is_hf_folder(path):
         with hf_folder.open_model(path) as model:
-            yield _Folder(path, model)
+            yield Source(model.config, model.arrays, lambda wanted: (path, place(model.arrays, wanted)))
         return
     checkpoints = pathlib.Path(path) / CHECKPOINTS
     if not checkpoints.is_dir():
@@ -96,31 +92,17 @@ def _opened(path: str):
             f"init_from={path}: has no {CHECKPOINTS}/ folder and is no Hugging Face folder; give the workdir of a "
             "trained run, or a folder with config.json and safetensors"
         )
+    config = read_config(path) if (pathlib.Path(path) / CONFIG_FILE).is_file() else None
     with Checkpoints(checkpoints) as saved:
-        yield _Workdir(path, saved)
-
-
-class _Folder:
-    def __init__(self, path: str, model: hf_folder.HFModel):
-        self.config, self.name, self.shapes = model.config, path, model.arrays
-
-    def read(self, wanted: Tree) -> Tree:
-        return place(self.shapes, wanted)
-
-
-class _Workdir:
-    def __init__(self, path: str, saved: Checkpoints):
-        self.config = read_config(path) if (pathlib.Path(path) / CONFIG_FILE).is_file() else None
-        self.name, self._saved = path, saved
         shapes = saved.saved_part(MODEL_PARTS)
         if shapes is None:
             raise UserError(f"init_from={path}: has no checkpoint that can be read; give the workdir of a trained run")
-        self.shapes = shapes
 
-    def read(self, wanted: Tree) -> Tree:
-        step, loaded = self._saved.restore_part(None, wanted)
-        self.name += f", step {step}"
-        return loaded
+        def read(wanted: Tree) -> tuple[str, Tree]:
+            step, loaded = saved.restore_part(None, wanted)
+            return f"{path}, step {step}", loaded
+
+        yield Source(config, shapes, read)
 
 
 def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[str]:
@@ -130,8 +112,7 @@ def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[st
     old = {key: value for key, value, _ in walk(there.model)}
     pairs = [(f"model.{k}", old[k], value) for k, value, setting in walk(here.model) if setting.may_change == "never"]
     if takes_mtp:
-        ways = (dataclasses.asdict(conventions(c.mtp)) for c in (there, here))
-        was, now = ways
+        was, now = (dataclasses.asdict(conventions(c.mtp)) for c in (there, here))
         pairs += [(f"mtp.{key}", was[key], now[key]) for key in was]
     return [f"{key} is {now!r} here and was {was!r} there" for key, was, now in pairs if was != now]
 
@@ -149,5 +130,4 @@ def _misfit(there: Tree, wanted: Tree, part: str) -> str | None:
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+    return {name: tuple(leaf.shape) for name, leaf in flatten_dict(tree, sep=".").items()}

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,14 +30,14 @@ def opened(tmp_path_factory):
     arrays = {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in LISTED}
     write_folder(path, {n: ("F32", a.shape) for n, a in arrays.items()}, arrays.items())
     with TensorFolder(path) as folder:
-        yield folder, arrays, weights.flat(weights.lazy_arrays(folder, CONFIG, LISTED))
+        yield folder, arrays, flatten_dict(weights.lazy_arrays(folder, CONFIG, LISTED))
 
 
 def test_every_tensor_of_the_layout_has_one_place_and_every_leaf_is_filled():
     names = [t.name for t in LISTED]
     assert len(set(names)) == len(names)
     built = abstract_model(CONFIG.architecture)
-    leaves = weights.flat(built.params, "params") | weights.flat(built.biases, "biases")
+    leaves = flatten_dict({"params": built.params, "biases": built.biases})
     own = [t for t in LISTED if not t.repeats]
     assert {t.path for t in own} == set(leaves)
     assert sum(int(np.prod(t.shape)) for t in own) == sum(leaf.size for leaf in leaves.values())
@@ -76,7 +77,7 @@ def test_any_block_is_a_block_of_the_whole(opened):
 
 def test_back_to_theirs_is_what_was_read(opened):
     _, theirs, leaves = opened
-    tree = weights.nested(leaves)
+    tree = unflatten_dict(leaves)
     dtypes = dict.fromkeys(theirs, np.dtype(np.float32))
     for t, (name, array) in zip(LISTED, weights.their_arrays(tree, LISTED, dtypes), strict=True):
         if not t.repeats:
@@ -97,8 +98,8 @@ def test_a_shard_reads_its_own_tensors_and_rows(opened, monkeypatch):
     path = ("params", "trunk", "blocks", "ffn", "down")  # [L, E, F, D]
     where = NamedSharding(mesh, P(None, "expert", None, "tensor"))
     want = jax.ShapeDtypeStruct(leaves[path].shape, np.float32, sharding=where)
-    placed = weights.place(weights.nested(leaves), weights.nested({path: want}))
-    array = weights.flat(placed)[path]
+    placed = weights.place(unflatten_dict(leaves), unflatten_dict({path: want}))
+    array = flatten_dict(placed)[path]
     assert array.sharding == where
     assert sum(size for _, size in sizes) == array.size  # nothing was read twice
     np.testing.assert_array_equal(np.asarray(array), leaves[path][...])
