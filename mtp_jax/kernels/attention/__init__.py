@@ -9,6 +9,7 @@ from mtp_jax.kernels.attention import cudnn, hopper, splash, xla
 from mtp_jax.kernels.attention.xla import attend_cached
 from mtp_jax.kernels.selection import Backend, select
 
+# Of each backend: `attend`, as below but for the kernel, and `unsupported_reason` of the same arguments but the scale.
 BACKENDS = (
     Backend("mosaic", hopper.attend, hopper.unsupported_reason, "gpu"),
     Backend("cudnn", cudnn.attend, cudnn.unsupported_reason, "gpu"),

@@ -4,7 +4,7 @@ Where rows hold one document each the kernel's own causal mask is all there is. 
 mask that is added to the scores, a number in the compute dtype for every pair of positions of a row: exact for any
 segment ids, and B T S numbers of memory.
 
-Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
+Shape letters: as in the package.
 """
 
 from typing import Any
@@ -29,9 +29,7 @@ def _cudnn() -> Any:
     return fused_attention_stablehlo
 
 
-def attend(
-    q_BTHQ: jax.Array, k_BTGQ: jax.Array, v_BTGV: jax.Array, segments_BT: jax.Array | None, first: int, scale: float
-) -> jax.Array:
+def attend(q_BTHQ, k_BTGQ, v_BTGV, segments_BT, first, scale) -> jax.Array:
     """As `kernels.attention.attend`, of whole rows (`first` is 0)."""
     cudnn, mask = _cudnn(), None
     if segments_BT is not None:
@@ -40,10 +38,8 @@ def attend(
     return cudnn.dot_product_attention(q_BTHQ, k_BTGQ, v_BTGV, mask=mask, scale=scale, mask_type=cudnn.MaskType.CAUSAL)
 
 
-def unsupported_reason(
-    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS: jax.Array | None, first
-) -> str:
-    """Why cuDNN cannot take this attention; empty where it can. Arguments as `kernels.attention.attend`."""
+def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
+    """Why cuDNN cannot take this attention; empty where it can."""
     length, dims = q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if reason := device().lacks_hopper():
         return reason

@@ -4,7 +4,7 @@ Blocks of scores above the diagonal are not computed. Inside the others causalit
 mask made from positions and segment ids where the scores are. Of a row that is cut over the context axis each device
 takes its own lines of the table of blocks.
 
-Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
+Shape letters: as in the package.
 """
 
 import math
@@ -32,15 +32,7 @@ def _splash() -> Any:
     return splash_attention
 
 
-def attend(
-    q_BTHQ: jax.Array,
-    k_BSGQ: jax.Array,
-    v_BSGV: jax.Array,
-    segments_BS: jax.Array | None,
-    first: jax.Array | int,
-    scale: float,
-    interpret: bool = False,
-) -> jax.Array:
+def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.attend`, of queries that are one of S / T equal parts of their rows.
 
     Head dims are taken as they are, 192 beside 128 too; nothing is padded.
@@ -114,8 +106,8 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array
     return jax.tree.map(of_part, whole)
 
 
-def unsupported_reason(q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, *_: Any) -> str:
-    """Why splash attention cannot take this attention; empty where it can. Arguments as `kernels.attention.attend`."""
+def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, *_: Any) -> str:
+    """Why splash attention cannot take this attention; empty where it can."""
     dtypes, dims = {x.dtype for x in (q_BTHQ, k_BSGQ, v_BSGV)}, (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if reason := device().lacks_tpu():
         return reason

@@ -16,21 +16,12 @@ QUERY_BLOCK = 512
 SCORE_BYTES = 1 << 30
 
 
-def attend(
-    q_BTHQ: jax.Array,
-    k_BSGQ: jax.Array,
-    v_BSGV: jax.Array,
-    segments_BS: jax.Array | None,
-    first: jax.Array | int,
-    scale: float,
-) -> jax.Array:
+def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale) -> jax.Array:
     """As `kernels.attention.attend`."""
-    length = q_BTHQ.shape[1]
-    last_T = first + jnp.arange(length)
-    index_S = jnp.arange(k_BSGQ.shape[1])
-    last_BT = jnp.broadcast_to(last_T, (q_BTHQ.shape[0], length))
+    length, index_S = q_BTHQ.shape[1], jnp.arange(k_BSGQ.shape[1])
+    last_BT = jnp.broadcast_to(first + jnp.arange(length), (q_BTHQ.shape[0], length))
     if segments_BS is None:
-        return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, lambda last_BT: index_S <= last_BT[..., None], last_BT)
+        return attend_cached(q_BTHQ, k_BSGQ, v_BSGV, last_BT, scale)
     segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
 
     def sees(last_BT, segments_BT):

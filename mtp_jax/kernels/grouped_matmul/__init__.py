@@ -38,9 +38,8 @@ def grouped_matmuls(
 ) -> list[jax.Array]:
     """`grouped_matmul` of the same rows by each of several weights [E, D, F] of one shape."""
     backend = _selected(x_ND, weights[0], kernel)
-    if (
-        backend is HOPPER and len(weights) > 1
-    ):  # one wide product, whose gradient of the rows sums over all weights at once
+    # One wide product, whose gradient of the rows sums over all weights at once.
+    if backend is HOPPER and len(weights) > 1:
         wide_NF = backend.run(x_ND, jnp.concatenate(weights, axis=-1), sizes_E)
         return jnp.split(wide_NF, len(weights), axis=-1)
     return [backend.run(x_ND, w_EDF, sizes_E) for w_EDF in weights]

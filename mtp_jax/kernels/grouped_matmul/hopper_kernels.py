@@ -188,9 +188,8 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles)
 
                 @pl.when(count > 0)
                 def _():
-                    rows = pl.ds(
-                        pl.multiple_of(first_ref[group], tiles.block_k), num_rows
-                    )  # no more than count is read
+                    # No more than count blocks of these rows are read.
+                    rows = pl.ds(pl.multiple_of(first_ref[group], tiles.block_k), num_rows)
                     pipeline(count, multiply, _accumulated(tiles, store))(
                         x_ref.at[rows, pl.ds(block * height, height)], y_ref.at[rows, columns], allocations=buffers
                     )

@@ -14,15 +14,13 @@ import jax.numpy as jnp
 Order = tuple[jax.Array, jax.Array]  # int32[N] each: sorted row n is copy order[n]; its inverse
 
 
-def dispatch(
-    x_MD: jax.Array, expert_N: jax.Array, num_experts: int, num_chosen: int
-) -> tuple[jax.Array, jax.Array, Order]:
+def dispatch(x_MD, expert_N, num_experts, num_chosen) -> tuple[jax.Array, jax.Array, Order]:
     """As `sort.dispatch`."""
     order_N, place_N, sizes_E = sort_by_expert(expert_N, num_experts)
     return _dispatch(x_MD, order_N, place_N, num_chosen), sizes_E, (order_N, place_N)
 
 
-def combine(y_ND: jax.Array, gates: jax.Array, order: Order) -> jax.Array:
+def combine(y_ND, gates, order) -> jax.Array:
     """As `sort.combine`."""
     out_MD = _combine(y_ND, gates.reshape(-1, gates.shape[-1]), *order)
     return out_MD.reshape(*gates.shape[:-1], y_ND.shape[-1])

@@ -19,14 +19,7 @@ from mtp_jax.kernels.device import device
 BLOCK, DIMS = 128, 320  # positions that the kernels take together; head dims that registers hold
 
 
-def attend(
-    q_BTHQ: jax.Array,
-    k_BSGQ: jax.Array,
-    v_BSGV: jax.Array,
-    segments_BS: jax.Array | None,
-    first: jax.Array | int,
-    scale: float,
-) -> jax.Array:
+def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale) -> jax.Array:
     """As `kernels.attention.attend`."""
     from mtp_jax.kernels.attention.hopper import blocks, kernel
 
@@ -36,10 +29,8 @@ def attend(
     return kernel.attend(q_BTHQ, k_BSGQ, v_BSGV, seen, scale, blocks.Tiles())
 
 
-def unsupported_reason(
-    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, segments_BS: jax.Array | None, first: jax.Array | int
-) -> str:
-    """Why the kernels cannot take this attention; empty where they can. Arguments as `kernels.attention.attend`."""
+def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
+    """Why the kernels cannot take this attention; empty where they can."""
     lengths = (q_BTHQ.shape[1], k_BSGQ.shape[1])
     dims = q_BTHQ.shape[3], v_BSGV.shape[3]
     if reason := device().lacks_hopper():

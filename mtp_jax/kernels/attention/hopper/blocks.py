@@ -159,12 +159,9 @@ def pipeline(step: Any, compute: Any, grid: tuple[Any, ...], stages: int, specs:
 
 def over_keys(step: Any, compute: Any, keys: Seen, stages: int, k_ref: Any, v_ref: Any) -> None:
     """`pipeline` over the blocks of keys and values that a block of queries sees."""
-    place, specs = (
-        keys.place,
-        [spec((keys.block, ref.shape[-1]), lambda i: (keys.low + i, 0)) for ref in (k_ref, v_ref)],
-    )
+    specs = [spec((keys.block, ref.shape[-1]), lambda i: (keys.low + i, 0)) for ref in (k_ref, v_ref)]
     run = pipeline(step, compute, (keys.high - keys.low,), stages, specs)
-    run(*(ref.at[place.row, :, place.key_head] for ref in (k_ref, v_ref)))
+    run(*(ref.at[keys.place.row, :, keys.place.key_head] for ref in (k_ref, v_ref)))
 
 
 def kernel(body: Callable[..., None], out: Any, grid: tuple[int, ...], scratch: tuple[Any, ...]) -> Any:
