@@ -12,7 +12,7 @@ import re
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any
 
 from mtp_jax.config import UserError
 
@@ -28,22 +28,12 @@ class DistributedError(RuntimeError):
     """The peers were not found. Exit code 1: a supervisor tries again."""
 
 
-class InitializeArguments(TypedDict, total=False):
-    """Those of jax.distributed.initialize that say who the peers are."""
-
-    coordinator_address: str
-    num_processes: int
-    process_id: int
-    local_device_ids: list[int]
-    cluster_detection_method: str
-
-
 @dataclass(frozen=True)
 class Cluster:
     """Peers to meet: who says so, and what jax.distributed.initialize cannot find out by itself."""
 
     found_by: str
-    arguments: InitializeArguments = field(default_factory=InitializeArguments)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -121,13 +111,9 @@ def _by_flags(args: argparse.Namespace, env: Mapping[str, str]) -> Cluster | Non
     index = _integer(labels["process_id"], given["process_id"], 0, num - 1)
     if num == 1:
         return None
-    arguments = InitializeArguments(
-        coordinator_address=address,
-        num_processes=num,
-        process_id=index,
-        cluster_detection_method="deactivate",  # one process with all of its devices, whatever else is set
-    )
-    return Cluster(source, arguments)
+    peers = {"coordinator_address": address, "num_processes": num, "process_id": index}
+    # One process with all of its devices, whatever else is set.
+    return Cluster(source, peers | {"cluster_detection_method": "deactivate"})
 
 
 def _by_slurm(env: Mapping[str, str]) -> Cluster | None:
@@ -137,7 +123,7 @@ def _by_slurm(env: Mapping[str, str]) -> Cluster | None:
         return None
     if int(env.get("SLURM_STEP_NUM_TASKS", env["SLURM_NTASKS"])) < 2:
         return None
-    arguments: InitializeArguments = {"cluster_detection_method": "slurm"}
+    arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
     one_task_a_node = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     num_gpus = env.get("SLURM_GPUS_ON_NODE", "")
     if one_task_a_node and num_gpus.isdigit():  # jax would give the task one GPU and leave the others idle

@@ -1,6 +1,7 @@
 """Checks that need more than one field: what cannot run is refused before anything is built."""
 
 import dataclasses
+import math
 
 from mtp_jax.config.fields import UserError, check_bounds
 from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, RopeConfig
@@ -44,9 +45,7 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
         raise UserError(f"{bad[0]}: an axis is at least 1, or -1 for the devices that are left")
     if len(free) > 1:
         raise UserError(f"mesh.{free[0]}=-1 and mesh.{free[1]}=-1: only one axis may be -1")
-    product = 1
-    for size in sizes.values():
-        product *= size if size != -1 else 1
+    product = math.prod(size for size in sizes.values() if size != -1)
     shown = ", ".join(f"{n}={s}" for n, s in sizes.items())
     if num_devices % product or (not free and product != num_devices):
         raise UserError(f"mesh ({shown}): takes {product} devices, there are {num_devices}; set one axis to -1")
@@ -102,19 +101,15 @@ def _check_experts(config: Config) -> None:
     if not m.num_experts:
         return
     if not 1 <= m.num_experts_per_token <= m.num_experts:
-        raise UserError(
-            f"model.num_experts_per_token={m.num_experts_per_token}: must lie between 1 and "
-            f"model.num_experts={m.num_experts}"
-        )
+        limit = f"model.num_experts={m.num_experts}"
+        raise UserError(f"model.num_experts_per_token={m.num_experts_per_token}: must lie between 1 and {limit}")
     if m.num_experts % m.router.num_groups:
         raise UserError(
             f"model.router.num_groups={m.router.num_groups}: does not divide model.num_experts={m.num_experts}"
         )
     if not 1 <= m.router.groups_per_token <= m.router.num_groups:
-        raise UserError(
-            f"model.router.groups_per_token={m.router.groups_per_token}: must lie between 1 and "
-            f"model.router.num_groups={m.router.num_groups}"
-        )
+        limit = f"model.router.num_groups={m.router.num_groups}"
+        raise UserError(f"model.router.groups_per_token={m.router.groups_per_token}: must lie between 1 and {limit}")
     reachable = m.num_experts // m.router.num_groups * m.router.groups_per_token
     if reachable < m.num_experts_per_token:
         raise UserError(

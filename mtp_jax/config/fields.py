@@ -62,20 +62,9 @@ class Setting:
         return None
 
 
-def setting(
-    default: T,
-    *,
-    at_least: Number | None = None,
-    at_most: Number | None = None,
-    above: Number | None = None,
-    below: Number | None = None,
-    when: str = "",
-    may_change: MayChange = "never",
-    was: str = "",
-) -> T:
-    """A dataclass field with a default and a `Setting`."""
-    found = Setting(at_least, at_most, above, below, when, may_change, was)
-    return field(default=default, metadata={"setting": found})
+def setting(default: T, **metadata: Any) -> T:
+    """A dataclass field with a default and a `Setting` of `metadata`."""
+    return field(default=default, metadata={"setting": Setting(**metadata)})
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Setting]]:

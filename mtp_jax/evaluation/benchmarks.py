@@ -232,15 +232,11 @@ def values_of(results: JsonObject) -> dict[str, Benchmark]:
             "higher_is_better": True if is_better is None else is_better,
             "kind": "generative" if config["output_type"] == "generate_until" else "likelihood",
             "num_docs": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-            "num_fewshot": _num_fewshot(config, results["n-shot"].get(leaves[0], 0)),
+            # A prompt may have examples of its own, where the harness puts none in front: the task's metadata says so.
+            "num_fewshot": results["n-shot"].get(leaves[0]) or (config.get("metadata") or {}).get("num_fewshot", 0),
             "group": parents.get(name),
         }
     return out
-
-
-def _num_fewshot(config: JsonObject, put_in_front: int) -> int:
-    """Where the harness puts no example in front, the prompt may have some of its own: the task's metadata says so."""
-    return put_in_front or (config.get("metadata") or {}).get("num_fewshot", 0)
 
 
 def _main_metric(config: JsonObject, metrics: dict[str, Metric]) -> str:

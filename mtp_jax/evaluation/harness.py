@@ -1,6 +1,7 @@
 """lm-evaluation-harness on our models: what its tasks ask for, answered by `LanguageModel`."""
 
 import collections
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,7 +86,8 @@ class HarnessModel(LM):
                 num_new = self._num_new(options.pop("max_new_tokens"))
                 prompts = {i: self._prompt(requests[i].args[0], num_new) for i in members}
                 members.sort(key=lambda i: -len(prompts[i]))
-                for number, batch in enumerate(_batches(members, self.batch_size)):
+                for number, at in enumerate(range(0, len(members), self.batch_size)):
+                    batch = members[at : at + self.batch_size]
                     rows = [prompts[i] for i in batch]
                     rows += [rows[-1]] * (self.batch_size - len(rows)) if len(members) > self.batch_size else []
                     written = self.model.generate(rows, num_new, seed=self.seed + number, **options, **self.drafts)
@@ -146,18 +148,8 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _batches(members: list[int], size: int) -> Iterator[list[int]]:
-    yield from (members[at : at + size] for at in range(0, len(members), size))
-
-
-class _bar:
+@contextlib.contextmanager
+def _bar(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, of the first process only; inside it a function that counts up."""
-
-    def __init__(self, name: str, total: int | None):
-        self.bar = tqdm(total=total, desc=name, disable=jax.process_index() != 0 or None)
-
-    def __enter__(self) -> Callable[[int], None]:
-        return lambda num: self.bar.update(num) and None
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+    with tqdm(total=total, desc=name, disable=jax.process_index() != 0 or None) as bar:
+        yield lambda num: bar.update(num) and None

@@ -1,10 +1,12 @@
 """pass@k: the chance that at least one of k samples passes, from n of which c did (2107.03374, eq. 1)."""
 
+import math
+
 from mtp_jax.config import UserError
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k), the unbiased estimate; as the paper's product, so that nothing overflows.
+    """1 - C(n - c, k) / C(n, k), the unbiased estimate.
 
     Args:
       num_samples: n, drawn for one problem.
@@ -17,9 +19,5 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
         raise UserError(f"pass@{k}: of {num_samples} samples a problem; k must lie between 1 and the task's repeats")
     if not 0 <= num_passed <= num_samples:
         raise UserError(f"num_passed={num_passed}: of {num_samples} samples; count each sample once")
-    if num_samples - num_passed < k:
-        return 1.0
-    none_passed = 1.0
-    for i in range(num_samples - num_passed + 1, num_samples + 1):
-        none_passed *= 1.0 - k / i
-    return 1.0 - none_passed
+    subsets = math.comb(num_samples, k)
+    return (subsets - math.comb(num_samples - num_passed, k)) / subsets

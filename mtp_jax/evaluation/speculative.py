@@ -7,6 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -96,30 +97,11 @@ def _prompt_of(path: str, number: int, line: str) -> str:
 
 
 def write_all(
-    decoder: Decoder,
-    prompts: Sequence[np.ndarray],
-    batch_size: int,
-    *,
-    num_drafts: int,
-    max_new_tokens: int,
-    sampler: Sampler = GREEDY,
-    seed: int = 0,
-    stop_tokens: Sequence[int] = (),
+    decoder: Decoder, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
 ) -> Generation:
     """`Decoder.generate` of all prompts, batch by batch, each batch with draws of its own."""
-    return joined(
-        [
-            decoder.generate(
-                prompts[i : i + batch_size],
-                max_new_tokens,
-                sampler=sampler,
-                num_drafts=num_drafts,
-                seed=seed + n,
-                stop_tokens=stop_tokens,
-            )
-            for n, i in enumerate(range(0, len(prompts), batch_size))
-        ]
-    )
+    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    return joined([decoder.generate(batch, seed=seed + n, **options) for n, batch in enumerate(batches)])
 
 
 def joined(parts: Sequence[Generation]) -> Generation:
@@ -156,6 +138,7 @@ def measure(
         for drafts in (0, num_drafts):
             state = decoder.start(batch, max_new_tokens, num_drafts=drafts)
             decoder.write(state, 0, sampler=sampler, stop_tokens=stop_tokens)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens}
     runs: dict[int, list[Generation]] = {}
     seconds = {0: math.inf, num_drafts: math.inf}
     for _ in range(repeats):
@@ -164,15 +147,7 @@ def measure(
         for n, batch in enumerate(batches):
             for drafts in seconds:
                 started = time.monotonic()
-                written = decoder.generate(
-                    batch,
-                    max_new_tokens,
-                    sampler=sampler,
-                    num_drafts=drafts,
-                    seed=seed + n,
-                    stop_tokens=stop_tokens,
-                )
-                runs[drafts].append(written)
+                runs[drafts].append(decoder.generate(batch, num_drafts=drafts, seed=seed + n, **options))
                 spent[drafts] += time.monotonic() - started
         seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
     plain, drafted = joined(runs[0]), joined(runs[num_drafts])

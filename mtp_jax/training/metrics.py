@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from tensorboardX import SummaryWriter
 
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 
-@runtime_checkable
-class HasItem(Protocol):
-    """A scalar of numpy or jax."""
-
-    def item(self) -> float: ...
-
-
-Scalar = float | HasItem | None
+Scalar = Any  # a number of Python, numpy or jax, or None
 
 
 class NonFiniteLoss(RuntimeError):
@@ -155,7 +148,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[JsonObject]:
 
 def plain(value: Scalar) -> float | None:
     """A Python int, float or None from any scalar."""
-    return value.item() if isinstance(value, HasItem) else value
+    return value.item() if hasattr(value, "item") else value
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

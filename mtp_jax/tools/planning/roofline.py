@@ -15,17 +15,10 @@ from mtp_jax.tools.planning.topology import Chip, Topology
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds a step that each part is busy. mfu: at the slowest part's time."""
+    """parts: seconds a step that each part is busy. mfu: at the slowest part's time."""
 
-    compute: float
-    hbm: float
-    ici: float
-    network: float
+    parts: dict[str, float]
     mfu: float
-
-    @property
-    def parts(self) -> dict[str, float]:
-        return {"compute": self.compute, "HBM": self.hbm, "ICI": self.ici, "network": self.network}
 
     @property
     def seconds(self) -> float:
@@ -64,8 +57,8 @@ def roofline(
         else:
             ici += link_seconds(one, chip, dims_used(mesh, names, one.axes), topology.shape)
     compute, hbm = executed_flops / chip.flops, hbm_bytes / chip.hbm_bandwidth
-    slowest = max(compute, hbm, ici, network)
-    return Roofline(compute, hbm, ici, network, model_flops / chip.flops / slowest)
+    parts = {"compute": compute, "HBM": hbm, "ICI": ici, "network": network}
+    return Roofline(parts, model_flops / chip.flops / max(parts.values()))
 
 
 def dims_used(mesh: np.ndarray, names: tuple[str, ...], axes: tuple[str, ...]) -> list[tuple[int, int]]:

@@ -10,10 +10,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass
 
-from mtp_jax.config import Config, MeshConfig, UserError
+from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.model import weights
 from mtp_jax.mtp import kind_of
 from mtp_jax.sharding import spec
@@ -24,7 +23,6 @@ from mtp_jax.tools.planning.topology import Topology
 from mtp_jax.training.flops import train_flops_per_token
 from mtp_jax.typing import JsonObject
 
-REMATS: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 EXECUTED = {"none": 1.0, "dots": 1.1, "full": 4 / 3}  # work over the model's own: all of the forward pass again at most
 KEPT = {"none": 34, "dots": 12, "full": 1}  # saved numbers a token and layer, in units of the model dim; 2205.05198
 
@@ -95,13 +93,9 @@ def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
     """Every mesh whose axes multiply to the devices and divide the config, with every remat policy, in as few
     micro-batches as arithmetic allows and in twice and four times as many."""
     for sizes in meshes(len(topology.devices), topology.num_slices):
-        for remat, accumulate in itertools.product(REMATS, (1, 2, 4, 8, 16, 32)):
-            tried = replace(
-                config,
-                mesh=MeshConfig(**sizes),
-                model=replace(config.model, remat=remat),
-                training=replace(config.training, grad_accum_steps=accumulate),
-            )
+        for remat, accumulate in itertools.product(EXECUTED, (1, 2, 4, 8, 16, 32)):
+            changes = {"mesh": MeshConfig(**sizes), "model.remat": remat, "training.grad_accum_steps": accumulate}
+            tried = with_values(config, changes)
             try:
                 resolved = resolve(tried, topology)
             except UserError:
