@@ -18,7 +18,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     Raises:
       UserError: on the first problem, naming field, value and remedy.
     """
-    check_bounds(config, _in_use(config.model))
+    check_bounds(config, {config.model.attention, "moe"} if config.model.num_experts > 0 else {config.model.attention})
     _check_attention(config.model)
     _check_rope(config.model.rope)
     _check_experts(config)
@@ -52,11 +52,6 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     if free:
         sizes[free[0]] = num_devices // product
     return sizes
-
-
-def _in_use(model: ModelConfig) -> set[str]:
-    """The parts of the model whose sizes count, as `Setting.when` names them."""
-    return {model.attention, "moe"} if model.num_experts > 0 else {model.attention}
 
 
 def _check_attention(model: ModelConfig) -> None:

@@ -114,7 +114,8 @@ def open_model(
         if not is_checked:
             weights.check_folder(files, listed, str(folder), _mtp_prefixes(config, model_type), depth == 0)
         origin = _origin(files, listed, config, model_type)
-        dtype = param_dtype or ("bfloat16" if _is_bfloat16(files, listed) else "float32")
+        dtypes = {files.infos[t.name].dtype for t in listed if t.path[0] == "params" and not t.repeats}
+        dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32")
         model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
         if not ROUTER_BIAS.keys() & LAYOUTS[model_type].expert_block.keys():
             model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
@@ -130,14 +131,6 @@ def _mtp_prefixes(config: Config, model_type: str) -> tuple[str, ...]:
     """Prefixes of MTP layers of any depth."""
     layout, after = LAYOUTS[model_type], config.model.num_layers
     return tuple(layout.module_layer.format(layer=after + k, depth=k) for k in range(16))
-
-
-def _trained(listed: list[Tensor]) -> Iterator[Tensor]:
-    return (t for t in listed if t.path[0] == "params" and not t.repeats)
-
-
-def _is_bfloat16(files: TensorFolder, listed: list[Tensor]) -> bool:
-    return all(files.infos[t.name].dtype in ("BF16", "F8_E4M3") for t in _trained(listed))
 
 
 def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:

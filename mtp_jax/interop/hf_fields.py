@@ -73,10 +73,10 @@ class Layout:
     """
 
     architecture: str
-    family: str
     fields: Fields
     defaults: Values
     implied: Values
+    family: str = "deepseek_v3"  # of `CONVENTIONS`
     mixture: Fields = field(default_factory=dict)
     fixed: Values = field(default_factory=dict)
     tolerated: Values = field(default_factory=dict)
@@ -119,7 +119,6 @@ LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # their lat
 LAYOUTS: dict[str, Layout] = {
     "deepseek_v3": Layout(
         architecture="DeepseekV3ForCausalLM",
-        family="deepseek_v3",
         fields=BASIC | LATENT | {"rope_interleave": "rope.interleaved"},
         mixture=EXPERTS | RENORMALIZE,
         defaults=SMALL_DEFAULTS
@@ -148,7 +147,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "deepseek_v2": Layout(
         architecture="DeepseekV2ForCausalLM",
-        family="deepseek_v3",
         fields=BASIC | LATENT,
         mixture=EXPERTS,
         defaults=SMALL_DEFAULTS
@@ -226,7 +224,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "llama": Layout(
         architecture="LlamaForCausalLM",
-        family="deepseek_v3",
         fields=BASIC | GROUPED,
         defaults=SMALL_DEFAULTS
         | {
@@ -245,7 +242,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "qwen2": Layout(
         architecture="Qwen2ForCausalLM",
-        family="deepseek_v3",
         fields=BASIC | GROUPED,
         defaults=QWEN_DEFAULTS,
         fixed=SILU | NO_WINDOW,
@@ -254,7 +250,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "qwen3": Layout(
         architecture="Qwen3ForCausalLM",
-        family="deepseek_v3",
         fields=BASIC | GROUPED,
         defaults=QWEN_DEFAULTS | {"head_dim": 128},
         fixed=NO_BIAS | NO_WINDOW,

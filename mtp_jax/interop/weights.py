@@ -251,11 +251,12 @@ def check_folder(
     Raises:
       UserError: a missing tensor, one of another shape, one too many, a repetition with other values.
     """
-    missing = [t.name for t in listed if t.name not in folder.infos and not t.repeats]
+    missing = [t for t in listed if t.name not in folder.infos and not t.repeats]
     if missing:
-        hint = "; depth 0 (--depth=0) takes the main model alone" if "mtp" in _path_of(listed, missing[0]) else ""
-        hint = "; is tie_word_embeddings missing there?" if missing[0] == OUTSIDE_BLOCKS["unembed"] else hint
-        raise UserError(f"{where}: has no tensor {missing[0]}{_more(missing)}, which its config.json asks for{hint}")
+        name = missing[0].name
+        hint = "; depth 0 (--depth=0) takes the main model alone" if "mtp" in missing[0].path else ""
+        hint = "; is tie_word_embeddings missing there?" if name == OUTSIDE_BLOCKS["unembed"] else hint
+        raise UserError(f"{where}: has no tensor {name}{_more(missing)}, which its config.json asks for{hint}")
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].shape != t.shape:
             shape = folder.infos[t.name].shape
@@ -333,10 +334,6 @@ def _num_stacked(leaves: Mapping[Path, ReadableArray], prefix: Path) -> int:
 
 def _has_experts(leaves: Mapping[Path, ReadableArray], prefix: Path) -> bool:
     return (*prefix, "ffn", "router", "weight") in leaves
-
-
-def _path_of(listed: list[Tensor], name: str) -> Path:
-    return next(t.path for t in listed if t.name == name)
 
 
 def _more(items: Sequence[object]) -> str:

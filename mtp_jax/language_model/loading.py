@@ -1,16 +1,14 @@
 """A trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
 
-import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from mtp_jax import data, sharding
-from mtp_jax.config import Config, MeshConfig, UserError
+from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.interop import folder as hf_folder
 from mtp_jax.interop import hf_config
 from mtp_jax.interop.weights import place
@@ -20,6 +18,7 @@ from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 
 DType = Literal["float32", "bfloat16"]
+Values = dict[str, Any]  # of dotted config keys
 
 
 def load(
@@ -48,29 +47,20 @@ def load(
     """
     axes, devices = (MeshConfig(), jax.devices()[:1]) if mesh is None else (mesh, jax.devices())
     placed = sharding.make_mesh(axes, devices)
-
-    def adapted(config: Config) -> Config:
-        dtype = config.model.compute_dtype if compute_dtype is None else compute_dtype
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype), mesh=axes)
-
+    changes = {"mesh": axes} | ({} if compute_dtype is None else {"model.compute_dtype": compute_dtype})
     if hf_folder.is_hf_folder(path):
-        return _from_folder(pathlib.Path(path), adapted, placed, depth, ignore)
+        return _from_folder(pathlib.Path(path), changes, placed, depth, ignore)
     if depth is not None or ignore:
         raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
-    return _from_workdir(pathlib.Path(path), adapted, placed)
+    return _from_workdir(pathlib.Path(path), changes, placed)
 
 
 def _from_folder(
-    path: pathlib.Path,
-    adapt: Callable[[Config], Config],
-    mesh: jax.sharding.Mesh,
-    depth: int | None,
-    ignore: tuple[str, ...],
+    path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
 ) -> LanguageModel:
     with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
-        config = adapt(opened.config)
         context = hf_config.longest_text(opened.hf_config, str(path / "config.json"))  # not of a training run
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=context))
+        config = with_values(opened.config, changes | {"data.sequence_length": context})
         params, biases = place(opened.arrays, _abstract(config, mesh)).values()
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
@@ -100,8 +90,8 @@ def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
     return ()
 
 
-def _from_workdir(path: pathlib.Path, adapt: Callable[[Config], Config], mesh: jax.sharding.Mesh) -> LanguageModel:
-    config = adapt(workdirs.read_config(path))
+def _from_workdir(path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh) -> LanguageModel:
+    config = with_values(workdirs.read_config(path), changes)
     is_import = (path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE).is_file()
     named = config.data.tokenizer
     has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import

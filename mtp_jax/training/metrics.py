@@ -56,7 +56,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         if self._file is None or self._events is None:
             return
         values = {"step": step} | {k: plain(v) for k, v in metrics.items()}
-        finite = {k: v if _is_finite(v) else None for k, v in values.items()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         for key, value in values.items():
@@ -159,10 +159,6 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     os.replace(partial, path)
-
-
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _terms(values: Mapping[str, float | None]) -> str:

@@ -39,7 +39,7 @@ def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.Gradien
     The moments are kept in config.moment_dtype, and computed in float32. With bfloat16, beta2 above about 0.99 stalls
     the second moment: an update smaller than 2^-9 of it is rounded away.
     """
-    labels = jax.tree.map(lambda info: label(config, info), infos, is_leaf=_is_info)
+    labels = jax.tree.map(lambda info: label(config, info), infos, is_leaf=lambda x: isinstance(x, ParamInfo))
     schedule = schedules.learning_rate(config, num_steps)
     decay = optax.add_decayed_weights(config.weight_decay)
     down = optax.scale_by_learning_rate(schedule)
@@ -50,7 +50,8 @@ def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.Gradien
     }
     used = set(jax.tree.leaves(labels))
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(_to_float32(), clip, optax.partition({k: v for k, v in rules.items() if k in used}, labels))
+    in_float32 = optax.stateless(lambda grads, _: optax.tree.cast(grads, jnp.float32))
+    return optax.chain(in_float32, clip, optax.partition({k: v for k, v in rules.items() if k in used}, labels))
 
 
 def label(config: OptimizerConfig, info: ParamInfo) -> str:
@@ -87,14 +88,6 @@ def state_shardings(
         return replicated
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, abstract_params))
-
-
-def _is_info(x: Any) -> bool:
-    return isinstance(x, ParamInfo)
-
-
-def _to_float32() -> optax.GradientTransformation:
-    return optax.stateless(lambda grads, _: jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -32,9 +32,15 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
         wsd        p (1 + (f - 1) q(S - decay_fraction S, S))           warmup, stable, decay (MiniCPM, 2404.06395)
         deepseek   p, cosine to p / 10, p / 10, p 7.3e-6 / 2.2e-4       switching at the shares of S above
     """
-    shapes = {"constant": _constant, "cosine": _cosine, "wsd": _wsd, "deepseek": _deepseek}
-    shape = shapes[config.schedule](config, num_steps)
-    warmup_steps = config.warmup_steps
+    final, warmup_steps = config.final_fraction, config.warmup_steps
+    stable_until = num_steps * (1.0 - config.decay_fraction)
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {  # s -> fraction of the peak, past the warmup
+        "constant": jnp.ones_like,
+        "cosine": lambda done: _cosine_down(_ramp(done, warmup_steps, num_steps), final),
+        "wsd": lambda done: 1.0 + (final - 1.0) * _ramp(done, stable_until, num_steps),
+        "deepseek": lambda done: _deepseek(done, num_steps),
+    }
+    shape = shapes[config.schedule]
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1.0
@@ -90,30 +96,9 @@ def depth_weights(mtp: MTPConfig, depth: int) -> np.ndarray:
     return np.power(np.float32(mtp.depth_decay), np.arange(depth, dtype=np.float32))
 
 
-# Each takes (config, num_steps) and returns s -> fraction of the peak, for s = step + 1 past the warmup.
-
-
-def _constant(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
-    return jnp.ones_like
-
-
-def _cosine(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda done: _cosine_down(_ramp(done, config.warmup_steps, num_steps), config.final_fraction)
-
-
-def _wsd(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
-    start = num_steps * (1.0 - config.decay_fraction)
-    return lambda done: 1.0 + (config.final_fraction - 1.0) * _ramp(done, start, num_steps)
-
-
-def _deepseek(config: OptimizerConfig, num_steps: int) -> Callable[[jax.Array], jax.Array]:
-    start, end = DEEPSEEK_CONSTANT_UNTIL * num_steps, DEEPSEEK_COSINE_UNTIL * num_steps
-
-    def fraction(done: jax.Array) -> jax.Array:
-        cosine = _cosine_down(_ramp(done, start, end), 0.1)
-        return jnp.where(done > DEEPSEEK_TENTH_UNTIL * num_steps, DEEPSEEK_LAST, cosine)
-
-    return fraction
+def _deepseek(done: jax.Array, num_steps: int) -> jax.Array:
+    cosine = _cosine_down(_ramp(done, DEEPSEEK_CONSTANT_UNTIL * num_steps, DEEPSEEK_COSINE_UNTIL * num_steps), 0.1)
+    return jnp.where(done > DEEPSEEK_TENTH_UNTIL * num_steps, DEEPSEEK_LAST, cosine)
 
 
 def _ramp(done: jax.Array, start: float, end: float) -> jax.Array:

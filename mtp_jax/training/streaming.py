@@ -45,7 +45,7 @@ def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] 
     Raises:
       what tensorstore raises where the disk is full or refuses.
     """
-    leaves = jax.tree.map(_Source, tree, is_leaf=_is_array)
+    leaves = jax.tree.map(_Source, tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     writer = _Writer(progress)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(_Source, writer))
     with ocp.Checkpointer(handler) as checkpointer:
@@ -78,10 +78,6 @@ def open_arrays(directory: pathlib.Path, abstract: PyTree) -> PyTree:
 def _registry(kind: type, handler: type_handlers.TypeHandler) -> type_handlers.TypeHandlerRegistry:
     """orbax warns of a registry that cannot handle jax arrays."""
     return type_handlers.create_type_handler_registry((kind, handler), (jax.Array, type_handlers.ArrayHandler()))
-
-
-def _is_array(leaf: object) -> bool:
-    return hasattr(leaf, "shape")
 
 
 class _Source:

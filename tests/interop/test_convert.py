@@ -123,7 +123,7 @@ def test_a_model_of_ours_comes_back_as_it_went_out(monkeypatch, tmp_path, name):
     convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'again'}")
     rows = np.random.default_rng(0).integers(0, 261, (2, 12))
     ours, again = mtp_jax.load(tmp_path / "run"), mtp_jax.load(tmp_path / "again")
-    assert again.kind_of(config).depth == kind_of(config).depth
+    assert kind_of(again.config).depth == kind_of(config).depth
     np.testing.assert_array_equal(again.logits(rows), ours.logits(rows))
 
 

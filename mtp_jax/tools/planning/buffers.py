@@ -117,10 +117,6 @@ def largest(buffers: list[Buffer], module: Module) -> list[Largest]:
         name = buffer.name.partition("{")[0]
         source = module.source(instructions[name]) if name in instructions else ""
         shape = buffer.shape.partition("{")[0]
-        groups.setdefault((shape, source or _compiler_name(name)), []).append(buffer.size)
+        groups.setdefault((shape, source or f"({name.rstrip('.0123456789')})"), []).append(buffer.size)
     rows = [Largest(sum(sizes), len(sizes), shape, source) for (shape, source), sizes in groups.items()]
     return sorted(rows, key=lambda row: -row.bytes)
-
-
-def _compiler_name(name: str) -> str:
-    return f"({re.sub(r'[.0-9]+$', '', name)})"

@@ -6,6 +6,8 @@ reads the slice, and one that updates a slice in place writes the slice: how loo
 where a large operand is read in part in another way.
 """
 
+import re
+
 from mtp_jax.tools.planning.hlo import Instruction, Module, num_bytes
 
 # They name or regroup what is there already, or are counted in the computation that they run.
@@ -46,7 +48,8 @@ def _touched(instruction: Instruction, shapes: dict[str, str], module: Module) -
 
 def _fusion(instruction: Instruction, operands: list[str], module: Module) -> float:
     """Operands as far as the fused computation reads them, and its result as far as it writes it."""
-    body = module.computations.get(_body(instruction), [])
+    called = re.search(r"calls=%?([^, ]+)", instruction.rest)
+    body = module.computations.get(called[1], []) if called else []
     parameters = {i.name: int(i.rest.partition(")")[0]) for i in body if i.opcode == "parameter"}
     read = [num_bytes(shape, "0") for shape in operands]
     written = num_bytes(instruction.shape, "0")
@@ -66,7 +69,3 @@ def _fusion(instruction: Instruction, operands: list[str], module: Module) -> fl
             update = sum(num_bytes(shapes.get(u.operands[1], "")) for u in users)
             written -= num_bytes(operands[number], "0") - update
     return float(sum(read) + max(written, 0))
-
-
-def _body(instruction: Instruction) -> str:
-    return instruction.rest.partition("calls=")[2].lstrip("%").partition(",")[0].partition(" ")[0]

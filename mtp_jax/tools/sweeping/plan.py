@@ -49,7 +49,7 @@ def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
     for parts in itertools.product(*swept):
         chosen = {key: value for part in parts for key, value in part.items()}
         config = load_config(config_file, fixed + _flags(chosen))
-        used = {key: value for key, value in chosen.items() if not _is_ignored(key, config)}
+        used = {key: value for key, value in chosen.items() if reads(config.mtp.kind, key)}
         config = load_config(config_file, fixed + _flags(used))
         name = run_name(list(used), keys, config)
         if name in runs and len(used) == len(chosen):
@@ -100,10 +100,6 @@ def _check_keys(keys: list[str], fixed: list[str]) -> None:
 
 def _flags(chosen: dict[str, str]) -> list[str]:
     return [f"--config.{key}={value}" for key, value in chosen.items()]
-
-
-def _is_ignored(key: str, config: Config) -> bool:
-    return not reads(config.mtp.kind, key)
 
 
 def _split(text: str, flag: str) -> list[str]:
