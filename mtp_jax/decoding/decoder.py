@@ -183,8 +183,8 @@ def check_drafts(architecture: Architecture, num_drafts: int) -> None:
         )
     if kind.max_drafts is not None and num_drafts > kind.max_drafts:
         raise UserError(
-            f"draft_length={num_drafts}: {kind.name} heads of depth {kind.depth} draft one token each; use at most "
-            f"{kind.max_drafts}"
+            f"draft_length={num_drafts}: the model has {kind.depth} {kind.name} heads, which draft one token each; use "
+            f"at most {kind.max_drafts}"
         )
 
 

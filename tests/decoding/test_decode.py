@@ -362,7 +362,8 @@ def test_a_row_is_sampled_whatever_stands_beside_it():
 
 
 def test_programs_are_compiled_once_for_prompts_and_lengths_of_a_size():
-    decoder = build(MLA, sequential(2), seed=7).decoder()
+    built = build(MLA, sequential(2), seed=7)
+    decoder = built.decoder()
     sizes = lambda: (states.begin._cache_size(), states.prefill._cache_size(), states.generate._cache_size())  # noqa: E731
     decoder.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
     before = sizes()
@@ -370,7 +371,7 @@ def test_programs_are_compiled_once_for_prompts_and_lengths_of_a_size():
         sampler = make_sampler(temperature)
         decoder.generate(prompts_of(lengths, 16), num_new, num_drafts=2, sampler=sampler, seed=lengths[0])
     assert sizes() == before
-    again = Decoder(decoder.config, *built_weights(seed=8), decoder.mesh)  # other weights of the same shapes
+    again = Decoder(built.config, *built_weights(seed=8), decoder.mesh)  # other weights of the same shapes
     again.context = 512
     again.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
     assert sizes() == before
