@@ -207,12 +207,13 @@ MESH = {"fsdp": 2, "expert": 2, "context": 2}
 
 @pytest.mark.parametrize(("num_parts", "sizes"), [(2, {}), (1, MESH)], ids=["two_parts", "mesh_of_eight"])
 def test_the_divisor_is_that_of_the_global_batch(num_parts, sizes):
-    """Rows of very different weight: one micro-batch and a quarter of the devices have none at all."""
+    """Rows of very different weight; a quarter of the devices, and in the second step a micro-batch, have none."""
     config = small()
     batches = []
     for seed in range(2):
         batch = batch_of(config, seed)
-        of_rows = np.array([1, 0, 0.5, 0, 0, 0, 0.25, 0], np.float32)[:, None]
+        odd = 0 if seed else 0.25  # the second micro-batch is the odd rows
+        of_rows = np.array([1, odd, 0.5, odd, 0, 0, 0.25, 0], np.float32)[:, None]
         batch["loss_mask"] = np.where(batch["positions"] < 2, 0, of_rows).astype(np.float32)
         batches.append(batch)
     expected, state = steps(config, batches)
