@@ -19,7 +19,7 @@ from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.stack import unstacked
 from mtp_jax.model import Tree, abstract_model
-from mtp_jax.mtp import Caches, MainModel, kind_of
+from mtp_jax.mtp import Caches, DecoderInputs, Kind, MainModel, kind_of
 from mtp_jax.sharding import constrain
 from mtp_jax.typing import Cache, PyTree
 
@@ -37,25 +37,25 @@ class Parts(NamedTuple):
 
 
 class _Structure:
-    """A tree's structure that is compared by identity first."""
+    """A tree's structure and the MTP kind, compared by identity first."""
 
-    def __init__(self, tree: jax.tree_util.PyTreeDef):
-        self.tree, self.hash = tree, hash(tree)
+    def __init__(self, tree: jax.tree_util.PyTreeDef, kind: Kind):
+        self.tree, self.kind, self.hash = tree, kind, hash((tree, kind))
 
     def __hash__(self) -> int:
         return self.hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Structure) and self.tree == other.tree)
+        return self is other or (isinstance(other, _Structure) and self.tree == other.tree and self.kind == other.kind)
 
 
 @jax.tree_util.register_pytree_node_class
 class Network:
     """`Parts` as a pytree of plain arrays: modules are walked through in Python, 0.25 ms at each call of a program."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, kind: Kind):
         leaves, tree = jax.tree.flatten(parts)
-        self._leaves, self._structure = leaves, _Structure(tree)
+        self._leaves, self._structure = leaves, _Structure(tree, kind)
 
     def tree_flatten(self) -> tuple[list[jax.Array], _Structure]:
         return self._leaves, self._structure
@@ -69,6 +69,10 @@ class Network:
     @functools.cached_property
     def parts(self) -> Parts:
         return jax.tree.unflatten(self._structure.tree, self._leaves)
+
+    @property
+    def kind(self) -> Kind:
+        return self._structure.kind
 
     @property
     def blocks(self) -> list[Block]:
@@ -120,14 +124,15 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
         blocks=[ready(block) for group in decoder.groups for block in unstacked(group)],
         mtp=model.kind.unstack(model.mtp, ready),
     )
-    return Network(parts)
+    return Network(parts, model.kind)
 
 
 def run_main(
     network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Cache]
 ) -> tuple[MainModel, list[Cache]]:
     """New tokens through the main model: what drafting sees of it, and the caches with the new tokens' entries."""
-    h_BTD = branch_BTD = network.embed(tokens_BT)
+    inputs = DecoderInputs(network.embed(tokens_BT), slots.positions_BT, None)
+    h_BTD = branch_BTD = network.kind.decoder_inputs(network.mtp, inputs).h_BTD
     written = []
     for block, cache in zip(network.blocks, caches, strict=True):
         branch_BTD = h_BTD

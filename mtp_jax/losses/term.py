@@ -120,7 +120,7 @@ class TermSums(NamedTuple):
 
 
 def weight_sum(weight_KBT: jax.Array) -> jax.Array:
-    """The sum of weights per depth, float32[K]; exact for weights of 0 and 1 on batches of any size.
+    """The sum of weights per depth, float32[K].
 
     A row is summed before the rows are: one running float32 sum of ones would stop at 2^24.
     """

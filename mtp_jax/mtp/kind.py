@@ -108,7 +108,7 @@ class Kind:
         self.model, self.mtp = architecture.model, architecture.mtp
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Kind) and self.architecture == other.architecture
+        return type(other) is type(self) and self.architecture == other.architecture
 
     def __hash__(self) -> int:
         return hash(self.architecture)
@@ -190,7 +190,11 @@ class Kind:
         return None
 
     def decoder_inputs(self, module: Any, inputs: DecoderInputs) -> DecoderInputs:
-        """What the decoder reads in place of the embedded tokens; for masked positions, say."""
+        """What the decoder reads in place of the embedded tokens; for masked positions, say.
+
+        Called wherever the decoder runs. In decoding `module` is what `unstack` returned, and the sequence is only the
+        new tokens, so `positions_BT` is what tells them apart.
+        """
         del module
         return inputs
 

@@ -265,7 +265,7 @@ def make_evaluate(config: Config, built: AbstractModel):
         zeros = Scales(jnp.float32(0.0), jnp.zeros(kind.depth), jnp.float32(0.0))
         terms = token_terms(model.terms(model(rows).hidden, rows, zeros, 0.0))
         sums = depth_sums(terms, evaluate(terms, config.training.loss_chunk)[1])
-        bytes_KBT = jnp.where(rows.weight_KBT > 0, jnp.take(token_bytes, rows.targets_KBT), 0)
-        return sums._asdict() | {"bytes": bytes_KBT.sum((1, 2), dtype=jnp.float32)}
+        bytes_KBT = rows.weight_KBT * jnp.take(token_bytes, rows.targets_KBT)
+        return sums._asdict() | {"bytes": bytes_KBT.sum((1, 2))}
 
     return evaluate_batch

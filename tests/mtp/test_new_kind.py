@@ -10,9 +10,12 @@ import pytest
 from flax import nnx
 
 from mtp_jax import mtp
+from mtp_jax.decoding.decoder import Decoder
 from mtp_jax.layers.param import vector
-from mtp_jax.model import abstract_model
+from mtp_jax.model import abstract_model, init
 from mtp_jax.mtp import DecoderInputs, Kind, kind_of
+from mtp_jax.sharding import make_mesh
+from mtp_jax.targets import one_document_rows
 from mtp_jax.training.step import rows_of
 from tests.mtp.kinds import batch_of, small, steps
 
@@ -36,8 +39,11 @@ class Odd(Kind):
         return OddShift(self.model, rngs)
 
     def decoder_inputs(self, module: OddShift, inputs: DecoderInputs) -> DecoderInputs:
-        is_odd_T1 = (jnp.arange(inputs.h_BTD.shape[1]) % 2 == 1)[:, None]
-        return inputs._replace(h_BTD=inputs.h_BTD + is_odd_T1 * module.shift[...].astype(inputs.h_BTD.dtype))
+        is_odd_BT1 = (inputs.positions_BT % 2 == 1)[..., None]
+        return inputs._replace(h_BTD=inputs.h_BTD + is_odd_BT1 * module.shift[...].astype(inputs.h_BTD.dtype))
+
+    def unstack(self, module: OddShift, ready):
+        return ready(module)
 
 
 @pytest.fixture
@@ -65,5 +71,21 @@ def test_a_new_kind_trains_and_has_one_forward_pass(registered):
     np.testing.assert_array_equal(hidden[0], main)
     state["params"]["mtp"]["shift"] = np.zeros_like(state["params"]["mtp"]["shift"])
     without, _ = run(state["params"])
-    moved_T = np.abs(hidden[0] - without[0]).max((0, 2))
-    assert moved_T[0] == 0 and moved_T[1::2].min() > 0  # position 0 is even, and sees no odd one
+    moved_BT, positions_BT = np.abs(hidden[0] - without[0]).max(2), batch["positions"][:, : hidden.shape[2]]
+    counts_BT = np.asarray(rows.weight_KBT[0]) > 0
+    assert moved_BT[(positions_BT == 0) & counts_BT].max() == 0  # a document's first token sees no odd one
+    assert moved_BT[(positions_BT % 2 == 1) & counts_BT].min() > 0
+
+
+def test_a_new_kind_decodes_as_it_was_trained(registered):
+    config = small("--config.mtp.kind=odd")
+    params, biases = jax.jit(lambda: init(config.architecture, 0))()
+    params = jax.tree.map(lambda w: 5 * w, params)
+    params["mtp"]["shift"] = jax.random.normal(jax.random.key(1), params["mtp"]["shift"].shape)
+    decoder = Decoder(config, params, biases, make_mesh(config.mesh, jax.devices()[:1]))
+    text = [3, 1, 4]
+    (written,) = decoder.generate([text], 8).tokens
+    model = abstract_model(config.architecture).merge(params, biases)
+    tokens = jnp.array([[*text, *written]])
+    choices = (model.main(one_document_rows(tokens, 0)) @ model.head()).argmax(-1)
+    np.testing.assert_array_equal(written, choices[0, len(text) - 1 : -1])

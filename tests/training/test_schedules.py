@@ -111,7 +111,8 @@ def test_curriculum_reverse_takes_depths_away_and_keeps_the_first():
 
 def test_no_curriculum_keeps_all_and_no_mtp_has_none():
     assert (_active(MTPConfig(kind="sequential", depth=3), 10) == 1).all()
-    assert _active(MTPConfig(kind="none", depth=3, curriculum="reverse"), 10).shape == (10, 0)
+    nothing = schedules.active_depths(MTPConfig(depth=3, curriculum="reverse"), 0, 10)
+    assert jax.vmap(nothing)(jnp.arange(10)).shape == (10, 0)
 
 
 def test_depth_weights():

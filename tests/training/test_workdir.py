@@ -107,4 +107,5 @@ def test_a_workdir_from_before_keys_had_other_names_is_the_same_run(tmp_path):
     assert changes(config, tmp_path) == []
     open_workdir(tmp_path, config)
     new = flat(json.loads((tmp_path / "config.json").read_text()))
-    assert new == {old_names(Config).get(key, key): value for key, value in old.items()}
+    kept = {old_names(Config).get(key, key): value for key, value in old.items()}
+    assert {key: new[key] for key in kept} == kept
