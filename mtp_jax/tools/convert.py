@@ -177,7 +177,7 @@ def describe(config: Config) -> str:
 def _bar(leaves: Iterable[ReadableArray], what: str) -> tqdm.tqdm:
     """Progress over weights; nothing is shown before the first of them, so that a refusal stays one line."""
     total = sum(math.prod(leaf.shape) for leaf in leaves)
-    return tqdm.tqdm(total=total, desc=what, unit=" weights", unit_scale=True, delay=1e-9)
+    return tqdm.tqdm(total=total, desc=what, unit=" weights", unit_scale=True, delay=1e-3)
 
 
 def _stop(*_: object) -> None:
