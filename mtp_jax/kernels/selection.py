@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mtp_jax.config import UserError
-from mtp_jax.kernels.device import device
+from mtp_jax.kernels.device import Device, device
 
 
 class Backend(NamedTuple):
@@ -16,12 +16,18 @@ class Backend(NamedTuple):
     unsupported_reason: of the operands that are selected by, why it cannot take them; empty where it can.
     native_to: the family of devices it is written for ("gpu", "tpu"), where falling back to another backend is slow;
       empty if it runs everywhere.
+    device_lacks: why it cannot run on a device; empty where it can.
     """
 
     name: str
     run: Any
     unsupported_reason: Callable[..., str] = lambda *_: ""
     native_to: str = ""
+    device_lacks: Callable[[Device], str] = lambda _: ""
+
+    def refuses(self, *operands: Any) -> str:
+        """Why it cannot run this on the device compiled for; empty where it can."""
+        return self.device_lacks(device()) or self.unsupported_reason(*operands)
 
 
 def select(setting: str, asked: str, backends: Sequence[Backend], *operands: Any, warns: bool = True) -> Backend:
@@ -37,12 +43,12 @@ def select(setting: str, asked: str, backends: Sequence[Backend], *operands: Any
     """
     if asked != "auto":
         backend = next(b for b in backends if b.name == asked)
-        if reason := backend.unsupported_reason(*operands):
+        if reason := backend.refuses(*operands):
             raise UserError(f"{setting}={asked}: {reason}; use {setting}=auto")
         return backend
     refused = []
     for backend in backends:
-        reason = backend.unsupported_reason(*operands)
+        reason = backend.refuses(*operands)
         if not reason:
             break
         if backend.native_to == device().family:

@@ -7,13 +7,14 @@ import jax
 
 from mtp_jax.kernels.attention import cudnn, hopper, splash, xla
 from mtp_jax.kernels.attention.xla import attend_cached
+from mtp_jax.kernels.device import Device
 from mtp_jax.kernels.selection import Backend, select
 
 # Of each backend: `attend`, as below but for the kernel, and `unsupported_reason` of the same arguments but the scale.
 BACKENDS = (
-    Backend("mosaic", hopper.attend, hopper.unsupported_reason, "gpu"),
-    Backend("cudnn", cudnn.attend, cudnn.unsupported_reason, "gpu"),
-    Backend("splash", splash.attend, splash.unsupported_reason, "tpu"),
+    Backend("mosaic", hopper.attend, hopper.unsupported_reason, "gpu", Device.lacks_hopper),
+    Backend("cudnn", cudnn.attend, cudnn.unsupported_reason, "gpu", Device.lacks_hopper),
+    Backend("splash", splash.attend, splash.unsupported_reason, "tpu", Device.lacks_tpu),
     Backend("xla", xla.attend),
 )
 

@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.kernels.device import device
-
 # Of packed rows' masks, a device: rows of 32,768 one at a time.
 MASK_BYTES = 4 << 30
 FORWARD = "dot_product_attention_fwd_wrapper"  # its primitive, to policies of recomputation
@@ -41,8 +39,6 @@ def attend(q_BTHQ, k_BTGQ, v_BTGV, segments_BT, first, scale) -> jax.Array:
 def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
     """Why cuDNN cannot take this attention; empty where it can."""
     length, dims = q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
-    if reason := device().lacks_hopper():
-        return reason
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
     if not isinstance(first, int) or first or length != k_BSGQ.shape[1]:

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.kernels import KERNEL
-from mtp_jax.kernels.device import device
 
 LANES = 128  # of the vector unit: what blocks are multiples of
 # Queries and keys of a block, in all three kernels, and dq apart from dk and dv: MaxText's defaults (its
@@ -109,8 +108,6 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array
 def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, *_: Any) -> str:
     """Why splash attention cannot take this attention; empty where it can."""
     dtypes, dims = {x.dtype for x in (q_BTHQ, k_BSGQ, v_BSGV)}, (q_BTHQ.shape[-1], v_BSGV.shape[-1])
-    if reason := device().lacks_tpu():
-        return reason
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"it computes in bfloat16 or float32, and this is {', '.join(sorted(map(str, dtypes)))}"
     if q_BTHQ.shape[1] % LANES:

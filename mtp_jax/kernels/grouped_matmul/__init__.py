@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.kernels.device import Device
 from mtp_jax.kernels.grouped_matmul import hopper, megablox, xla
 from mtp_jax.kernels.selection import Backend, select
 
 # jax, on TPUs: libtpu 0.0.48 multiplies each row once in all three products of ragged_dot, 0.0.42 in two of them.
 NATIVE_SINCE = (0, 11)
-HOPPER = Backend("mosaic", hopper.run, hopper.unsupported_reason, "gpu")
-MEGABLOX = Backend("megablox", megablox.run, megablox.unsupported_reason, "tpu")
+HOPPER = Backend("mosaic", hopper.run, hopper.unsupported_reason, "gpu", Device.lacks_hopper)
+MEGABLOX = Backend("megablox", megablox.run, megablox.unsupported_reason, "tpu", Device.lacks_tpu)
 XLA = Backend("xla", xla.run)
 FEW_ROWS = 128  # fewer are those of decoding, where no kernel is faster
 

@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.kernels.device import device
 from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 
 BLOCK = 128  # rows at least; columns are a multiple
@@ -23,8 +22,6 @@ def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
 def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
     """Why the kernels cannot take this product; empty where they can."""
     dims = (*x_ND.shape[1:], w_EDF.shape[2])
-    if reason := device().lacks_hopper():
-        return reason
     if x_ND.dtype != jnp.bfloat16 or w_EDF.dtype != jnp.bfloat16:
         return f"the kernels compute in bfloat16, and this is {x_ND.dtype} by {w_EDF.dtype}"
     if any(dim % BLOCK for dim in dims) or x_ND.shape[0] < BLOCK:

@@ -11,7 +11,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.kernels.device import device
 from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 
 LANES = 128
@@ -61,8 +60,6 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bo
 def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
     """Why megablox cannot take this product; empty where it can."""
     dtypes = {x_ND.dtype, w_EDF.dtype}
-    if reason := device().lacks_tpu():
-        return reason
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"the kernels compute in bfloat16 or float32, and this is {x_ND.dtype} by {w_EDF.dtype}"
     if x_ND.shape[0] < LANES:

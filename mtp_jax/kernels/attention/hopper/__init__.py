@@ -14,8 +14,6 @@ Shape letters: as in `kernels.attention`.
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.kernels.device import device
-
 BLOCK, DIMS = 128, 320  # positions that the kernels take together; head dims that registers hold
 
 
@@ -33,8 +31,6 @@ def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
     """Why the kernels cannot take this attention; empty where they can."""
     lengths = (q_BTHQ.shape[1], k_BSGQ.shape[1])
     dims = q_BTHQ.shape[3], v_BSGV.shape[3]
-    if reason := device().lacks_hopper():
-        return reason
     if 12080 <= _cuda_version() < 12091:  # as jax's own causal kernel says, jax.experimental.pallas.ops.gpu
         return f"CUDA 12.8 to 12.9.0 compiles its masks wrongly, and this is {_cuda_version()}"
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
