@@ -52,10 +52,6 @@ class Corpus:
         """Tokens of the split as stored: bos and eos count, FIM marks do not."""
         return int(self.store.lengths[self._documents(split)].sum())
 
-    def num_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of the text of the split."""
-        return int(self.store.num_bytes[self._documents(split)].sum())
-
     def rows(self, split: Split) -> Rows:
         """The rows of one epoch; those of validation are in source order, without FIM, whatever the seed."""
         config, documents = self.config, self._documents(split)

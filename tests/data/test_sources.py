@@ -106,7 +106,7 @@ def test_python_source_is_the_standard_library(make_config):
         assert file.read() in texts
     assert len(texts) > 300 and sum(map(len, texts)) > 5e6
     assert not any("import pytest" in text[:2000] for text in texts)
-    assert corpus.num_bytes("train") + corpus.num_bytes("validation") == sum(len(t.encode()) for t in texts)
+    assert corpus.store.num_bytes.sum() == sum(len(t.encode()) for t in texts)
     tokens = corpus.store.tokens
     assert corpus.tokenizer.token_bytes[tokens].sum() == corpus.store.num_bytes.sum()
     batch = corpus.batches("train").batch_at(0)

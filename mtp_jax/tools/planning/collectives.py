@@ -8,6 +8,7 @@ import numpy as np
 from mtp_jax.tools.planning.hlo import Instruction, Module, num_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_IOTA = r"\[?([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"  # devices counted, transposed and reshaped
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,9 @@ def replica_groups(rest: str, num_devices: int) -> list[list[int]]:
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if listed:
         return [[int(n) for n in re.findall(r"\d+", one)] for one in re.findall(r"\{([\d, ]*)\}", listed[1])]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    iota = re.search(rf"replica_groups={_IOTA}", rest)
     if iota:
-        places = np.arange(num_devices).reshape(_ints(iota[2]))
-        places = places.transpose(_ints(iota[3])) if iota[3] else places
-        return places.reshape(_ints(iota[1])).tolist()
+        return _places(iota, num_devices).reshape(_ints(iota[1])).tolist()
     named = re.search(r"replica_groups=mesh\[(.*?)\]\s*(?:,\s*device_ids=\(?\[?([^{]*?)\s*)?\{(.*?)\}", rest)
     if named:
         return _mesh_groups(named[1], named[2] or "", named[3], num_devices)
@@ -109,11 +108,8 @@ def replica_groups(rest: str, num_devices: int) -> list[list[int]]:
 
 def _mesh_groups(axes: str, device_ids: str, used: str, num_devices: int) -> list[list[int]]:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    places = np.arange(num_devices)
-    order = re.search(r"\[?([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids)
-    if order:
-        places = places.reshape(_ints(order[2]))
-        places = (places.transpose(_ints(order[3])) if order[3] else places).reshape(-1)
+    order = re.search(_IOTA, device_ids)
+    places = _places(order, num_devices) if order else np.arange(num_devices)
     # Split each axis where a part of it is used: 'a':(pre)size is the part of `size` after `pre` on the major side.
     dims: list[tuple[str, int, bool]] = []
     parts = {m[0]: (int(m[1]), int(m[2])) for m in re.findall(r"'([^']+)':\((\d+)\)(\d+)", used)}
@@ -130,6 +126,11 @@ def _mesh_groups(axes: str, device_ids: str, used: str, num_devices: int) -> lis
     cut = [d for d, (_, _, is_used) in enumerate(dims) if is_used]
     group = int(np.prod([dims[d][1] for d in cut], dtype=np.int64))
     return grid.transpose(*kept, *cut).reshape(-1, group).tolist()
+
+
+def _places(iota: re.Match, num_devices: int) -> np.ndarray:
+    places = np.arange(num_devices).reshape(_ints(iota[2]))
+    return places.transpose(_ints(iota[3])) if iota[3] else places
 
 
 def _ints(text: str) -> list[int]:
