@@ -2,6 +2,7 @@
 #
 #   make train [ARGS="--config.a.b=VALUE ..."] [CONFIG=configs/NAME.py] [WORKDIR=DIR]
 #   make test  [ARGS="-k targets"]
+#   make test-fast  [ARGS=...]   # a minute and a half on 2 cores, without a network: for everyday use
 #   make experiments [JOBS=2]    # the findings in experiments/, with their tables
 #   make bench CONFIG=configs/NAME.py [ARGS="--peer=hf --profile"]    # a training step's time, and where it goes
 #   make eval       # what the benchmarks of eval.py need
@@ -24,13 +25,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST_ARGS ?= -q -n 2 --dist loadfile
 TEST_ENV := XLA_PYTHON_CLIENT_PREALLOCATE=false MALLOC_ARENA_MAX=2
 
-.PHONY: train test experiments bench eval hf lint clean
+# Files whose tests compile little: definitions, oracles, configs, data, losses, one kind from training to decoding.
+FAST_TESTS := $(addprefix tests/, config data/test_documents.py data/test_packing.py data/test_store.py \
+  decoding/test_samplers.py decoding/test_verify.py evaluation/test_pass_at_k.py interop/test_fp8.py kernels/test_permute.py \
+  layers/test_linear.py mtp/test_new_kind.py test_arrows.py test_configs.py test_loss_mixture.py \
+  test_reference.py test_reference_losses.py test_targets.py tools/test_report.py training/test_flops.py \
+  training/test_metrics.py training/test_schedules.py training/test_workdir.py)
+
+.PHONY: train test test-fast experiments bench eval hf lint clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
 
 test: $(VENV)/dev.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+test-fast: $(VENV)/dev.stamp
+	HF_HUB_OFFLINE=1 $(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS) $(FAST_TESTS)
 
 experiments: $(VENV)/eval.stamp
 	for each in experiments/*/run.sh; do PYTHON=$(BIN)/python JOBS=$(JOBS) bash $$each || exit; done
