@@ -87,23 +87,23 @@ def _lookahead(config):
 
 
 def exports():
-    """SHA-256 of every file that a freshly initialised model of each layout is exported to."""
-    import jax
+    """SHA-256 of every file that a model of each layout, with random weights, is exported to."""
     import numpy as np
     from flax.traverse_util import flatten_dict
 
     from mtp_jax.config import with_values
     from mtp_jax.interop import hf_config, weights
     from mtp_jax.interop.tensorfiles import write_folder
-    from mtp_jax.model import init
+    from mtp_jax.model import abstract_model
 
     found = {}
     for kind, changes in {"none": {}, "sequential": {}, "sequential_gqa": {"attention": "gqa"}}.items():
         config = config_of("gqa" if changes else kind)
         if changes:  # as GLM-4.5 lays its heads out
             config = with_values(config, {"model.rope.interleaved": False})
-        params, biases = jax.device_get(jax.jit(lambda config=config: init(config.architecture, 3))())
-        leaves = flatten_dict({"params": params, "biases": biases})
+        built, rng = abstract_model(config.architecture), np.random.default_rng(3)
+        shapes = sorted(flatten_dict({"params": built.params, "biases": built.biases}).items())
+        leaves = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes}
         layout = hf_config.layout_of(config)
         listed = [t for t in weights.tensors(config, layout) if not t.repeats]
         specs = {t.name: ("F32", t.shape) for t in listed}
@@ -138,7 +138,7 @@ def main():
     record = {"jax": jax.__version__, "platform": "cpu"}
     record |= {f"{kind}/{name}": run(kind, name) for kind in KINDS for name in MESHES}
     RUNS.write_text(json.dumps(record, indent=1) + "\n")
-    EXPORTS.write_text(json.dumps({"jax": jax.__version__} | exports(), indent=1) + "\n")
+    EXPORTS.write_text(json.dumps(exports(), indent=1) + "\n")
     CHECKPOINTS.mkdir(exist_ok=True)
     for kind in RESUMED:
         with tempfile.TemporaryDirectory() as where:
