@@ -1,4 +1,8 @@
-"""Losses, exports and checkpoints equal those recorded before the architecture changed (tests/golden_runs.py)."""
+"""Losses, exports and checkpoints equal those recorded before the architecture changed (tests/golden_runs.py).
+
+MTP_JAX_GOLDEN=1 compares every recorded run, within 1e-6: where they were recorded (jax 0.10.2, its processor), that
+holds.
+"""
 
 import json
 import os
@@ -8,20 +12,18 @@ import jax
 import pytest
 
 from tests import golden_runs
-from tests.golden_runs import CHECKPOINTS, EXPORTS, MESHES, RESUMED, RUNS
+from tests.golden_runs import CHECKPOINTS, EXPORTS, KINDS, MESHES, RESUMED, RUNS
 
 EXPECTED = json.loads(RUNS.read_text())
-# Another jax, or another processor, compiles other programs; twenty steps of Adam multiply a rounding. Where the
-# recorded runs were made, MTP_JAX_GOLDEN_TOLERANCE=1e-6 holds.
-TOLERANCE = float(os.environ.get("MTP_JAX_GOLDEN_TOLERANCE", 1e-4 if jax.__version__ == EXPECTED["jax"] else 1e-3))
+IS_COMPLETE = os.environ.get("MTP_JAX_GOLDEN", "") == "1"
+# Another jax, or another processor, compiles other programs; twenty steps of Adam multiply a rounding.
+TOLERANCE = 1e-6 if IS_COMPLETE else 1e-4 if jax.__version__ == EXPECTED["jax"] else 1e-3
+NAMES = [f"{kind}/{mesh}" for kind in KINDS for mesh in MESHES] if IS_COMPLETE else ["sequential/one"]
 
 
-# The kinds on eight devices are compared with one device in test_meshes.py: one of them is enough here.
-@pytest.mark.parametrize("name", ["none/one", "parallel/one", "sequential/one", "sequential/eight"])
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_and_gradient_norms_are_those_recorded(name):
-    kind, mesh = name.split("/")
-    assert mesh in MESHES
-    for step, (got, expected) in enumerate(zip(golden_runs.run(kind, mesh), EXPECTED[name], strict=True)):
+    for step, (got, expected) in enumerate(zip(golden_runs.run(*name.split("/")), EXPECTED[name], strict=True)):
         assert got == pytest.approx(expected, rel=TOLERANCE), f"step {step + 1}: loss, gradient norm"
 
 
@@ -29,7 +31,7 @@ def test_exports_are_those_recorded():
     assert golden_runs.exports() == json.loads(EXPORTS.read_text())
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("kind", RESUMED if IS_COMPLETE else RESUMED[-1:])
 def test_a_checkpoint_written_before_continues(kind, tmp_path):
     with tarfile.open(CHECKPOINTS / f"{kind}.tar.xz") as archive:
         archive.extractall(tmp_path / "run", filter="data")
