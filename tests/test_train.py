@@ -14,7 +14,7 @@ import pytest
 
 from mtp_jax import data
 from mtp_jax.config import MeshConfig, UserError, load_config, to_dict
-from mtp_jax.mtp import kind_of
+from mtp_jax.mtp import KINDS, kind_of
 from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
@@ -191,7 +191,7 @@ def test_eight_devices_train_as_one(reference, tmp_path):
 
 def test_a_run_of_one_device_goes_on_with_eight(reference, tmp_path, capsys):
     workdir = tmp_path / "run"
-    shutil.copytree(reference[0], workdir, ignore=shutil.ignore_patterns("20*", "events*"))
+    shutil.copytree(reference[0], workdir, ignore=shutil.ignore_patterns("20", "20.*", "events*"))
     run = loop.train(load_config(TINY, MESH), str(workdir))
     printed = capsys.readouterr().out
     assert "mesh.fsdp 1 -> 2" in printed and "resumed  from step 10\n" in printed
@@ -208,20 +208,18 @@ def of_kind(kind, *overrides):
 
 
 def test_every_kind_reads_the_same_batches(reference):
-    corpora = {kind: data.prepare(of_kind(kind)) for kind in ("none", "parallel", "sequential")}
+    configs = {kind: of_kind(kind) for kind in KINDS}
+    corpora = {kind: data.prepare(config, kind_of(config).lookahead) for kind, config in configs.items()}
     length = 64 + 1
     for split in ("train", "validation"):
         for step in (0, 1, 7, 5000):
             if split == "validation" and step > 1:
                 continue
             batches = {kind: corpus.batches(split).batch_at(step) for kind, corpus in corpora.items()}
-            assert {kind: b["tokens"].shape[1] for kind, b in batches.items()} == {
-                "none": length,
-                "parallel": length + 2,
-                "sequential": length + 2,
-            }
+            lookahead = {kind: b["tokens"].shape[1] - length for kind, b in batches.items()}
+            assert lookahead == {"none": 0, "parallel": 2, "sequential": 2, "top": 63, "nextlat": 2}
             for name in ("tokens", "segment_ids", "positions"):
-                for kind in ("parallel", "sequential"):
+                for kind in KINDS:
                     np.testing.assert_array_equal(batches[kind][name][:, :length], batches["none"][name])
 
 
@@ -229,7 +227,7 @@ def test_every_kind_reads_the_same_batches(reference):
 def test_every_kind_learns(kind, reference):
     """Sequential is the reference run. All start at the same loss: of the main head, ln V."""
     config = replace(of_kind(kind), mesh=MeshConfig())
-    batches = data.prepare(config).batches("train")
+    batches = data.prepare(config, kind_of(config).lookahead).batches("train")
     _, found = run_steps(config, [batches.batch_at(step) for step in range(NUM_STEPS)])
     names = ["loss_main"] if kind == "none" else ["loss_main", "loss_mtp_1", "loss_mtp_2"]
     assert {name for name in found[0] if name.startswith("loss_")} == set(names)

@@ -213,6 +213,11 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
     return f"{title}\n{table(values)}", values
 
 
+def _num_fewshot(config: JsonObject, asked: int | None) -> int:
+    """Examples in a prompt: those the harness put in front, else those it has of its own, by the task's metadata."""
+    return asked or (config.get("metadata") or {}).get("num_fewshot", 0)
+
+
 def values_of(results: JsonObject) -> dict[str, Benchmark]:
     """What the harness found, by task and group."""
     parents = {child: group for group, each in results.get("group_subtasks", {}).items() for child in each}
@@ -232,8 +237,7 @@ def values_of(results: JsonObject) -> dict[str, Benchmark]:
             "higher_is_better": True if is_better is None else is_better,
             "kind": "generative" if config["output_type"] == "generate_until" else "likelihood",
             "num_docs": sum(results["n-samples"][leaf]["effective"] for leaf in leaves),
-            # A prompt may have examples of its own, where the harness puts none in front: the task's metadata says so.
-            "num_fewshot": results["n-shot"].get(leaves[0]) or (config.get("metadata") or {}).get("num_fewshot", 0),
+            "num_fewshot": _num_fewshot(config, results["n-shot"].get(leaves[0])),
             "group": parents.get(name),
         }
     return out

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mtp_jax.config import Config, DataConfig, MTPConfig
+from mtp_jax.config import Config, DataConfig
 from mtp_jax.data import store
 from mtp_jax.data.tokenizer import ByteTokenizer
 from tests import real_data as real_data_of
@@ -17,13 +17,12 @@ def cache_dir(tmp_path_factory):
 
 @pytest.fixture
 def make_config(cache_dir):
-    """A Config of synthetic documents; keywords are data.* keys, and `depth` and `seed`."""
+    """A Config of synthetic documents; keywords are data.* keys, and `seed`."""
 
-    def make(depth=0, seed=0, **data):
+    def make(seed=0, **data):
         settings = {"source": "synthetic", "synthetic_documents": 300, "sequence_length": 32, "batch_size": 8}
         data = DataConfig(**settings | {"cache_dir": cache_dir, "validation_fraction": 0.2} | data)
-        mtp = MTPConfig(kind="sequential", depth=depth) if depth else MTPConfig()
-        return Config(data=data, mtp=mtp, seed=seed)
+        return Config(data=data, seed=seed)
 
     return make
 

@@ -26,7 +26,7 @@ def take(batches, num):
 
 
 def test_resume_at_every_step_equals_straight_reading(make_config):
-    corpus = prepare(make_config(depth=2, sequence_length=64, batch_size=64))
+    corpus = prepare(make_config(sequence_length=64, batch_size=64), 2)
     batches = corpus.batches("train")
     num = 2 * len(corpus.rows("train")) // 64 + 3  # into the third epoch
     straight = take(batches, num)
@@ -37,18 +37,18 @@ def test_resume_at_every_step_equals_straight_reading(make_config):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_worker_processes_threads_and_random_access_agree(make_config, with_data, split):
-    corpus = prepare(make_config(depth=1, fim_rate=0.5))
+    corpus = prepare(make_config(fim_rate=0.5), 1)
     batches = corpus.batches(split, start_step=3)
     num = 12 if split == "train" else batches.num_batches - 3
     threads = take(batches, num)
-    workers = prepare(with_data(corpus.config, num_workers=2)).batches(split, start_step=3)
+    workers = prepare(with_data(corpus.config, num_workers=2), 1).batches(split, start_step=3)
     for i, batch in enumerate(take(workers, num)):
         assert_same(batch, threads[i])
         assert_same(batch, batches.batch_at(3 + i))
 
 
 def test_pieces_of_processes_make_the_whole_batch(make_config):
-    corpus = prepare(make_config(depth=1))
+    corpus = prepare(make_config(), 1)
     whole = take(corpus.batches("train"), 6)
     for num_processes in (2, 4, 8):
         size = 8 // num_processes
@@ -59,12 +59,23 @@ def test_pieces_of_processes_make_the_whole_batch(make_config):
 
 
 def test_every_depth_reads_the_same_bytes(make_config):
-    batches = [prepare(make_config(depth=depth)).batches("train") for depth in (0, 2, 4)]
+    batches = [prepare(make_config(), lookahead).batches("train") for lookahead in (0, 2, 4)]
     for step in (0, 5, 400):
         shallow, *deeper = (b.batch_at(step) for b in batches)
-        for depth, batch in zip((2, 4), deeper, strict=True):
-            assert batch["tokens"].shape == (8, 32 + 1 + depth)
+        for lookahead, batch in zip((2, 4), deeper, strict=True):
+            assert batch["tokens"].shape == (8, 32 + 1 + lookahead)
             assert_same({n: v[:, :33] for n, v in batch.items()}, shallow)
+
+
+def test_a_long_lookahead_changes_no_row_and_is_padded_at_the_end_of_the_stream(make_config):
+    short, long = (prepare(make_config(), lookahead).rows("train") for lookahead in (2, 100))
+    assert len(short) == len(long)
+    for row in (0, len(short) - 1):
+        for a, b in zip(short[row], long[row], strict=True):
+            np.testing.assert_array_equal(b[: len(a)], a)
+    tokens, segments, positions = long[len(long) - 1]
+    assert len(tokens) == 32 + 1 + 100 and segments[0] > 0 and segments[-1] == 0
+    assert (tokens[segments == 0] == 0).all() and (positions[segments == 0] == 0).all()
 
 
 def test_an_epoch_has_each_row_once_and_the_next_another_order(make_config):
@@ -126,7 +137,7 @@ def test_batches_pickle_without_their_tokens(make_config):
 
 
 def test_contiguous_packing_is_one_segment(make_config):
-    batch = prepare(make_config(depth=2, packing="contiguous")).batches("train").batch_at(3)
+    batch = prepare(make_config(packing="contiguous"), 2).batches("train").batch_at(3)
     assert (batch["segment_ids"] == 1).all()
     assert (batch["positions"] == np.arange(35)).all()
 
