@@ -29,7 +29,7 @@ TINY = "configs/tiny.py"
 NUM_STEPS = 20
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.mesh.context=2"]
 COMPARED = ("loss", "loss_main", "loss_mtp_1", "loss_mtp_2", "grad_norm")
-UNTIMED = ("tokens_per_second", "mfu")
+UNTIMED = ("tokens_per_second", "mfu", "peak_memory_gib")
 
 
 def metrics(workdir):
