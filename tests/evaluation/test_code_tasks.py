@@ -8,7 +8,7 @@ import pytest
 
 from mtp_jax.config import UserError
 from mtp_jax.evaluation import benchmark_data, code_tasks
-from mtp_jax.evaluation.sandbox import run_programs
+from mtp_jax.evaluation.sandbox import Limits, run_programs
 from tests import real_data
 from tests.conftest import ROOT
 
@@ -151,7 +151,8 @@ def test_all_solutions_of_humaneval_pass(data):
 
 def test_all_solutions_of_mbpp_pass_but_one_that_its_tests_do_not_fit(data):
     docs = mbpp.rows(mbpp.TEST_IDS)
-    outcomes = run_programs([mbpp.program(doc, doc["code"]) for doc in docs])
+    slow_machine = Limits(cpu_seconds=30, wall_seconds=60.0)  # one solution takes seconds
+    outcomes = run_programs([mbpp.program(doc, doc["code"]) for doc in docs], slow_machine)
     failed = {doc["task_id"]: str(outcome) for doc, outcome in zip(docs, outcomes, strict=True) if not outcome.passed}
     assert len(docs) == 500 and failed == {NEEDS_SETUP: "error: NameError: name 'root' is not defined"}
 

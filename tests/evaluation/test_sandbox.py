@@ -22,7 +22,7 @@ from tests.evaluation.sandboxes import Here, Ordinary, Watch, elapsed
 pytestmark = pytest.mark.usefixtures("walls")
 
 LIMITS = {
-    **{"wall_seconds": 2.0, "cpu_seconds": 1, "memory_bytes": 256 << 20, "disk_bytes": 8 << 20, "num_files": 100},
+    **{"wall_seconds": 4.0, "cpu_seconds": 2, "memory_bytes": 256 << 20, "disk_bytes": 8 << 20, "num_files": 100},
     **{"num_open_files": 32, "num_threads": 8, "output_bytes": 1 << 16},
 }
 SECRET = "a-secret-of-the-user"
