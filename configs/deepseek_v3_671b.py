@@ -67,7 +67,7 @@ def get_config():
     model.router.bias_until = 227_000
 
     config.checkpoint.every = 500
-    # 256 chips, 2 rows a chip at a time; 4 (grad_accum_steps = 15) took 80.6 GiB without kernels
+    # 256 chips, 2 rows per chip at a time; 4 (grad_accum_steps = 15) took 80.6 GiB without kernels
     config.training.grad_accum_steps = 30
     config.mesh.data = 1
     config.mesh.fsdp = -1

@@ -26,7 +26,7 @@ def tiny(*overrides):
 
 
 def rows(config, seed=0, num_padding=0):
-    length = config.data.sequence_length + 1 + kind_of(config).depth
+    length = config.data.sequence_length + 1 + kind_of(config).lookahead
     rng = np.random.default_rng(seed)
     names = ("tokens", "segment_ids", "positions")
     arrays = packed_rows(rng, config.data.batch_size, length, config.model.vocab_size, num_padding)

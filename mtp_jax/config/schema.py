@@ -45,7 +45,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Which experts a token goes to, and how their load is balanced."""
+    """Choice of experts for each token, and the balance of their load."""
 
     score: Literal["sigmoid", "softmax"] = setting("sigmoid", was="model.router_score")
     num_groups: int = setting(1, at_least=1, at_most=2**16, when="moe", was="model.router_num_groups")
@@ -181,7 +181,7 @@ class DataConfig:
     tfds_dir: str = ""  # TFDS data_dir; empty: TFDS's own default
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
     sequence_length: int = setting(256, at_least=1, at_most=2**24)  # T; a row carries T + 1 + D tokens
-    batch_size: int = setting(8, at_least=1, at_most=2**24)  # rows a step over all devices
+    batch_size: int = setting(8, at_least=1, at_most=2**24)  # rows per step over all devices
     packing: Literal["packed", "contiguous"] = "packed"  # packed: documents do not see each other
     shuffle: bool = True  # documents in the stream, and rows in the batches
     validation_fraction: float = setting(0.02, at_least=0, at_most=1)  # of the documents, by hash
@@ -283,7 +283,7 @@ class Config:
 
     @property
     def architecture(self) -> Architecture:
-        """What the weights of this run compute."""
+        """The model and its MTP, without the rest of the run."""
         return Architecture(self.model, self.mtp)
 
 

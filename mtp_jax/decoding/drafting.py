@@ -1,4 +1,4 @@
-"""How drafts are drawn; what they are drawn from is the MTP kind's business (`Kind.draft`).
+"""Drawing of drafts from the hidden states that an MTP kind proposes (`Kind.draft`).
 
 Shape letters: B rows, n drafts proposed at once, K drafts per step, D model, V vocabulary.
 """

@@ -219,7 +219,7 @@ def _num_fewshot(config: JsonObject, asked: int | None) -> int:
 
 
 def values_of(results: JsonObject) -> dict[str, Benchmark]:
-    """What the harness found, by task and group."""
+    """The results of the harness, by task and group."""
     parents = {child: group for group, each in results.get("group_subtasks", {}).items() for child in each}
     groups = results.get("groups", {})
     out: dict[str, Benchmark] = {}

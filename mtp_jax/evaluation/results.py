@@ -19,7 +19,7 @@ class Metric(TypedDict):
 
 
 class Benchmark(TypedDict):
-    """What was found of one task or group.
+    """Result of one task or group.
 
     metrics: by name: "acc", or "exact_match,strict-match" where a filter of that name came first.
     kind: "generative" or "likelihood". group: the one it belongs to.

@@ -66,7 +66,7 @@ _tapped.defvjp(
 
 @jax.custom_vjp
 def gradients_together(tree: PyTree) -> PyTree:
-    """`tree` itself; in the backward pass none of its gradients is handed on before all of them are there.
+    """`tree` itself; in the backward pass none of its gradients is used further before all of them are computed.
 
     A scan over one layer is no loop once compiled, and the compiler may put off that layer's weight gradients, and keep
     all they are made of, until the backward pass below it is done: one MTP module then adds its own activations to the

@@ -95,8 +95,8 @@ def _experts(x_ND, sizes_E, weights, kernel):
 
 
 def uses_ragged(config: ModelConfig) -> bool:
-    """Which dispatch runs. "auto": the exchange of tokens where experts live on several devices, and otherwise grouped
-    matmuls unless the device prefers dense ones."""
+    """Whether tokens are dispatched by grouped matmuls. "auto": the exchange of tokens where experts live on several
+    devices, and otherwise grouped matmuls unless the device prefers dense ones."""
     if config.moe_dispatch == "auto":
         return num_shards("experts") > 1 or not device().prefers_dense_experts
     return config.moe_dispatch == "ragged"

@@ -88,8 +88,8 @@ MOST_UNROLLED = 16  # layers, without being asked: compilation takes its time
 
 
 def unrolled(config: ModelConfig, length: int) -> int:
-    """How many of a scan's layers are compiled side by side: config.scan_unroll, or where that is 0 all of them where a
-    loop would copy the activations kept, and nothing is recomputed."""
+    """Number of a scan's layers that are compiled side by side: config.scan_unroll, or where that is 0 all of them
+    where a loop would copy the activations kept, and nothing is recomputed."""
     if config.scan_unroll:
         return min(config.scan_unroll, length)
     is_free = device().loops_copy_activations and config.remat == "none" and length <= MOST_UNROLLED

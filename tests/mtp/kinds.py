@@ -3,16 +3,10 @@
 import dataclasses
 import math
 
-import jax
-import numpy as np
-
 from mtp_jax.config import MeshConfig, load_config
-from mtp_jax.mtp import kind_of
-from mtp_jax.sharding import make_mesh
 from mtp_jax.training.loop import train
 from mtp_jax.training.metrics import read_metrics
-from mtp_jax.training.step import make_trainer
-from tests.bridge import packed_rows
+from tests.test_mistakes import rows, run_steps
 
 SMALL = [
     "--config.model.vocab_size=40",
@@ -29,23 +23,15 @@ def small(*overrides):
 
 def batch_of(config, seed=0, num_padding=2):
     """Packed random documents, int32[B, T + 1 + lookahead] each."""
-    length = config.data.sequence_length + 1 + kind_of(config).lookahead
-    rng = np.random.default_rng(seed)
-    arrays = packed_rows(rng, config.data.batch_size, length, config.model.vocab_size, num_padding)
-    return dict(zip(("tokens", "segment_ids", "positions"), (a.astype(np.int32) for a in arrays), strict=True))
+    return rows(config, seed, num_padding)
 
 
 def steps(config, batches, **sizes):
     """Metrics of one step per batch on a mesh of these sizes, and the final state."""
-    config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1, **sizes}))
-    mesh = make_mesh(config.mesh, jax.devices()[: math.prod(vars(config.mesh).values())])
-    with jax.set_mesh(mesh):
-        trainer = make_trainer(config, mesh)
-        state, out = trainer.init(), []
-        for batch in batches:
-            state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
-            out.append({name: float(value) for name, value in jax.device_get(metrics).items()})
-        return out, jax.device_get(state)
+    mesh = MeshConfig(**{"data": 1, **sizes})
+    num_devices = math.prod(vars(mesh).values())
+    state, metrics = run_steps(dataclasses.replace(config, mesh=mesh), batches, num_devices)
+    return metrics, state
 
 
 def trained_and_resumed(config, workdir):
