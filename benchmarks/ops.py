@@ -1,6 +1,6 @@
 """The operations that a step is made of, each alone, beside the floor and PyTorch.
 
-    python benchmarks/ops.py [--only=grouped,attention,attention_packed,router,dispatch,loss] [--peer=torch]
+    python benchmarks/ops.py [--only=NAME,...] [--peer=torch]     # grouped, attention, attention_packed, ...
     python benchmarks/ops.py --sweep=forward,rows      # tiles of the grouped matmul's kernels; minutes
 
 Appends a line a result to benchmarks/results/h200.jsonl: milliseconds forward, and forward and backward; `floor_ms`,
@@ -95,15 +95,17 @@ def segments() -> jax.Array:
     return 1 + jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)
 
 
-def bench_attention(is_packed: bool) -> dict:
-    """Causal attention with DeepSeek's head dims, over whole rows and over packed documents."""
+def bench_attention(is_packed: bool, window: int = 0) -> dict:
+    """Causal attention with DeepSeek's head dims, over whole rows, over packed documents and within a window."""
     q, k = (normal(seed, ROWS, LENGTH, HEADS, QUERY_DIM) for seed in (5, 6))
     v = normal(7, ROWS, LENGTH, HEADS, VALUE_DIM)
-    seen = LENGTH * (LENGTH + 1) / 2 * ROWS  # pairs of a query and a key
+    near = window or LENGTH
+    seen = ROWS * (near * (near + 1) / 2 + (LENGTH - near) * near)  # pairs of a query and a key
     if is_packed:
-        seen = float(jnp.tril(segments()[:, :, None] == segments()[:, None, :]).sum())
+        same = segments()[:, :, None] == segments()[:, None, :]
+        seen = float((jnp.tril(same) & ~jnp.tril(same, -near)).sum())
     flops = 2 * seen * HEADS * (4 * QUERY_DIM + 3 * VALUE_DIM)  # two matmuls forward, and five of them backward
-    given = (segments() if is_packed else None,)
+    given = (attention.Mask(segments() if is_packed else None, window=window),)
     found = both_ways(lambda *args: attention.attend(*args, QUERY_DIM**-0.5), q, k, v, given=given)
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * flops / rate()}
 
@@ -159,6 +161,8 @@ BENCHMARKS = {
     "grouped": bench_grouped,
     "attention": functools.partial(bench_attention, False),
     "attention_packed": functools.partial(bench_attention, True),
+    "attention_window": functools.partial(bench_attention, False, 512),
+    "attention_packed_window": functools.partial(bench_attention, True, 512),
     "router": bench_router,
     "dispatch": bench_dispatch,
     "loss": bench_loss,

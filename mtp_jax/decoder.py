@@ -1,8 +1,9 @@
 """The decoder (main model): embedding, scanned blocks, final norm, unembedding.
 
-Shape letters: B rows, T positions, D model, V vocabulary, L mixture-of-experts layers, E experts.
+Shape letters: B rows, T positions, D model, V vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,36 +15,35 @@ from mtp_jax.layers.block import Block
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import ParamInfo, matrix
 from mtp_jax.layers.router import RouterStats
-from mtp_jax.layers.stack import scan_over, stacked
+from mtp_jax.layers.spec import layer_groups
+from mtp_jax.layers.stack import scan_over_periods, stacked, unstacked
 from mtp_jax.sharding import constrain
 
 
 class DecoderOutput(NamedTuple):
     """hidden: the last block's output, before the final norm. branch: that block's input, where the parallel heads of
-    2404.19737 start (z). Both [B, T, D]. stats: of the mixture-of-experts layers, stacked, or None."""
+    2404.19737 start (z). Both [B, T, D]. stats: of each stacked module with experts, by its name."""
 
     hidden: jax.Array
     branch: jax.Array
-    stats: RouterStats | None
+    stats: dict[str, RouterStats]
 
 
 class TransformerDecoder(nnx.Module):
-    """`num_layers` blocks: the leading dense ones of a mixture of experts in `dense_blocks`, the rest in `blocks`.
+    """`num_layers` blocks in the groups of `layer_groups`: stacked modules under the names given there, scanned.
 
-    Each group is one module with stacked weights, scanned. An empty group is absent.
+    A leading dim of every weight runs over the repetitions of its group.
     """
 
     def __init__(self, model: ModelConfig, num_layers: int, rngs: nnx.Rngs):
         assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
         self.config = model
-        num_dense = min(model.num_dense_layers, num_layers) if model.num_experts else 0
-        num_rest = num_layers - num_dense
         table = model.init_std * jax.random.normal(rngs.params(), (model.vocab_size, model.embed_dim), jnp.float32)
         self.embed = nnx.Param(table.astype(model.param_dtype), info=ParamInfo(("vocab", "embed")))
-        if num_dense:
-            self.dense_blocks = stacked(lambda r: Block(model, r, is_moe=False), num_dense, rngs)
-        if num_rest:
-            self.blocks = stacked(lambda r: Block(model, r, is_moe=bool(model.num_experts)), num_rest, rngs)
+        self.groups = tuple(layer_groups(model, num_layers))
+        for group in self.groups:
+            for spec, name in zip(group.specs, group.names, strict=True):
+                setattr(self, name, stacked(functools.partial(Block, model, spec), group.count, rngs))
         self.final_norm = RMSNorm(model.embed_dim, model)
         if not model.tie_embeddings:
             self.unembed = matrix(rngs, (model.embed_dim, model.vocab_size), ("embed", "vocab"), 1, model)
@@ -57,10 +57,13 @@ class TransformerDecoder(nnx.Module):
         """The unembedding [D, V] that all depths share."""
         return self.embed[...].T if self.config.tie_embeddings else self.unembed[...]
 
-    @property
-    def groups(self) -> list[nnx.Module]:
-        """The groups of stacked blocks, first to last."""
-        return [getattr(self, name) for name in ("dense_blocks", "blocks") if hasattr(self, name)]
+    def layers(self) -> list[Block]:
+        """Every block, first to last, with weights of its own."""
+        out = []
+        for group in self.groups:
+            periods = zip(*(unstacked(getattr(self, name)) for name in group.names), strict=True)
+            out += [block for period in periods for block in period]
+        return out
 
     def __call__(self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> DecoderOutput:
         """Runs every block on embeddings [B, T, D]; for the other arguments see `Block`."""
@@ -70,7 +73,9 @@ class TransformerDecoder(nnx.Module):
             out_BTD, stats = block(hidden_BTD, positions_BT, segments_BT)
             return (out_BTD, hidden_BTD), stats
 
-        carry, stats = (h_BTD, h_BTD), None
+        carry, stats = (h_BTD, h_BTD), dict[str, RouterStats]()
         for group in self.groups:
-            carry, stats = scan_over(group, body, carry, None, self.config)
+            modules = [getattr(self, name) for name in group.names]
+            carry, found = scan_over_periods(modules, body, carry, None, self.config)
+            stats |= {name: one for name, one in zip(group.names, found, strict=True) if one is not None}
         return DecoderOutput(*carry, stats)

@@ -17,6 +17,7 @@ from mtp_jax import config as configs
 from mtp_jax import sharding
 from mtp_jax.config import Architecture, Config
 from mtp_jax.decoder import DecoderOutput, TransformerDecoder
+from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.param import ParamInfo, RouterBias
 from mtp_jax.layers.router import RouterStats
 from mtp_jax.losses import HiddenTerm, Term
@@ -27,23 +28,27 @@ Tree = dict[str, Any]
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
-    """Refuse what cannot run: what `config.validate` refuses, and what the MTP kind does.
+    """Refuse what cannot run: what `config.validate`, the attention and the MTP kind refuse.
 
     Raises:
       UserError: on the first problem, naming field, value and remedy.
     """
     configs.validate(config, num_devices, tokenizer_size)
+    attention = attention_of(config.model)
+    attention.check(config.model)
+    sharding.check_divides(config.mesh, num_devices, attention.sharded_sizes(config.model))
     kind_of(config).check(config)
 
 
 class ModelOutput(NamedTuple):
     """hidden: [K, B, T, D], normed and ready for the shared head; depth 0 is the main model.
 
-    decoder_stats, mtp_stats: router statistics, stacked over layers and over depths; None without experts.
+    decoder_stats: router statistics of each stacked module of the decoder that has experts, by its name.
+    mtp_stats: the same of the MTP kind's blocks, stacked over depths; None without experts.
     """
 
     hidden: jax.Array
-    decoder_stats: RouterStats | None
+    decoder_stats: dict[str, RouterStats]
     mtp_stats: RouterStats | None
 
 

@@ -1,6 +1,7 @@
 """The mesh and the one table from logical axes to mesh axes. Layers name logical axes and know of no mesh."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -55,6 +56,23 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.shard
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=auto)
+
+
+def check_divides(mesh: MeshConfig, num_devices: int, sharded: Iterable[tuple[str, str, int]]) -> None:
+    """Refuse a mesh whose axes do not divide what they shard.
+
+    Args:
+      sharded: (logical axis, field, value) of each size.
+
+    Raises:
+      UserError: on the first size that is no multiple, naming the mesh axes and the field.
+    """
+    sizes = mesh_sizes(mesh, num_devices)
+    for name, key, value in sharded:
+        axes = LOGICAL_AXES[name]
+        if value % math.prod(sizes[axis] for axis in axes):
+            shown = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes)
+            raise UserError(f"{shown}: does not divide {key}={value}, which it shards")
 
 
 def spec(axes: Axes) -> PartitionSpec:

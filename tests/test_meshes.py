@@ -26,7 +26,7 @@ MESHES = [
     *MIXED,
 ]
 CASES = [("sequential", mesh) for mesh in MESHES]
-CASES += [(kind, mesh) for kind in ("parallel", "none") for mesh in MIXED] + [("gqa", MIXED[1])]
+CASES += [(kind, mesh) for kind in ("parallel", "none") for mesh in MIXED] + [("gqa", MIXED[1]), ("window", MIXED[1])]
 NUM_STEPS = 30
 # The rest counts tokens: one whose two best experts or words are a rounding apart may go to the other.
 CONTINUOUS = ("loss", "grad_norm", "learning_rate", "mtp_lambda")
@@ -35,12 +35,16 @@ CONTINUOUS = ("loss", "grad_norm", "learning_rate", "mtp_lambda")
 def small(kind):
     """configs/tiny.py with the fewest layers every kind can have, all of them with experts: less to compile.
 
-    "gqa" is sequential modules with grouped-query attention.
+    "gqa" is sequential modules with grouped-query attention, "window" the same with a sliding window and sinks in every
+    other layer and in the modules.
     """
-    kind, attention = ("sequential", "gqa") if kind == "gqa" else (kind, "mla")
+    more = {"model.local.window": 5, "model.local.pattern": "LG", "model.local.num_kv_heads": 2, "mtp.window": 5}
+    more = more | {"model.local.sinks": True} if kind == "window" else {}
+    kind, attention = ("sequential", "gqa") if kind in ("gqa", "window") else (kind, "mla")
     config = tiny(
         *(f"--config.mtp.kind={kind}", "--config.mtp.parameter_matched=false", "--config.data.sequence_length=32"),
         *(f"--config.model.attention={attention}", "--config.model.num_layers=2", "--config.model.num_dense_layers=0"),
+        *(f"--config.{key}={value}" for key, value in more.items()),
     )
     return replace(config, mesh=MeshConfig(data=1))
 

@@ -12,6 +12,7 @@ from mtp_jax import targets
 from mtp_jax.config import (
     Config,
     Llama3Config,
+    LocalConfig,
     ModelConfig,
     MTPConfig,
     RopeConfig,
@@ -21,6 +22,7 @@ from mtp_jax.config import (
     conventions,
     with_values,
 )
+from mtp_jax.layers.spec import layer_places
 from mtp_jax.model import abstract_model, count_parameters, init
 from mtp_jax.mtp import kind_of
 from mtp_jax.training.step import loss_scales, make_loss, rows_of
@@ -73,6 +75,22 @@ MODELS = {
         num_dense_layers=0,
     ),
     "moe_no_shared": replace(MOE, num_shared_experts=0),
+    "mla_window": replace(BASE, local=LocalConfig(window=3, sinks=True)),
+    "gqa_flash": replace(
+        BASE,
+        attention="gqa",
+        rope=HALVES,
+        num_layers=6,
+        num_heads=4,
+        value_head_dim=6,
+        value_scale=0.7,
+        qkv_bias=True,
+        output_bias=True,
+        local=LocalConfig(window=2, pattern="GL", rope_theta=30.0, num_kv_heads=2, sinks=True),
+    ),
+    "moe_sinks_window": replace(
+        MOE, attention="gqa", num_layers=6, num_kv_heads=2, sinks=True, local=LocalConfig(window=4, pattern="LLG")
+    ),
 }
 SEQUENTIAL = MTPConfig(kind="sequential", depth=2, weight=0.7, depth_decay=0.6)
 STRATEGIES = {
@@ -83,6 +101,7 @@ STRATEGIES = {
     "sequential_glm5": replace(SEQUENTIAL, family="glm5"),
     "sequential_mimo": replace(SEQUENTIAL, family="mimo"),
     "sequential_flash": replace(SEQUENTIAL, family="mimo_v2_flash"),
+    "sequential_window": replace(SEQUENTIAL, window=2, dense_ffn=True),
     "sequential_paper": replace(
         SEQUENTIAL, concat_order="hidden_first", trunk_hidden="before_norm", output_norm="main"
     ),
@@ -90,6 +109,7 @@ STRATEGIES = {
     "parallel_unmatched": MTPConfig(kind="parallel", depth=3, parameter_matched=False),
 }
 CASES = [(name, "sequential") for name in MODELS] + [("moe", name) for name in STRATEGIES if name != "sequential"]
+CASES += [("gqa_flash", "parallel"), ("gqa_flash", "sequential_window"), ("moe_sinks_window", "sequential_window")]
 
 
 @pytest.mark.parametrize(("model_name", "strategy_name"), CASES)
@@ -115,7 +135,14 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
     valid = expected["targets"].valid
     np.testing.assert_array_equal(np.asarray(rows.weight_KBT), valid)
     np.testing.assert_allclose(np.asarray(out.hidden)[valid], expected["hidden"][valid], rtol=2e-4, atol=2e-4)
-    for stats, aux in ((out.decoder_stats, expected["aux"]["trunk"]), (out.mtp_stats, expected["aux"]["mtp"])):
+    places = layer_places(config.model, kind_of(config).num_main_layers)
+    names = [name for name, _ in places if name in out.decoder_stats]  # of layers with experts
+    assert len(names) == len(expected["aux"]["trunk"])
+    pairs = [
+        (stats, [aux for aux, of in zip(expected["aux"]["trunk"], names, strict=True) if of == name])
+        for name, stats in out.decoder_stats.items()
+    ]
+    for stats, aux in (*pairs, (out.mtp_stats, expected["aux"]["mtp"])):
         aux = [a for a in aux if a is not None]
         assert (stats is None) == (not aux)
         if aux:

@@ -16,6 +16,7 @@ from mtp_jax.config.schema import (
     Conventions,
     DataConfig,
     Llama3Config,
+    LocalConfig,
     MeshConfig,
     ModelConfig,
     MTPConfig,

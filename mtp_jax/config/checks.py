@@ -19,7 +19,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
       UserError: on the first problem, naming field, value and remedy.
     """
     check_bounds(config, {config.model.attention, "moe"} if config.model.num_experts > 0 else {config.model.attention})
-    _check_attention(config.model)
+    _check_pattern(config.model)
     _check_rope(config.model.rope)
     _check_experts(config)
     sizes = mesh_sizes(config.mesh, num_devices)
@@ -54,22 +54,13 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def _check_attention(model: ModelConfig) -> None:
-    if model.attention == "mla" and model.qk_rope_head_dim % 2:
+def _check_pattern(model: ModelConfig) -> None:
+    pattern = model.local.pattern
+    if model.local.window and (not pattern or set(pattern) - {"L", "G"} or "L" not in pattern):
         raise UserError(
-            f"model.qk_rope_head_dim={model.qk_rope_head_dim}: rotary dimensions come in pairs; use an even number"
+            f"model.local.pattern={pattern!r}: a string of L (local) and G (global) with at least one L; L alone makes "
+            "every layer local"
         )
-    if model.attention == "gqa":
-        rotary = model.rotary_fraction * model.head_dim
-        if rotary != round(rotary) or rotary % 2:
-            raise UserError(
-                f"model.rotary_fraction={model.rotary_fraction}: rotates {rotary:g} of model.head_dim={model.head_dim} "
-                "dimensions; they come in pairs, use a fraction that gives an even number"
-            )
-        if model.num_heads % model.num_kv_heads:
-            raise UserError(
-                f"model.num_kv_heads={model.num_kv_heads}: does not divide model.num_heads={model.num_heads}"
-            )
 
 
 def _check_rope(rope: RopeConfig) -> None:
@@ -130,24 +121,17 @@ def _check_mesh(config: Config, sizes: dict[str, int]) -> None:
             f"{rows * config.training.grad_accum_steps}"
         )
     pairs = [("context", "data.sequence_length", data.sequence_length), ("tensor", "model.num_heads", model.num_heads)]
-    if model.attention == "gqa":
-        pairs.append(("tensor", "model.num_kv_heads", model.num_kv_heads))
     if model.vocab_size:
         pairs.append(("tensor", "model.vocab_size", model.vocab_size))
     if model.num_experts:
         pairs.append(("expert", "model.num_experts", model.num_experts))
         pairs.append(("tensor", "model.expert_dim", model.expert_dim))
     pairs.append(("tensor", "model.ffn_dim", model.ffn_dim))
-    # Dims that the table calls "embed": the model's, and those that latents are expanded from.
-    sharded_by_both = {"model.embed_dim": model.embed_dim}
-    if model.attention == "mla":
-        sharded_by_both |= {"model.q_lora_rank": model.q_lora_rank, "model.kv_lora_rank": model.kv_lora_rank}
-    for key, value in sharded_by_both.items():
-        if value % (sizes["fsdp"] * sizes["expert"]):
-            raise UserError(
-                f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide {key}={value}, which both "
-                "shard"
-            )
+    if model.embed_dim % (sizes["fsdp"] * sizes["expert"]):
+        raise UserError(
+            f"mesh.fsdp={sizes['fsdp']} x mesh.expert={sizes['expert']}: does not divide model.embed_dim="
+            f"{model.embed_dim}, which both shard"
+        )
     for axis, key, value in pairs:
         if value % sizes[axis]:
             raise UserError(f"mesh.{axis}={sizes[axis]}: does not divide {key}={value}")

@@ -44,6 +44,17 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class LocalConfig:
+    """Layers whose attention sees a sliding window (2004.05150), in a pattern with layers that see whole documents."""
+
+    window: int = setting(0, at_least=0, at_most=2**24)  # keys a query sees, itself included; 0: no layer is local
+    pattern: str = "L"  # repeated over the layers: L local, G global; "LLLLLG" is 5 local layers to 1 global one
+    rope_theta: float = setting(0.0, at_least=0, at_most=1e12)  # of unscaled positions; 0: model.rope
+    num_kv_heads: int = setting(0, at_least=0, at_most=2**16)  # 0: model.num_kv_heads
+    sinks: bool = False  # as model.sinks, of the local layers
+
+
+@dataclass(frozen=True)
 class RouterConfig:
     """Choice of experts for each token, and the balance of their load."""
 
@@ -98,8 +109,13 @@ class ModelConfig:
     head_dim: int = setting(32, at_least=1, at_most=2**20, when="gqa")
     qk_norm: bool = False
     qkv_bias: bool = False
+    value_head_dim: int = setting(0, at_least=0, at_most=2**20)  # 0: head_dim
+    value_scale: float = setting(1.0, above=0, at_most=1e3)  # multiplies the values
+    output_bias: bool = False
     rotary_fraction: float = setting(1.0, at_least=0, at_most=1)  # of head_dim; the rest of the head is not rotated
     rope: RopeConfig = RopeConfig()
+    sinks: bool = False  # a learnt score per head of attending to nothing (gpt-oss, 2508.10925)
+    local: LocalConfig = LocalConfig()
 
     # feed-forward: dense SwiGLU, or DeepSeekMoE (2401.06066) from block num_dense_layers on
     ffn_dim: int = setting(512, at_least=1, at_most=2**24, may_change="new_run")
@@ -156,6 +172,9 @@ class MTPConfig:
     curriculum: Literal["none", "forward", "reverse"] = "none"  # active depths 1 -> D or D -> 1, evenly over training
     parameter_matched: bool = True  # parallel heads take their blocks from model.num_layers
     shared_depths: bool = False  # one sequential module for every depth
+    # keys that attention in MTP blocks sees; 0: the whole document; None: as in the main model's last layer
+    window: int | None = setting(None, at_least=0, at_most=2**24)
+    dense_ffn: bool = False  # MTP blocks without experts, whatever the main model has
     detach_trunk: bool = False  # no MTP gradient reaches the main model
     freeze_trunk: bool = False  # only the MTP modules train
     # conventions of released checkpoints; "family" takes them from the preset, a non-empty value overrides it

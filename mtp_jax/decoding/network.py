@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Architecture
+from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
-from mtp_jax.layers.stack import unstacked
+from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, DecoderInputs, Kind, MainModel, kind_of
 from mtp_jax.sharding import constrain
@@ -121,7 +122,7 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
         embed_VD=constrain(decoder.embed[...].astype(dtype), "vocab", "embed"),
         head_DV=constrain(decoder.output_head().astype(dtype), "embed", "vocab"),
         final_norm=decoder.final_norm,
-        blocks=[ready(block) for group in decoder.groups for block in unstacked(group)],
+        blocks=[ready(block) for block in decoder.layers()],
         mtp=model.kind.unstack(model.mtp, ready),
     )
     return Network(parts, model.kind)
@@ -147,11 +148,11 @@ def empty_caches(
     """Caches of every main block, and of what drafts `num_drafts` tokens."""
     dtype, kind = jnp.dtype(architecture.model.compute_dtype), kind_of(architecture)
 
-    def empty() -> Cache:
-        return network.blocks[0].attention.empty_cache(num_rows, num_slots, dtype)  # all layers attend alike
+    def empty(block: Block) -> Cache:
+        return block.attention.empty_cache(num_rows, num_slots, num_drafts + 1, dtype)
 
-    main = placed([empty() for _ in network.blocks])
-    return main, placed(kind.empty_caches(empty, num_drafts), kind.stacks_caches)
+    main = placed([empty(block) for block in network.blocks])
+    return main, placed(kind.empty_caches(network.mtp, empty, num_drafts), kind.stacks_caches)
 
 
 def placed(caches: Caches, is_stacked: bool = False) -> Caches:
@@ -166,16 +167,15 @@ def placed(caches: Caches, is_stacked: bool = False) -> Caches:
 
 
 def cache_bytes_per_token(architecture: Architecture) -> dict[str, int]:
-    """Bytes that decoding keeps of one token in the main model.
+    """Bytes that decoding keeps of one token in the main model, in layers with a window while it is within.
 
     Returns:
       "kept": of this model. "multi_head": plain multi-head attention with as many heads of the same value size, keys
       and values of every head, which is what the DeepSeek-V2 report compares with (2405.04434, table 1).
     """
     model = architecture.model
-    layers, itemsize = kind_of(architecture).num_main_layers, jnp.dtype(model.compute_dtype).itemsize
-    if model.attention == "mla":
-        kept, size = model.kv_lora_rank + model.qk_rope_head_dim, model.v_head_dim
-    else:
-        kept, size = 2 * model.num_kv_heads * model.head_dim, model.head_dim
-    return {"kept": kept * layers * itemsize, "multi_head": 2 * model.num_heads * size * layers * itemsize}
+    itemsize, attention = jnp.dtype(model.compute_dtype).itemsize, attention_of(model)
+    specs = layer_specs(model, kind_of(architecture).num_main_layers)
+    kept = sum(attention.cache_size(model, spec.attention) for spec in specs)
+    plain = 2 * model.num_heads * attention.value_dim(model) * len(specs)
+    return {"kept": kept * itemsize, "multi_head": plain * itemsize}

@@ -97,14 +97,14 @@ def prefill(
 ) -> State:
     """Run `num_tokens` positions of every prompt from `start` on. The last known token is left to the first round.
 
-    What a row has beyond its prompt is read too, and overwritten before anything sees it.
+    What a row has beyond its prompt is read too, and leaves no entry.
 
     Args:
       num_visible: slots that hold an entry afterwards; `start + num_tokens` at least.
     """
     num_rows, num_slots = state.tokens_BS.shape
     index_T = start + jnp.arange(num_tokens)
-    slots = slots_at(jnp.broadcast_to(index_T, (num_rows, num_tokens)), num_visible)
+    slots = slots_at(jnp.broadcast_to(index_T, (num_rows, num_tokens)), num_visible, state.length_B - 1)
 
     def tokens_at(ahead: int) -> jax.Array:
         return jnp.take(state.tokens_BS, jnp.minimum(index_T + ahead, num_slots - 1), axis=1)

@@ -1,4 +1,4 @@
-"""The transformer block of trunk and MTP modules alike: h + attention(norm(h)), then h + ffn(norm(h))."""
+"""The transformer block of decoder and MTP modules alike: h + attention(norm(h)), then h + ffn(norm(h))."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import device
-from mtp_jax.layers.cache import NOWHERE, Slots
+from mtp_jax.layers.attention import attention_of
+from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.ffn import SwiGLU
-from mtp_jax.layers.gqa import GroupedQueryAttention
-from mtp_jax.layers.mla import MultiHeadLatentAttention
 from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
+from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.sharding import constrain, num_shards
 from mtp_jax.typing import Cache
 
@@ -20,12 +20,11 @@ from mtp_jax.typing import Cache
 class Block(nnx.Module):
     """Pre-norm block with a dense or a mixture-of-experts feed-forward."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, is_moe: bool):
-        attention = MultiHeadLatentAttention if config.attention == "mla" else GroupedQueryAttention
+    def __init__(self, config: ModelConfig, spec: LayerSpec, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config)
-        self.attention = attention(config, rngs)
+        self.attention = attention_of(config)(config, spec.attention, rngs)
         self.ffn_norm = RMSNorm(config.embed_dim, config)
-        self.ffn = MixtureOfExperts(config, rngs) if is_moe else SwiGLU(config.ffn_dim, config, rngs)
+        self.ffn = MixtureOfExperts(config, rngs) if spec.is_moe else SwiGLU(config.ffn_dim, config, rngs)
 
     def __call__(
         self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
@@ -65,7 +64,7 @@ class Block(nnx.Module):
             h_BTD, slots = jnp.pad(h_BTD, ((0, 0), (0, padded - length), (0, 0))), slots.padded(padded - length)
         start = 0 if num_shards("length") > 1 else min(first, padded - least)
         out_BTD, cache = self.attention.decode(self.attention_norm(h_BTD), slots, cache, start)
-        h_BTD, _ = self._feed_forward(h_BTD[:, start:] + out_BTD, slots.slots_BT[:, start:] < NOWHERE)
+        h_BTD, _ = self._feed_forward(h_BTD[:, start:] + out_BTD, slots.is_written_BT[:, start:])
         return h_BTD[:, first - start : length - start], cache
 
     def _feed_forward(self, h_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats | None]:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import ModelConfig
+from mtp_jax.config import RopeConfig
 
 
-def inverse_frequencies(dim: int, config: ModelConfig) -> np.ndarray:
+def inverse_frequencies(dim: int, rope: RopeConfig) -> np.ndarray:
     """float64[dim / 2] of 1 / theta^(2i / dim), stretched as the config says.
 
     Linear (2306.15595): all slowed by linear_factor. Llama 3.1 (2407.21783, as released): wavelengths longer than
@@ -21,7 +21,7 @@ def inverse_frequencies(dim: int, config: ModelConfig) -> np.ndarray:
     YaRN: dims that turn more than beta_fast times in the original length keep their frequency, those that turn less
     than beta_slow times are slowed by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
     """
-    rope, llama3, yarn = config.rope, config.rope.llama3, config.rope.yarn
+    llama3, yarn = rope.llama3, rope.yarn
     frequency = rope.theta ** -(np.arange(0, dim, 2) / dim) / rope.linear_factor
     if llama3.factor > 1:
         low, high = llama3.low_frequency, llama3.high_frequency
@@ -44,34 +44,33 @@ def _mscale(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotation_scale(config: ModelConfig) -> float:
+def rotation_scale(rope: RopeConfig) -> float:
     """What YaRN multiplies cos and sin by."""
-    yarn = config.rope.yarn
+    yarn = rope.yarn
     if yarn.mscale_all_dim:
         return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
     return _mscale(yarn.factor, 1.0)
 
 
-def mla_softmax_scale(config: ModelConfig) -> float:
-    """1 / sqrt(query dims), times mscale^2 where YaRN has mscale_all_dim. Other attentions have no such factor."""
-    head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    yarn = config.rope.yarn
+def mla_softmax_scale(head_dim: int, rope: RopeConfig) -> float:
+    """1 / sqrt(head_dim), times mscale^2 where YaRN has mscale_all_dim. Other attentions have no such factor."""
+    yarn = rope.yarn
     mscale = _mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
     return head_dim**-0.5 * mscale * mscale
 
 
-def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
+def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.Array:
     """Rotate every dim of x by its position; float32 inside, the input's dtype out.
 
     Pairs are (2i, 2i+1) where interleaved, else (i, i + R/2).
     """
     dim = x_BTHR.shape[-1]
-    inverse = jnp.asarray(inverse_frequencies(dim, config), jnp.float32)
+    inverse = jnp.asarray(inverse_frequencies(dim, rope), jnp.float32)
     angle_BT1R = (positions_BT.astype(jnp.float32)[..., None] * inverse)[:, :, None, :]
-    scale = rotation_scale(config)
+    scale = rotation_scale(rope)
     cos, sin = jnp.cos(angle_BT1R) * scale, jnp.sin(angle_BT1R) * scale
     x = x_BTHR.astype(jnp.float32)
-    if config.rope.interleaved:
+    if rope.interleaved:
         a, b = x[..., 0::2], x[..., 1::2]
         out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
     else:

@@ -1,6 +1,7 @@
 """Modules stacked into one, and run one after another by a scan."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,13 +57,31 @@ def scan_over(
     Returns:
       the last carry and the stacked y.
     """
-    graph, state = nnx.split(module)
+    carry, (y,) = scan_over_periods([module], body, carry, xs, config, is_shared)
+    return carry, y
+
+
+def scan_over_periods(
+    modules: Sequence[nnx.Module],
+    body: Callable[..., Any],
+    carry: PyTree,
+    xs: PyTree,
+    config: ModelConfig,
+    is_shared: bool = False,
+) -> tuple[PyTree, list[PyTree]]:
+    """`scan_over` with several stacks: the first module of every stack in turn, then the second of every stack ...
+
+    Returns:
+      the last carry, and for each of `modules` the stacked y.
+    """
+    graphs, state = zip(*map(nnx.split, modules), strict=True)
     if is_shared:
         state, carry = compiler.gradients_together((state, carry))
-        (shared,) = unstacked(state)
+        shared = [unstacked(one)[0] for one in state]
         scanned = None
     else:
-        taps, carry = compiler.gradients_together((compiler.taps(state, jax.tree.leaves(carry)[0].dtype), carry))
+        dtype = jax.tree.leaves(carry)[0].dtype
+        taps, carry = compiler.gradients_together(([compiler.taps(one, dtype) for one in state], carry))
         scanned = jax.lax.stop_gradient(state), taps
 
     length = jax.tree.leaves((scanned, xs))[0].shape[0]
@@ -70,17 +89,22 @@ def scan_over(
     # Without a loop there is nothing to keep the cast of the weights out of.
     is_loop = unroll < length or not device().loops_copy_activations
 
-    def step(carry, per_layer):
-        layer, x = per_layer
+    def run(graph, layer, carry, x):
         weights = (
-            shared
-            if is_shared
-            else compiler.cast_layer(compiler.read_here(layer[0]) if is_loop else layer[0], layer[1])
+            layer if is_shared else compiler.cast_layer(compiler.read_here(layer[0]) if is_loop else layer[0], layer[1])
         )
         return body(nnx.merge(graph, weights), carry, x)
 
-    if config.remat != "none":
-        step = jax.checkpoint(step, policy=POLICIES[config.remat])
+    def step(carry, per_layer):
+        layers, x = per_layer
+        ys = []
+        for graph, layer in zip(graphs, shared if is_shared else zip(*layers, strict=True), strict=True):
+            one = functools.partial(run, graph)
+            recomputed = jax.checkpoint(one, policy=POLICIES[config.remat]) if config.remat != "none" else one
+            carry, y = recomputed(layer, carry, x)
+            ys.append(y)
+        return carry, ys
+
     return jax.lax.scan(step, carry, (scanned, xs), unroll=unroll)
 
 

@@ -8,6 +8,7 @@ vocabulary, S slots of a cache, W positions of the drafting window, n drafts pro
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import MAX_DEPTH, Architecture, Config, UserError
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
+from mtp_jax.layers.spec import LayerSpec, layer_specs, with_window
 from mtp_jax.losses import CrossEntropy, HiddenTerm, Term
 from mtp_jax.targets import Rows
 from mtp_jax.typing import Cache, JsonObject, PyTree
@@ -136,6 +139,14 @@ class Kind:
         return 0
 
     @property
+    def layer_spec(self) -> LayerSpec:
+        """The kind's blocks: like the main model's last layer, but for `mtp.window` and `mtp.dense_ffn`."""
+        spec = layer_specs(self.model, self.model.num_layers)[-1]
+        if self.mtp.dense_ffn:
+            spec = replace(spec, is_moe=False)
+        return spec if self.mtp.window is None else with_window(spec, self.model, self.mtp.window)
+
+    @property
     def times_applied(self) -> int:
         """How often a token is multiplied with each of the kind's weights."""
         return 1
@@ -246,9 +257,9 @@ class Kind:
         del module, ready
         return ()
 
-    def empty_caches(self, empty: Callable[[], Cache], num_drafts: int) -> Caches:
-        """Caches for drafting `num_drafts` tokens; `empty()` makes that of one block."""
-        del empty, num_drafts
+    def empty_caches(self, parts: PyTree, empty: Callable[[Block], Cache], num_drafts: int) -> Caches:
+        """Caches for drafting `num_drafts` tokens with `parts`, of `unstack`; `empty(block)` makes one block's."""
+        del parts, empty, num_drafts
         return []
 
     def draft_hidden(self, main: MainModel) -> jax.Array:

@@ -3,6 +3,7 @@
 Shape letters: B rows, T positions, D model, N extra depths, K drafts.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from mtp_jax.config import Config, ModelConfig, UserError
 from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
+from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.layers.stack import scan_over, stacked
 from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Ready, Text
 from mtp_jax.targets import Rows
@@ -23,9 +25,8 @@ class ParallelHeads(nnx.Module):
     a trained next-token model takes extra heads without touching its own weights. All heads share the main final
     norm."""
 
-    def __init__(self, model: ModelConfig, depth: int, rngs: nnx.Rngs):
-        is_moe = bool(model.num_experts) and model.num_layers > model.num_dense_layers  # as the blocks it takes over
-        self.block = stacked(lambda r: Block(model, r, is_moe), depth, rngs)
+    def __init__(self, model: ModelConfig, spec: LayerSpec, depth: int, rngs: nnx.Rngs):
+        self.block = stacked(functools.partial(Block, model, spec), depth, rngs)
 
 
 class Parallel(Kind):
@@ -85,7 +86,7 @@ class Parallel(Kind):
         )
 
     def make_module(self, rngs: nnx.Rngs) -> ParallelHeads:
-        return ParallelHeads(self.model, self.depth, rngs)
+        return ParallelHeads(self.model, self.layer_spec, self.depth, rngs)
 
     def hidden_states(self, module: ParallelHeads, main: MainModel, rows: Rows) -> Extra:
         """Depth k sees z alone; its segments only mark the positions that count."""
@@ -107,10 +108,10 @@ class Parallel(Kind):
         """The heads' blocks as one module with stacked weights, since they run side by side."""
         return ready(module.block)
 
-    def empty_caches(self, empty: Callable[[], Cache], num_drafts: int) -> Caches:
+    def empty_caches(self, parts: Block, empty: Callable[[Block], Cache], num_drafts: int) -> Caches:
         if not num_drafts:
             return []
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_drafts, *x.shape)), empty())
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_drafts, *x.shape)), empty(parts))
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
         """z."""

@@ -9,6 +9,7 @@ tokens that were kept and the newest drafts: a window of the last positions runs
 Shape letters: B rows, T positions, W positions of the window, D model, N extra depths.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -22,6 +23,7 @@ from mtp_jax.layers.linear import linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.layers.router import RouterStats
+from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.layers.stack import scan_over, stacked, unstacked
 from mtp_jax.mtp.kind import Extra, Kind, MainModel, Propose, Ready, Text
 from mtp_jax.targets import Rows
@@ -31,15 +33,14 @@ from mtp_jax.typing import Cache, JsonObject
 class SequentialModule(nnx.Module):
     """One depth: two norms, the projection of both halves, a block like the main model's last, the output norm."""
 
-    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, spec: LayerSpec, rngs: nnx.Rngs):
         model, ways = architecture.model, conventions(architecture.mtp)
         self.recomputes_nothing = model.remat == "none"
         self.is_embedding_first = ways.concat_order == "embedding_first"
-        is_moe = bool(model.num_experts) and model.num_layers > model.num_dense_layers
         self.embed_norm = RMSNorm(model.embed_dim, model)
         self.hidden_norm = RMSNorm(model.embed_dim, model)
         self.projection = matrix(rngs, (2 * model.embed_dim, model.embed_dim), ("embed", None), 1, model)
-        self.block = Block(model, rngs, is_moe)
+        self.block = Block(model, spec, rngs)
         if ways.output_norm == "own":
             self.output_norm = RMSNorm(model.embed_dim, model)
 
@@ -66,8 +67,8 @@ class SequentialModule(nnx.Module):
 class SequentialModules(nnx.Module):
     """Depths 1..N, stacked; with shared_depths one module."""
 
-    def __init__(self, architecture: Architecture, num_modules: int, rngs: nnx.Rngs):
-        self.module = stacked(lambda r: SequentialModule(architecture, r), num_modules, rngs)
+    def __init__(self, architecture: Architecture, spec: LayerSpec, num_modules: int, rngs: nnx.Rngs):
+        self.module = stacked(functools.partial(SequentialModule, architecture, spec), num_modules, rngs)
 
 
 class Sequential(Kind):
@@ -102,7 +103,7 @@ class Sequential(Kind):
         return self.depth if self.is_shared else 1
 
     def make_module(self, rngs: nnx.Rngs) -> SequentialModules:
-        return SequentialModules(self.architecture, 1 if self.is_shared else self.depth, rngs)
+        return SequentialModules(self.architecture, self.layer_spec, 1 if self.is_shared else self.depth, rngs)
 
     def hidden_states(self, module: SequentialModules, main: MainModel, rows: Rows) -> Extra:
         """Depth k reads the token at i + k; positions whose token is of another document are padding to its block."""
@@ -122,9 +123,11 @@ class Sequential(Kind):
         """One module per depth; a single one where depths share it."""
         return [ready(one) for one in unstacked(module.module)]
 
-    def empty_caches(self, empty: Callable[[], Cache], num_drafts: int) -> list[Cache]:
+    def empty_caches(
+        self, parts: list[SequentialModule], empty: Callable[[Block], Cache], num_drafts: int
+    ) -> list[Cache]:
         """One per trained depth in use: drafts beyond them share the last one's."""
-        return [empty() for _ in range(min(num_drafts, self.depth))]
+        return [empty(parts[0].block) for _ in range(min(num_drafts, self.depth))]
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
         """h_0, what the chain of depths begins with."""

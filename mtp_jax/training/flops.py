@@ -1,20 +1,23 @@
 """Floating-point operations of a config and what chips can do: the parts of MFU."""
 
 from mtp_jax.config import Config
+from mtp_jax.layers.attention import attention_of
+from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import active_size, weights
 from mtp_jax.mtp import kind_of
 
 
 def train_flops_per_token(config: Config) -> float:
-    """Floating-point operations that the model asks for in the forward and backward pass, a trained token.
+    """Floating-point operations that the model asks for in the forward and backward pass, per trained token.
 
         6 * (active matmul weights of the main blocks + those of each MTP depth + (1 + D) d V)
-          + 3 * (blocks + D) * H (d_qk + d_v) T
+          + 6 * sum over blocks and D of H (d_qk + d_v) * keys seen
 
     A weight takes a multiplication and an addition forward and twice that backward. The output head is used at every
-    depth, the embedding lookup is free. Attention: 2 T H d_qk for the scores and 2 T H d_v for the values of one token,
-    half of it masked by causality, times 3 for forward and backward; document boundaries, which mask more, do not
-    count. Recomputation is not what the model asks for and does not count either (PaLM, 2204.02311, appendix B).
+    depth, the embedding lookup is free. Attention: 2 H d_qk for the score and 2 H d_v for the value of one query and
+    key, times 3 for forward and backward; a query sees T / 2 keys on average, or W - W^2 / 2T within a window;
+    document boundaries, which mask more, do not count. Recomputation is not what the model asks for and does not count
+    either (PaLM, 2204.02311, appendix B).
     """
     model, kind, architecture = config.model, kind_of(config), config.architecture
     assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
@@ -23,12 +26,9 @@ def train_flops_per_token(config: Config) -> float:
     for part, info, leaf in weights(architecture):
         if info.is_matrix and "vocab" not in info.axes:
             multiplied += times[part] * active_size(architecture, info, leaf)
-    if model.attention == "mla":
-        dims = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
-    else:
-        dims = 2 * model.head_dim
-    attention = (kind.num_main_layers + kind.num_blocks) * model.num_heads * dims * config.data.sequence_length
-    return 6.0 * multiplied + 3.0 * attention
+    specs = layer_specs(model, kind.num_main_layers) + [kind.layer_spec] * kind.num_blocks
+    pairs = sum(spec.attention.pairs_per_query(config.data.sequence_length) for spec in specs)
+    return 6.0 * (multiplied + model.num_heads * attention_of(model).multiplied_dims(model) * pairs)
 
 
 # Dense bfloat16 TFLOP/s of one jax device, by a part of its `device_kind`; the first match counts.

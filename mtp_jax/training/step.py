@@ -28,7 +28,7 @@ class Aux(NamedTuple):
 
     sums: DepthSums
     extra: dict[str, tuple[jax.Array, jax.Array]]
-    stats: list[RouterStats | None]  # decoder, mtp
+    stats: dict[str, RouterStats | None]  # of the decoder's stacked modules, and "mtp"
 
 
 def rows_of(batch: Batch, kind: Kind) -> Rows:
@@ -179,10 +179,12 @@ def make_loss(config: Config, built: AbstractModel):
             terms = model.terms(out.hidden, rows, scales, config.training.z_loss_weight)
             total, sums = evaluate(terms, config.training.loss_chunk)
         mtp_stats = _active(out.mtp_stats, scales.depth_N)
-        total += config.model.balance_loss_weight * balance(out.decoder_stats, num_rows_K[:1])
+        for decoder_stats in out.decoder_stats.values():
+            total += config.model.balance_loss_weight * balance(decoder_stats, num_rows_K[:1])
         total += config.model.balance_loss_weight * balance(mtp_stats, num_rows_K[1:])
         named = {t.name: (s.value.sum(), s.num.sum()) for t, s in zip(terms, sums, strict=True) if t.name}
-        return total, Aux(depth_sums(terms, sums), named, jax.lax.stop_gradient([out.decoder_stats, mtp_stats]))
+        stats = jax.lax.stop_gradient({**out.decoder_stats, "mtp": mtp_stats})
+        return total, Aux(depth_sums(terms, sums), named, stats)
 
     return loss
 
@@ -211,7 +213,7 @@ def _accumulate(micro: Callable, rows: Rows, num: int):
     return jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, micro(part)), None), zero, parts)[0]
 
 
-def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], step: jax.Array) -> Tree:
+def move_biases(config: Config, biases: Tree, stats: dict[str, RouterStats | None], step: jax.Array) -> Tree:
     """Move every router's bias by the global load of its valid tokens, in decoder and MTP blocks alike.
 
     A module shared by all depths has one bias and the load of all its depths.
@@ -227,9 +229,12 @@ def move_biases(config: Config, biases: Tree, stats: list[RouterStats | None], s
 
         return jax.tree.map(one, tree)
 
-    frozen = {"trunk"} if config.mtp.freeze_trunk else set()
-    parts = dict(zip(("trunk", "mtp"), stats, strict=True))
-    return {name: tree if name in frozen else moved(tree, parts[name]) for name, tree in biases.items()}
+    out = dict(biases)
+    if "trunk" in biases and not config.mtp.freeze_trunk:
+        out["trunk"] = {name: moved(tree, stats[name]) for name, tree in biases["trunk"].items()}
+    if "mtp" in biases:
+        out["mtp"] = moved(biases["mtp"], stats["mtp"])
+    return out
 
 
 def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) -> dict[str, jax.Array]:
@@ -247,7 +252,7 @@ def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) 
             f"agreement_mtp_{k}": agreement_K[k],
         }
     out |= {f"loss_{name}": value / jnp.maximum(num, 1.0) for name, (value, num) in aux.extra.items()}
-    loads = [stat.load_E for stat in aux.stats if stat is not None]
+    loads = [stat.load_E for stat in aux.stats.values() if stat is not None]
     if loads:
         load_LE = jnp.concatenate(loads)
         ratio_L = load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-9)

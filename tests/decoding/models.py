@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import sharding, targets
-from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MTPConfig, RopeConfig, conventions
+from mtp_jax.config import Config, DataConfig, LocalConfig, MeshConfig, ModelConfig, MTPConfig, RopeConfig, conventions
 from mtp_jax.decoding.decoder import Decoder
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
@@ -35,6 +35,12 @@ MLA = ModelConfig(
 EXPERTS: dict[str, Any] = {"num_experts": 4, "expert_dim": 8, "routed_scaling_factor": 1.7}
 MOE = replace(MLA, **EXPERTS)
 GQA = replace(MLA, attention="gqa", rope=RopeConfig(interleaved=False))
+
+
+WINDOW: dict[str, Any] = {  # layers of different shapes, and a ring that turns many times
+    "num_layers": 4,
+    "local": LocalConfig(window=5, pattern="LG", rope_theta=30.0, num_kv_heads=2, sinks=True),
+}
 
 
 def sequential(depth, **fields):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from mtp_jax.config import MeshConfig, RopeConfig, YarnConfig, conventions
+from mtp_jax.config import LocalConfig, MeshConfig, RopeConfig, YarnConfig, conventions
 from mtp_jax.decoding import drafting
 from mtp_jax.decoding import state as states
 from mtp_jax.decoding.decoder import Decoder, Generation
@@ -15,9 +16,11 @@ from mtp_jax.decoding.network import empty_caches, run_main
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
 from mtp_jax.kernels.device import pretend
+from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.cache import slots_at, write
+from mtp_jax.layers.spec import layer_specs
 from mtp_jax.mtp import Text
-from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
+from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,6 +32,8 @@ MODELS = {
     "mla_q_lora_moe": replace(MOE, q_lora_rank=6),
     "mla_yarn": replace(MLA, rope=YARN),
     "gqa_qwen": QWEN,
+    "mla_window": replace(MLA, local=LocalConfig(window=4, sinks=True)),
+    "gqa_window": replace(GQA, **WINDOW),
     "gqa_moe_tied": replace(GQA, **EXPERTS, tie_embeddings=True),
 }
 
@@ -89,8 +94,8 @@ def test_absorbed_and_expanded_latents_give_the_same(name, platform):
     rng = np.random.default_rng(0)
     q_BTHQ = rng.normal(size=(2, 3, config.num_heads, config.qk_nope_head_dim + config.qk_rope_head_dim))
     seen_BSW = rng.normal(size=(2, 20, config.kv_lora_rank + config.qk_rope_head_dim))
-    last_BT = np.array([[0, 7, 19], [4, 5, 6]])
-    args = *(jnp.asarray(x, jnp.float32) for x in (q_BTHQ, seen_BSW)), attention.kv_b[...], jnp.asarray(last_BT)
+    last_BT, key_BS = jnp.array([[0, 7, 19], [4, 5, 6]]), jnp.arange(20)[None]
+    args = *(jnp.asarray(x, jnp.float32) for x in (q_BTHQ, seen_BSW)), attention.kv_b[...], last_BT, key_BS
     with pretend(platform):
         assert_close(attention._absorbed(*args), attention._expanded(*args))
 
@@ -104,7 +109,7 @@ def test_the_cheaper_form_is_taken(rank, nope, rotary, value):
     model = replace(
         *(MLA,), kv_lora_rank=rank, qk_nope_head_dim=nope, qk_rope_head_dim=rotary, v_head_dim=value, num_heads=1
     )
-    attention = jax.eval_shape(lambda: build_attention(model))
+    attention = build_attention(model)
     for num in (1, 2, 5, 20, 100, 170, 171, 500, 5000):
         absorbed = num * ((rank + rotary) + rank)
         expanded = rank * (nope + value) + num * ((nope + rotary) + value)
@@ -112,17 +117,15 @@ def test_the_cheaper_form_is_taken(rank, nope, rotary, value):
 
 
 def build_attention(model):
-    from flax import nnx
-
-    from mtp_jax.layers.mla import MultiHeadLatentAttention
-
-    return MultiHeadLatentAttention(model, nnx.Rngs(params=jax.random.key(0)))
+    """Of the first layer, without weights."""
+    spec = layer_specs(model, 1)[0].attention
+    return jax.eval_shape(lambda: attention_of(model)(model, spec, nnx.Rngs(params=jax.random.key(0))))
 
 
 def test_a_single_token_never_expands_the_latents_of_deepseek():
     """That would be H (N + V) numbers for each of the tokens before, and 128 heads."""
     deepseek = replace(MLA, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
-    attention = jax.eval_shape(lambda: build_attention(deepseek))
+    attention = build_attention(deepseek)
     assert attention._absorbs(1) and attention._absorbs(5) and not attention._absorbs(512)
 
 

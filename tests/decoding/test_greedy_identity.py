@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax.config import UserError
+from mtp_jax.config import LocalConfig, UserError
 from mtp_jax.decoding.decoder import Decoder
-from tests.decoding.models import EXPERTS, GQA, MLA, MOE, build, parallel, prompts_of, sequential
+from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, parallel, prompts_of, sequential
 from tests.decoding.trained import train_small
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 NUM_NEW = 200
 MODELS = {"mla": MLA, "mla moe": MOE, "gqa": GQA, "gqa moe": replace(GQA, **EXPERTS)}
+MODELS["mla window"] = replace(MLA, local=LocalConfig(window=3))
+MODELS["gqa window"] = replace(GQA, **WINDOW)
 MODELS["mla moe"] = replace(MOE, num_layers=1, num_dense_layers=0)  # experts take long to compile
 MODELS["gqa moe"] = replace(MODELS["gqa moe"], num_layers=1, num_dense_layers=0)
 STRATEGIES = {"sequential": sequential, "parallel": parallel}

@@ -338,11 +338,11 @@ def test_the_rotation_is_transformers_own(name):
     frequency, scale = ({"default": plain.compute_default_rope_parameters} | functions)[kind](theirs)
     model = read(hf).model
     dim = model.qk_rope_head_dim if model.attention == "mla" else round(model.head_dim * model.rotary_fraction)
-    assert rope.inverse_frequencies(dim, model) == pytest.approx(frequency.double().numpy(), rel=1e-5)
-    assert rope.rotation_scale(model) == pytest.approx(scale)
+    assert rope.inverse_frequencies(dim, model.rope) == pytest.approx(frequency.double().numpy(), rel=1e-5)
+    assert rope.rotation_scale(model.rope) == pytest.approx(scale)
     if model.attention == "mla":
         softmax = modeling.yarn_apply_mscale(theirs.rope_parameters, 192**-0.5)
-        assert rope.mla_softmax_scale(model) == pytest.approx(softmax)
+        assert rope.mla_softmax_scale(192, model.rope) == pytest.approx(softmax)
 
 
 def test_a_stretching_by_one_is_none():

@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from mtp_jax.config import UserError
 from mtp_jax.kernels import attention
-from mtp_jax.kernels.attention import cudnn, hopper, xla
+from mtp_jax.kernels.attention import Mask, cudnn, hopper, xla
 from mtp_jax.kernels.attention.hopper import blocks
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.selection import warn_once
@@ -21,14 +21,15 @@ from tests.kernels.hopper import assert_close, hopper_only
 
 @pytest.mark.parametrize("length", [32, 36])
 @pytest.mark.parametrize(("limit", "value"), [("QUERY_BLOCK", 10), ("SCORE_BYTES", 2 * 4 * 36 * 4 * 10)])
-def test_blocks_of_queries_change_neither_values_nor_gradients(monkeypatch, length, limit, value):
+@pytest.mark.parametrize("window", [0, 1, 7, 100])
+def test_blocks_of_queries_change_neither_values_nor_gradients(monkeypatch, length, limit, value, window):
     keys = jax.random.split(jax.random.key(0), 4)
     q, k = jax.random.normal(keys[0], (2, length, 4, 6)), jax.random.normal(keys[1], (2, length, 2, 6))
     v = jax.random.normal(keys[2], (2, length, 2, 5))
     segments = jnp.sort(jax.random.randint(keys[3], (2, length), 0, 4), axis=1)
 
     def loss(q, k, v):
-        out = attention.attend(q, k, v, segments, 0.3)
+        out = attention.attend(q, k, v, Mask(segments, window=window), 0.3)
         return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
 
     run = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
@@ -44,7 +45,7 @@ def test_blocks_of_queries_change_neither_values_nor_gradients(monkeypatch, leng
 def test_rows_of_one_document_need_no_segments():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 12, 2, 4)) for i in range(3))
     np.testing.assert_array_equal(
-        attention.attend(q, k, v, None, 0.3), attention.attend(q, k, v, jnp.ones((2, 12), jnp.int32), 0.3)
+        attention.attend(q, k, v, Mask(), 0.3), attention.attend(q, k, v, Mask(jnp.ones((2, 12), jnp.int32)), 0.3)
     )
 
 
@@ -80,28 +81,60 @@ def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypat
     monkeypatch.setattr(cudnn, "MASK_BYTES", more["limit"])
     warn_once.cache_clear()
     *qkv, _ = inputs(**shape)
-    segments_BT = jnp.ones(qkv[0].shape[:2], jnp.int32)
+    mask = Mask(jnp.ones(qkv[0].shape[:2], jnp.int32), more["first"])
     with pretend("gpu", "8.0" if name == "another device" else "9.0"):
         for _ in range(2):
-            found = attention.attend(*qkv, segments_BT, 0.3, more["first"])
-            np.testing.assert_array_equal(found, attention.attend(*qkv, segments_BT, 0.3, kernel="xla"))
+            found = attention.attend(*qkv, mask, 0.3)
+            np.testing.assert_array_equal(found, attention.attend(*qkv, mask, 0.3, kernel="xla"))
         (said,) = capsys.readouterr().err.splitlines()
         for kernel, reason in zip(("mosaic", "cudnn"), reasons, strict=True):
             assert reason in said
             with pytest.raises(UserError, match=f"model.attention_kernel={kernel}: .*{reason}"):
-                attention.attend(*qkv, segments_BT, 0.3, more["first"], kernel=kernel)
+                attention.attend(*qkv, mask, 0.3, kernel=kernel)
 
 
+def test_cudnn_has_no_sinks(as_on_hopper):
+    with pytest.raises(UserError, match="model.attention_kernel=cudnn: it knows no attention sinks"):
+        attention.attend(*inputs()[:3], Mask(), 0.3, jnp.zeros(4), kernel="cudnn")
+
+
+@pytest.mark.parametrize("window", [0, 1, 4])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_sinks_take_their_share_of_the_softmax(window, is_packed):
+    """Values and gradients against the formula on whole rows of scores."""
+    q, k, v, grad = inputs(length=12, dims=(6, 6), groups=4, dtype=jnp.float32)
+    segments_BS = jnp.repeat(jnp.array([[1, 2, 3]] * 2), 4, axis=1) if is_packed else None
+    sinks_H = jnp.array([-1.0, 0.0, 0.5, 2.0])
+    index = np.arange(12)
+    seen = (index[None] <= index[:, None]) & (index[None] > index[:, None] - (window or 12))
+    if is_packed:
+        seen &= index[None] // 4 == index[:, None] // 4
+
+    def formula(q, k, v, sinks_H):
+        scores = jnp.where(seen, jnp.exp(0.3 * jnp.einsum("bthd,bshd->bhts", q, k)), 0)
+        total = scores.sum(-1, keepdims=True) + jnp.exp(sinks_H)[:, None, None]
+        return jnp.einsum("bhts,bshd->bthd", scores / total, v)
+
+    def attend(q, k, v, sinks_H):
+        return attention.attend(q, k, v, Mask(segments_BS, window=window), 0.3, sinks_H)
+
+    found, expected = jax.vjp(attend, q, k, v, sinks_H), jax.vjp(formula, q, k, v, sinks_H)
+    for a, b in zip((found[0], *found[1](grad)), (expected[0], *expected[1](grad)), strict=True):
+        assert_close(a, b, 2e-6)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 30])
 @pytest.mark.parametrize(("first", "num_queries"), [(0, 24), (6, 10)])
-def test_ranges_are_what_queries_and_keys_of_a_document_see(first, num_queries):
+def test_ranges_are_what_queries_and_keys_of_a_document_see(first, num_queries, window):
     segments_BS = np.array([[1] * 3 + [0] * 2 + [2] + [3] * 10 + [0] * 8, [7] * 24])
-    start_BT, end_BS, _ = blocks.ranges(jnp.asarray(segments_BS), first, num_queries)
+    start_BT, end_BS, _ = blocks.ranges(Mask(jnp.asarray(segments_BS), first, window), 2, 24, num_queries)
+    limit = window or 24
     for b, row in enumerate(segments_BS):
         runs = np.cumsum(np.r_[0, row[1:] != row[:-1]])
         for j in range(24):
-            assert end_BS[b, j] == np.flatnonzero(runs == runs[j]).max() + 1
+            assert end_BS[b, j] == min(np.flatnonzero(runs == runs[j]).max() + 1, j + limit)
         for t in range(num_queries):
-            assert start_BT[b, t] == np.flatnonzero(runs == runs[first + t]).min()
+            assert start_BT[b, t] == max(np.flatnonzero(runs == runs[first + t]).min(), first + t + 1 - limit)
 
 
 def walk(jaxpr):
@@ -122,7 +155,7 @@ def test_recomputation_runs_the_attention_kernel_once_where_its_outputs_are_kept
 
     def runs(policy):
         def loss(q, k, v):
-            attend = functools.partial(attention.attend, segments_BS=segments_BT, scale=0.3, kernel=kernel)
+            attend = functools.partial(attention.attend, mask=Mask(segments_BT), scale=0.3, kernel=kernel)
             return jax.checkpoint(attend, policy=policy)(q, k, v).sum()
 
         equations = walk(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs()[:3]).jaxpr)
@@ -147,7 +180,7 @@ def documents(is_packed):
     ("heads", "groups", "dims"), [(4, 4, (192, 128)), (4, 2, (128, 128)), (4, 1, (192, 128)), (2, 1, (64, 64))]
 )
 def test_on_hopper_kernels_equal_the_slow_path_in_float32(heads, groups, dims, is_packed, kernel):
-    check_on_hopper(inputs(length=384, heads=heads, groups=groups, dims=dims), documents(is_packed), 0, kernel)
+    check_on_hopper(inputs(length=384, heads=heads, groups=groups, dims=dims), Mask(documents(is_packed)), kernel)
 
 
 @hopper_only
@@ -155,19 +188,38 @@ def test_on_hopper_kernels_equal_the_slow_path_in_float32(heads, groups, dims, i
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_on_hopper_cut_rows_equal_the_slow_path_in_float32(first, is_packed):
     q, k, v, grad = inputs(length=384, heads=4, groups=2)
-    check_on_hopper([q[:, :128], k, v, grad[:, :128]], documents(is_packed), jnp.int32(first), "mosaic")
+    check_on_hopper([q[:, :128], k, v, grad[:, :128]], Mask(documents(is_packed), jnp.int32(first)), "mosaic")
 
 
-def check_on_hopper(qkv_grad, segments_BS, first, kernel):
+@hopper_only
+@pytest.mark.parametrize("first", [0, 256])
+@pytest.mark.parametrize("window", [1, 100, 128, 300])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_on_hopper_windows_and_sinks_equal_the_slow_path_in_float32(is_packed, window, first):
+    q, k, v, grad = inputs(length=384, heads=4, groups=2)
+    mask = Mask(documents(is_packed), jnp.int32(first), window)
+    check_on_hopper([q[:, :128], k, v, grad[:, :128]], mask, "mosaic", jnp.linspace(-1.0, 2.0, 4))
+
+
+@hopper_only
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_on_hopper_windows_of_cudnn_equal_the_slow_path_in_float32(is_packed):
+    check_on_hopper(inputs(length=384), Mask(documents(is_packed), window=100), "cudnn")
+
+
+def check_on_hopper(qkv_grad, mask, kernel, sinks_H=None):
     """But for padding, whose positions see other padding or do not: nobody reads them."""
     *qkv, grad = qkv_grad
-    if segments_BS is not None:
-        is_real_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, grad.shape[1], axis=1) != 0
+    if mask.segments_BS is not None:
+        is_real_BT = jax.lax.dynamic_slice_in_dim(mask.segments_BS, mask.first, grad.shape[1], axis=1) != 0
         grad = jnp.where(is_real_BT[..., None, None], grad, 0)
 
     def both_ways(kernel, *args):
-        out, pull = jax.vjp(lambda q, k, v: attention.attend(q, k, v, segments_BS, 0.07, first, kernel), *args)
-        return [jnp.where(grad == 0, 0, out), *pull(grad.astype(out.dtype))]
+        def attend(q, k, v, sinks_H):
+            return attention.attend(q, k, v, mask, 0.07, sinks_H, kernel)
+
+        out, pull = jax.vjp(attend, *args, sinks_H)
+        return jax.tree.leaves([jnp.where(grad == 0, 0, out), pull(grad.astype(out.dtype))])
 
     found = jax.jit(functools.partial(both_ways, kernel))(*qkv)
     with jax.default_matmul_precision("highest"):

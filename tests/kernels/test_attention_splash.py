@@ -11,7 +11,7 @@ from jax.interpreters import partial_eval
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
 from mtp_jax.kernels import attention
-from mtp_jax.kernels.attention import splash
+from mtp_jax.kernels.attention import Mask, splash
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.selection import warn_once
 from mtp_jax.layers.stack import POLICIES
@@ -19,6 +19,7 @@ from mtp_jax.sharding import first_position, local, whole_length
 from tests.kernels.hopper import assert_close
 
 LENGTH, SCALE = 256, 0.2
+NO_MASK = Mask()
 
 
 @pytest.fixture
@@ -47,20 +48,31 @@ def documents(length=LENGTH):
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
-def both_ways(q, k, v, grad, segments_BS=None, first=0, kernel="auto"):
-    out, pull = jax.vjp(lambda *qkv: attention.attend(*qkv, segments_BS, SCALE, first, kernel), q, k, v)
-    return out, *pull(grad.astype(out.dtype))
+def both_ways(q, k, v, grad, mask=NO_MASK, sinks_H=None, kernel="auto"):
+    def attend(q, k, v, sinks_H):
+        return attention.attend(q, k, v, mask, SCALE, sinks_H, kernel)
+
+    out, pull = jax.vjp(attend, q, k, v, sinks_H)
+    return jax.tree.leaves((out, pull(grad.astype(out.dtype))))
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "dims", "is_packed"),
-    [(2, 2, (192, 128), True), (4, 2, (24, 16), False), (4, 1, (32, 32), True)],
+    ("heads", "groups", "dims", "is_packed", "window", "has_sinks"),
+    [
+        (2, 2, (192, 128), True, 0, False),
+        (4, 2, (24, 16), False, 0, False),
+        (4, 1, (32, 32), True, 0, True),
+        (4, 2, (24, 16), True, 70, True),
+        (4, 2, (24, 16), False, 130, False),
+        (2, 1, (24, 16), False, 1, True),
+    ],
 )
-def test_values_and_gradients_are_those_of_the_slow_path(as_on_tpu, heads, groups, dims, is_packed):
+def test_values_and_gradients_are_those_of_the_slow_path(as_on_tpu, heads, groups, dims, is_packed, window, has_sinks):
     arguments = inputs(heads, groups, dims)
-    segments_BT = documents() if is_packed else None
-    found = both_ways(*arguments, segments_BT, kernel="splash")
-    for a, b in zip(found, both_ways(*arguments, segments_BT, kernel="xla"), strict=True):
+    mask = Mask(documents() if is_packed else None, window=window)
+    sinks_H = jnp.linspace(-1.0, 2.0, heads) if has_sinks else None
+    found = both_ways(*arguments, mask, sinks_H, kernel="splash")
+    for a, b in zip(found, both_ways(*arguments, mask, sinks_H, kernel="xla"), strict=True):
         assert_close(a, b, 2e-6)
 
 
@@ -69,10 +81,10 @@ def test_bfloat16_is_about_as_near_to_float32_as_the_slow_path_is(as_on_tpu, mon
     monkeypatch.setitem(globals(), "SCALE", 192**-0.5)
     both_ways.clear_cache()
     arguments = inputs(2, 2, (192, 128), jnp.bfloat16)
-    exact = both_ways(*(x.astype(jnp.float32) for x in arguments), documents(), kernel="xla")
+    exact = both_ways(*(x.astype(jnp.float32) for x in arguments), Mask(documents()), kernel="xla")
 
     def errors(kernel):
-        found = both_ways(*arguments, documents(), kernel=kernel)
+        found = both_ways(*arguments, Mask(documents()), kernel=kernel)
         return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
 
     for ours, slow in zip(errors("splash"), errors("xla"), strict=True):
@@ -80,11 +92,12 @@ def test_bfloat16_is_about_as_near_to_float32_as_the_slow_path_is(as_on_tpu, mon
     both_ways.clear_cache()
 
 
-def test_parts_of_a_row_begin_where_the_run_says(as_on_tpu):
+@pytest.mark.parametrize("window", [0, 150])
+def test_parts_of_a_row_begin_where_the_run_says(as_on_tpu, window):
     q, k, v, grad = inputs(2, 1, length=512)
     for part in range(4):  # one program
         cut = slice(128 * part, 128 * part + 128)
-        arguments = (q[:, cut], k, v, grad[:, cut], documents(512), jnp.int32(128 * part))
+        arguments = (q[:, cut], k, v, grad[:, cut], Mask(documents(512), jnp.int32(128 * part), window))
         found = both_ways(*arguments, kernel="splash")
         for a, b in zip(found, both_ways(*arguments, kernel="xla"), strict=True):
             assert_close(a, b, 2e-6)
@@ -96,8 +109,8 @@ def test_on_a_mesh_that_cuts_rows_positions_and_heads(as_on_tpu):
 
     def run(kernel, q, k, v, segments_BS, grad):
         def one_device(q, k, v, segments_BS):
-            first = first_position(q.shape[1])
-            return attention.attend(q, whole_length(k), whole_length(v), segments_BS, SCALE, first, kernel)
+            mask = Mask(segments_BS, first_position(q.shape[1]))
+            return attention.attend(q, whole_length(k), whole_length(v), mask, SCALE, kernel=kernel)
 
         attend = local(one_device, (heads, groups, groups, ("batch", None)), heads)
         out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments_BS), q, k, v)
@@ -106,7 +119,7 @@ def test_on_a_mesh_that_cuts_rows_positions_and_heads(as_on_tpu):
     q, k, v, grad = inputs(length=256)
     with jax.set_mesh(mesh):
         found = jax.jit(functools.partial(run, "splash"))(q, k, v, documents(256), grad)
-    for a, b in zip(found, both_ways(q, k, v, grad, documents(256), kernel="xla"), strict=True):
+    for a, b in zip(found, both_ways(q, k, v, grad, Mask(documents(256)), kernel="xla"), strict=True):
         assert_close(a, b, 2e-6)
 
 
@@ -124,23 +137,23 @@ def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu
     warn_once.cache_clear()
     *qkv, _ = inputs(**shape)
     for _ in range(2):
-        found = attention.attend(*qkv, None, SCALE)
-        np.testing.assert_array_equal(found, attention.attend(*qkv, None, SCALE, kernel="xla"))
+        found = attention.attend(*qkv, NO_MASK, SCALE)
+        np.testing.assert_array_equal(found, attention.attend(*qkv, NO_MASK, SCALE, kernel="xla"))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and reason in said[0]
     with pytest.raises(UserError, match="model.attention_kernel=splash"):
-        attention.attend(*qkv, None, SCALE, kernel="splash")
+        attention.attend(*qkv, NO_MASK, SCALE, kernel="splash")
 
 
 def test_splash_is_for_tpus():
     with pytest.raises(UserError, match="model.attention_kernel=splash: .* and this is cpu"):
-        attention.attend(*inputs()[:3], None, SCALE, kernel="splash")
+        attention.attend(*inputs()[:3], NO_MASK, SCALE, kernel="splash")
 
 
 @pytest.mark.parametrize(("kernel", "is_splash"), [("auto", True), ("splash", True), ("xla", False)])
 def test_a_tpu_takes_it_where_it_can_and_the_config_can_ask_for_another(as_on_tpu, capsys, kernel, is_splash):
     *qkv, _ = inputs()
-    text = str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, documents(), SCALE, kernel=kernel))(*qkv))
+    text = str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, Mask(documents()), SCALE, kernel=kernel))(*qkv))
     assert ("splash_mha_fwd" in text) == is_splash
     assert not capsys.readouterr().err
 
@@ -148,7 +161,9 @@ def test_a_tpu_takes_it_where_it_can_and_the_config_can_ask_for_another(as_on_tp
 def test_recomputation_runs_the_kernel_once_where_its_outputs_are_kept(as_on_tpu):
     def runs(policy):
         def loss(q, k, v):
-            return jax.checkpoint(lambda *qkv: attention.attend(*qkv, documents(), SCALE), policy=policy)(q, k, v).sum()
+            return jax.checkpoint(lambda *qkv: attention.attend(*qkv, Mask(documents()), SCALE), policy=policy)(
+                q, k, v
+            ).sum()
 
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs()[:3]).jaxpr
         used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -56,7 +56,7 @@ def test_depths_lookahead_and_layers_are_those_of_the_model(name):
     assert rows.positions_BT.shape == (8, 16)  # of a batch with just `lookahead` tokens more
     assert out.hidden.shape == (1 + kind.depth, 8, 16, model.embed_dim)
     num_moe = kind.num_main_layers - model.num_dense_layers
-    assert out.decoder_stats.load_E.shape == (num_moe, model.num_experts)
+    assert {name: s.load_E.shape for name, s in out.decoder_stats.items()} == {"blocks": (num_moe, model.num_experts)}
     trunk = abstract_model(config.architecture).params["trunk"]
     stacks = [jax.tree.leaves(trunk[group])[0].shape[0] for group in ("dense_blocks", "blocks")]
     assert stacks == [model.num_dense_layers, num_moe]

@@ -9,8 +9,11 @@ def softmax(scores):
     return e / np.sum(e)
 
 
-def attend(q_BTHn, k_BTHn, v_BTHm, segment_ids_BT, scale):
+def attend(q_BTHn, k_BTHn, v_BTHm, segment_ids_BT, scale, window=0, sinks_H=None):
     """o_i = sum_j softmax_j(scale * q_i . k_j) v_j over the j <= i of the same segment id.
+
+    With a window only the last `window` of them, i included. With sinks the softmax has one more score per head, whose
+    weight nothing gets.
 
     Segment id 0 is padding and like any other id here: padding sees padding, and nobody uses what it says.
 
@@ -21,10 +24,11 @@ def attend(q_BTHn, k_BTHn, v_BTHm, segment_ids_BT, scale):
     out = np.zeros((B, T, H, v_BTHm.shape[-1]))
     for b in range(B):
         for i in range(T):
-            seen = [j for j in range(i + 1) if segment_ids_BT[b, j] == segment_ids_BT[b, i]]
+            first = max(0, i - window + 1) if window else 0
+            seen = [j for j in range(first, i + 1) if segment_ids_BT[b, j] == segment_ids_BT[b, i]]
             for h in range(H):
-                scores = np.array([scale * np.dot(q_BTHn[b, i, h], k_BTHn[b, j, h]) for j in seen])
-                weights = softmax(scores)
+                scores = [scale * np.dot(q_BTHn[b, i, h], k_BTHn[b, j, h]) for j in seen]
+                weights = softmax(np.array(scores + ([] if sinks_H is None else [sinks_H[h]])))[: len(seen)]
                 for weight, j in zip(weights, seen, strict=True):
                     out[b, i, h] += weight * v_BTHm[b, j, h]
     return out

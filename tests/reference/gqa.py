@@ -14,14 +14,15 @@ def gqa(params, model, x_BTD, segment_ids_BT, positions_BT):
 
     Args:
       params: {"q": [D, H, hd], "k": [D, G, hd], "v": [D, G, hd], "o": [H, hd, D]}, optionally "q_bias": [H, hd],
-        "k_bias", "v_bias": [G, hd], "q_norm", "k_norm": {"scale": [hd]}.
+        "k_bias", "v_bias": [G, hd], "o_bias": [D], "q_norm", "k_norm": {"scale": [hd]}, "sinks": [H].
+      model: of this layer, see `trunk.of_layer`.
 
     Returns:
       [B, T, D].
     """
     B, T, D = x_BTD.shape
     H, G, hd = model.num_heads, model.num_kv_heads, model.head_dim
-    q, k, v = np.zeros((B, T, H, hd)), np.zeros((B, T, H, hd)), np.zeros((B, T, H, hd))
+    q, k, v = np.zeros((B, T, H, hd)), np.zeros((B, T, H, hd)), np.zeros((B, T, H, model.value_head_dim or hd))
     for b in range(B):
         for t in range(T):
             for h in range(H):
@@ -29,12 +30,12 @@ def gqa(params, model, x_BTD, segment_ids_BT, positions_BT):
                 x, position = x_BTD[b, t], positions_BT[b, t]
                 q[b, t, h] = _position(_head(params, "q", h, x, model), position, model)
                 k[b, t, h] = _position(_head(params, "k", g, x, model), position, model)
-                v[b, t, h] = _head(params, "v", g, x, model)
-    o = attend(q, k, v, segment_ids_BT, 1.0 / math.sqrt(hd))
+                v[b, t, h] = model.value_scale * _head(params, "v", g, x, model)
+    o = attend(q, k, v, segment_ids_BT, 1.0 / math.sqrt(hd), model.local.window, params.get("sinks"))
     out = np.zeros((B, T, D))
     for h in range(H):
         out += o[:, :, h] @ params["o"][h]
-    return out
+    return out + params.get("o_bias", 0.0)
 
 
 def _head(params, name, index, x, model):

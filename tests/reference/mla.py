@@ -27,7 +27,7 @@ def mla(params, model, x_BTD, segment_ids_BT, positions_BT):
         for t in range(T):
             q[b, t], k[b, t], v[b, t] = _one_position(params, model, x_BTD[b, t], positions_BT[b, t])
     scale = softmax_factor(model) / math.sqrt(N + R)
-    o = attend(q, k, v, segment_ids_BT, scale)
+    o = attend(q, k, v, segment_ids_BT, scale, model.local.window, params.get("sinks"))
     out = np.zeros((B, T, D))
     for h in range(H):
         out += o[:, :, h] @ params["o"][h]

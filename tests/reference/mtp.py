@@ -5,7 +5,7 @@ import numpy as np
 from tests.reference.block import block
 from tests.reference.norm import rms_norm
 from tests.reference.tree import entry, unstack
-from tests.reference.trunk import embed, final_norm
+from tests.reference.trunk import embed, final_norm, of_mtp
 
 
 def sequential(params, model, mtp, conventions, trunk_output, inputs_KBT, segments_KBT, positions_BT):
@@ -33,7 +33,7 @@ def sequential(params, model, mtp, conventions, trunk_output, inputs_KBT, segmen
         h = rms_norm(module["hidden_norm"], received, model.norm_eps)
         halves = [e, h] if conventions.concat_order == "embedding_first" else [h, e]
         joined = np.concatenate(halves, axis=-1) @ module["projection"]
-        h_k, statistics = block(module["block"], model, joined, segments_KBT[k], positions_BT)
+        h_k, statistics = block(module["block"], of_mtp(model, mtp), joined, segments_KBT[k], positions_BT)
         norm = module["output_norm"] if conventions.output_norm == "own" else main_norm
         normed = rms_norm(norm, h_k, model.norm_eps)
         hiddens.append(normed)
@@ -52,7 +52,7 @@ def parallel(params, model, mtp, trunk_output, segments_KBT, positions_BT):
     modules = unstack(params["mtp"]["block"])
     assert len(modules) == mtp.depth, (len(modules), mtp.depth)
     for k in range(1, mtp.depth + 1):
-        h_k, statistics = block(modules[k - 1], model, trunk_output.z, segments_KBT[k], positions_BT)
+        h_k, statistics = block(modules[k - 1], of_mtp(model, mtp), trunk_output.z, segments_KBT[k], positions_BT)
         hiddens.append(final_norm(params["trunk"], model, h_k))
         aux.append(statistics)
     return hiddens, aux

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+from mtp_jax.layers.spec import layer_places
+from tests.reference.trunk import of_layer, of_mtp
+
 
 def random_params(config, num_main_layers, output_norm="own", seed=0):
     """{"trunk", "mtp"} of a model, every matrix N(0, 0.5^2), scales near 1, router biases small but not 0.
@@ -16,11 +19,10 @@ def random_params(config, num_main_layers, output_norm="own", seed=0):
     mtp = config.mtp
     if mtp.kind == "sequential":
         count = 1 if mtp.shared_depths else mtp.depth
-        is_moe = make.is_moe(num_main_layers - 1)
-        params["mtp"] = stack([make.module(is_moe, output_norm) for _ in range(count)])
+        params["mtp"] = stack([make.module(of_mtp(make.model, mtp), mtp, output_norm) for _ in range(count)])
     elif mtp.kind == "parallel":
-        is_moe = make.is_moe(config.model.num_layers - 1)
-        params["mtp"] = {"block": stack([make.block(is_moe) for _ in range(mtp.depth)])}
+        is_moe = make.is_moe(config.model.num_layers - 1) and not mtp.dense_ffn
+        params["mtp"] = {"block": stack([make.block(of_mtp(make.model, mtp), is_moe) for _ in range(mtp.depth)])}
     return params
 
 
@@ -47,34 +49,36 @@ class _Maker:
     def trunk(self, num_layers):
         m = self.model
         out = {"embed": self.matrix(m.vocab_size, m.embed_dim), "final_norm": self.norm(m.embed_dim)}
-        num_dense = min(m.num_dense_layers, num_layers) if m.num_experts else 0
-        if num_dense:
-            out["dense_blocks"] = stack([self.block(False) for _ in range(num_dense)])
-        if num_layers > num_dense:
-            out["blocks"] = stack([self.block(m.num_experts > 0) for _ in range(num_layers - num_dense)])
+        stacks = {}
+        for layer, (name, _) in enumerate(layer_places(m, num_layers)):
+            stacks.setdefault(name, []).append(self.block(of_layer(m, layer), self.is_moe(layer)))
+        out |= {name: stack(blocks) for name, blocks in stacks.items()}
         if not m.tie_embeddings:
             out["unembed"] = self.matrix(m.embed_dim, m.vocab_size)
         return out
 
-    def module(self, is_moe, output_norm):
+    def module(self, model, mtp, output_norm):
         D = self.model.embed_dim
         out = {"embed_norm": self.norm(D), "hidden_norm": self.norm(D), "projection": self.matrix(2 * D, D)}
-        out["block"] = self.block(is_moe)
+        out["block"] = self.block(model, self.is_moe(self.model.num_layers - 1) and not mtp.dense_ffn)
         if output_norm == "own":
             out["output_norm"] = self.norm(D)
         return out
 
-    def block(self, is_moe):
+    def block(self, model, is_moe):
         D = self.model.embed_dim
         return {
             "attention_norm": self.norm(D),
-            "attention": self.mla() if self.model.attention == "mla" else self.gqa(),
+            "attention": self.attention(model),
             "ffn_norm": self.norm(D),
             "ffn": self.moe() if is_moe else self.ffn(self.model.ffn_dim),
         }
 
-    def mla(self):
-        m = self.model
+    def attention(self, m):
+        out = self.mla(m) if m.attention == "mla" else self.gqa(m)
+        return out | ({"sinks": self.matrix(m.num_heads)} if m.sinks else {})
+
+    def mla(self, m):
         H, N, R, C = m.num_heads, m.qk_nope_head_dim, m.qk_rope_head_dim, m.kv_lora_rank
         if m.q_lora_rank:
             out = {"q_a": self.matrix(m.embed_dim, m.q_lora_rank), "q_a_norm": self.norm(m.q_lora_rank)}
@@ -84,13 +88,15 @@ class _Maker:
         out |= {"kv_a": self.matrix(m.embed_dim, C + R), "kv_a_norm": self.norm(C)}
         return out | {"kv_b": self.matrix(C, H, N + m.v_head_dim), "o": self.matrix(H, m.v_head_dim, m.embed_dim)}
 
-    def gqa(self):
-        m = self.model
+    def gqa(self, m):
         D, H, G, hd = m.embed_dim, m.num_heads, m.num_kv_heads, m.head_dim
-        out = {"q": self.matrix(D, H, hd), "k": self.matrix(D, G, hd), "v": self.matrix(D, G, hd)}
-        out["o"] = self.matrix(H, hd, D)
+        value = m.value_head_dim or hd
+        out = {"q": self.matrix(D, H, hd), "k": self.matrix(D, G, hd), "v": self.matrix(D, G, value)}
+        out["o"] = self.matrix(H, value, D)
         if m.qkv_bias:
-            out |= {"q_bias": self.matrix(H, hd), "k_bias": self.matrix(G, hd), "v_bias": self.matrix(G, hd)}
+            out |= {"q_bias": self.matrix(H, hd), "k_bias": self.matrix(G, hd), "v_bias": self.matrix(G, value)}
+        if m.output_bias:
+            out["o_bias"] = self.matrix(D)
         if m.qk_norm:
             out |= {"q_norm": self.norm(hd), "k_norm": self.norm(hd)}
         return out

@@ -10,7 +10,7 @@ import pytest
 
 from mtp_jax.config import UserError, load_config
 from mtp_jax.kernels import grouped_matmul as grouped
-from mtp_jax.kernels.attention import splash
+from mtp_jax.kernels.attention import Mask, splash
 from mtp_jax.kernels.grouped_matmul import megablox
 from mtp_jax.kernels.selection import warn_once
 from mtp_jax.tools import plan as plan_command
@@ -182,7 +182,7 @@ def test_flops_of_kernels_are_those_of_the_blocks_they_compute():
     shapes = [jax.ShapeDtypeStruct((2, 2048, heads, dim), "bfloat16") for heads, dim in ((4, 192), (2, 192), (2, 128))]
 
     def attend(q, k, v):
-        return splash.attend(q, k, v, None, 0, 0.1).astype(jnp.float32).sum()
+        return splash.attend(q, k, v, Mask(), None, 0.1).astype(jnp.float32).sum()
 
     pairs = 2 * 4 * 512 * 512 * (4 * 5 / 2)  # four blocks a row, those above the diagonal left out
     forward = 2 * (192 + 128)

@@ -1,4 +1,4 @@
-"""The one attention operation: causal, within a document, grouped heads, unequal key and value sizes.
+"""The one attention operation: causal, within a document and a window, grouped heads, unequal key and value sizes.
 
 Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
 """
@@ -6,9 +6,12 @@ Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M)
 import jax
 
 from mtp_jax.kernels.attention import cudnn, hopper, splash, xla
+from mtp_jax.kernels.attention.mask import Mask
 from mtp_jax.kernels.attention.xla import attend_cached
 from mtp_jax.kernels.device import Device
 from mtp_jax.kernels.selection import Backend, select
+
+__all__ = ["BACKENDS", "Mask", "attend", "attend_cached"]
 
 # Of each backend: `attend`, as below but for the kernel, and `unsupported_reason` of the same arguments but the scale.
 BACKENDS = (
@@ -23,26 +26,23 @@ def attend(
     q_BTHQ: jax.Array,
     k_BSGQ: jax.Array,
     v_BSGV: jax.Array,
-    segments_BS: jax.Array | None,
+    mask: Mask,
     scale: float,
-    first: jax.Array | int = 0,
+    sinks_H: jax.Array | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """softmax(scale * q k^T + mask) v, where query i sees key j iff j <= i and both have the same segment id.
-
-    A document is a run of equal ids, and so is padding (0): its positions see only padding, and every query sees
-    itself, so no row of the softmax is empty. Scores and softmax are float32.
+    """softmax(scale * q k^T + mask) v, with scores and softmax in float32.
 
     Args:
-      segments_BS: int; None: every row is one document.
-      first: the queries are the positions first .. first + T - 1 of the S; 0 unless the row is sharded.
-      kernel: the name of one of `BACKENDS`, or "auto": the first of them that can.
+      sinks_H: float32, one more score per head, of a key without a value: exp(sink) joins the denominator of the
+        softmax, so that a head can attend to nothing (gpt-oss, 2508.10925). None: no sinks.
+      kernel: the name of one of `BACKENDS`, or "auto": the first of them that supports the operands.
 
     Returns:
       [B, T, H, V] in the dtype of v.
 
     Raises:
-      UserError: the kernel asked for cannot be.
+      UserError: the kernel asked for does not support the operands.
     """
-    inputs = q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first
-    return select("model.attention_kernel", kernel, BACKENDS, *inputs).run(*inputs, scale)
+    operands = q_BTHQ, k_BSGQ, v_BSGV, mask, sinks_H
+    return select("model.attention_kernel", kernel, BACKENDS, *operands).run(*operands, scale)

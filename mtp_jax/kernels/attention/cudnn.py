@@ -1,8 +1,8 @@
 """Causal attention within a document by cuDNN, through jax: forward and backward without the scores in memory.
 
-Where rows hold one document each the kernel's own causal mask is all there is. Packed documents are told apart by a
-mask that is added to the scores, a number in the compute dtype for every pair of positions of a row: exact for any
-segment ids, and B T S numbers of memory.
+Where rows hold one document each the kernel's own causal mask is all there is. Packed documents and windows need a mask
+that is added to the scores, a number in the compute dtype for every pair of positions of a row: exact for any segment
+ids, and B T S numbers of memory. It saves no computation.
 
 Shape letters: as in the package.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from mtp_jax.kernels.attention.mask import Mask
 
 # Of packed rows' masks, a device: rows of 32,768 one at a time.
 MASK_BYTES = 4 << 30
@@ -27,31 +29,36 @@ def _cudnn() -> Any:
     return fused_attention_stablehlo
 
 
-def attend(q_BTHQ, k_BTGQ, v_BTGV, segments_BT, first, scale) -> jax.Array:
-    """As `kernels.attention.attend`, of whole rows (`first` is 0)."""
-    cudnn, mask = _cudnn(), None
-    if segments_BT is not None:
-        causal_TT = jnp.tri(segments_BT.shape[1], dtype=bool)
-        mask = (causal_TT & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
-    return cudnn.dot_product_attention(q_BTHQ, k_BTGQ, v_BTGV, mask=mask, scale=scale, mask_type=cudnn.MaskType.CAUSAL)
+def attend(q_BTHQ, k_BTGQ, v_BTGV, mask: Mask, sinks_H, scale) -> jax.Array:
+    """As `kernels.attention.attend`, of whole rows (`mask.first` is 0) without sinks."""
+    cudnn, visible, length = _cudnn(), None, q_BTHQ.shape[1]
+    if mask.window:
+        visible = (jnp.tri(length, dtype=bool) & ~jnp.tri(length, k=-mask.window, dtype=bool))[None, None]
+    if mask.segments_BS is not None:
+        same = mask.segments_BS[:, None, :, None] == mask.segments_BS[:, None, None, :]
+        visible = same & (jnp.tri(length, dtype=bool) if visible is None else visible)
+    kind = cudnn.MaskType.CAUSAL
+    return cudnn.dot_product_attention(q_BTHQ, k_BTGQ, v_BTGV, mask=visible, scale=scale, mask_type=kind)
 
 
-def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
+def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
     """Why cuDNN cannot take this attention; empty where it can."""
     length, dims = q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
-    if not isinstance(first, int) or first or length != k_BSGQ.shape[1]:
+    if sinks_H is not None:
+        return "it knows no attention sinks"
+    if not isinstance(mask.first, int) or mask.first or length != k_BSGQ.shape[1]:
         return "it takes whole rows, and these are sharded over the context axis"
     if dims not in UNEQUAL and (dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256):
         return f"head dims are equal multiples of 8 up to 256, or one of {sorted(UNEQUAL)}, and these are {dims}"
     if dims in UNEQUAL and _cudnn().check_cudnn_version() < MLA_VERSION:
         return f"head dims {dims} need cuDNN 9.10, and this is {_cudnn().check_cudnn_version()}"
-    if segments_BS is not None and (length % 2 or mask_bytes(segments_BS) > MASK_BYTES):
-        return f"packed rows are of even length with masks of at most {MASK_BYTES} bytes, and these are not"
+    if (mask.segments_BS is not None or mask.window) and (length % 2 or mask_bytes(mask, length) > MASK_BYTES):
+        return f"packed rows and windows need even lengths with masks of at most {MASK_BYTES} bytes"
     return ""
 
 
-def mask_bytes(segments_BS: jax.Array) -> int:
-    """Of the mask that tells packed documents apart."""
-    return 2 * segments_BS.shape[0] * segments_BS.shape[1] ** 2
+def mask_bytes(mask: Mask, length: int) -> int:
+    """Bytes of the mask that tells packed documents apart and limits windows."""
+    return 2 * (1 if mask.segments_BS is None else mask.segments_BS.shape[0]) * length**2

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.kernels import KERNEL
+from mtp_jax.kernels.attention.mask import Mask
 
 LANES = 128  # of the vector unit: what blocks are multiples of
 # Queries and keys of a block, in all three kernels, and dq apart from dk and dv: MaxText's defaults (its
@@ -31,7 +32,7 @@ def _splash() -> Any:
     return splash_attention
 
 
-def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale, interpret: bool = False) -> jax.Array:
+def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale, interpret: bool = False) -> jax.Array:
     """As `kernels.attention.attend`, of queries that are one of S / T equal parts of their rows.
 
     Head dims are taken as they are, 192 beside 128 too; nothing is padded.
@@ -39,41 +40,57 @@ def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale, interpret: bool = 
     Args:
       interpret: run the kernels as plain jax, on any device.
     """
-    length, num_keys = q_BTHQ.shape[1], k_BSGQ.shape[1]
+    length = q_BTHQ.shape[1]
     # The kernels know no scale. Queries are scaled in float32 and rounded once more.
     scaled_BTHQ = (q_BTHQ.astype(jnp.float32) * scale).astype(q_BTHQ.dtype)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled_BTHQ, k_BSGQ, v_BSGV))
     segments = None
-    if segments_BS is not None:
-        segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
-        segments = _splash().SegmentIds(segments_BT, segments_BS)
-    kernel = _kernel(q_BTHQ.shape[2:], length, num_keys, first, interpret)
-    return jnp.swapaxes(_run(kernel, *heads_first, segments), 1, 2)
+    if mask.segments_BS is not None:
+        segments_BT = jax.lax.dynamic_slice_in_dim(mask.segments_BS, mask.first, length, axis=1)
+        segments = _splash().SegmentIds(segments_BT, mask.segments_BS)
+    kernel = _kernel(q_BTHQ.shape[2:], length, k_BSGQ.shape[1], mask, interpret)
+    sinks_H = None if sinks_H is None else sinks_H.astype(jnp.float32)
+    return jnp.swapaxes(_run(kernel, *heads_first, segments, sinks_H), 1, 2)
+
+
+def _rows(kernel: Any, q_BHTQ, k_BGSQ, v_BGSV, segments, sinks_H) -> jax.Array:
+    """The kernel row by row."""
+    return jax.vmap(lambda *row: kernel(*row, sinks=sinks_H))(q_BHTQ, k_BGSQ, v_BGSV, segments)
 
 
 @jax.custom_vjp
-def _run(kernel: Any, q_BHTQ: jax.Array, k_BGSQ: jax.Array, v_BGSV: jax.Array, segments: Any) -> jax.Array:
+def _run(
+    kernel: Any,
+    q_BHTQ: jax.Array,
+    k_BGSQ: jax.Array,
+    v_BGSV: jax.Array,
+    segments: Any,
+    sinks_H: jax.Array | None,
+) -> jax.Array:
     """The kernel row by row, [B, H, T, V]; its gradient is the kernel's own.
 
-    The kernel writes each query's normaliser 128 times. The compiler would cut one of them out where it is read, in the
-    backward pass, and keep all 128 until then: the barrier has it done before the output is used.
+    The kernel writes each query's normaliser 128 times. The compiler would slice one of them out where it is read, in
+    the backward pass, and keep all 128 until then: the barrier has it done before the output is used.
     """
-    return jax.vmap(kernel)(q_BHTQ, k_BGSQ, v_BGSV, segments)
+    return _rows(kernel, q_BHTQ, k_BGSQ, v_BGSV, segments, sinks_H)
 
 
-def _run_forward(kernel, q_BHTQ, k_BGSQ, v_BGSV, segments):
-    out_and_back = jax.vjp(lambda *qkv: jax.vmap(kernel)(*qkv, segments), q_BHTQ, k_BGSQ, v_BGSV)
+def _run_forward(kernel, q_BHTQ, k_BGSQ, v_BGSV, segments, sinks_H):
+    out_and_back = jax.vjp(
+        lambda q, k, v, sinks: _rows(kernel, q, k, v, segments, sinks), q_BHTQ, k_BGSQ, v_BGSV, sinks_H
+    )
     return jax.lax.optimization_barrier(out_and_back)
 
 
 def _run_backward(back, grad_BHTV):
-    return None, *back(grad_BHTV), None
+    dq_BHTQ, dk_BGSQ, dv_BGSV, dsinks_H = back(grad_BHTV)
+    return None, dq_BHTQ, dk_BGSQ, dv_BGSV, None, dsinks_H
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array | int, interpret: bool) -> Any:
+def _kernel(heads: tuple[int, ...], length: int, num_keys: int, mask: Mask, interpret: bool) -> Any:
     """(q [H, T, Q], k [G, S, Q], v [G, S, V], segments) -> [H, T, V], with a gradient, of one row's part.
 
     Args:
@@ -84,8 +101,10 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array
     # What has 192 numbers a head last takes the room of 256 in memory, and is kept for the backward pass so; positions
     # last leave no gaps.
     layout = splash.QKVLayout.SEQ_MINOR if dim % LANES else splash.QKVLayout.HEAD_DIM_MINOR
+    shape = (num_keys, num_keys)
+    one = splash.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else splash.CausalMask(shape)
     whole = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((num_keys, num_keys))] * num_heads),
+        splash.MultiHeadMask([one] * num_heads),
         block_sizes=splash.BlockSizes(
             **{f"block_{name}": block_of(length) for name in names}, q_layout=layout, k_layout=layout
         ),
@@ -100,7 +119,7 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, first: jax.Array
     def of_part(x):  # tables [heads, blocks of queries, blocks of keys], and the queries' positions
         dim = {3: 1, 1: 0}[x.ndim]
         size = x.shape[dim] // num_parts
-        return jax.lax.dynamic_slice_in_dim(x, first // length * size, size, axis=dim)
+        return jax.lax.dynamic_slice_in_dim(x, mask.first // length * size, size, axis=dim)
 
     return jax.tree.map(of_part, whole)
 

@@ -3,65 +3,107 @@
 Shape letters: as in the package.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from mtp_jax.kernels.attention.mask import Mask
 
 ATTENTION = "attention"  # checkpoint name of its output
 # A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
 # where a block's float32 scores would take more than these bytes (128 heads, 4 rows of 4096: 8 MiB per query).
 QUERY_BLOCK = 512
 SCORE_BYTES = 1 << 30
+MASKED = -1e30  # a score; finite, so that a query without a key gives a number
 
 
-def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale) -> jax.Array:
-    """As `kernels.attention.attend`."""
-    length, index_S = q_BTHQ.shape[1], jnp.arange(k_BSGQ.shape[1])
-    last_BT = jnp.broadcast_to(first + jnp.arange(length), (q_BTHQ.shape[0], length))
-    if segments_BS is None:
-        return attend_cached(q_BTHQ, k_BSGQ, v_BSGV, last_BT, scale)
-    segments_BT = jax.lax.dynamic_slice_in_dim(segments_BS, first, length, axis=1)
+def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale) -> jax.Array:
+    """As `kernels.attention.attend`. A block of queries multiplies with the keys of its window only."""
+    num_rows, length, num_heads, _ = q_BTHQ.shape
+    num_keys, window = k_BSGQ.shape[1], mask.window
+    num_blocks = _num_blocks(num_rows, length, num_heads, num_keys)
+    span = min(num_keys, length // num_blocks + window - 1) if window else num_keys
+    query_BT = jnp.broadcast_to(mask.first + jnp.arange(length), (num_rows, length))
+    places_BT = [query_BT]
+    if mask.segments_BS is not None:
+        places_BT.append(jax.lax.dynamic_slice_in_dim(mask.segments_BS, mask.first, length, axis=1))
+    whole = jnp.arange(num_keys)[None], k_BSGQ, v_BSGV, mask.segments_BS
 
-    def sees(last_BT, segments_BT):
-        causal_BTS = index_S <= last_BT[..., None]
-        return causal_BTS & (segments_BT[:, :, None] == segments_BS[:, None, :])
+    def block(q_BTGMQ, query_BT, segments_BT=None):
+        def near(x):
+            begin = jnp.clip(query_BT[0, 0] - window + 1, 0, num_keys - span)
+            return x if span == num_keys else jax.lax.dynamic_slice_in_dim(x, begin, span, axis=1)
 
-    return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, sees, last_BT, segments_BT)
+        key_1N, k_BNGQ, v_BNGV, segments_BN = jax.tree.map(near, whole)
+        visible_BTN = _in_window(query_BT, key_1N, window)
+        if segments_BT is not None:
+            visible_BTN &= segments_BT[:, :, None] == segments_BN[:, None, :]
+        return _softmax_average(q_BTGMQ, k_BNGQ, v_BNGV, visible_BTN, scale, sinks_H)
+
+    return _in_blocks(block, num_blocks, q_BTHQ, k_BSGQ.shape[2], v_BSGV.shape[3], places_BT)
 
 
 def attend_cached(
-    q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, last_BT: jax.Array, scale: float
-) -> jax.Array:
-    """softmax(scale * q k^T + mask) v over the entries of a cache, where a query sees slots 0 .. last of its own.
-
-    Returns:
-      [B, T, H, V] in the dtype of v.
-    """
-    index_S = jnp.arange(k_BSGQ.shape[1])
-    return _attend(q_BTHQ, k_BSGQ, v_BSGV, scale, lambda last_BT: index_S <= last_BT[..., None], last_BT)
-
-
-def _attend(
     q_BTHQ: jax.Array,
     k_BSGQ: jax.Array,
     v_BSGV: jax.Array,
+    query_BT: jax.Array,
+    key_BS: jax.Array,
+    window: int,
     scale: float,
-    sees: Callable[..., jax.Array],
-    *places_BT: jax.Array,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention in blocks of queries; `sees` of a block's places gives the keys it sees, bool[B, T, S]."""
-    length, num_heads, num_groups = q_BTHQ.shape[1], q_BTHQ.shape[2], k_BSGQ.shape[2]
-    q_BTGMQ = q_BTHQ.reshape(*q_BTHQ.shape[:2], num_groups, num_heads // num_groups, q_BTHQ.shape[-1])
+    """softmax(scale * q k^T + mask) v over the entries of a cache.
 
-    def block(q_BTGMQ, *places_BT):
-        scores_BGMTS = jnp.einsum("btgmq,bsgq->bgmts", q_BTGMQ, k_BSGQ, preferred_element_type=jnp.float32) * scale
-        mask_BTS = sees(*places_BT)
-        probs = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BGMTS, -jnp.inf), axis=-1)
-        return jnp.einsum("bgmts,bsgv->btgmv", probs.astype(v_BSGV.dtype), v_BSGV)
+    Args:
+      query_BT: int, the queries' positions.
+      key_BS: int, the position of each slot's entry, [1 or B, S]; negative where there is none.
+      window: as in `Mask`.
 
-    num_blocks = _num_blocks(q_BTHQ.shape[0], length, num_heads, k_BSGQ.shape[1])
+    Returns:
+      [B, T, H, V] in the dtype of v. A query that sees no entry gives finite numbers of no meaning.
+    """
+
+    def block(q_BTGMQ, query_BT):
+        visible_BTS = _in_window(query_BT, key_BS, window) & (key_BS >= 0)[:, None]
+        return _softmax_average(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, scale, sinks_H)
+
+    num_blocks = _num_blocks(q_BTHQ.shape[0], q_BTHQ.shape[1], q_BTHQ.shape[2], k_BSGQ.shape[1])
+    return _in_blocks(block, num_blocks, q_BTHQ, k_BSGQ.shape[2], v_BSGV.shape[3], [query_BT])
+
+
+def _in_window(query_BT: jax.Array, key_BS: jax.Array, window: int) -> jax.Array:
+    """bool[B, T, S], whether a key is at most `window` - 1 positions before a query."""
+    visible_BTS = key_BS[:, None, :] <= query_BT[:, :, None]
+    return visible_BTS & (key_BS[:, None, :] > query_BT[:, :, None] - window) if window else visible_BTS
+
+
+def _softmax_average(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, scale, sinks_H) -> jax.Array:
+    """[B, T, G, M, V], the values averaged by the softmax of the visible scores."""
+    scores_BGMTS = jnp.einsum("btgmq,bsgq->bgmts", q_BTGMQ, k_BSGQ, preferred_element_type=jnp.float32) * scale
+    scores_BGMTS = jnp.where(visible_BTS[:, None, None], scores_BGMTS, MASKED)
+    if sinks_H is None:
+        probs_BGMTS = jax.nn.softmax(scores_BGMTS, axis=-1)
+    else:
+        sinks_GM11 = sinks_H.astype(jnp.float32).reshape(*q_BTGMQ.shape[2:4], 1, 1)
+        sinks_BGMT1 = jnp.broadcast_to(sinks_GM11, (*scores_BGMTS.shape[:-1], 1))
+        probs_BGMTS = jax.nn.softmax(jnp.concatenate([scores_BGMTS, sinks_BGMT1], axis=-1), axis=-1)[..., :-1]
+    return jnp.einsum("bgmts,bsgv->btgmv", probs_BGMTS.astype(v_BSGV.dtype), v_BSGV)
+
+
+def _in_blocks(
+    block: Callable[..., jax.Array],
+    num_blocks: int,
+    q_BTHQ: jax.Array,
+    num_groups: int,
+    value_dim: int,
+    places_BT: Sequence[jax.Array],
+) -> jax.Array:
+    """`block(queries [B, t, G, M, Q], *places)` on equal blocks of queries, one after another; [B, T, H, V]."""
+    num_rows, length, num_heads, _ = q_BTHQ.shape
+    q_BTGMQ = q_BTHQ.reshape(num_rows, length, num_groups, num_heads // num_groups, -1)
     if num_blocks == 1:
         out = block(q_BTGMQ, *places_BT)
     else:
@@ -69,10 +111,9 @@ def _attend(
         def split(x):
             return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, length // num_blocks, *x.shape[2:]), 1, 0)
 
-        cut = tuple(split(x) for x in (q_BTGMQ, *places_BT))
-        out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), cut)
-        out = jnp.moveaxis(out, 0, 1).reshape(*q_BTGMQ.shape[:-1], v_BSGV.shape[-1])
-    return checkpoint_name(out.reshape(*q_BTHQ.shape[:3], v_BSGV.shape[-1]), ATTENTION)
+        out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), [split(x) for x in (q_BTGMQ, *places_BT)])
+        out = jnp.moveaxis(out, 0, 1)
+    return checkpoint_name(out.reshape(num_rows, length, num_heads, value_dim), ATTENTION)
 
 
 def _num_blocks(num_rows: int, length: int, num_heads: int, num_keys: int) -> int:

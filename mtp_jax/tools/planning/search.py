@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
+from mtp_jax.layers.attention import attention_of
+from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import weights
 from mtp_jax.mtp import kind_of
 from mtp_jax.sharding import spec
@@ -155,9 +157,10 @@ def step_seconds(config: Config, sizes: dict[str, int], topology: Topology) -> f
     sent += 12 * layers * local if sizes["tensor"] > 1 else 0
     sent += 6 * layers * local * model.num_experts_per_token if sizes["expert"] > 1 else 0
     if sizes["context"] > 1:
-        read = model.kv_lora_rank + model.qk_rope_head_dim
-        read = read if model.attention == "mla" else 2 * model.num_kv_heads * model.head_dim
-        sent += 4 * layers * local / model.embed_dim * read * (sizes["context"] - 1)
+        kind = kind_of(config)
+        specs = layer_specs(model, kind.num_main_layers) + [kind.layer_spec] * kind.num_blocks
+        read = sum(attention_of(model).cache_size(model, spec.attention) for spec in specs)
+        sent += 4 * local / model.embed_dim * read * (sizes["context"] - 1)
     return max(compute, sent / links)
 
 

@@ -2,9 +2,9 @@
 
 The online softmax of FlashAttention (2205.14135) with two computing warpgroups that take turns on the tensor cores and
 one that fetches (FlashAttention-3, 2407.08608). A document is a run of positions, so the keys that a block of queries
-sees are a range: from where the document of its first query begins to its last query; and the queries that see a block
-of keys are a range too. Only blocks that reach over a range's end are masked element by element. The backward pass is
-two kernels, one for the queries and one for keys and values, which compute the probabilities anew.
+sees are a range: from where the document, or the window, of its first query begins to its last query; and the queries
+that see a block of keys are a range too. Only blocks that reach over a range's end are masked element by element. The
+backward pass is two kernels, one for the queries and one for keys and values, which compute the probabilities anew.
 
 The kernels are imported where they are used: they need what only a jax with CUDA has.
 
@@ -14,20 +14,20 @@ Shape letters: as in `kernels.attention`.
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.kernels.attention.mask import Mask
+
 BLOCK, DIMS = 128, 320  # positions that the kernels take together; head dims that registers hold
 
 
-def attend(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first, scale) -> jax.Array:
+def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale) -> jax.Array:
     """As `kernels.attention.attend`."""
     from mtp_jax.kernels.attention.hopper import blocks, kernel
 
-    if segments_BS is None:
-        segments_BS = jnp.zeros(k_BSGQ.shape[:2], jnp.int32)
-    seen = blocks.ranges(segments_BS, first, q_BTHQ.shape[1])
-    return kernel.attend(q_BTHQ, k_BSGQ, v_BSGV, seen, scale, blocks.Tiles())
+    seen = blocks.ranges(mask, q_BTHQ.shape[0], k_BSGQ.shape[1], q_BTHQ.shape[1])
+    return kernel.attend(q_BTHQ, k_BSGQ, v_BSGV, seen, sinks_H, scale, blocks.Tiles())
 
 
-def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, segments_BS, first) -> str:
+def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
     """Why the kernels cannot take this attention; empty where they can."""
     lengths = (q_BTHQ.shape[1], k_BSGQ.shape[1])
     dims = q_BTHQ.shape[3], v_BSGV.shape[3]

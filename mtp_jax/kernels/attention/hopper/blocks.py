@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from mtp_jax.kernels.attention.mask import Mask
+
 NUM_WARPGROUPS = 2  # that compute
 ROWS = 64  # of a block that one warpgroup computes: what one wgmma takes
 BLOCK = NUM_WARPGROUPS * ROWS  # the lengths are multiples of it
@@ -37,8 +39,8 @@ class Tiles(NamedTuple):
 class Ranges(NamedTuple):
     """Which queries see which keys, int32.
 
-    start_BT: the first key that each query sees. end_BS: one after the last query that sees each key, if no query were
-    cut off. Both never decrease along a row. first_1: the position of the first query; keys begin at 0.
+    start_BT: the first key that each query sees. end_BS: one after the last query of the whole row that sees each key.
+    Neither decreases along a row. first_1: the position of the first query; keys begin at 0.
     """
 
     start_BT: jax.Array
@@ -46,16 +48,22 @@ class Ranges(NamedTuple):
     first_1: jax.Array
 
 
-def ranges(segments_BS: jax.Array, first: jax.Array | int, num_queries: int) -> Ranges:
-    """Of rows in which a document is a run of equal ids."""
-    num_keys = segments_BS.shape[1]
+def ranges(mask: Mask, num_rows: int, num_keys: int, num_queries: int) -> Ranges:
+    """The ranges of a mask whose documents are runs of equal ids."""
     index_S = jnp.arange(num_keys, dtype=jnp.int32)
-    begins_BS = jnp.pad(segments_BS[:, 1:] != segments_BS[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start_BS = lax.cummax(jnp.where(begins_BS, index_S, 0), axis=1)
-    next_BS = jnp.where(jnp.roll(begins_BS, -1, axis=1), index_S + 1, num_keys)
-    end_BS = lax.cummin(next_BS, axis=1, reverse=True)
-    start_BT = lax.dynamic_slice_in_dim(start_BS, first, num_queries, axis=1)
-    return Ranges(start_BT, end_BS, jnp.asarray(first, jnp.int32).reshape(1))
+    if mask.segments_BS is None:
+        start_BS, end_BS = (jnp.full((num_rows, num_keys), x, jnp.int32) for x in (0, num_keys))
+    else:
+        changes_BS = mask.segments_BS[:, 1:] != mask.segments_BS[:, :-1]
+        begins_BS = jnp.pad(changes_BS, ((0, 0), (1, 0)), constant_values=True)
+        start_BS = lax.cummax(jnp.where(begins_BS, index_S, 0), axis=1)
+        next_BS = jnp.where(jnp.roll(begins_BS, -1, axis=1), index_S + 1, num_keys)
+        end_BS = lax.cummin(next_BS, axis=1, reverse=True)
+    if mask.window:
+        start_BS = jnp.maximum(start_BS, index_S - mask.window + 1)
+        end_BS = jnp.minimum(end_BS, index_S + mask.window)
+    start_BT = lax.dynamic_slice_in_dim(start_BS, mask.first, num_queries, axis=1)
+    return Ranges(start_BT, end_BS, jnp.asarray(mask.first, jnp.int32).reshape(1))
 
 
 class Place:

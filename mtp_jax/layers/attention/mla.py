@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
 
 Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows; S slots of a cache), D model,
-H heads, N nope dim, R rotary dim, V value dim, X = N + V, C key/value latent, W = C + R numbers a token in a cache.
+H heads, N nope dim, R rotary dim, V value dim, X = N + V, C key/value latent, W = C + R numbers per token in a cache.
 """
 
 import jax
@@ -9,22 +9,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.attention import attend, attend_cached
+from mtp_jax.config import ModelConfig, UserError
+from mtp_jax.kernels.attention import Mask, attend, attend_cached
 from mtp_jax.kernels.device import device
 from mtp_jax.layers import rope
-from mtp_jax.layers.cache import Slots, write
+from mtp_jax.layers.attention.base import Attention
+from mtp_jax.layers.cache import Slots, num_slots, read_and_write
 from mtp_jax.layers.linear import cast, linear
 from mtp_jax.layers.norm import RMSNorm
-from mtp_jax.layers.param import matrix
+from mtp_jax.layers.param import matrix, vector
+from mtp_jax.layers.spec import AttentionSpec
 from mtp_jax.sharding import constrain, first_position, local, whole_length
 
 
-class MultiHeadLatentAttention(nnx.Module):
-    """Keys and values come from one latent of C dims and one rotary key of R dims a token, shared by all heads."""
+class MultiHeadLatentAttention(Attention):
+    """Keys and values come from one latent of C dims and one rotary key of R dims per token, shared by all heads."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, spec: AttentionSpec, rngs: nnx.Rngs):
+        super().__init__(config, spec, rngs)
         dim, heads = config.embed_dim, config.num_heads
         nope, rotary, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         if config.q_lora_rank:
@@ -37,9 +39,38 @@ class MultiHeadLatentAttention(nnx.Module):
         self.kv_a_norm = RMSNorm(config.kv_lora_rank, config, eps=config.latent_norm_eps)
         self.kv_b = matrix(rngs, (config.kv_lora_rank, heads, nope + value), ("embed", "heads", None), 1, config)
         self.o = matrix(rngs, (heads, value, dim), ("heads", None, "embed"), 2, config)
+        if spec.has_sinks:
+            self.sinks = vector((heads,), ("heads",), 0.0, config)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        if config.qk_rope_head_dim % 2:
+            raise UserError(
+                f"model.qk_rope_head_dim={config.qk_rope_head_dim}: rotary dimensions come in pairs; use an even number"
+            )
+
+    @classmethod
+    def sharded_sizes(cls, config: ModelConfig) -> list[tuple[str, str, int]]:
+        """Dims that latents are expanded from."""
+        return [
+            ("embed", "model.q_lora_rank", config.q_lora_rank),
+            ("embed", "model.kv_lora_rank", config.kv_lora_rank),
+        ]
+
+    @classmethod
+    def multiplied_dims(cls, config: ModelConfig) -> int:
+        return config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+
+    @classmethod
+    def cache_size(cls, config: ModelConfig, spec: AttentionSpec) -> int:
+        """The latent and the rotary key, whatever the number of heads."""
+        return config.kv_lora_rank + config.qk_rope_head_dim
+
+    @classmethod
+    def value_dim(cls, config: ModelConfig) -> int:
+        return config.v_head_dim
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; see `attend` for who sees whom."""
         q_BTHQ = self.queries(x_BTD, positions_BT)
         latent_BTC, rotary_BTR = self.latents(x_BTD, positions_BT)
         # Each device expands the latents of whole rows to keys and values of its own heads.
@@ -51,21 +82,30 @@ class MultiHeadLatentAttention(nnx.Module):
                 ("batch", "length", None),
                 (None, "heads", None),
                 ("batch", None),
+                ("heads",),
             ),
             ("batch", "length", "heads", None),
         )
-        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, cast(self.kv_b, x_BTD.dtype), segments_BT)
+        kv_b_CHX = cast(self.kv_b, x_BTD.dtype)
+        out_BTHV = attention(q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BT, self._sinks())
         return linear(out_BTHV, self.o)
 
-    def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BS):
+    def _sinks(self) -> jax.Array | None:
+        return self.sinks[...] if self.spec.has_sinks else None
+
+    def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BS, sinks_H):
         """One device's queries over whole rows.
 
-        The latent is what crosses the context axis, and its gradient what comes back: C + R numbers a token, where keys
-        and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
+        The latent is what crosses the context axis, and its gradient what comes back: C + R numbers per token, where
+        keys and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
         """
         k_BSHQ, v_BSHV = self._expand(whole_length(latent_BTC), whole_length(rotary_BTR), kv_b_CHX)
-        scale, first = rope.mla_softmax_scale(self.config), first_position(q_BTHQ.shape[1])
-        return attend(q_BTHQ, k_BSHQ, v_BSHV, segments_BS, scale, first, self.config.attention_kernel)
+        mask = Mask(segments_BS, first_position(q_BTHQ.shape[1]), self.spec.window)
+        return attend(q_BTHQ, k_BSHQ, v_BSHV, mask, self._scale, sinks_H, self.config.attention_kernel)
+
+    @property
+    def _scale(self) -> float:
+        return rope.mla_softmax_scale(self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.spec.rope)
 
     def _expand(self, latent_BSC, rotary_BSR, kv_b_CHX):
         """Keys [B, S, H, N + R] and values [B, S, H, V] of every head."""
@@ -75,22 +115,22 @@ class MultiHeadLatentAttention(nnx.Module):
         rotary_BSHR = jnp.broadcast_to(rotary_BSR[:, :, None], (*k_nope_BSHN.shape[:3], rotary_BSR.shape[-1]))
         return jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1), v_BSHV
 
-    def empty_cache(self, num_rows: int, num_slots: int, dtype: DTypeLike) -> jax.Array:
-        """[B, S, C + R]: of each token its latent and its rotary key, whatever the number of heads."""
-        return jnp.zeros((num_rows, num_slots, self.config.kv_lora_rank + self.config.qk_rope_head_dim), dtype)
+    def empty_cache(self, num_rows: int, num_positions: int, num_new: int, dtype: DTypeLike) -> jax.Array:
+        """[B, S, C + R]: of each token its latent and its rotary key."""
+        slots = num_slots(self.spec.window, num_positions, num_new)
+        return jnp.zeros((num_rows, slots, self.cache_size(self.config, self.spec)), dtype)
 
-    def decode(
-        self, x_BTD: jax.Array, slots: Slots, cache_BSW: jax.Array, start: int = 0
-    ) -> tuple[jax.Array, jax.Array]:
-        """New tokens [B, T, D] -> [B, T - start, D], without the first, and the cache with the entries of all."""
+    def decode(self, x_BTD: jax.Array, slots: Slots, cache: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array]:
         last_BT = slots.positions_BT[:, start:]
         q_BTHQ = self.queries(x_BTD[:, start:], last_BT)
         entries_BTW = jnp.concatenate(self.latents(x_BTD, slots.positions_BT), axis=-1)
-        cache_BSW = write(cache_BSW, entries_BTW, slots.slots_BT)
-        seen_BSW = cache_BSW[:, : slots.num_visible]
+        cache, seen_BSW, key_BS = read_and_write(cache, entries_BTW, slots, self.spec.window)
         attention = self._absorbed if self._absorbs(q_BTHQ.shape[1]) else self._expanded
-        out_BTHV = attention(q_BTHQ, seen_BSW, cast(self.kv_b, x_BTD.dtype), last_BT)
-        return linear(out_BTHV, self.o), cache_BSW
+        out_BTHV = attention(q_BTHQ, seen_BSW, cast(self.kv_b, x_BTD.dtype), last_BT, key_BS)
+        return linear(out_BTHV, self.o), cache
+
+    def _attend_cached(self, q_BTHQ, k_BSGQ, v_BSGV, last_BT, key_BS):
+        return attend_cached(q_BTHQ, k_BSGQ, v_BSGV, last_BT, key_BS, self.spec.window, self._scale, self._sinks())
 
     def _absorbs(self, num_queries: int) -> bool:
         """Which form takes fewer multiplications for each entry seen: absorbed, T H (2 C + R), or expanded,
@@ -99,7 +139,7 @@ class MultiHeadLatentAttention(nnx.Module):
         rank, heads = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
         return num_queries * (2 * rank - heads) <= rank * heads
 
-    def _absorbed(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT):
+    def _absorbed(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT, key_BS):
         """Queries and outputs go through the up-projections of keys and values, entries are read as they are: they are
         the keys, and their first C numbers the values, of one head that all share (section 2.1.2)."""
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
@@ -110,15 +150,15 @@ class MultiHeadLatentAttention(nnx.Module):
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, key_up_CHN)
         q_BTHW = jnp.concatenate([q_BTHC, q_BTHQ[..., nope:]], axis=-1)
         seen_BS1W = seen_BSW[:, :, None]
-        out_BTHW = attend_cached(q_BTHW, seen_BS1W, seen_BS1W, last_BT, rope.mla_softmax_scale(self.config))
+        out_BTHW = self._attend_cached(q_BTHW, seen_BS1W, seen_BS1W, last_BT, key_BS)
         out_BTHV = jnp.einsum("bthc,chv->bthv", out_BTHW[..., :rank], value_up_CHV)
         return out_BTHV[..., -self.config.v_head_dim :]
 
-    def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT):
+    def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT, key_BS):
         """Keys and values of every head, as in training."""
         rank = self.config.kv_lora_rank
         k_BSHQ, v_BSHV = self._expand(seen_BSW[..., :rank], seen_BSW[..., rank:], kv_b_CHX)
-        return attend_cached(q_BTHQ, k_BSHQ, v_BSHV, last_BT, rope.mla_softmax_scale(self.config))
+        return self._attend_cached(q_BTHQ, k_BSHQ, v_BSHV, last_BT, key_BS)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """[B, T, H, N + R], the last R dims rotated."""
@@ -127,12 +167,12 @@ class MultiHeadLatentAttention(nnx.Module):
             q_BTHQ = linear(self.q_a_norm(linear(x_BTD, self.q_a)), self.q_b)
         else:
             q_BTHQ = linear(x_BTD, self.q)
-        rotated_BTHR = rope.rotate(q_BTHQ[..., nope:], positions_BT, self.config)
+        rotated_BTHR = rope.rotate(q_BTHQ[..., nope:], positions_BT, self.spec.rope)
         return constrain(jnp.concatenate([q_BTHQ[..., :nope], rotated_BTHR], -1), "batch", "length", "heads", None)
 
     def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a cache holds: the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
         kv_BTW = linear(x_BTD, self.kv_a)
         rank = self.config.kv_lora_rank
-        rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.config)[:, :, 0]
+        rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.spec.rope)[:, :, 0]
         return self.kv_a_norm(kv_BTW[..., :rank]), rotary_BTR

@@ -1,0 +1,13 @@
+"""Attention variants, by the value of `model.attention`."""
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.layers.attention.base import Attention
+from mtp_jax.layers.attention.gqa import GroupedQueryAttention
+from mtp_jax.layers.attention.mla import MultiHeadLatentAttention
+
+ATTENTIONS: dict[str, type[Attention]] = {"mla": MultiHeadLatentAttention, "gqa": GroupedQueryAttention}
+
+
+def attention_of(config: ModelConfig) -> type[Attention]:
+    """The variant that a model uses."""
+    return ATTENTIONS[config.attention]
