@@ -191,6 +191,12 @@ def test_flops_of_kernels_are_those_of_the_blocks_they_compute():
     both = matmul_flops(jax.make_jaxpr(jax.grad(attend, (0, 1, 2)))(*shapes).jaxpr, 1)
     assert both == pytest.approx(pairs * (forward + backward), rel=1e-3)  # and normalisers
 
+    def attend_near(q, k, v):
+        return splash.attend(q, k, v, Mask(window=512), None, 0.1)
+
+    near = 2 * 4 * 512 * 512 * (1 + 3 * 2)  # the first block of queries reaches over one block of keys, the others two
+    assert matmul_flops(jax.make_jaxpr(attend_near)(*shapes).jaxpr, 1) == near * forward
+
     x, w, sizes = (
         jax.ShapeDtypeStruct(*a) for a in (((256, 128), "bfloat16"), ((4, 128, 384), "bfloat16"), ((4,), "int32"))
     )

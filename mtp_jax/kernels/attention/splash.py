@@ -145,10 +145,16 @@ def block_of(length: int) -> int:
 
 def computed_blocks(name: str, grid: Sequence[int]) -> float:
     """How many of a grid's blocks a kernel computes, by its name: those on the diagonal and below. The mean of a row's
-    parts where it is cut.
+    parts where it is sharded.
+
+    With a window the kernel's grid has as many blocks of keys as the window reaches over, fewer than blocks of queries,
+    and the first queries reach over fewer. The kernel of dk and dv does not tell a window from a part of a row: there
+    about half of a window's blocks count.
 
     Args:
       grid: [rows, heads, blocks of queries, blocks of keys]; for dk and dv [rows, blocks of keys, heads, of queries].
     """
+    if "_dkv" not in name and grid[-1] < grid[-2]:
+        return math.prod(grid[:-2]) * (grid[-2] * grid[-1] - grid[-1] * (grid[-1] - 1) / 2)
     num_blocks = grid[-3] if "_dkv" in name else grid[-1]  # of keys: a whole row's
     return math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)
