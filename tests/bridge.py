@@ -21,7 +21,8 @@ def _split(tree):
     for name, value in tree.items():
         if name == "router":
             weights["router"], biases["router"] = {"weight": value}, {"bias": tree["bias"]}
-        elif name == "bias":
+            weights["router"] |= {name: tree[name] for name in ("logit_bias",) if name in tree}
+        elif name in ("bias", "logit_bias"):
             continue
         elif isinstance(value, dict):
             weights[name], inner = _split(value)

@@ -36,10 +36,11 @@ def small(kind):
     """configs/tiny.py with the fewest layers every kind can have, all of them with experts: less to compile.
 
     "gqa" is sequential modules with grouped-query attention, "window" the same with a sliding window and sinks in every
-    other layer and in the modules.
+    other layer and in the modules, and with experts that have biases.
     """
     more = {"model.local.window": 5, "model.local.pattern": "LG", "model.local.num_kv_heads": 2, "mtp.window": 5}
-    more = more | {"model.local.sinks": True} if kind == "window" else {}
+    more |= dict.fromkeys(("model.local.sinks", "model.expert_bias", "model.router.logit_bias"), True)
+    more = more if kind == "window" else {}
     kind, attention = ("sequential", "gqa") if kind in ("gqa", "window") else (kind, "mla")
     config = tiny(
         *(f"--config.mtp.kind={kind}", "--config.mtp.parameter_matched=false", "--config.data.sequence_length=32"),

@@ -11,6 +11,7 @@ from mtp_jax import config as configs
 from mtp_jax import targets
 from mtp_jax.config import (
     Config,
+    GatedUnitConfig,
     Llama3Config,
     LocalConfig,
     ModelConfig,
@@ -47,6 +48,13 @@ BASE = ModelConfig(
     expert_dim=8,
 )
 MOE = replace(BASE, num_experts=8, num_experts_per_token=3, routed_scaling_factor=1.7)
+GPT_OSS = replace(
+    MOE,
+    router=RouterConfig("softmax", logit_bias=True),
+    expert_bias=True,
+    num_shared_experts=0,
+    gated_unit=GatedUnitConfig(1.702, 1.0, 0.8),
+)
 YARN = RopeConfig(theta=100.0, yarn=YarnConfig(factor=4.0, original_length=16))
 YARN_MSCALES = with_values(YARN, {"yarn.mscale": 0.7, "yarn.mscale_all_dim": 1.0})
 HALVES = RopeConfig(interleaved=False)
@@ -75,6 +83,8 @@ MODELS = {
         num_dense_layers=0,
     ),
     "moe_no_shared": replace(MOE, num_shared_experts=0),
+    "moe_biases": GPT_OSS,
+    "moe_biases_ragged": replace(GPT_OSS, moe_dispatch="ragged"),
     "mla_window": replace(BASE, local=LocalConfig(window=3, sinks=True)),
     "gqa_flash": replace(
         BASE,

@@ -15,6 +15,7 @@ from mtp_jax.config.schema import (
     Config,
     Conventions,
     DataConfig,
+    GatedUnitConfig,
     Llama3Config,
     LocalConfig,
     MeshConfig,

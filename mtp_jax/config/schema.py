@@ -64,10 +64,20 @@ class RouterConfig:
     # V3: sum of the two best; V2: the best
     group_score: Literal["top2_sum", "max"] = setting("top2_sum", was="model.router_group_score")
     renormalize: bool = setting(True, was="model.router_renormalize")
+    logit_bias: bool = False  # a trained bias of the scores, beside the one that balances the load
     # gamma of the auxiliary-loss-free balancing; 0: off
     bias_rate: float = setting(1e-3, at_least=0, at_most=1e3, may_change="new_run", was="model.router_bias_rate")
     # step after which gamma is 0; 0: never
     bias_until: int = setting(0, at_least=0, below=2**31, may_change="new_run", was="model.router_bias_until")
+
+
+@dataclass(frozen=True)
+class GatedUnitConfig:
+    """The gated linear unit of feed-forwards, g sigmoid(alpha g) (u + offset) of a gate g and u; SwiGLU by default."""
+
+    alpha: float = setting(1.0, above=0, at_most=1e3)
+    offset: float = setting(0.0, at_least=0, at_most=1e3)
+    limit: float = setting(0.0, at_least=0, at_most=1e6)  # g at most, u at most in magnitude; 0: none
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,8 @@ class ModelConfig:
     num_experts_per_token: int = setting(2, at_least=1, at_most=2**16, when="moe")
     num_shared_experts: int = setting(1, at_least=0, at_most=2**12)
     expert_dim: int = setting(128, at_least=1, at_most=2**24, when="moe")
+    expert_bias: bool = False  # of the routed experts' three products
+    gated_unit: GatedUnitConfig = GatedUnitConfig()
     router: RouterConfig = RouterConfig()
     routed_scaling_factor: float = setting(1.0, at_least=0, at_most=1e6)
     # alpha of the sequence-wise balance loss

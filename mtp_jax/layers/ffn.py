@@ -1,9 +1,10 @@
-"""SwiGLU feed-forward (2002.05202): (silu(x W_gate) * (x W_up)) W_down."""
+"""Gated feed-forward (2002.05202): (silu(x W_gate) * (x W_up)) W_down, or another gated linear unit."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from mtp_jax.config import ModelConfig
+from mtp_jax.config import GatedUnitConfig, ModelConfig
 from mtp_jax.layers.linear import linear
 from mtp_jax.layers.param import matrix
 from mtp_jax.sharding import constrain
@@ -13,11 +14,19 @@ class SwiGLU(nnx.Module):
     """A dense feed-forward of the given width; [..., D] -> [..., D]."""
 
     def __init__(self, width: int, config: ModelConfig, rngs: nnx.Rngs):
-        dim = config.embed_dim
+        dim, self.unit = config.embed_dim, config.gated_unit
         self.gate = matrix(rngs, (dim, width), ("embed", "ffn"), 1, config)
         self.up = matrix(rngs, (dim, width), ("embed", "ffn"), 1, config)
         self.down = matrix(rngs, (width, dim), ("ffn", "embed"), 1, config)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = jax.nn.silu(linear(x_BTD, self.gate)) * linear(x_BTD, self.up)
+        h_BTF = gated_unit(linear(x_BTD, self.gate), linear(x_BTD, self.up), self.unit)
         return linear(constrain(h_BTF, "batch", "length", "ffn"), self.down)
+
+
+def gated_unit(gate: jax.Array, up: jax.Array, config: GatedUnitConfig) -> jax.Array:
+    """gate * sigmoid(alpha * gate) * (up + offset), both limited where the config says (gpt-oss, 2508.10925)."""
+    if config.limit:
+        gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
+    gate = jax.nn.silu(gate) if config.alpha == 1 else gate * jax.nn.sigmoid(config.alpha * gate)
+    return gate * (up + config.offset if config.offset else up)

@@ -6,17 +6,18 @@ Shape letters: B rows, T positions, D model, E experts, F expert width, K expert
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import device
 from mtp_jax.kernels.permute import through_experts
 from mtp_jax.layers.exchange import exchanged
-from mtp_jax.layers.ffn import SwiGLU
+from mtp_jax.layers.ffn import SwiGLU, gated_unit
 from mtp_jax.layers.linear import cast, grouped, linear, sum_over_experts
-from mtp_jax.layers.param import matrix
+from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.router import Router, RouterStats
-from mtp_jax.sharding import LOGICAL_AXES, constrain, num_shards, spec
+from mtp_jax.sharding import LOGICAL_AXES, Axes, constrain, num_shards, spec
 
 
 class MixtureOfExperts(nnx.Module):
@@ -29,6 +30,10 @@ class MixtureOfExperts(nnx.Module):
         self.gate = matrix(rngs, (experts, dim, width), ("experts", "embed", "ffn"), 1, config)
         self.up = matrix(rngs, (experts, dim, width), ("experts", "embed", "ffn"), 1, config)
         self.down = matrix(rngs, (experts, width, dim), ("experts", "ffn", "embed"), 1, config)
+        if config.expert_bias:
+            self.gate_bias = vector((experts, width), ("experts", "ffn"), 0.0, config)
+            self.up_bias = vector((experts, width), ("experts", "ffn"), 0.0, config)
+            self.down_bias = vector((experts, dim), ("experts", None), 0.0, config)
         if config.num_shared_experts:
             self.shared = SwiGLU(config.num_shared_experts * width, config, rngs)
 
@@ -55,9 +60,12 @@ class MixtureOfExperts(nnx.Module):
         x_BTD = constrain(x_BTD, "moe_batch", "length", None)
         gate_BTEF = linear(x_BTD, self.gate)
         up_BTEF = linear(x_BTD, self.up)
-        h_BTEF = constrain(jax.nn.silu(gate_BTEF) * up_BTEF, "moe_batch", "length", "experts", "ffn")
-        h_BTEF = h_BTEF * gates_BTE[..., None]
-        return sum_over_experts(h_BTEF, self.down)
+        if self.config.expert_bias:
+            gate_BTEF, up_BTEF = gate_BTEF + cast(self.gate_bias, dtype), up_BTEF + cast(self.up_bias, dtype)
+        h_BTEF = gated_unit(gate_BTEF, up_BTEF, self.config.gated_unit)
+        h_BTEF = constrain(h_BTEF, "moe_batch", "length", "experts", "ffn") * gates_BTE[..., None]
+        out_BTD = sum_over_experts(h_BTEF, self.down)
+        return out_BTD + gates_BTE @ cast(self.down_bias, dtype) if self.config.expert_bias else out_BTD
 
     def _ragged(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
         """Tokens sorted by expert, one grouped matmul over the groups as long as they are.
@@ -66,15 +74,21 @@ class MixtureOfExperts(nnx.Module):
         one of them). Where the expert axis is cut, tokens go to the owners of their experts and come back; the experts'
         weights stay where they are, but for the model dim, which is collected over the fsdp axis.
         """
-        weights = tuple(cast(w, x_BTD.dtype) for w in (self.gate, self.up, self.down))
-        experts = functools.partial(_experts, kernel=self.config.expert_kernel)
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        if self.config.expert_bias:
+            named |= {"gate_bias": self.gate_bias, "up_bias": self.up_bias, "down_bias": self.down_bias}
+        weights = {name: cast(weight, x_BTD.dtype) for name, weight in named.items()}
+        experts = functools.partial(_experts, config=self.config)
         if num_shards("batch") * num_shards("length") * num_shards("ffn") == 1:
             here = functools.partial(experts, weights=weights)
             return through_experts(x_BTD, gates_BTK, chosen_BTK, self.config.num_experts, here)
         owned = functools.partial(exchanged, experts=experts, per_token=self.config.num_experts_per_token)
         travel = owned if num_shards("experts") > 1 else experts
-        tokens, wide = spec(("batch", "length", None)), spec(("experts", None, "ffn"))
-        specs = (tokens, tokens, tokens, (wide, wide, spec(("experts", "ffn", None))))
+        # All of a weight's model dim is on every device that has a part of it.
+        kept: dict[str, Axes] = {"gate": (None, "ffn"), "up": (None, "ffn"), "down": ("ffn", None)}
+        kept |= {"gate_bias": ("ffn",), "up_bias": ("ffn",), "down_bias": (None,)}
+        tokens = spec(("batch", "length", None))
+        specs = (tokens, tokens, tokens, {name: spec(("experts", *kept[name])) for name in weights})
 
         def run(x_BTD, gates_BTK, chosen_BTK, weights):
             here = functools.partial(travel, weights=weights)
@@ -86,12 +100,21 @@ class MixtureOfExperts(nnx.Module):
         )
 
 
-def _experts(x_ND, sizes_E, weights, kernel):
-    """SwiGLU of every expert on its group of rows."""
-    gate_EDF, up_EDF, down_EFD = weights
+def _experts(x_ND: jax.Array, sizes_E: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
+    """Feed-forward of every expert on its group of rows, inside or outside shard_map."""
     with jax.named_scope("experts"):
-        gate_NF, up_NF = grouped(x_ND, (gate_EDF, up_EDF), sizes_E, kernel)
-        return grouped(jax.nn.silu(gate_NF) * up_NF, (down_EFD,), sizes_E, kernel)[0]
+        gate_NF, up_NF = grouped(x_ND, (weights["gate"], weights["up"]), sizes_E, config.expert_kernel)
+        if config.expert_bias:
+            # Rows behind the last group take its biases; nobody reads them.
+            expert_N = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_ND)), side="right")
+            gate_NF, up_NF = gate_NF + weights["gate_bias"][expert_N], up_NF + weights["up_bias"][expert_N]
+        h_NF = gated_unit(gate_NF, up_NF, config.gated_unit)
+        (out_ND,) = grouped(h_NF, (weights["down"],), sizes_E, config.expert_kernel)
+        if config.expert_bias:
+            # Outputs are summed over the devices that share an expert's width: one of them adds its bias.
+            is_first = jax.lax.axis_index(LOGICAL_AXES["ffn"]) == 0 if num_shards("ffn") > 1 else True
+            out_ND = out_ND + jnp.where(is_first, weights["down_bias"], 0)[expert_N]
+        return out_ND
 
 
 def uses_ragged(config: ModelConfig) -> bool:

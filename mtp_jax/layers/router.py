@@ -11,7 +11,7 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers.linear import linear
-from mtp_jax.layers.param import RouterBias, matrix
+from mtp_jax.layers.param import RouterBias, matrix, vector
 from mtp_jax.sharding import local
 
 
@@ -36,11 +36,15 @@ class Router(nnx.Module):
         # "router" is not in the axis table: each device scores its tokens against every expert.
         self.weight = matrix(rngs, (config.embed_dim, config.num_experts), ("embed", "router"), 1, config)
         self.bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32))
+        if config.router.logit_bias:
+            self.logit_bias = vector((config.num_experts,), ("router",), 0.0, config)
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, jax.Array, RouterStats]:
         """Returns gates float32[B, T, K], chosen experts int32[B, T, K] and the statistics of valid positions."""
         config = self.config
         logits_BTE = linear(x_BTD.astype(jnp.float32), self.weight, precision="highest")
+        if config.router.logit_bias:
+            logits_BTE = logits_BTE + self.logit_bias[...].astype(jnp.float32)
         scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router.score == "sigmoid" else jax.nn.softmax(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(scores_BTE) + self.bias[...]
         # Token by token, but the compiler does not cut a top-k on every platform: it would collect all devices' scores.

@@ -23,6 +23,6 @@ def block(params, model, h_BTD, segment_ids_BT, positions_BT):
     h_BTD = h_BTD + attention(params["attention"], model, x, segment_ids_BT, positions_BT)
     x = rms_norm(params["ffn_norm"], h_BTD, model.norm_eps)
     if "router" not in params["ffn"]:
-        return h_BTD + swiglu(params["ffn"], x), None
+        return h_BTD + swiglu(params["ffn"], x, model.gated_unit), None
     out, loads, balance = moe(params["ffn"], model, x, segment_ids_BT != 0)
     return h_BTD + out, {"loads": loads, "balance": balance}

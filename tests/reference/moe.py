@@ -10,7 +10,8 @@ def moe(params, model, x_BTD, valid_BT):
     """FFN_shared(x) + sum_{e chosen} gate_e FFN_e(x); no token is dropped.
 
     Args:
-      params: {"router": [D, E], "bias": [E], "gate", "up": [E, D, F], "down": [E, F, D]}, optionally "shared".
+      params: {"router": [D, E], "bias": [E], "gate", "up": [E, D, F], "down": [E, F, D]}, optionally
+        "shared", "logit_bias" and the experts' "gate_bias", "up_bias": [E, F], "down_bias": [E, D].
       valid_BT: positions that count. The others go through the experts, but no statistic sees them.
 
     Returns:
@@ -24,10 +25,10 @@ def moe(params, model, x_BTD, valid_BT):
         for t in range(T):
             s, chosen, gate = route(params, model, x_BTD[b, t])
             for e, weight in zip(chosen, gate, strict=True):
-                expert = {name: params[name][e] for name in ("gate", "up", "down")}
-                out[b, t] += weight * swiglu(expert, x_BTD[b, t])
+                expert = {name: value[e] for name, value in params.items() if name.startswith(("gate", "up", "down"))}
+                out[b, t] += weight * swiglu(expert, x_BTD[b, t], model.gated_unit)
             if "shared" in params:
-                out[b, t] += swiglu(params["shared"], x_BTD[b, t])
+                out[b, t] += swiglu(params["shared"], x_BTD[b, t], model.gated_unit)
             if valid_BT[b, t]:
                 routed.append((s, chosen))
                 for e in chosen:

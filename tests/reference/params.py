@@ -110,6 +110,10 @@ class _Maker:
         D, E, F = m.embed_dim, m.num_experts, m.expert_dim
         out = {"router": self.matrix(D, E), "bias": 0.1 * self.rng.standard_normal(E)}
         out |= {"gate": self.matrix(E, D, F), "up": self.matrix(E, D, F), "down": self.matrix(E, F, D)}
+        if m.expert_bias:
+            out |= {"gate_bias": self.matrix(E, F), "up_bias": self.matrix(E, F), "down_bias": self.matrix(E, D)}
+        if m.router.logit_bias:
+            out["logit_bias"] = self.matrix(E)
         if m.num_shared_experts:
             out["shared"] = self.ffn(m.num_shared_experts * F)
         return out

@@ -9,7 +9,7 @@ from tests.reference.attention import softmax
 
 def scores(params, model, x):
     """Affinities s [E] of one token [D]: sigmoid of, or softmax over, its dot products with the experts' centroids."""
-    logits = x @ params["router"]
+    logits = x @ params["router"] + params.get("logit_bias", 0)
     if model.router.score == "softmax":
         return softmax(logits)
     return np.array([1.0 / (1.0 + math.exp(-logit)) for logit in logits])
