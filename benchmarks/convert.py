@@ -69,7 +69,7 @@ def write_checkpoint(folder: pathlib.Path, gib: float) -> tuple[dict, int, int]:
     import ml_dtypes
 
     from mtp_jax.config import Config, ModelConfig, MTPConfig
-    from mtp_jax.interop import hf_config, weights
+    from mtp_jax.interop import config_json, weights
     from mtp_jax.interop.tensorfiles import DTYPES, write_folder
 
     layer = 160e6 * 2  # bytes of one block with the sizes below
@@ -80,7 +80,7 @@ def write_checkpoint(folder: pathlib.Path, gib: float) -> tuple[dict, int, int]:
         **{"num_experts_per_token": 4, "param_dtype": "bfloat16", "compute_dtype": "bfloat16"},
     )
     config = Config(model=model, mtp=MTPConfig(kind="sequential", depth=1))
-    values = hf_config.from_config(config, "deepseek_v3") | {"torch_dtype": "bfloat16"}
+    values = config_json.from_config(config, "deepseek_v3") | {"torch_dtype": "bfloat16"}
     listed = weights.tensors(config, "deepseek_v3")
     specs = {t.name: ("F32" if t.path[0] == "biases" else "BF16", t.shape) for t in listed}
     rng, first = np.random.default_rng(0), {}

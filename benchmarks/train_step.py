@@ -148,10 +148,10 @@ def peer(config: Config) -> dict:
 
 def peer_config(config: Config) -> dict:
     """The model in DeepSeek-V3's own layout, and the batch."""
-    from mtp_jax.interop import hf_config
+    from mtp_jax.interop import config_json
 
     shape = {"rows": config.data.batch_size, "length": config.data.sequence_length}
-    return shape | {"model": hf_config.from_config(config, "deepseek_v3")}
+    return shape | {"model": config_json.from_config(config, "deepseek_v3")}
 
 
 def main() -> None:

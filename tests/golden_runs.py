@@ -92,7 +92,7 @@ def exports():
     from flax.traverse_util import flatten_dict
 
     from mtp_jax.config import with_values
-    from mtp_jax.interop import hf_config, weights
+    from mtp_jax.interop import config_json, weights
     from mtp_jax.interop.tensorfiles import write_folder
     from mtp_jax.model import abstract_model
 
@@ -104,13 +104,13 @@ def exports():
         built, rng = abstract_model(config.architecture), np.random.default_rng(3)
         shapes = sorted(flatten_dict({"params": built.params, "biases": built.biases}).items())
         leaves = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes}
-        layout = hf_config.layout_of(config)
+        layout = config_json.layout_of(config)
         listed = [t for t in weights.tensors(config, layout) if not t.repeats]
         specs = {t.name: ("F32", t.shape) for t in listed}
         arrays = ((t.name, weights.to_theirs(np.asarray(leaves[t.path][t.at]), t)) for t in listed)
         with tempfile.TemporaryDirectory() as where:
             path = pathlib.Path(where)
-            (path / "config.json").write_text(json.dumps(hf_config.from_config(config, layout), indent=2))
+            (path / "config.json").write_text(json.dumps(config_json.from_config(config, layout), indent=2))
             write_folder(path, specs, arrays, shard_bytes=5_000_000_000)
             for file in sorted(path.iterdir()):
                 found[f"{kind}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()

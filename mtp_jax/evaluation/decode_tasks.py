@@ -14,7 +14,7 @@ from mtp_jax.decoding.decoder import Decoder, check_drafts
 from mtp_jax.decoding.samplers import Sampler, make_sampler
 from mtp_jax.evaluation import advice, speculative
 from mtp_jax.evaluation.results import without_nan
-from mtp_jax.interop.folder import is_hf_folder
+from mtp_jax.interop.checkpoint_folder import is_hf_folder
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mtp import kind_of
 from mtp_jax.training.workdir import read_config

@@ -1,6 +1,6 @@
 """Tables and shapes together: a folder's tensors as our stacked arrays, and our arrays as a folder's tensors.
 
-`tensors(config, layout)` lists every tensor once, with its place in ours; both directions walk that list.
+`tensors(config, model_type)` lists every tensor once, with its place in ours; both directions walk that list.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 
 from mtp_jax.config import Config, UserError
 from mtp_jax.interop import fp8
-from mtp_jax.interop.families import DERIVED_SUFFIXES, LAYOUTS, OUTSIDE_BLOCKS, Layout, Names
+from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS, Family, Names
 from mtp_jax.interop.tensorfiles import TensorFolder
 from mtp_jax.layers.param import ParamInfo
 from mtp_jax.model import abstract_model
@@ -28,6 +28,11 @@ Path = tuple[str, ...]
 
 SCALE = "_scale_inv"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # what a weight may be stored as
+DERIVED_SUFFIXES = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".masked_bias",
+)  # buffers of old files, known from config.json
 BIAS_DTYPE = "F32"  # of router biases, in ours and in released files
 
 
@@ -52,7 +57,7 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
     Raises:
       UserError: a weight the layout has no name for.
     """
-    layout, built = LAYOUTS[model_type], abstract_model(config.architecture)
+    family, built = FAMILIES[model_type], abstract_model(config.architecture)
     stack = ("mtp", *(kind_of(config).released_path or ()))
     leaves = flatten_dict({"params": built.params, "biases": built.biases})
     infos = flatten_dict({"params": built.infos})
@@ -74,19 +79,19 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
     layer = 0
     for group in ("dense_blocks", "blocks"):
         for i in range(_num_stacked(leaves, ("params", "trunk", group))):
-            names = layout.expert_block if _has_experts(leaves, ("params", "trunk", group)) else layout.block
-            add(layout.layer.format(layer=layer), ("trunk", group), names, (i,))
+            names = family.expert_block if _has_experts(leaves, ("params", "trunk", group)) else family.block
+            add(family.layer.format(layer=layer), ("trunk", group), names, (i,))
             layer += 1
     for depth in range(_num_stacked(leaves, ("params", *stack))):
-        prefix = layout.module_layer.format(layer=layer + depth, depth=depth)
-        add(prefix, stack, layout.module, (depth,))
-        names = layout.expert_block if _has_experts(leaves, ("params", *stack, "block")) else layout.block
+        prefix = family.module_layer.format(layer=layer + depth, depth=depth)
+        add(prefix, stack, family.module, (depth,))
+        names = family.expert_block if _has_experts(leaves, ("params", *stack, "block")) else family.block
         add(prefix, (*stack, "block"), names, (depth,))
-        out.extend(_again(prefix, layout, out))
+        out.extend(_again(prefix, family, out))
     # The table of a layout without router biases is right while they are zero, which export checks.
     unnamed = sorted(".".join(path) for path in set(leaves) - used if path[0] != "biases")
     if unnamed:
-        raise UserError(f"{unnamed[0]}: the {model_type} layout has no name for it; choose another --family")
+        raise UserError(f"{unnamed[0]}: the {model_type} layout has no name for it; the model cannot be stored in it")
     return out
 
 
@@ -102,12 +107,12 @@ def _of_leaf(
         yield Tensor(name.format(expert=expert), _their_shape(info, inner[1:]), path, (*index, expert), info)
 
 
-def _again(prefix: str, layout: Layout, listed: list[Tensor]) -> list[Tensor]:
+def _again(prefix: str, family: Family, listed: list[Tensor]) -> list[Tensor]:
     """What an MTP layer repeats of the main model; a tied head is the embedding."""
     by_path = {t.path[-1]: t for t in listed if len(t.path) == 3 and not t.repeats}
     return [
         by_path.get(ours, by_path["embed"])._replace(name=prefix + theirs, repeats=True)
-        for theirs, ours in layout.repeated.items()
+        for theirs, ours in family.repeated.items()
     ]
 
 
@@ -204,7 +209,7 @@ def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> T
     """{"params": ..., "biases": ...} of our model, with lazy leaves in the config's param_dtype.
 
     Args:
-      listed: `tensors(config, layout)`, all of which the folder has in their shapes (`check_folder`).
+      listed: `tensors(config, model_type)`, all of which the folder has in their shapes (`check_folder`).
     """
     built = abstract_model(config.architecture)
     parts: dict[Path, dict[tuple[int, ...], Tensor]] = {}

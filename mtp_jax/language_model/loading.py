@@ -9,8 +9,8 @@ import jax
 
 from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
-from mtp_jax.interop import folder as hf_folder
-from mtp_jax.interop import hf_config
+from mtp_jax.interop import checkpoint_folder as hf_folder
+from mtp_jax.interop import config_json
 from mtp_jax.interop.weights import place
 from mtp_jax.language_model.model import LanguageModel
 from mtp_jax.model import Tree, abstract_model
@@ -59,7 +59,7 @@ def _from_folder(
     path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
 ) -> LanguageModel:
     with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
-        context = hf_config.longest_text(opened.hf_config, str(path / "config.json"))  # not of a training run
+        context = config_json.longest_text(opened.values, str(path / "config.json"))  # not of a training run
         config = with_values(opened.config, changes | {"data.sequence_length": context})
         params, biases = place(opened.arrays, _abstract(config, mesh)).values()
     has_tokenizer = (path / "tokenizer.json").is_file()

@@ -62,7 +62,7 @@ def import_(args: argparse.Namespace) -> None:
     """A Hugging Face folder as a workdir with one checkpoint, step 0, of weights alone."""
     from flax.traverse_util import flatten_dict
 
-    from mtp_jax.interop import folder
+    from mtp_jax.interop import checkpoint_folder as folder
     from mtp_jax.training import workdir as workdirs
     from mtp_jax.training.checkpoint import CheckpointError, write_streamed
 
@@ -109,7 +109,7 @@ def export(args: argparse.Namespace) -> None:
     """The newest sound checkpoint as a Hugging Face folder."""
     from flax.traverse_util import flatten_dict
 
-    from mtp_jax.interop import folder
+    from mtp_jax.interop import checkpoint_folder as folder
     from mtp_jax.training import workdir as workdirs
     from mtp_jax.training.checkpoint import Checkpoints
     from mtp_jax.training.transfer import MODEL_PARTS
@@ -146,16 +146,13 @@ def _tokenizer_file(config: Config) -> pathlib.Path | None:
 def notes(config: Config, layout: str) -> list[str]:
     """What somebody who serves the export should know."""
     from mtp_jax.config import conventions
+    from mtp_jax.interop.families import FAMILIES
 
     out, depth = [], kind_of(config).depth
-    if depth and layout in ("llama", "qwen2", "qwen3"):
+    if depth and config.model.num_layers not in FAMILIES[layout].ignored_layers:
         out.append(
-            f"{layout} has no MTP layers of its own; they are behind the last layer, where transformers skips them"
-        )
-    elif depth and config.model.num_layers not in (46, 61, 92):
-        out.append(
-            f"transformers knows MTP layers by the numbers of released models; from {config.model.num_layers} on it "
-            "calls them unexpected and ignores them"
+            f"transformers knows MTP layers by the numbers of released models; in {layout} from layer "
+            f"{config.model.num_layers} on it calls them unexpected and ignores them"
         )
     if depth > 1 and conventions(config.mtp).recycled_hidden == "before_norm":
         out.append(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import Config, UserError, conventions, walk
-from mtp_jax.interop import folder as hf_folder
+from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop.weights import place
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config

@@ -17,7 +17,7 @@ import mtp_jax
 from mtp_jax import data
 from mtp_jax.config import MeshConfig, UserError, load_config
 from mtp_jax.evaluation import conventions
-from mtp_jax.interop import folder as hf_folder
+from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop import fp8, weights
 from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
 from mtp_jax.model import abstract_model

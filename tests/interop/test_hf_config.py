@@ -21,9 +21,10 @@ from mtp_jax.config import (
     walk,
     with_values,
 )
-from mtp_jax.interop import hf_config
-from mtp_jax.interop.hf_config import MODEL_TYPES, from_config, layout_of, read_config, to_config
-from mtp_jax.interop.hf_fields import IGNORED, LAYOUTS, WINDOW_KEYS
+from mtp_jax.interop import config_json
+from mtp_jax.interop.config_json import from_config, layout_of, read_config, to_config
+from mtp_jax.interop.families import FAMILIES as MODEL_TYPES
+from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
 from mtp_jax.layers import rope
 from mtp_jax.mtp import kind_of
 
@@ -573,7 +574,6 @@ REFUSED = [
     (LLAMA | {"rms_norm_eps": "1e-5"}, "'rms_norm_eps'='1e-5'", "a finite number"),
     (LLAMA | {"rms_norm_eps": float("nan")}, "'rms_norm_eps'=nan", "a finite number"),
     (LLAMA | {"tie_word_embeddings": 1}, "'tie_word_embeddings'=1", "true or false"),
-    (LLAMA | {"vocab_size": None}, "'vocab_size'=None", "an integer"),
     (LLAMA | {"num_key_value_heads": 7}, "model.num_kv_heads=7", "does not divide"),
     (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor'=0.5", "1.0"),
     (LLAMA | {"rope_scaling": "linear"}, "'rope_scaling'='linear'", "an object"),
@@ -607,6 +607,22 @@ def test_a_file_that_cannot_be_held_is_refused_by_its_key(hf, named, remedy):
     assert message.startswith("config.json: ") and named in message and remedy in message
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_null_is_an_absent_key(name):
+    """Known to the layout or not, at the top or in the rope; those that state something keep their meaning."""
+    hf = FILES[name]
+    for key in ("vocab_size", "rms_norm_eps", "hidden_act", "rope_theta", "first_k_dense_replace", "anything"):
+        assert read(hf | {key: None}) == read(without(hf, key))
+    rope = hf.get("rope_scaling") or {"type": "default"}
+    assert read(hf | {"rope_scaling": rope | {"anything": None, "attention_factor": None}}) == read(hf)
+    with_nulls = hf | {"anything": None, "hidden_act": None}
+    assert from_config(read(with_nulls), hf["model_type"], base=with_nulls) == without(
+        with_nulls, "quantization_config"
+    )
+    assert read(V3 | {"q_lora_rank": None}).model.q_lora_rank == 0
+    assert config_json.longest_text(LLAMA | {"max_position_embeddings": None}, "") == 2048
+
+
 def test_an_unknown_key_is_accepted_where_the_caller_says_so():
     assert read(V3 | {"foo": 3, "rope_scaling": YARN_FILE | {"bar": 1}}, ignore=("foo", "rope_scaling.bar")) == read(V3)
     assert "'attention_bias'=True" in refusal(read, V3 | {"attention_bias": True}, ignore=("attention_bias",))
@@ -619,6 +635,8 @@ def test_an_unknown_key_is_accepted_where_the_caller_says_so():
         ("[1]", "holds a list, not an object"),
         ("{}", "field 'model_type' is missing"),
         (b"\xff\xfe", "cannot be read as JSON"),
+        (json.dumps(LLAMA)[:-1] + ', "a": ' + "[" * 100 + "]" * 100 + "}", "is nested deeper than 32 levels"),
+        ("[" * 100_000 + "]" * 100_000, "is nested deeper than 32 levels"),
     ],
 )
 def test_a_config_json_that_is_none_is_refused(tmp_path, text, named):
@@ -646,15 +664,14 @@ def test_a_missing_transformers_is_a_failure_in_ci(monkeypatch):
 
 def test_the_tables_name_only_fields_that_exist():
     names = key_hints(ModelConfig).keys()
-    for table in LAYOUTS.values():
+    for table in MODEL_TYPES.values():
         assert {*table.fields.values(), *table.mixture.values(), *table.implied} <= names
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {"max_position_embeddings"}
-    assert tuple(LAYOUTS) == MODEL_TYPES
 
 
 def test_the_longest_text_is_the_files_own_or_the_class_default():
-    assert hf_config.longest_text(V3, "config.json") == 163_840
-    assert hf_config.longest_text({k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}, "") == 2048
-    for value in (1, "long", None):
+    assert config_json.longest_text(V3, "config.json") == 163_840
+    assert config_json.longest_text({k: v for k, v in LLAMA.items() if k != "max_position_embeddings"}, "") == 2048
+    for value in (1, "long"):
         with pytest.raises(UserError, match="config.json: field 'max_position_embeddings'"):
-            hf_config.longest_text(LLAMA | {"max_position_embeddings": value}, "config.json")
+            config_json.longest_text(LLAMA | {"max_position_embeddings": value}, "config.json")

@@ -22,16 +22,15 @@ from typing import Literal
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from mtp_jax.config import Config, UserError, with_values
-from mtp_jax.interop import hf_config, weights
-from mtp_jax.interop.families import LAYOUTS, OUTSIDE_BLOCKS, ROUTER_BIAS
+from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
+from mtp_jax.interop import config_json, weights
+from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
+from mtp_jax.interop.json_fields import read_object
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
 from mtp_jax.interop.weights import BIAS_DTYPE, Tensor
 from mtp_jax.mtp import kind_of
 from mtp_jax.typing import JsonObject, Tree
 
-FAMILIES: dict[str, tuple[str, ...]] = {"deepseek_v3": ("deepseek_v3", "deepseek_v2")}
-FAMILIES |= {name: (name,) for name in LAYOUTS if not name.startswith("deepseek_v3")}
 SIDE_FOLDER = "hf"  # in a workdir
 ORIGIN_FILE = "mtp_jax.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -58,12 +57,12 @@ class Origin:
 class HFModel(AbstractContextManager["HFModel"]):
     """An opened folder. Close it after use, or use it as a context manager.
 
-    arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
+    values: of config.json. arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
     """
 
     path: pathlib.Path
     config: Config
-    hf_config: JsonObject
+    values: JsonObject
     origin: Origin
     arrays: Tree
     files: TensorFolder
@@ -73,12 +72,9 @@ class HFModel(AbstractContextManager["HFModel"]):
 
 
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether config.json is Hugging Face's: it names a model_type, ours does not."""
-    try:
-        values = json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "model_type" in values
+    """True where config.json is Hugging Face's: it names a model_type, ours does not. UserError if it is unreadable."""
+    file = pathlib.Path(path) / "config.json"
+    return file.is_file() and "model_type" in read_object(file)
 
 
 def open_model(
@@ -92,7 +88,7 @@ def open_model(
     """Check a folder and open it; only headers are read, and tensors that should repeat others.
 
     Args:
-      family: one of FAMILIES that it must be of; None: as config.json says.
+      family: that it must be of; None: as config.json says.
       ignore: fields of config.json that are known not to matter.
       depth: 0 leaves the MTP layers out; None takes what is there.
       param_dtype: "float32" or "bfloat16"; None: float32 where any weight has more than bfloat16, else bfloat16.
@@ -102,12 +98,11 @@ def open_model(
       UserError: a folder that is not a model of a known family: the file, tensor or field, and the remedy.
     """
     folder = pathlib.Path(path)
-    values = hf_config.read_config(folder)
+    values = config_json.read_config(folder)
     model_type = values["model_type"]
-    if family is not None and model_type not in FAMILIES.get(family, ()):
-        known = "" if family in FAMILIES else f"; there are {', '.join(FAMILIES)}"
-        raise UserError(f"--family={family}: {folder / 'config.json'} has model_type={model_type}{known}")
-    config = hf_config.to_config(values, str(folder / "config.json"), ignore, depth)
+    if family is not None and not _admits(family, model_type):
+        raise UserError(f"--family={family}: {folder / 'config.json'} has model_type={model_type}; give that one")
+    config = config_json.to_config(values, str(folder / "config.json"), ignore, depth)
     files = TensorFolder(folder)
     try:
         listed = weights.tensors(config, model_type)
@@ -117,7 +112,7 @@ def open_model(
         dtypes = {files.infos[t.name].dtype for t in listed if t.path[0] == "params" and not t.repeats}
         dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32")
         model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
-        if not ROUTER_BIAS.keys() & LAYOUTS[model_type].expert_block.keys():
+        if not FAMILIES[model_type].has_router_bias:
             model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
         config = dataclasses.replace(config, model=model)
         arrays = weights.lazy_arrays(files, config, listed)
@@ -129,8 +124,8 @@ def open_model(
 
 def _mtp_prefixes(config: Config, model_type: str) -> tuple[str, ...]:
     """Prefixes of MTP layers of any depth."""
-    layout, after = LAYOUTS[model_type], config.model.num_layers
-    return tuple(layout.module_layer.format(layer=after + k, depth=k) for k in range(16))
+    prefix, after = FAMILIES[model_type].module_layer, config.model.num_layers
+    return tuple(prefix.format(layer=after + k, depth=k) for k in range(MAX_DEPTH))
 
 
 def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:
@@ -148,7 +143,7 @@ def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_typ
 
 def _kind(tensor: Tensor, model_type: str) -> str:
     """Which repetition it is, whatever the layer."""
-    return next((s for s in LAYOUTS[model_type].repeated if tensor.name.endswith("." + s)), tensor.name)
+    return next((s for s in FAMILIES[model_type].repeated if tensor.name.endswith("." + s)), tensor.name)
 
 
 def write_model(
@@ -167,7 +162,7 @@ def write_model(
       target: the folder to make.
       arrays: {"params": ..., "biases": ...} of arrays that are read by indexing.
       sides: the `hf/` of a workdir, where the model was imported or given a tokenizer.
-      family: one of FAMILIES; None: the layout it came in, or the one that holds it.
+      family: the layout to write; None: the one it came in, or the one that holds it.
       dtype: of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
       tokenizer: the tokenizer.json the model was trained with, where it is not among the sides.
       progress: called with the elements of each tensor written.
@@ -207,18 +202,24 @@ def _laid_out(
 ) -> tuple[str, JsonObject, Origin | None]:
     """(model_type, config.json, origin where it is of that type). What was imported keeps its layout while that holds
     the model: a MiMo without its MTP layer is still one."""
-    if origin is not None and (family is None or origin.model_type in FAMILIES.get(family, ())):
+    if origin is not None and (family is None or _admits(family, origin.model_type)):
         try:
-            return origin.model_type, hf_config.from_config(config, origin.model_type, base), origin
+            return origin.model_type, config_json.from_config(config, origin.model_type, base), origin
         except UserError as error:  # changed since, beyond what that layout can say
             if family is not None:
                 raise
             print(f"note: no longer {origin.model_type}, so the imported config.json is left out: {error}")
-    model_type = hf_config.layout_of(config)
-    if family is not None and model_type not in FAMILIES.get(family, ()):
-        known = "" if family in FAMILIES else f"; there are {', '.join(FAMILIES)}"
-        raise UserError(f"--family={family}: this model is laid out as {model_type}{known}")
-    return model_type, hf_config.from_config(config, model_type), None
+    model_type = config_json.layout_of(config)
+    if family is not None and not _admits(family, model_type):
+        model_type = family  # or the reason why it cannot hold the model
+    return model_type, config_json.from_config(config, model_type), None
+
+
+def _admits(family: str, model_type: str) -> bool:
+    """True where a folder of that model_type is one of --family=`family`."""
+    if family not in FAMILIES:
+        raise UserError(f"--family={family}: is not known; there are {', '.join(FAMILIES)}")
+    return model_type in (family, *FAMILIES[family].accepts)
 
 
 def _is_written(tensor: Tensor, origin: Origin | None) -> bool:
@@ -264,10 +265,10 @@ def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin |
     if sides is None or not (sides / ORIGIN_FILE).is_file():
         return None, None
     try:
-        origin = Origin(**json.loads((sides / ORIGIN_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        origin = Origin(**read_object(sides / ORIGIN_FILE))
+    except TypeError as error:
         raise UserError(f"{sides / ORIGIN_FILE}: cannot be read ({error}); restore it, or remove the folder") from error
-    return hf_config.read_config(sides), origin
+    return config_json.read_config(sides), origin
 
 
 def save_sides(source: HFModel | pathlib.Path, workdir: str | os.PathLike[str]) -> None:

@@ -1,0 +1,393 @@
+"""config.json of the released layouts <-> our `Config`, in both directions from the tables in `families/`.
+
+A key that no table knows is refused: it may change what the model computes. Sources: transformers' configuration and
+modelling code; MTP layers as serving engines read them.
+"""
+
+import copy
+import dataclasses
+import pathlib
+import typing
+from typing import Any
+
+from mtp_jax.config import (
+    CONVENTIONS,
+    Config,
+    Conventions,
+    ModelConfig,
+    MTPConfig,
+    UserError,
+    conventions,
+    value_of,
+    with_values,
+)
+from mtp_jax.interop import rope_scaling as rope
+from mtp_jax.interop.families import FAMILIES, UNSUPPORTED, Family, Values
+from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
+from mtp_jax.interop.json_fields import FIELD_TYPES, bad, read_object, short, typed
+from mtp_jax.model import validate
+from mtp_jax.mtp import RELEASED, kind_of
+
+MTP_KEY = "num_nextn_predict_layers"
+WIRING_KEY = "mtp_conventions"  # ours alone: what the family's preset does not already say of the MTP modules
+# Names of one key in different layouts and versions of transformers; a family's own is the one in its tables.
+SYNONYMS = (
+    (MTP_KEY, "num_mtp_layers"),
+    ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
+)
+NULLS: Values = {"q_lora_rank": 0, "n_shared_experts": 0, "n_routed_experts": 0, "n_group": 1, "topk_group": 1}
+WRITTEN_NULL = ("q_lora_rank",)  # transformers' class refuses null in the others
+FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null there: as many as heads, the width over the heads
+
+# Our keys that tell layouts apart, the most telling first: the family that agrees longest is the one a model is
+# exported in, or whose first disagreement is named.
+TELLING = (
+    *("attention", "num_experts", "qkv_bias", "qk_norm", "rope.interleaved", "rotary_fraction", "num_shared_experts"),
+    *("router.score", "router.group_score", "router.renormalize", "num_dense_layers", "latent_norm_eps"),
+)
+
+
+# --- config.json -> Config --------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | pathlib.Path) -> Values:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+      UserError: no such folder, no config.json in it, not a JSON object, no model_type.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors files")
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no config.json; give the folder of a Hugging Face model")
+    values = read_object(path)
+    if "model_type" not in values:
+        raise UserError(f"{path}: field 'model_type' is missing; it names the layout, one of {', '.join(FAMILIES)}")
+    return values
+
+
+def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int | None = None) -> Config:
+    """The `Config` that a config.json describes; only its `model` and `mtp` differ from the defaults.
+
+    Args:
+      hf: the file's values. Absent keys and nulls take the defaults of transformers' class.
+      where: the file, named in errors.
+      ignore: unknown keys to accept; keys inside rope_scaling as "rope_scaling.NAME".
+      depth: MTP depth to keep; 0 leaves the MTP layers out, None keeps what the file has.
+
+    Raises:
+      UserError: an unknown layout or key, a value that our model cannot hold or of the wrong type.
+    """
+    family = family_named(hf.get("model_type"), where)
+    values = _own_names(hf, family, where)
+    _check_known(values, family, where, ignore)
+    config = _read(values, family, where, depth)
+    try:
+        validate(config, 1)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    derived = family.derived(config.model) if values.keys() & family.derived(ModelConfig()).keys() else {}
+    for key, wanted in derived.items():
+        if values.get(key) is not None and values[key] not in (wanted, family.unset.get(key)):
+            raise bad(where, key, values[key], f"is not supported; the other fields make it {short(wanted)}")
+    return config
+
+
+def longest_text(hf: Values, where: str) -> int:
+    """Tokens that the model of a config.json was made to read at once: max_position_embeddings, as transformers has it.
+
+    Raises:
+      UserError: an unknown layout, or a value that is no number of tokens.
+    """
+    family = family_named(hf.get("model_type"), where)
+    value = _field(_own_names(hf, family, where), family, where, "max_position_embeddings", int)
+    if value < 2:
+        raise bad(where, "max_position_embeddings", value, "leaves no room for a text; must be at least 2")
+    return value
+
+
+def family_named(model_type: Any, where: str) -> Family:
+    """The family of a model_type; raises UserError where there is none, with the reason where it is known."""
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = UNSUPPORTED.get(model_type, "") if isinstance(model_type, str) else ""
+    if reason:
+        reason += ", which mtp_jax does not have; "
+    known = ", ".join(FAMILIES)
+    raise UserError(f"{where}: field 'model_type'={short(model_type)} is not supported; {reason}use one of {known}")
+
+
+def _own_names(hf: Values, family: Family, where: str) -> Values:
+    """`hf` without nulls, but for those that have a meaning, under the family's own names; UserError where two names of
+    one key disagree."""
+    telling = (family.fields.keys() | family.mixture.keys()) & {*NULLS, *FROM_OTHERS}
+    values = {key: value for key, value in hf.items() if value is not None or key in telling}
+    for alias in hf:
+        key = _own_name(alias, family)
+        if key == alias or alias not in values:
+            continue
+        if key in values and values[key] != values[alias]:
+            raise bad(where, alias, hf[alias], f"contradicts {key!r}={short(values[key])}; remove one of them")
+        values[key] = values.pop(alias)
+    return values
+
+
+def _own_name(key: str, family: Family) -> str:
+    """The family's name of a key that has several."""
+    known = {MTP_KEY, *family.mixture}
+    return next((n for names in SYNONYMS if key in names for n in names if n in known), key)
+
+
+def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, ...]) -> None:
+    known = {*IGNORED, *family.fields, *family.mixture, *family.fixed, *family.tolerated, *ignore}
+    known |= {MTP_KEY, WIRING_KEY, "quantization_config", *rope.KEYS, *family.derived(ModelConfig())}
+    known |= {*WINDOW_KEYS} if "use_sliding_window" in family.fixed else {family.window} - {""}
+    known |= {"topk_method"} if family.groups_by_method else set()
+    found = {key: value for key, value in values.items() if key not in known}
+    found |= {key: value for key, value in rope.unknown(values).items() if key not in ignore}
+    for key, value in found.items():
+        remedy = f"is not one that mtp_jax knows for {family.model_type} and may change what the model computes; "
+        remedy += (
+            f"if it does not, pass ignore={key} to mtp_jax.load, or --ignore={key} to mtp_jax.tools.convert import"
+        )
+        raise bad(where, key, value, remedy)
+
+
+def _read(values: Values, family: Family, where: str, depth: int | None) -> Config:
+    """The `Config` that values say, under the family's own names; raises UserError where our model cannot hold them."""
+    for key, wanted in (family.fixed | family.tolerated).items():
+        if values.get(key, wanted) != wanted:
+            raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
+    _check_quantization(values.get("quantization_config"), where)
+    if family.window:
+        _check_window(values, family, where)
+    model = with_values(ModelConfig(), _read_fields(values, family, where) | rope.read(values, family, where))
+    model = with_values(model, {name: value for name, value in family.implied.items() if _counts(name, model)})
+    return Config(model=model, mtp=_read_mtp(values, family, where, depth))
+
+
+def _read_fields(values: Values, family: Family, where: str) -> Values:
+    out: Values = {}
+    fields = dict(family.fields)
+    if family.mixture:
+        layers, experts, first = (
+            _field(values, family, where, family.keys[name], int) if name in family.keys else 0
+            for name in ("num_layers", "num_experts", "num_dense_layers")
+        )
+        if experts and first < layers:
+            fields |= family.mixture
+        else:
+            out["num_experts"] = 0
+    for key, name in fields.items():
+        if key in FROM_OTHERS and values.get(key, family.defaults.get(key)) is None:
+            out[name] = out["num_heads"] if name == "num_kv_heads" else out["embed_dim"] // max(1, out["num_heads"])
+        else:
+            out[name] = _field(values, family, where, key, FIELD_TYPES[name])
+    if family.groups_by_method:
+        method = values.get("topk_method", "greedy")
+        if method not in ("greedy", "group_limited_greedy"):
+            raise bad(where, "topk_method", method, "is not supported; mtp_jax has greedy and group_limited_greedy")
+        if method == "greedy" and "router.num_groups" in out:
+            out |= {"router.num_groups": 1, "router.groups_per_token": 1}
+    return out
+
+
+def _field(values: Values, family: Family, where: str, key: str, kind: type) -> Any:
+    if key not in values and key not in family.defaults:
+        raise UserError(f"{where}: field {key!r} is missing; add it")
+    value = values.get(key, family.defaults.get(key))
+    return typed(where, key, NULLS[key] if value is None and key in NULLS else value, kind)
+
+
+def _check_window(values: Values, family: Family, where: str) -> None:
+    """Refuse a sliding window that is shorter than the longest text."""
+    window = values.get(family.window, family.defaults[family.window])
+    longest = _field(values, family, where, "max_position_embeddings", int)
+    if window is not None and typed(where, family.window, window, int) < longest:
+        remedy = f"is shorter than max_position_embeddings={longest}; mtp_jax has no sliding-window attention"
+        raise bad(where, family.window, window, remedy)
+
+
+def _read_mtp(values: Values, family: Family, where: str, depth: int | None) -> MTPConfig:
+    modules = typed(where, MTP_KEY, values.get(MTP_KEY) or 0, int)
+    wiring = typed(where, WIRING_KEY, values.get(WIRING_KEY) or {}, dict)
+    preset = dataclasses.asdict(CONVENTIONS[family.conventions])
+    hints = typing.get_type_hints(MTPConfig)
+    wired = {}
+    for key, value in wiring.items():
+        choices = [c for c in typing.get_args(hints.get(key)) if c] if key in preset else []
+        if key not in (*preset, "shared_depths", "depth") or (choices and value not in choices):
+            allowed = " or ".join(choices) or "no such key; one of " + ", ".join((*preset, "shared_depths", "depth"))
+            raise bad(where, f"{WIRING_KEY}.{key}", value, f"is not known ({allowed}); correct the file")
+        if choices and value != preset[key]:
+            wired[key] = value
+    shared = typed(where, f"{WIRING_KEY}.shared_depths", wiring.get("shared_depths", False), bool)
+    stored = typed(where, f"{WIRING_KEY}.depth", wiring.get("depth", modules), int)
+    if (stored != modules and not shared) or (shared and modules != 1):
+        remedy = f"does not fit {WIRING_KEY}={short(wiring)}; shared depths are one module, others one a depth"
+        raise bad(where, MTP_KEY, modules, remedy)
+    if depth is not None and not (0 <= depth <= stored or (shared and depth > 0)):
+        raise UserError(f"depth={depth}: {where} has {stored} MTP layers; ask for 0 to {stored}")
+    wanted = stored if depth is None else depth
+    out: Values = {"family": family.conventions}
+    if wanted:
+        out |= {"kind": RELEASED, "depth": wanted, "shared_depths": shared} | wired
+    return MTPConfig(**out)
+
+
+def _counts(name: str, model: ModelConfig) -> bool:
+    """True where the field changes what this model computes."""
+    if name == "router.group_score":
+        return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
+    is_of_experts = name.startswith("router.") or name in ("num_shared_experts", "num_dense_layers")
+    return model.num_experts > 0 or not is_of_experts
+
+
+def _check_quantization(value: Any, where: str) -> None:
+    """Refuse quantized files other than DeepSeek's fp8 in blocks of 128 x 128."""
+    if value is None:
+        return
+    typed(where, "quantization_config", value, dict)
+    for key, wanted in (("quant_method", "fp8"), ("weight_block_size", [128, 128])):
+        if value.get(key) != wanted:
+            remedy = f"is not supported, only {wanted!r}; give files in bfloat16 or float32"
+            raise bad(where, f"quantization_config.{key}", value.get(key), remedy)
+
+
+# --- Config -> config.json --------------------------------------------------------------------------------------------
+
+
+def from_config(config: Config, layout: str, base: Values | None = None) -> Values:
+    """config.json for a model in a layout.
+
+    Args:
+      config: the model; what belongs to training does not matter.
+      layout: a model_type.
+      base: the config.json that the model was imported from. The result is then `base` but for what differs from what
+        it said of the model. Without it the file is complete but for the dtype and the tokenizer's ids.
+
+    Raises:
+      UserError: the layout cannot hold the model (see `layout_of`), or `base` has another layout.
+    """
+    family = family_named(layout, "the layout asked for")
+    _check_held(config, family)
+    if config.model.vocab_size is None:
+        raise UserError("model.vocab_size=None: config.json states a size; set it to that of the trained embedding")
+    if base is None:
+        new = _write(config, family, {})
+        return _read_back(_scaffold(config, family) | family.fixed | new, family, new, {})
+    if base.get("model_type") != layout:
+        raise UserError(f"model_type={base.get('model_type')!r}: the model is exported as {layout}; leave base out")
+    old = _write(_read(_own_names(base, family, "base"), family, "base", None), family, base)
+    new = _write(config, family, base)
+    changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    gone = (old.keys() - new.keys()) | {"quantization_config"}
+    result = {key: copy.deepcopy(value) for key, value in base.items() if _own_name(key, family) not in gone}
+    for key, value in changed.items():
+        names = [name for name in result if _own_name(name, family) == key] or [key]
+        result |= dict.fromkeys(names, value)
+    return _read_back(result, family, new, base)
+
+
+def layout_of(config: Config) -> str:
+    """The model_type whose layout holds the model; where several do, the one with its MTP conventions, then the first.
+
+    Raises:
+      UserError: naming the first key that no layout can hold.
+    """
+    mtp = kind_of(config)
+
+    def disagreement(family: Family) -> list[bool]:
+        differs = {name for name, _ in _not_held(config, family)}
+        differs |= {"num_experts"} if bool(family.mixture) != (config.model.num_experts > 0) else set()
+        return [*(name in differs for name in TELLING), mtp.depth > 0 and family.conventions != config.mtp.family]
+
+    family = min(FAMILIES.values(), key=disagreement)
+    _check_held(config, family)
+    return family.model_type
+
+
+def _not_held(config: Config, family: Family) -> list[tuple[str, Any]]:
+    """(our key, the layout's value) of what the layout cannot say of the model."""
+    model = config.model
+    implied = family.implied | (
+        {} if model.num_experts or family.no_experts or not family.mixture else {"num_experts": 1}
+    )
+    return [(n, value) for n, value in implied.items() if value_of(model, n) != value and _counts(n, model)]
+
+
+def _check_held(config: Config, family: Family) -> None:
+    """Refuse, by our key, what the layout cannot say."""
+    model, layout = config.model, family.model_type
+    kind_of(config).check_export()
+    for name, wanted in _not_held(config, family):
+        raise UserError(
+            f"model.{name}={value_of(model, name)!r}: the {layout} layout cannot hold it, it has {wanted!r} there; "
+            f"train the model with model.{name}={wanted!r} to export it"
+        )
+    if family.heads_divide and model.embed_dim % model.num_heads:
+        raise UserError(
+            f"model.num_heads={model.num_heads}: does not divide model.embed_dim={model.embed_dim}, which transformers "
+            f"asks of {layout}; train the model with a divisor to export it"
+        )
+
+
+def _read_back(result: Values, family: Family, new: Values, base: Values) -> Values:
+    """`result`, once it is sure to say of the model what `new` says."""
+    where = "the config.json to write"
+    back = _write(_read(_own_names(result, family, where), family, where, None), family, base)
+    for key, value in new.items():
+        if back.get(key) != value:
+            raise bad(where, key, value, f"would be read back as {short(back.get(key))}; train the model with that")
+    return result
+
+
+def _write(config: Config, family: Family, base: Values) -> Values:
+    """What the file says of the model. base: whose way of writing the rope, and whose derived keys, are kept."""
+    model = config.model
+    mtp = _write_mtp(config, family)
+    fields = family.fields | (family.mixture if model.num_experts else {})
+    out = {key: value_of(model, name) for key, name in fields.items()}
+    out |= {key: None for key in WRITTEN_NULL if out.get(key) == 0}
+    if family.no_experts and not model.num_experts:
+        # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
+        # ours is. (transformers' own MTP loader gives every module experts and cannot hold this one.)
+        out |= family.no_experts | {family.keys["num_dense_layers"]: model.num_layers + mtp.get(MTP_KEY, 0)}
+    if family.groups_by_method:
+        out["topk_method"] = "group_limited_greedy" if out["n_group"] > 1 else "greedy"
+    out |= {k: v for k, v in family.derived(model).items() if k in base or k == "num_key_value_heads"}
+    return out | rope.write(model, family, base) | mtp
+
+
+def _write_mtp(config: Config, family: Family) -> Values:
+    depth = kind_of(config).depth
+    if not depth:
+        return {MTP_KEY: 0} if family.always_depth else {}
+    preset = CONVENTIONS[family.conventions]
+    ours = conventions(config.mtp)
+    names = [f.name for f in dataclasses.fields(Conventions)]
+    wiring: Values = {n: getattr(ours, n) for n in names if getattr(ours, n) != getattr(preset, n)}
+    if config.mtp.shared_depths:
+        wiring |= {"shared_depths": True, "depth": depth}
+    return {MTP_KEY: 1 if config.mtp.shared_depths else depth} | ({WIRING_KEY: wiring} if wiring else {})
+
+
+def _scaffold(config: Config, family: Family) -> Values:
+    """What a complete file holds besides the model."""
+    model = config.model
+    longest = config.data.sequence_length
+    for stretched in (model.rope.yarn, model.rope.llama3):
+        if stretched.factor > 1:
+            longest = max(longest, int(stretched.factor * stretched.original_length))
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "max_position_embeddings": longest,
+        "initializer_range": model.init_std,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        # The classes' own ids belong to another tokenizer: absent, they would end a text at any word.
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

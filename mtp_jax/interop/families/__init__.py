@@ -1,0 +1,32 @@
+"""Released layouts, one file per model_type. To add one: its file, and its line in `FAMILIES` (docs/extending.md).
+
+The order decides which layout a model of ours is exported in where several hold it: the first.
+"""
+
+from mtp_jax.interop.families.common import OUTSIDE_BLOCKS, Family, Names, Values
+from mtp_jax.interop.families.deepseek_v2 import DEEPSEEK_V2
+from mtp_jax.interop.families.deepseek_v3 import DEEPSEEK_V3
+from mtp_jax.interop.families.glm4_moe import GLM4_MOE
+from mtp_jax.interop.families.llama import LLAMA
+from mtp_jax.interop.families.mimo import MIMO
+from mtp_jax.interop.families.qwen2 import QWEN2
+from mtp_jax.interop.families.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        DEEPSEEK_V3,
+        DEEPSEEK_V2,
+        GLM4_MOE,
+        LLAMA,
+        QWEN2,
+        QWEN3,
+        MIMO,
+    )
+}
+
+# Layouts that are known and cannot be loaded, with the part that mtp_jax does not have.
+UNSUPPORTED = {
+    "qwen3_next": "its blocks use gated attention and linear attention",
+    "mimo_v2_flash": "its blocks use sliding-window attention with attention sinks",
+}

@@ -1,0 +1,246 @@
+"""Description of a released layout, and the tables that several families share.
+
+Tensor names: ours on the left, theirs on the right, read in both directions. How a weight lies in memory is not stated
+here: a matrix of theirs is [out, in] and flat over heads, and what ours sums over and produces is declared where the
+weight is made (`ParamInfo`), so `weights.py` derives the transpose.
+
+Fields of config.json: their key on the left, our key below `ModelConfig` on the right.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtp_jax.config import ModelConfig
+
+Names = dict[str, str]
+Values = dict[str, Any]
+
+# --- tensor names -----------------------------------------------------------------------------------------------------
+
+OUTSIDE_BLOCKS: Names = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm.scale": "model.norm.weight",
+    "unembed": "lm_head.weight",
+}
+_NORMS: Names = {
+    "attention_norm.scale": "input_layernorm.weight",
+    "ffn_norm.scale": "post_attention_layernorm.weight",
+}
+LATENT_ATTENTION: Names = _NORMS | {
+    "attention.q": "self_attn.q_proj.weight",
+    "attention.q_a": "self_attn.q_a_proj.weight",
+    "attention.q_a_norm.scale": "self_attn.q_a_layernorm.weight",
+    "attention.q_b": "self_attn.q_b_proj.weight",
+    "attention.kv_a": "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_a_norm.scale": "self_attn.kv_a_layernorm.weight",
+    "attention.kv_b": "self_attn.kv_b_proj.weight",
+    "attention.o": "self_attn.o_proj.weight",
+}
+GROUPED_ATTENTION: Names = _NORMS | {
+    "attention.q": "self_attn.q_proj.weight",
+    "attention.q_bias": "self_attn.q_proj.bias",
+    "attention.q_norm.scale": "self_attn.q_norm.weight",
+    "attention.k": "self_attn.k_proj.weight",
+    "attention.k_bias": "self_attn.k_proj.bias",
+    "attention.k_norm.scale": "self_attn.k_norm.weight",
+    "attention.v": "self_attn.v_proj.weight",
+    "attention.v_bias": "self_attn.v_proj.bias",
+    "attention.o": "self_attn.o_proj.weight",
+}
+DENSE: Names = {
+    "ffn.gate": "mlp.gate_proj.weight",
+    "ffn.up": "mlp.up_proj.weight",
+    "ffn.down": "mlp.down_proj.weight",
+}
+EXPERTS: Names = {
+    "ffn.router.weight": "mlp.gate.weight",
+    "ffn.gate": "mlp.experts.{expert}.gate_proj.weight",
+    "ffn.up": "mlp.experts.{expert}.up_proj.weight",
+    "ffn.down": "mlp.experts.{expert}.down_proj.weight",
+    "ffn.shared.gate": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared.up": "mlp.shared_experts.up_proj.weight",
+    "ffn.shared.down": "mlp.shared_experts.down_proj.weight",
+}
+ROUTER_BIAS: Names = {"ffn.router.bias": "mlp.gate.e_score_correction_bias"}
+DEEPSEEK_MODULE: Names = {
+    "embed_norm.scale": "enorm.weight",
+    "hidden_norm.scale": "hnorm.weight",
+    "projection": "eh_proj.weight",
+    "output_norm.scale": "shared_head.norm.weight",
+}
+REPEATED: Names = {"embed_tokens.weight": "embed", "shared_head.head.weight": "unembed"}
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+BASIC: Names = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "ffn_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+LATENT: Names = {
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+GROUPED: Names = {"num_key_value_heads": "num_kv_heads", "head_dim": "head_dim"}
+ROUTED: Names = {
+    "n_routed_experts": "num_experts",
+    "first_k_dense_replace": "num_dense_layers",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+    "moe_intermediate_size": "expert_dim",
+    "n_group": "router.num_groups",
+    "topk_group": "router.groups_per_token",
+    "routed_scaling_factor": "routed_scaling_factor",
+}
+RENORMALIZE: Names = {"norm_topk_prob": "router.renormalize"}
+# Of a model without experts. Nothing is built from these, and loaders that read them all find usable numbers.
+NO_EXPERTS: Values = {
+    "n_routed_experts": 1,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+}
+
+SMALL_DEFAULTS: Values = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+QWEN_DEFAULTS: Values = SMALL_DEFAULTS | {
+    "max_position_embeddings": 32_768,
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": None,
+}
+LATENT_SIZES: Values = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+SILU: Values = {"hidden_act": "silu"}
+NO_BIAS: Values = SILU | {"attention_bias": False}  # theirs would also stand on the output projection, ours has none
+NO_WINDOW: Values = {"use_sliding_window": False}
+WINDOW_KEYS = ("sliding_window", "max_window_layers")  # without effect while use_sliding_window is false
+SIGMOID: Values = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+EVERY_LAYER: Values = {"moe_layer_freq": 1}
+NOT_IN_CLASS: Values = {"use_mrope": False}
+
+# What does not change what the model computes: the files' origin and dtype, training, the tokenizer's ids, and what
+# transformers writes for every class (its 4.x also wrote all generation settings).
+IGNORED = frozenset(
+    """
+    model_type architectures auto_map dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash
+    _attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation unsloth_fixed
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    use_cache initializer_range attention_dropout pretraining_tp aux_loss_alpha seq_aux router_aux_loss_coef ep_size
+    output_router_logits max_position_embeddings gradient_checkpointing
+    return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads
+    chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
+    tie_encoder_decoder finetuning_task id2label label2id num_labels problem_type task_specific_params
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    """.split()
+)
+
+LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # their latent norms take their class's default
+HALVES: Values = {"attention": "gqa", "rope.interleaved": False}
+NO_MIXTURE: Values = HALVES | {"num_experts": 0, "rotary_fraction": 1.0}
+V3_ROUTER: Values = {"router.score": "sigmoid", "router.group_score": "top2_sum"}
+
+
+def layer_types(model: ModelConfig) -> Values:
+    """Keys of config.json that follow from others."""
+    return {"layer_types": ["full_attention"] * model.num_layers}
+
+
+def latent_sizes(model: ModelConfig) -> Values:
+    """Keys that follow from others with latent attention; head_dim as transformers writes it."""
+    return layer_types(model) | {
+        "num_key_value_heads": model.num_heads,
+        "head_dim": model.qk_rope_head_dim,
+        "qk_head_dim": model.qk_nope_head_dim + model.qk_rope_head_dim,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """One released layout: the names of its tensors, and what its config.json states.
+
+    model_type: of config.json; the key in the registry. architecture: class of transformers.
+    accepts: other model_types that `--family` of this name admits.
+    conventions: preset of `mtp_jax.config.CONVENTIONS` that its MTP modules follow.
+
+    Tensors:
+      block, expert_block: names of a dense block and of one with experts. module: of an MTP module beside its block.
+      layer, module_layer: prefix of those names; {layer} counts blocks from 0, and MTP modules on from there; {depth}
+        counts MTP modules from 0.
+      repeated: tensors that an MTP layer holds once more, with the weights of ours they repeat.
+      left_out: prefixes of tensors that mtp_jax cannot hold and leaves in the folder; left_out_because: the reason.
+      ignored_layers: numbers of MTP layers that transformers knows to ignore.
+
+    config.json:
+      fields: their keys and ours; mixture: those that count only where there are experts.
+      defaults: meaning of an absent key; no entry: the key is required.
+      fixed: values a key must have, and absent keys have; written on export. tolerated: the same, not written.
+      implied: values of our model that the layout itself states.
+      derived: keys that follow from the model, checked where a file has them. unset: values of theirs that mean absent.
+      no_experts: written for a model without experts, besides num_dense_layers; None: the layout cannot hold one.
+      rotary_fraction: default of partial_rotary_factor; None: always 1.
+      window: the key of a sliding window that must reach over max_position_embeddings, or be null.
+      groups_by_method: topk_method decides if n_group and topk_group count.
+      always_depth: num_nextn_predict_layers is written even where it is 0.
+      heads_divide: transformers refuses a hidden_size that is no multiple of the heads.
+    """
+
+    model_type: str
+    architecture: str
+    fields: Names
+    defaults: Values
+    implied: Values
+    accepts: tuple[str, ...] = ()
+    conventions: str = "deepseek_v3"
+    block: Names = field(default_factory=lambda: GROUPED_ATTENTION | DENSE)
+    expert_block: Names = field(default_factory=dict)
+    module: Names = field(default_factory=lambda: DEEPSEEK_MODULE)
+    layer: str = "model.layers.{layer}."
+    module_layer: str = "model.layers.{layer}."
+    repeated: Names = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    left_out_because: str = ""
+    ignored_layers: tuple[int, ...] = ()
+    mixture: Names = field(default_factory=dict)
+    fixed: Values = field(default_factory=dict)
+    tolerated: Values = field(default_factory=dict)
+    derived: Callable[[ModelConfig], Values] = layer_types
+    unset: Values = field(default_factory=dict)
+    no_experts: Values | None = None
+    rotary_fraction: float | None = None
+    window: str = ""
+    groups_by_method: bool = False
+    always_depth: bool = False
+    heads_divide: bool = False
+
+    @property
+    def keys(self) -> Names:
+        """Our keys and theirs."""
+        return {ours: theirs for theirs, ours in (self.fields | self.mixture).items()}
+
+    @property
+    def has_router_bias(self) -> bool:
+        """A tensor holds the router's correction bias."""
+        return "ffn.router.bias" in self.expert_block

@@ -1,0 +1,16 @@
+"""Qwen2 and Qwen2.5: biases on queries, keys and values. MTP layers of ours follow the last, in DeepSeek's names.
+
+Sources: transformers' qwen2 and the config.json files of the released models.
+"""
+
+from mtp_jax.interop.families import common
+
+QWEN2 = common.Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    fields=common.BASIC | common.GROUPED,
+    defaults=common.QWEN_DEFAULTS,
+    fixed=common.SILU | common.NO_WINDOW,
+    tolerated=common.NOT_IN_CLASS | {"attention_bias": True},
+    implied=common.NO_MIXTURE | {"qkv_bias": True, "qk_norm": False},
+)

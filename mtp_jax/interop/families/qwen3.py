@@ -1,0 +1,16 @@
+"""Qwen3, dense: norms on queries and keys. MTP layers of ours follow the last, in DeepSeek's names.
+
+Sources: transformers' qwen3 and the config.json files of the released models.
+"""
+
+from mtp_jax.interop.families import common
+
+QWEN3 = common.Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    fields=common.BASIC | common.GROUPED,
+    defaults=common.QWEN_DEFAULTS | {"head_dim": 128},
+    fixed=common.NO_BIAS | common.NO_WINDOW,
+    tolerated=common.NOT_IN_CLASS,
+    implied=common.NO_MIXTURE | {"qkv_bias": False, "qk_norm": True},
+)

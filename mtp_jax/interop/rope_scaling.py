@@ -1,0 +1,115 @@
+"""Rotary embedding in config.json, in both styles: `rope_scaling` beside rope_theta, and `rope_parameters`."""
+
+from mtp_jax.config import ModelConfig, UserError, value_of
+from mtp_jax.interop.families import Family, Names, Values
+from mtp_jax.interop.json_fields import FIELD_TYPES, bad, typed
+
+KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+ORIGINAL = "original_max_position_embeddings"
+
+# Keys of each rope type inside rope_scaling or rope_parameters: theirs and ours.
+TYPES: dict[str, Names] = {
+    "default": {},
+    "linear": {"factor": "rope.linear_factor"},
+    "llama3": {
+        "factor": "rope.llama3.factor",
+        "original_max_position_embeddings": "rope.llama3.original_length",
+        "low_freq_factor": "rope.llama3.low_frequency",
+        "high_freq_factor": "rope.llama3.high_frequency",
+    },
+    "yarn": {
+        "factor": "rope.yarn.factor",
+        "original_max_position_embeddings": "rope.yarn.original_length",
+        "beta_fast": "rope.yarn.beta_fast",
+        "beta_slow": "rope.yarn.beta_slow",
+        "mscale": "rope.yarn.mscale",
+        "mscale_all_dim": "rope.yarn.mscale_all_dim",
+    },
+}
+_COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_FIXED: dict[str, Values] = {"yarn": {"attention_factor": None, "truncate": True}}
+
+
+def unknown(values: Values) -> Values:
+    """Keys that no rope type has, as "rope_scaling.NAME"."""
+    out: Values = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name)
+        if isinstance(rope, dict):
+            kind = str(rope.get("rope_type", rope.get("type", "default")))
+            known = {*_COMMON, *TYPES.get(kind, rope), *_FIXED.get(kind, {})}
+            out |= {f"{name}.{key}": rope[key] for key in sorted(rope.keys() - known) if rope[key] is not None}
+    return out
+
+
+def read(values: Values, family: Family, where: str) -> Values:
+    """Our rope fields, as transformers reads `rope_scaling` (first) or `rope_parameters`, what is inside them first."""
+    name = _key(values)
+    rope = {k: value for k, value in typed(where, name, values.get(name) or {}, dict).items() if value is not None}
+    outer = {"rope_theta": 10_000.0, "partial_rotary_factor": family.rotary_fraction or 1.0} | values | rope
+    out = {"rope.theta": typed(where, "rope_theta", outer["rope_theta"], float)}
+    fraction = typed(where, "partial_rotary_factor", outer["partial_rotary_factor"], float)
+    if family.rotary_fraction is not None:
+        out["rotary_fraction"] = fraction
+    elif fraction != 1.0:
+        raise bad(where, "partial_rotary_factor", fraction, "is not supported; this layout rotates whole heads, 1.0")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in TYPES:
+        raise bad(where, f"{name}.rope_type", kind, f"is not supported; mtp_jax has {', '.join(TYPES)}")
+    for key, wanted in _FIXED.get(kind, {}).items():
+        if rope.get(key, wanted) != wanted:
+            raise bad(where, f"{name}.{key}", rope[key], f"is not supported; mtp_jax has {wanted!r} there")
+    if kind == "default":
+        return out
+    scaling = _read_scaling(rope | {"rope_type": kind}, values, family, where, name)
+    factor = scaling[TYPES[kind]["factor"]]
+    if factor < 1:
+        raise bad(where, f"{name}.factor", rope.get("factor"), f"stretches by {factor:g}; must be at least 1")
+    return out | scaling if factor > 1 else out
+
+
+def _read_scaling(rope: Values, values: Values, family: Family, where: str, name: str) -> Values:
+    """Fields of one rope type, with transformers' own completion of what is absent."""
+    kind = rope["rope_type"]
+    longest = values.get("max_position_embeddings", family.defaults["max_position_embeddings"])
+    if kind != "linear":
+        rope.setdefault(ORIGINAL, longest)
+    if kind == "yarn":
+        if "factor" not in rope:
+            original = typed(where, f"{name}.{ORIGINAL}", rope[ORIGINAL], int)
+            rope["factor"] = typed(where, "max_position_embeddings", longest, int) / max(1, original)
+        # zero counts as absent there
+        rope = {k: v for k, v in rope.items() if v or k not in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+        if "mscale_all_dim" in rope and "mscale" not in rope:
+            remedy = f"without {name}.mscale is not supported; give both or neither"
+            raise bad(where, f"{name}.mscale_all_dim", rope["mscale_all_dim"], remedy)
+    out = {}
+    for key, ours in TYPES[kind].items():
+        if key not in rope and kind != "yarn":
+            raise UserError(f"{where}: field '{name}.{key}' is missing; add it")
+        if key in rope:
+            out[ours] = typed(where, f"{name}.{key}", rope[key], FIELD_TYPES[ours])
+    return out
+
+
+def write(model: ModelConfig, family: Family, base: Values) -> Values:
+    """What config.json says of the rope, in the style of `base`."""
+    kind = next((k for k, f in TYPES.items() if f and value_of(model, f["factor"]) > 1), "default")
+    scaling = {key: value_of(model, name) for key, name in TYPES[kind].items()}
+    if kind == "yarn" and not model.rope.yarn.mscale_all_dim:
+        del scaling["mscale_all_dim"]
+        if model.rope.yarn.mscale == 1.0:
+            del scaling["mscale"]
+    outer: Values = {"rope_theta": model.rope.theta}
+    if family.rotary_fraction is not None:
+        outer["partial_rotary_factor"] = model.rotary_fraction
+    name = _key(base)
+    if name == "rope_parameters" or outer.keys() & (base.get(name) or {}).keys():
+        return {name: outer | {"rope_type": kind} | scaling}
+    # Older code reads "type", newer "rope_type".
+    return outer | {"rope_scaling": {"type": kind, "rope_type": kind} | scaling if scaling else None}
+
+
+def _key(values: Values) -> str:
+    """Where the file describes its rope: transformers looks into rope_scaling first."""
+    return "rope_parameters" if values.get("rope_parameters") and not values.get("rope_scaling") else "rope_scaling"
