@@ -55,6 +55,7 @@ YARN_V3 = _rope("yarn", factor=8.0, original_max_position_embeddings=256, beta_f
 YARN_V3 |= dict(mscale_all_dim=1.0)
 YARN_V2 = _rope("yarn", factor=4.0, original_max_position_embeddings=256, beta_fast=32, beta_slow=1, mscale=0.707)
 YARN_V2 |= dict(mscale_all_dim=0.707)
+YARN_K2 = YARN_V3 | dict(beta_fast=1.0, beta_slow=1.0, mscale=1.0)
 # Wavelengths of a head of 16: 6, 20, 63, 199, ... on both sides of 64 / 4 and 64 / 1.
 LLAMA3 = _rope("llama3", factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
 
@@ -97,6 +98,16 @@ CASES: dict[str, Case] = {
         "deepseek_v2",
         COMMON | LATENT | EXPERTS | NO_GROUPS | dict(q_lora_rank=None, topk_method="greedy", rope_parameters=_rope()),
         features=("latent_eps",),
+    ),
+    "kimi_k2": Case(
+        "kimi_k2",
+        COMMON
+        | LATENT
+        | EXPERTS
+        | NO_GROUPS
+        | dict(q_lora_rank=28, rope_parameters=YARN_K2, routed_scaling_factor=2.827, n_shared_experts=1),
+        features=("rope", "router_bias", "scaling", "renormalize"),
+        hf_type="deepseek_v3",
     ),
     "glm4_moe": Case(
         "glm4_moe",
@@ -147,6 +158,7 @@ CASES: dict[str, Case] = {
 # Published names of what surrounds the block of an MTP module. The weights of the first two are as wide as the model.
 EXTRAS = {
     "deepseek_v3": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
+    "kimi_k2": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
     "glm4_moe": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
     "mimo": {"e": "token_layernorm", "h": "hidden_layernorm", "proj": "input_proj", "out": "final_layernorm"},
 }
@@ -416,8 +428,10 @@ def _write(folder, tensors, shards):
 
 def _rewrite_config(case: Case, path, dtype, style) -> dict:
     config = json.loads(path.read_text()) | {"dtype": dtype}
+    if case.hf_type:
+        config["model_type"] = case.model_type
     if case.model_type == "mimo":
-        config |= {"model_type": "mimo", "architectures": ["MiMoForCausalLM"], "attention_bias": True}
+        config |= {"architectures": ["MiMoForCausalLM"], "attention_bias": True}
     if case.depth or case.model_type in EXTRAS:
         config["num_nextn_predict_layers"] = case.depth
     if style == "released":
@@ -440,7 +454,7 @@ def _released(config: dict) -> dict:
     out["rope_scaling"] = {key: kind} | rope if kind != "default" else None
     if "kv_lora_rank" in config:
         del out["head_dim"]  # transformers' own addition, the width of the rotated part
-        sigmoid = config["model_type"] == "deepseek_v3"
+        sigmoid = config["model_type"] != "deepseek_v2"
         out |= {"scoring_func": "sigmoid" if sigmoid else "softmax", "moe_layer_freq": 1, "ep_size": 1}
         out.setdefault("topk_method", "noaux_tc")
     if out.get("use_sliding_window") is False:

@@ -78,6 +78,14 @@ MOONLIGHT = json.loads("""{
   "topk_group": 1, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": true, "v_head_dim": 128,
   "vocab_size": 163840}""")
 
+KIMI = V3 | {
+    **{"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "first_k_dense_replace": 1},
+    **{"max_position_embeddings": 131072, "model_type": "kimi_k2", "n_group": 1, "n_routed_experts": 384},
+    **{"num_attention_heads": 64, "num_key_value_heads": 64, "num_nextn_predict_layers": 0, "rope_theta": 50000.0},
+    "rope_scaling": V3["rope_scaling"] | {"beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    **{"routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840},
+}
+
 GLM_AIR = json.loads("""{
   "architectures": ["Glm4MoeForCausalLM"], "attention_bias": true, "attention_dropout": 0.0,
   "eos_token_id": [151329, 151336, 151338], "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu",
@@ -135,7 +143,7 @@ CODER = json.loads("""{
   "use_cache": true, "vocab_size": 32256}""")
 
 FILES = {
-    **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "glm_air": GLM_AIR, "mimo": MIMO},
+    **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "kimi": KIMI, "glm_air": GLM_AIR, "mimo": MIMO},
     **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "coder": CODER},
 }
 
@@ -176,6 +184,9 @@ EXPECTED = {
     "moonlight": LATENT
     | {"q_lora_rank": 0, "norm_eps": 1e-5, "latent_norm_eps": 1e-6, "rope.theta": 50_000.0, "rope.yarn.factor": 1.0}
     | {"routed_scaling_factor": 2.446, "num_layers": 27, "router.score": "sigmoid"},
+    "kimi": LATENT
+    | {"num_heads": 64, "num_experts": 384, "router.num_groups": 1, "routed_scaling_factor": 2.827}
+    | {"rope.yarn.factor": 32.0, "rope.yarn.beta_fast": 1.0, "rope.theta": 50_000.0, "num_dense_layers": 1},
     "glm_air": {"attention": "gqa", "qkv_bias": True, "qk_norm": False, "rotary_fraction": 0.5, "head_dim": 128}
     | {"rope.interleaved": False, "rope.theta": 1e6, "num_kv_heads": 8, "num_experts": 128, "router.score": "sigmoid"}
     | {"norm_eps": 1e-5, "num_dense_layers": 1, "expert_dim": 1408, "ffn_dim": 10_944},
@@ -207,8 +218,8 @@ def transformers():
 def through_transformers(hf):
     """What transformers' class makes of a config.json, in its newer style."""
     model_type = hf["model_type"]
-    # MiMo's own class is remote code, and Qwen2's with one more key.
-    name = "qwen2" if model_type == "mimo" else model_type
+    # MiMo's own class is remote code, and Qwen2's with one more key; Kimi-K2's is DeepSeek-V3's.
+    name = {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)
     values = copy.deepcopy(without(hf, "model_type"))  # it completes the rope's dict in place
     return transformers().AutoConfig.for_model(name, **values).to_dict() | {"model_type": model_type}
 
@@ -295,7 +306,8 @@ def test_the_heads_of_qwen3_do_not_follow_from_its_width():
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_layout_of_an_imported_model_is_that_of_its_file(name):
-    assert layout_of(read(FILES[name])) == FILES[name]["model_type"]
+    model_type = FILES[name]["model_type"]
+    assert layout_of(read(FILES[name])) == {"kimi_k2": "deepseek_v3"}.get(model_type, model_type)
 
 
 @pytest.mark.parametrize("name", MODEL_TYPES)

@@ -205,6 +205,7 @@ ATTENTION = {
     "deepseek_v3_next_token": f"{MLA} {Q_LORA}",
     "deepseek_v2": f"{MLA} {Q_LORA}",
     "deepseek_v2_lite": f"{MLA} q_proj.weight",
+    "kimi_k2": f"{MLA} {Q_LORA}",
     "glm4_moe": f"{QKV} o_proj.weight {QKV_BIAS} {QK_NORM}",
     "glm4_moe_air": f"{QKV} o_proj.weight",
     "mimo": f"{QKV} o_proj.weight {QKV_BIAS}",

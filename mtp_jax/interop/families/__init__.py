@@ -7,6 +7,7 @@ from mtp_jax.interop.families.common import OUTSIDE_BLOCKS, Family, Names, Value
 from mtp_jax.interop.families.deepseek_v2 import DEEPSEEK_V2
 from mtp_jax.interop.families.deepseek_v3 import DEEPSEEK_V3
 from mtp_jax.interop.families.glm4_moe import GLM4_MOE
+from mtp_jax.interop.families.kimi_k2 import KIMI_K2
 from mtp_jax.interop.families.llama import LLAMA
 from mtp_jax.interop.families.mimo import MIMO
 from mtp_jax.interop.families.qwen2 import QWEN2
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         DEEPSEEK_V3,
         DEEPSEEK_V2,
+        KIMI_K2,
         GLM4_MOE,
         LLAMA,
         QWEN2,
