@@ -42,8 +42,8 @@ FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null there: as many as head
 # Our keys that tell layouts apart, the most telling first: the family that agrees longest is the one a model is
 # exported in, or whose first disagreement is named.
 TELLING = (
-    *("attention", "num_experts", "qkv_bias", "qk_norm", "rope.interleaved", "rotary_fraction", "num_shared_experts"),
-    *("router.score", "router.group_score", "router.renormalize", "num_dense_layers", "latent_norm_eps"),
+    *("attention", "num_experts", "qkv_bias", "qk_norm", "rope.interleaved", "rotary_fraction", "router.score"),
+    *("router.group_score", "router.renormalize", "num_shared_experts", "num_dense_layers", "latent_norm_eps"),
 )
 
 
@@ -240,7 +240,11 @@ def _counts(name: str, model: ModelConfig) -> bool:
     """True where the field changes what this model computes."""
     if name == "router.group_score":
         return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
-    is_of_experts = name.startswith("router.") or name in ("num_shared_experts", "num_dense_layers")
+    is_of_experts = name.startswith("router.") or name in (
+        "num_shared_experts",
+        "num_dense_layers",
+        "routed_scaling_factor",
+    )
     return model.num_experts > 0 or not is_of_experts
 
 

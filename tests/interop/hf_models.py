@@ -155,6 +155,23 @@ CASES: dict[str, Case] = {
     ),
 }
 
+CASES |= {
+    "qwen3_moe": Case(
+        "qwen3_moe",
+        COMMON
+        | dict(num_key_value_heads=2, head_dim=16, rope_parameters=_rope(theta=100_000.0), norm_topk_prob=True)
+        | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24),
+        features=("theta", "qk_norm", "renormalize"),
+    ),
+    "qwen3_moe_plain_gates": Case(
+        "qwen3_moe",
+        COMMON
+        | dict(num_key_value_heads=4, rope_parameters=_rope(), tie_word_embeddings=True, norm_topk_prob=False)
+        | dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24),
+        features=("qk_norm",),
+    ),
+}
+
 # Published names of what surrounds the block of an MTP module. The weights of the first two are as wide as the model.
 EXTRAS = {
     "deepseek_v3": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
@@ -452,6 +469,8 @@ def _released(config: dict) -> dict:
     kind = rope.pop("rope_type")
     key = "rope_type" if kind == "llama3" else "type"
     out["rope_scaling"] = {key: kind} | rope if kind != "default" else None
+    if "num_local_experts" in out:
+        out["num_experts"] = out.pop("num_local_experts")
     if "kv_lora_rank" in config:
         del out["head_dim"]  # transformers' own addition, the width of the rotated part
         sigmoid = config["model_type"] != "deepseek_v2"

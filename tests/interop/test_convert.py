@@ -41,6 +41,8 @@ ROUND_TRIPS = [
     *(
         ("deepseek_v2", "float32", "released", 1),
         ("kimi_k2", "bfloat16", "released", 1),
+        ("qwen3_moe", "bfloat16", "new", 2),
+        ("qwen3_moe_plain_gates", "float32", "released", 1),
         ("glm4_moe", "bfloat16", "released", 2),
         ("mimo", "bfloat16", "new", 1),
     ),

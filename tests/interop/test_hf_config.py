@@ -134,6 +134,17 @@ QWEN3 = json.loads("""{
   "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
   "vocab_size": 151936}""")
 
+QWEN3_MOE = json.loads("""{
+  "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
+  "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+  "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+  "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true,
+  "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+  "num_key_value_heads": 4, "output_router_logits": false, "rms_norm_eps": 1e-06, "rope_scaling": null,
+  "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": null, "tie_word_embeddings": false,
+  "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
+  "vocab_size": 151936}""")
+
 CODER = json.loads("""{
   "architectures": ["LlamaForCausalLM"], "bos_token_id": 32013, "eos_token_id": 32014, "hidden_act": "silu",
   "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 16384,
@@ -144,7 +155,7 @@ CODER = json.loads("""{
 
 FILES = {
     **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "kimi": KIMI, "glm_air": GLM_AIR, "mimo": MIMO},
-    **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "coder": CODER},
+    **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE, "coder": CODER},
 }
 
 # Written by hand from the models' papers and cards.
@@ -202,6 +213,9 @@ EXPECTED = {
     | {"qkv_bias": False, "qk_norm": False, "rope.interleaved": False, "rotary_fraction": 1.0, "num_kv_heads": 8},
     "qwen2": {"qkv_bias": True, "head_dim": 64, "num_kv_heads": 2, "tie_embeddings": True, "num_experts": 0},
     "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "embed_dim": 1024, "num_heads": 16},
+    "qwen3_moe": {"qk_norm": True, "qkv_bias": False, "num_experts": 128, "num_experts_per_token": 8, "expert_dim": 768}
+    | {"router.score": "softmax", "router.renormalize": True, "num_shared_experts": 0, "num_dense_layers": 0}
+    | {"num_kv_heads": 4, "head_dim": 128, "router.num_groups": 1, "rope.interleaved": False},
     "coder": {"rope.linear_factor": 4.0, "rope.theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
 }
 DEPTHS = {"v3": 1, "glm_air": 1, "mimo": 1}
@@ -524,6 +538,9 @@ NOT_HELD = {
     "model.router.group_score='top2_sum'": model_with(V2, **{"router.group_score": "top2_sum"}),
     "model.latent_norm_eps=1e-05": model_with(V3, latent_norm_eps=1e-5),
     "model.num_heads=12": model_with(LLAMA, num_heads=12, num_kv_heads=4),
+    "model.num_shared_experts=1": model_with(QWEN3_MOE, num_shared_experts=1),
+    "model.num_dense_layers=1": model_with(QWEN3_MOE, num_dense_layers=1),
+    "model.routed_scaling_factor=2.0": model_with(QWEN3_MOE, routed_scaling_factor=2.0),
     "mtp.kind='parallel'": mtp_with(LLAMA, kind="parallel", depth=2),
 }
 
@@ -540,6 +557,7 @@ def test_from_config_refuses_what_its_layout_cannot_hold():
     assert "model.vocab_size=None" in refusal(from_config, model_with(V3, vocab_size=None), "deepseek_v3")
     assert "model_type='llama'" in refusal(from_config, read(QWEN3), "qwen3", base=LLAMA)
     assert "'gpt2'" in refusal(from_config, read(QWEN3), "gpt2")
+    assert "model.num_experts=0: the qwen3_moe layout" in refusal(from_config, read(QWEN3), "qwen3_moe")
 
 
 def test_what_would_be_read_back_as_another_model_is_not_written():
@@ -574,6 +592,9 @@ REFUSED = [
     (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
     (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
     (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
+    (QWEN3_MOE | {"decoder_sparse_step": 2}, "'decoder_sparse_step'=2", "1"),
+    (QWEN3_MOE | {"mlp_only_layers": [0, 5]}, "'mlp_only_layers'=[0, 5]", "[]"),
+    (QWEN3_MOE | {"use_sliding_window": True}, "'use_sliding_window'=True", "False"),
     (without(V2, "num_experts_per_tok"), "'num_experts_per_tok' is missing", "add it"),
     (V3 | {"num_key_value_heads": 8}, "'num_key_value_heads'=8", "128"),
     (V3 | {"head_dim": 192}, "'head_dim'=192", "64"),

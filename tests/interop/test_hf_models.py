@@ -214,6 +214,8 @@ ATTENTION = {
     "llama_linear": f"{QKV} o_proj.weight",
     "qwen2_tied": f"{QKV} o_proj.weight {QKV_BIAS}",
     "qwen3": f"{QKV} o_proj.weight {QK_NORM}",
+    "qwen3_moe": f"{QKV} o_proj.weight {QK_NORM}",
+    "qwen3_moe_plain_gates": f"{QKV} o_proj.weight {QK_NORM}",
 }
 SWIGLU = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
 
@@ -224,13 +226,17 @@ def block_names(name, is_moe):
     if not is_moe:
         return names | {f"mlp.{n}" for n in SWIGLU}
     names |= {f"mlp.experts.{e}.{n}" for e in range(8) for n in SWIGLU}
-    names |= {f"mlp.shared_experts.{n}" for n in SWIGLU} | {"mlp.gate.weight"}
-    return names | ({"mlp.gate.e_score_correction_bias"} if not name.startswith("deepseek_v2") else set())
+    names.add("mlp.gate.weight")
+    if not name.startswith("qwen3"):
+        names |= {f"mlp.shared_experts.{n}" for n in SWIGLU}
+    has_bias = not name.startswith(("deepseek_v2", "qwen3"))
+    return names | ({"mlp.gate.e_score_correction_bias"} if has_bias else set())
 
 
 def published_names(name):
     case = CASES[name]
     layers, dense = case.config["num_hidden_layers"], case.config.get("first_k_dense_replace", 99)
+    dense = 0 if case.model_type == "qwen3_moe" else dense
     names = {"model.embed_tokens.weight", "model.norm.weight"}
     if not case.config.get("tie_word_embeddings"):
         names.add("lm_head.weight")

@@ -12,6 +12,7 @@ from mtp_jax.interop.families.llama import LLAMA
 from mtp_jax.interop.families.mimo import MIMO
 from mtp_jax.interop.families.qwen2 import QWEN2
 from mtp_jax.interop.families.qwen3 import QWEN3
+from mtp_jax.interop.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
         DEEPSEEK_V2,
         KIMI_K2,
         GLM4_MOE,
+        QWEN3_MOE,
         LLAMA,
         QWEN2,
         QWEN3,

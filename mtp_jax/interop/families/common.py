@@ -160,6 +160,7 @@ IGNORED = frozenset(
 LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # their latent norms take their class's default
 HALVES: Values = {"attention": "gqa", "rope.interleaved": False}
 NO_MIXTURE: Values = HALVES | {"num_experts": 0, "rotary_fraction": 1.0}
+UNGROUPED: Values = {"router.num_groups": 1, "router.groups_per_token": 1, "routed_scaling_factor": 1.0}
 V3_ROUTER: Values = {"router.score": "sigmoid", "router.group_score": "top2_sum"}
 
 
