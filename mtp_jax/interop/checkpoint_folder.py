@@ -6,6 +6,7 @@ code, and in mtp_jax.json (`Origin`) what the files were like, so that an export
 
 import collections
 import dataclasses
+import functools
 import glob
 import json
 import math
@@ -90,7 +91,8 @@ def open_model(
     Args:
       family: that it must be of; None: as config.json says.
       ignore: fields of config.json that are known not to matter.
-      depth: 0 leaves the MTP layers out; None takes what is there.
+      depth: 0 leaves the MTP layers out; None takes what is there: none where config.json states some and no tensor is
+        of them, as transformers saves a model.
       param_dtype: "float32" or "bfloat16"; None: float32 where any weight has more than bfloat16, else bfloat16.
       is_checked: the folder was opened before; its tensors are not looked at again.
 
@@ -99,20 +101,32 @@ def open_model(
     """
     folder = pathlib.Path(path)
     values = config_json.read_config(folder)
-    model_type = values["model_type"]
+    where, model_type = str(folder / "config.json"), values["model_type"]
+    layout = config_json.family_named(model_type, where)
     if family is not None and not _admits(family, model_type):
-        raise UserError(f"--family={family}: {folder / 'config.json'} has model_type={model_type}; give that one")
-    config = config_json.to_config(values, str(folder / "config.json"), ignore, depth)
+        raise UserError(f"--family={family}: {where} has model_type={model_type}; give that one")
     files = TensorFolder(folder)
     try:
+        blocks = layout.layer.format(layer="{}")
+        weights.check_count(files, "num_hidden_layers", values.get("num_hidden_layers"), blocks, where)
+        config = config_json.to_config(values, where, ignore, depth)
+        if config.model.num_experts:
+            weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
+        mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
+        if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
+            _say(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
+            depth, config = 0, config_json.to_config(values, where, ignore, 0)
+        if layout.left_out and any(name.startswith(layout.left_out) for name in files.infos):
+            _say(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
         listed = weights.tensors(config, model_type)
         if not is_checked:
-            weights.check_folder(files, listed, str(folder), _mtp_prefixes(config, model_type), depth == 0)
+            left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
+            weights.check_folder(files, listed, str(folder), mtp, left_out)
         origin = _origin(files, listed, config, model_type)
         dtypes = {files.infos[t.name].dtype for t in listed if t.path[0] == "params" and not t.repeats}
         dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32")
         model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
-        if not FAMILIES[model_type].has_router_bias:
+        if not layout.has_router_bias:
             model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
         config = dataclasses.replace(config, model=model)
         arrays = weights.lazy_arrays(files, config, listed)
@@ -122,10 +136,10 @@ def open_model(
     return HFModel(folder, config, values, origin, arrays, files)
 
 
-def _mtp_prefixes(config: Config, model_type: str) -> tuple[str, ...]:
-    """Prefixes of MTP layers of any depth."""
-    prefix, after = FAMILIES[model_type].module_layer, config.model.num_layers
-    return tuple(prefix.format(layer=after + k, depth=k) for k in range(MAX_DEPTH))
+@functools.cache
+def _say(line: str) -> None:
+    """Once in a process, however often the folder is opened."""
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:

@@ -46,7 +46,8 @@ def read(values: Values, family: Family, where: str) -> Values:
     """Our rope fields, as transformers reads `rope_scaling` (first) or `rope_parameters`, what is inside them first."""
     name = _key(values)
     rope = {k: value for k, value in typed(where, name, values.get(name) or {}, dict).items() if value is not None}
-    outer = {"rope_theta": 10_000.0, "partial_rotary_factor": family.rotary_fraction or 1.0} | values | rope
+    outer = {"rope_theta": 10_000.0, "partial_rotary_factor": family.rotary_fraction or 1.0} | family.defaults
+    outer |= values | rope
     out = {"rope.theta": typed(where, "rope_theta", outer["rope_theta"], float)}
     fraction = typed(where, "partial_rotary_factor", outer["partial_rotary_factor"], float)
     if family.rotary_fraction is not None:

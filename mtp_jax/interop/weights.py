@@ -5,6 +5,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from mtp_jax.typing import Index, ReadableArray, Tree
 Path = tuple[str, ...]
 
 SCALE = "_scale_inv"
+TABLE = ("vocab", "embed")  # axes of the embedding, which lies in rows as theirs does
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # what a weight may be stored as
 DERIVED_SUFFIXES = (
     ".rotary_emb.inv_freq",
@@ -70,7 +72,8 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
                 full = (kind, *path, *ours.split("."))
                 if full in leaves:
                     info = infos.get(full, ParamInfo((None,)))
-                    out.extend(_of_leaf(prefix + theirs, full, index, info, leaves[full].shape))
+                    rows = (1,) if ours in family.row_vectors else ()
+                    out.extend(_of_leaf(prefix + theirs, full, index, info, leaves[full].shape, rows))
                     used.add(full)
 
     add("", ("trunk",), OUTSIDE_BLOCKS, ())
@@ -96,12 +99,12 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
 
 
 def _of_leaf(
-    name: str, path: Path, index: tuple[int, ...], info: ParamInfo, shape: tuple[int, ...]
+    name: str, path: Path, index: tuple[int, ...], info: ParamInfo, shape: tuple[int, ...], rows: tuple[int, ...]
 ) -> Iterator[Tensor]:
     """The tensors of one layer of a leaf: one, or one an expert."""
     inner = shape[len(index) :]
     if "{expert}" not in name:
-        yield Tensor(name, _their_shape(info, inner), path, index, info)
+        yield Tensor(name, rows + _their_shape(info, inner), path, index, info)
         return
     for expert in range(inner[0]):
         yield Tensor(name.format(expert=expert), _their_shape(info, inner[1:]), path, (*index, expert), info)
@@ -121,7 +124,7 @@ def _their_shape(info: ParamInfo, inner: tuple[int, ...]) -> tuple[int, ...]:
     if info.is_matrix:
         ins = math.prod(inner[d] for d in info.in_dims)
         return math.prod(inner) // ins, ins
-    return inner if info.axes == ("vocab", "embed") else (math.prod(inner),)
+    return inner if info.axes == TABLE else (math.prod(inner),)
 
 
 def to_theirs(array: np.ndarray, tensor: Tensor) -> np.ndarray:
@@ -183,7 +186,7 @@ class FolderArray:
         shape = self.shape[self._num_lead :]
         if not tensor.info.is_matrix:
             read_first, first = slice(inner[0].start, inner[0].stop), slice(None)
-            if len(tensor.shape) == 1:
+            if tensor.info.axes != TABLE:
                 read_first, first = first, read_first
             kept = read(self._folder, tensor, read_first).reshape(-1, *shape[1:])
             return kept[(first, *(slice(r.start, r.stop) for r in inner[1:]))].astype(self.dtype)
@@ -244,14 +247,34 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
     return {name: {} for name in abstract} | unflatten_dict(out)
 
 
+_MAIN_ALONE = "for the main model alone pass depth=0 to mtp_jax.load, or --depth=0 to mtp_jax.tools.convert import"
+
+
+def check_count(folder: TensorFolder, key: str, value: object, name: str, where: str) -> None:
+    """Refuse a number of config.json that is larger than the files can bear out, before anything is listed or built.
+
+    Args:
+      name: part of the tensors' names with {} in the place of the number, counted from 0.
+
+    Raises:
+      UserError: the number, and how many there are.
+    """
+    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d{1,9})"))
+    found = 1 + max((int(match[1]) for match in map(pattern.search, folder.infos) if match), default=-1)
+    if isinstance(value, int) and value > found:
+        raise UserError(
+            f"{where}: field {key!r}={value} is more than the {found} in the files; one is of another model"
+        )
+
+
 def check_folder(
-    folder: TensorFolder, listed: list[Tensor], where: str, mtp_prefixes: tuple[str, ...], leaves_mtp: bool
+    folder: TensorFolder, listed: list[Tensor], where: str, mtp_prefixes: tuple[str, ...], left_out: tuple[str, ...]
 ) -> None:
     """Refuse a folder that is not the model.
 
     Args:
       listed: what must be there; repetitions may be missing.
-      mtp_prefixes: of the tensors of MTP layers. leaves_mtp: whether those are left where they are.
+      mtp_prefixes: of the tensors of MTP layers. left_out: of the tensors that are not looked at.
 
     Raises:
       UserError: a missing tensor, one of another shape, one too many, a repetition with other values.
@@ -259,7 +282,7 @@ def check_folder(
     missing = [t for t in listed if t.name not in folder.infos and not t.repeats]
     if missing:
         name = missing[0].name
-        hint = "; depth 0 (--depth=0) takes the main model alone" if "mtp" in missing[0].path else ""
+        hint = f"; {_MAIN_ALONE}" if "mtp" in missing[0].path else ""
         hint = "; is tie_word_embeddings missing there?" if name == OUTSIDE_BLOCKS["unembed"] else hint
         raise UserError(f"{where}: has no tensor {name}{_more(missing)}, which its config.json asks for{hint}")
     for t in listed:
@@ -283,11 +306,11 @@ def check_folder(
                 raise UserError(f"{where}: tensor {t.name + SCALE} {has}; fp8 {t.name} {t.shape} needs {wanted}")
             known.add(t.name + SCALE)
     unknown = (name for name in folder.infos if name not in known and not name.endswith(DERIVED_SUFFIXES))
-    extra = [name for name in unknown if not (leaves_mtp and name.startswith(mtp_prefixes))]
+    extra = [name for name in unknown if not name.startswith(left_out)]
     if extra:
         hint = ""
         if extra[0].startswith(mtp_prefixes):
-            hint = "; of MTP layers: set num_nextn_predict_layers there, or take the main model alone (--depth=0)"
+            hint = f"; of MTP layers: set num_nextn_predict_layers there, or {_MAIN_ALONE}"
         raise UserError(f"{where}: has tensor {extra[0]}{_more(extra)}, which its config.json does not ask for{hint}")
     _check_repeated(folder, listed, where)
 

@@ -190,7 +190,7 @@ class Kind:
         if self.released_path is None:
             raise UserError(
                 f"mtp.kind={self.name!r}: no released layout holds its weights; export the main model alone, with "
-                "depth=0"
+                "--depth=0 of mtp_jax.tools.convert export"
             )
 
     # Training and evaluation.

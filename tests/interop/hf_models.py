@@ -172,6 +172,23 @@ CASES |= {
     ),
 }
 
+CASES |= {
+    "ernie4_5_moe": Case(
+        "ernie4_5_moe",
+        COMMON
+        | dict(num_key_value_heads=2, rope_parameters=_rope(theta=100_000.0), tie_word_embeddings=True)
+        | dict(moe_num_experts=8, moe_k=3, moe_num_shared_experts=2, moe_intermediate_size=24, moe_layer_start_index=1),
+        features=("theta", "router_bias"),
+    ),
+    "ernie4_5_moe_untied": Case(
+        "ernie4_5_moe",
+        COMMON
+        | dict(num_key_value_heads=4, rope_parameters=_rope(theta=500_000.0), tie_word_embeddings=False)
+        | dict(moe_num_experts=8, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=24, moe_layer_start_index=2),
+        features=("router_bias",),
+    ),
+}
+
 # Published names of what surrounds the block of an MTP module. The weights of the first two are as wide as the model.
 EXTRAS = {
     "deepseek_v3": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
@@ -469,6 +486,8 @@ def _released(config: dict) -> dict:
     kind = rope.pop("rope_type")
     key = "rope_type" if kind == "llama3" else "type"
     out["rope_scaling"] = {key: kind} | rope if kind != "default" else None
+    if "moe_layer_end_index" in out:
+        out |= {"moe_layer_end_index": -1, "moe_use_aux_free": True, "moe_capacity": [64, 64, 64], "moe_gate": "topk"}
     if "num_local_experts" in out:
         out["num_experts"] = out.pop("num_local_experts")
     if "kv_lora_rank" in config:

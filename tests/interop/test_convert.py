@@ -42,6 +42,8 @@ ROUND_TRIPS = [
         ("deepseek_v2", "float32", "released", 1),
         ("kimi_k2", "bfloat16", "released", 1),
         ("qwen3_moe", "bfloat16", "new", 2),
+        ("ernie4_5_moe", "bfloat16", "released", 1),
+        ("ernie4_5_moe_untied", "float32", "new", 2),
         ("qwen3_moe_plain_gates", "float32", "released", 1),
         ("glm4_moe", "bfloat16", "released", 2),
         ("mimo", "bfloat16", "new", 1),
@@ -469,6 +471,57 @@ def late(path):
     rewrite(path, change)
 
 
+def without_mtp(path):
+    """As transformers saves such a model: config.json states MTP layers, the files have none."""
+
+    def change(tensors):
+        for name in [n for n in tensors if n.startswith(("model.layers.3.", "model.layers.4."))]:
+            del tensors[name]
+
+    rewrite(path, change)
+
+
+def test_mtp_layers_that_are_stated_and_absent_are_left_out_with_one_line(monkeypatch, capfd, tmp_path, exported):
+    """Wherever such a folder is named: mtp_jax.load, eval.py, init_from and convert import."""
+    from mtp_jax.evaluation import decode_tasks
+
+    rows = np.random.default_rng(0).integers(0, 261, (2, 12))
+    expected = mtp_jax.load(exported, depth=0).logits(rows)
+    for name in ("load", "eval", "init_from", "import"):
+        shutil.copytree(exported, tmp_path / name)
+        without_mtp(tmp_path / name)
+    capfd.readouterr()
+    loaded = [mtp_jax.load(tmp_path / "load"), decode_tasks.load_model(str(tmp_path / "eval"))]
+    convert_here(monkeypatch, "import", f"--hf={tmp_path / 'import'}", f"--workdir={tmp_path / 'imported'}")
+    built = abstract_model(loaded[0].config.architecture)
+    transfer.check_source(str(tmp_path / "init_from"), {"params": built.params, "biases": built.biases})
+    for lm in (*loaded, mtp_jax.load(tmp_path / "imported")):
+        assert kind_of(lm.config).depth == 0
+        np.testing.assert_array_equal(lm.logits(rows), expected)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "MTP layer(s)" in line]
+    assert len(lines) == 4 and all(
+        "states 2 MTP layer(s) and the files have none: loaded at depth 0" in n for n in lines
+    )
+    with pytest.raises(UserError, match="has no tensor model.layers.3"):
+        mtp_jax.load(tmp_path / "load", depth=2)
+
+
+def test_tensors_that_a_family_cannot_hold_are_left_out_with_one_line(capfd, tmp_path):
+    """ERNIE's own MTP layer, under names that no table has."""
+    reference = hf_models.build("ernie4_5_moe", tmp_path / "hf", style="released")
+    with TensorFolder(tmp_path / "hf") as files:
+        arrays = {name: files.read(name) for name in files.infos}
+    arrays["model.mtp_block.0.mlp.gate_proj.weight"] = np.ones((3, 4), np.float32)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    write_folder(tmp_path / "hf", {n: ("F32", a.shape) for n, a in arrays.items()}, arrays.items())
+    reconfigure(tmp_path / "hf", num_nextn_predict_layers=1)
+    rows = hf_models.tokens_of("ernie4_5_moe")
+    ours = mtp_jax.load(tmp_path / "hf", compute_dtype="float32").logits(rows)
+    np.testing.assert_allclose(ours, reference.logits(rows), atol=2e-5, rtol=0)
+    err = capfd.readouterr().err
+    assert "states 1 MTP layer(s)" in err and "tensors model.mtp_* are left out: its MTP layer is a dense block" in err
+
+
 HEAD = "model.layers.3.shared_head.head.weight"
 BROKEN = {
     "missing tensor": (without("model.layers.1.mlp.gate.weight"), ["model.layers.1.mlp.gate.weight"]),
@@ -476,6 +529,18 @@ BROKEN = {
     "extra tensor": (lambda p: rewrite(p, lambda t: t.update(more=t[HEAD])), ["tensor more", "does not ask for"]),
     "wrong shape": (lambda p: reconfigure(p, vocab_size=300), ["(264, 32)", "(300, 32)"]),
     "a head of its own": (lambda p: rewrite(p, lambda t: t.update({HEAD: t[HEAD] + 1})), [HEAD, "lm_head.weight"]),
+    "more blocks than there are": (
+        lambda p: reconfigure(p, num_hidden_layers=10**9),
+        ["'num_hidden_layers'=1000000000 is more than the 5 in the files"],
+    ),
+    "more experts than there are": (
+        lambda p: reconfigure(p, n_routed_experts=65_536, n_group=1, topk_group=1),
+        ["'n_routed_experts'=65536 is more than the 4 in the files"],
+    ),
+    "nested": (
+        lambda p: (p / "config.json").write_text('{"model_type": ' + "[" * 50_000 + "]" * 50_000 + "}"),
+        ["config.json", "nested deeper than 32 levels"],
+    ),
     "truncated": (truncate, ["model.safetensors", "bytes"]),
     "missing shard": (index, ["model-00002-of-00002.safetensors"]),
     "unknown family": (lambda p: reconfigure(p, model_type="gpt_oss"), ["gpt_oss", "deepseek_v3"]),

@@ -145,6 +145,15 @@ QWEN3_MOE = json.loads("""{
   "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
   "vocab_size": 151936}""")
 
+ERNIE = json.loads("""{
+  "architectures": ["Ernie4_5_MoeForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+  "hidden_size": 2560, "intermediate_size": 12288, "max_position_embeddings": 131072, "model_type": "ernie4_5_moe",
+  "moe_capacity": [64, 64, 64], "moe_gate": "topk", "moe_intermediate_size": 1536, "moe_k": 6, "moe_layer_interval": 1,
+  "moe_layer_start_index": 1, "moe_num_experts": 64, "moe_num_shared_experts": 2, "moe_use_aux_free": true,
+  "num_attention_heads": 20, "num_hidden_layers": 28, "num_key_value_heads": 4, "num_nextn_predict_layers": 1,
+  "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 500000, "tie_word_embeddings": true,
+  "torch_dtype": "bfloat16", "use_bias": false, "use_cache": true, "use_rmsnorm": true, "vocab_size": 103424}""")
+
 CODER = json.loads("""{
   "architectures": ["LlamaForCausalLM"], "bos_token_id": 32013, "eos_token_id": 32014, "hidden_act": "silu",
   "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 16384,
@@ -155,7 +164,7 @@ CODER = json.loads("""{
 
 FILES = {
     **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "kimi": KIMI, "glm_air": GLM_AIR, "mimo": MIMO},
-    **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE, "coder": CODER},
+    **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE, "ernie": ERNIE, "coder": CODER},
 }
 
 # Written by hand from the models' papers and cards.
@@ -216,9 +225,12 @@ EXPECTED = {
     "qwen3_moe": {"qk_norm": True, "qkv_bias": False, "num_experts": 128, "num_experts_per_token": 8, "expert_dim": 768}
     | {"router.score": "softmax", "router.renormalize": True, "num_shared_experts": 0, "num_dense_layers": 0}
     | {"num_kv_heads": 4, "head_dim": 128, "router.num_groups": 1, "rope.interleaved": False},
+    "ernie": {"num_experts": 64, "num_experts_per_token": 6, "num_shared_experts": 2, "num_dense_layers": 1}
+    | {"expert_dim": 1536, "ffn_dim": 12_288, "rope.interleaved": True, "rope.theta": 500_000.0, "head_dim": 128}
+    | {"router.score": "softmax", "router.renormalize": True, "qk_norm": False, "tie_embeddings": True},
     "coder": {"rope.linear_factor": 4.0, "rope.theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
 }
-DEPTHS = {"v3": 1, "glm_air": 1, "mimo": 1}
+DEPTHS = {"ernie": 1, "v3": 1, "glm_air": 1, "mimo": 1}
 FAMILIES = {"glm_air": "glm4_moe", "mimo": "mimo"}
 
 
@@ -302,7 +314,8 @@ def test_a_file_without_a_base_says_what_the_released_one_says(name):
     own = {"rope_scaling", "bos_token_id", "eos_token_id", "max_position_embeddings"}
     same = (hf.keys() & released.keys()) - own
     assert {key: hf[key] for key in same} == {key: released[key] for key in same}
-    assert released.keys() - hf.keys() <= IGNORED | {*WINDOW_KEYS, "quantization_config", "use_mrope"}
+    tolerated = MODEL_TYPES[released["model_type"]].tolerated.keys()
+    assert released.keys() - hf.keys() <= IGNORED | tolerated | {*WINDOW_KEYS, "quantization_config"}
     scaling = released.get("rope_scaling")
     assert hf["rope_scaling"] == (
         scaling and {"rope_type": scaling.get("type"), "type": scaling.get("rope_type")} | scaling
@@ -592,6 +605,10 @@ REFUSED = [
     (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
     (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
     (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
+    (ERNIE | {"use_bias": True}, "'use_bias'=True", "False"),
+    (ERNIE | {"moe_layer_interval": 2}, "'moe_layer_interval'=2", "1"),
+    (ERNIE | {"moe_layer_end_index": 20}, "'moe_layer_end_index'=20", "27"),
+    (ERNIE | {"moe_norm_min": 0.1}, "'moe_norm_min'=0.1", "1e-12"),
     (QWEN3_MOE | {"decoder_sparse_step": 2}, "'decoder_sparse_step'=2", "1"),
     (QWEN3_MOE | {"mlp_only_layers": [0, 5]}, "'mlp_only_layers'=[0, 5]", "[]"),
     (QWEN3_MOE | {"use_sliding_window": True}, "'use_sliding_window'=True", "False"),
@@ -699,7 +716,10 @@ def test_the_tables_name_only_fields_that_exist():
     names = key_hints(ModelConfig).keys()
     for table in MODEL_TYPES.values():
         assert {*table.fields.values(), *table.mixture.values(), *table.implied} <= names
-        assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {"max_position_embeddings"}
+        assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {
+            "max_position_embeddings",
+            "rope_theta",
+        }
 
 
 def test_the_longest_text_is_the_files_own_or_the_class_default():

@@ -156,7 +156,7 @@ CONFIG_SWITCHES = {
 }
 # suffix of the modules, attribute, new value
 MODEL_SWITCHES = {
-    "router_bias": (".gate", "e_score_correction_bias", 0.0),
+    "router_bias": ((".gate", "moe_statics"), "e_score_correction_bias", 0.0),
     "latent_eps": ("_a_layernorm", "variance_epsilon", 1e-5),
     "qk_norm": (("q_norm", "k_norm"), "weight", 1.0),
     "bias": (("q_proj", "k_proj", "v_proj"), "bias", 0.0),
@@ -214,6 +214,8 @@ ATTENTION = {
     "llama_linear": f"{QKV} o_proj.weight",
     "qwen2_tied": f"{QKV} o_proj.weight {QKV_BIAS}",
     "qwen3": f"{QKV} o_proj.weight {QK_NORM}",
+    "ernie4_5_moe": f"{QKV} o_proj.weight",
+    "ernie4_5_moe_untied": f"{QKV} o_proj.weight",
     "qwen3_moe": f"{QKV} o_proj.weight {QK_NORM}",
     "qwen3_moe_plain_gates": f"{QKV} o_proj.weight {QK_NORM}",
 }
@@ -230,13 +232,14 @@ def block_names(name, is_moe):
     if not name.startswith("qwen3"):
         names |= {f"mlp.shared_experts.{n}" for n in SWIGLU}
     has_bias = not name.startswith(("deepseek_v2", "qwen3"))
-    return names | ({"mlp.gate.e_score_correction_bias"} if has_bias else set())
+    bias = "mlp.moe_statics" if name.startswith("ernie") else "mlp.gate"
+    return names | ({f"{bias}.e_score_correction_bias"} if has_bias else set())
 
 
 def published_names(name):
     case = CASES[name]
     layers, dense = case.config["num_hidden_layers"], case.config.get("first_k_dense_replace", 99)
-    dense = 0 if case.model_type == "qwen3_moe" else dense
+    dense = 0 if case.model_type == "qwen3_moe" else case.config.get("moe_layer_start_index", dense)
     names = {"model.embed_tokens.weight", "model.norm.weight"}
     if not case.config.get("tie_word_embeddings"):
         names.add("lm_head.weight")

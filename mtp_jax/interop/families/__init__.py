@@ -6,6 +6,7 @@ The order decides which layout a model of ours is exported in where several hold
 from mtp_jax.interop.families.common import OUTSIDE_BLOCKS, Family, Names, Values
 from mtp_jax.interop.families.deepseek_v2 import DEEPSEEK_V2
 from mtp_jax.interop.families.deepseek_v3 import DEEPSEEK_V3
+from mtp_jax.interop.families.ernie4_5_moe import ERNIE4_5_MOE
 from mtp_jax.interop.families.glm4_moe import GLM4_MOE
 from mtp_jax.interop.families.kimi_k2 import KIMI_K2
 from mtp_jax.interop.families.llama import LLAMA
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
         KIMI_K2,
         GLM4_MOE,
         QWEN3_MOE,
+        ERNIE4_5_MOE,
         LLAMA,
         QWEN2,
         QWEN3,

@@ -146,7 +146,7 @@ IGNORED = frozenset(
     _attn_implementation attn_implementation _attn_implementation_autoset _experts_implementation unsloth_fixed
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
     use_cache initializer_range attention_dropout pretraining_tp aux_loss_alpha seq_aux router_aux_loss_coef ep_size
-    output_router_logits max_position_embeddings gradient_checkpointing
+    output_router_logits max_position_embeddings gradient_checkpointing moe_capacity
     return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads
     chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention
     tie_encoder_decoder finetuning_task id2label label2id num_labels problem_type task_specific_params
@@ -190,6 +190,7 @@ class Family:
       block, expert_block: names of a dense block and of one with experts. module: of an MTP module beside its block.
       layer, module_layer: prefix of those names; {layer} counts blocks from 0, and MTP modules on from there; {depth}
         counts MTP modules from 0.
+      row_vectors: weights of ours whose vectors they store as [1, n].
       repeated: tensors that an MTP layer holds once more, with the weights of ours they repeat.
       left_out: prefixes of tensors that mtp_jax cannot hold and leaves in the folder; left_out_because: the reason.
       ignored_layers: numbers of MTP layers that transformers knows to ignore.
@@ -220,6 +221,7 @@ class Family:
     module: Names = field(default_factory=lambda: DEEPSEEK_MODULE)
     layer: str = "model.layers.{layer}."
     module_layer: str = "model.layers.{layer}."
+    row_vectors: tuple[str, ...] = ()
     repeated: Names = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     left_out_because: str = ""
