@@ -121,7 +121,7 @@ def family_named(model_type: Any, where: str) -> Family:
 def _own_names(hf: Values, family: Family, where: str) -> Values:
     """`hf` without nulls, but for those that have a meaning, under the family's own names; UserError where two names of
     one key disagree."""
-    telling = (family.fields.keys() | family.mixture.keys()) & {*NULLS, *FROM_OTHERS}
+    telling = (family.fields.keys() | family.mixture.keys()) & {*NULLS, *FROM_OTHERS} | {family.window}
     values = {key: value for key, value in hf.items() if value is not None or key in telling}
     for alias in hf:
         key = _own_name(alias, family)
@@ -358,6 +358,8 @@ def _write(config: Config, family: Family, base: Values) -> Values:
         # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
         # ours is. (transformers' own MTP loader gives every module experts and cannot hold this one.)
         out |= family.no_experts | {family.keys["num_dense_layers"]: model.num_layers + mtp.get(MTP_KEY, 0)}
+    if family.window:  # null states that there is none; absent, the class has a default
+        out[family.window] = base.get(family.window)
     if family.groups_by_method:
         out["topk_method"] = "group_limited_greedy" if out["n_group"] > 1 else "greedy"
     out |= {k: v for k, v in family.derived(model).items() if k in base or k == "num_key_value_heads"}

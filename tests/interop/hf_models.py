@@ -143,6 +143,14 @@ CASES: dict[str, Case] = {
     "llama_linear": Case(
         "llama", COMMON | dict(num_key_value_heads=4, rope_parameters=_rope("linear", factor=4.0)), features=("rope",)
     ),
+    "mistral": Case(
+        "mistral",
+        COMMON | dict(num_key_value_heads=2, head_dim=16, rope_parameters=_rope(theta=100_000.0), sliding_window=None),
+        features=("theta",),
+    ),
+    "mistral_wide_window": Case(
+        "mistral", COMMON | dict(num_key_value_heads=2, rope_parameters=_rope(theta=50_000.0), sliding_window=128)
+    ),
     "qwen2_tied": Case(
         "qwen2",
         COMMON | dict(num_key_value_heads=2, rope_parameters=_rope(theta=100_000.0), tie_word_embeddings=True),

@@ -117,6 +117,14 @@ LLAMA = json.loads("""{
   "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0",
   "use_cache": true, "vocab_size": 128256}""")
 
+MISTRAL = json.loads("""{
+  "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+  "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+  "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
+  "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0", "use_cache": true,
+  "vocab_size": 32768}""")
+
 QWEN2 = json.loads("""{
   "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
   "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
@@ -164,7 +172,15 @@ CODER = json.loads("""{
 
 FILES = {
     **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "kimi": KIMI, "glm_air": GLM_AIR, "mimo": MIMO},
-    **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3, "qwen3_moe": QWEN3_MOE, "ernie": ERNIE, "coder": CODER},
+    **{
+        "llama": LLAMA,
+        "mistral": MISTRAL,
+        "qwen2": QWEN2,
+        "qwen3": QWEN3,
+        "qwen3_moe": QWEN3_MOE,
+        "ernie": ERNIE,
+        "coder": CODER,
+    },
 }
 
 # Written by hand from the models' papers and cards.
@@ -220,6 +236,8 @@ EXPECTED = {
     }
     | {"rope.llama3.low_frequency": 1.0, "rope.llama3.high_frequency": 4.0, "rope.theta": 500_000.0, "head_dim": 64}
     | {"qkv_bias": False, "qk_norm": False, "rope.interleaved": False, "rotary_fraction": 1.0, "num_kv_heads": 8},
+    "mistral": {"num_kv_heads": 8, "head_dim": 128, "ffn_dim": 14_336, "rope.theta": 1e6, "norm_eps": 1e-5}
+    | {"qkv_bias": False, "qk_norm": False, "rope.interleaved": False, "num_experts": 0},
     "qwen2": {"qkv_bias": True, "head_dim": 64, "num_kv_heads": 2, "tie_embeddings": True, "num_experts": 0},
     "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "embed_dim": 1024, "num_heads": 16},
     "qwen3_moe": {"qk_norm": True, "qkv_bias": False, "num_experts": 128, "num_experts_per_token": 8, "expert_dim": 768}
@@ -334,7 +352,8 @@ def test_the_heads_of_qwen3_do_not_follow_from_its_width():
 @pytest.mark.parametrize("name", FILES)
 def test_the_layout_of_an_imported_model_is_that_of_its_file(name):
     model_type = FILES[name]["model_type"]
-    assert layout_of(read(FILES[name])) == {"kimi_k2": "deepseek_v3"}.get(model_type, model_type)
+    same = {"kimi_k2": "deepseek_v3", "mistral": "llama"}
+    assert layout_of(read(FILES[name])) == same.get(model_type, model_type)
 
 
 @pytest.mark.parametrize("name", MODEL_TYPES)
@@ -342,6 +361,7 @@ def test_absent_keys_are_what_transformers_takes_for_them(name):
     unusable = {
         "deepseek_v2": {"num_experts_per_tok": 6},
         "glm4_moe": {"head_dim": 128},
+        "mistral": {"sliding_window": None},
     }  # their own defaults do not run
     needed = {"model_type": name} | unusable.get(name, {})
     filled = through_transformers(needed) | {"num_nextn_predict_layers": 0}
@@ -533,6 +553,14 @@ def test_mimo_without_its_modules_is_qwen2():
     assert layout_of(mtp_with(QWEN2, kind="sequential", family="mimo")) == "mimo"
 
 
+def test_a_window_beyond_the_longest_text_is_none():
+    wide = MISTRAL | {"sliding_window": 32_768}
+    assert read(wide) == read(MISTRAL)
+    assert from_config(read(wide), "mistral", base=wide) == wide
+    assert from_config(read(MISTRAL), "mistral")["sliding_window"] is None
+    assert read(without(MISTRAL, "sliding_window") | {"max_position_embeddings": 4096}).model == read(MISTRAL).model
+
+
 def test_training_and_unused_keys_do_not_matter():
     config = model_with(
         QWEN3, q_lora_rank=7, remat="full", init_std=0.5, latent_norm_eps=1.0, **{"router.score": "softmax"}
@@ -605,6 +633,17 @@ REFUSED = [
     (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
     (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
     (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
+    (
+        MISTRAL | {"sliding_window": 4096},
+        "'sliding_window'=4096 is shorter than max_position_embeddings=32768",
+        "window",
+    ),
+    (
+        without(MISTRAL, "sliding_window"),
+        "'sliding_window'=4096 is shorter than max_position",
+        "sliding-window attention",
+    ),
+    (MISTRAL | {"sliding_window": "4096"}, "'sliding_window'='4096'", "an integer"),
     (ERNIE | {"use_bias": True}, "'use_bias'=True", "False"),
     (ERNIE | {"moe_layer_interval": 2}, "'moe_layer_interval'=2", "1"),
     (ERNIE | {"moe_layer_end_index": 20}, "'moe_layer_end_index'=20", "27"),
@@ -719,6 +758,7 @@ def test_the_tables_name_only_fields_that_exist():
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {
             "max_position_embeddings",
             "rope_theta",
+            table.window,
         }
 
 

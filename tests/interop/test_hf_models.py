@@ -212,6 +212,8 @@ ATTENTION = {
     "llama": f"{QKV} o_proj.weight",
     "llama3_tied": f"{QKV} o_proj.weight",
     "llama_linear": f"{QKV} o_proj.weight",
+    "mistral": f"{QKV} o_proj.weight",
+    "mistral_wide_window": f"{QKV} o_proj.weight",
     "qwen2_tied": f"{QKV} o_proj.weight {QKV_BIAS}",
     "qwen3": f"{QKV} o_proj.weight {QK_NORM}",
     "ernie4_5_moe": f"{QKV} o_proj.weight",

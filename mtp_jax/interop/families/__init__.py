@@ -11,6 +11,7 @@ from mtp_jax.interop.families.glm4_moe import GLM4_MOE
 from mtp_jax.interop.families.kimi_k2 import KIMI_K2
 from mtp_jax.interop.families.llama import LLAMA
 from mtp_jax.interop.families.mimo import MIMO
+from mtp_jax.interop.families.mistral import MISTRAL
 from mtp_jax.interop.families.qwen2 import QWEN2
 from mtp_jax.interop.families.qwen3 import QWEN3
 from mtp_jax.interop.families.qwen3_moe import QWEN3_MOE
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
         QWEN3_MOE,
         ERNIE4_5_MOE,
         LLAMA,
+        MISTRAL,
         QWEN2,
         QWEN3,
         MIMO,

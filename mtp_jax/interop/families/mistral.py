@@ -1,0 +1,29 @@
+"""Mistral 7B and models of its architecture, as long as no text is longer than their sliding window.
+
+Sources: transformers' mistral and the config.json files of the released models. MTP layers of ours follow the last, in
+DeepSeek's names.
+"""
+
+from mtp_jax.interop.families import common
+
+MISTRAL = common.Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    fields=common.BASIC | common.GROUPED,
+    defaults=common.SMALL_DEFAULTS
+    | {
+        "max_position_embeddings": 131_072,
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "sliding_window": 4096,
+    },
+    fixed=common.SILU,
+    tolerated={"attention_bias": False, "mlp_bias": False},
+    window="sliding_window",
+    implied=common.NO_MIXTURE | {"qkv_bias": False, "qk_norm": False},
+)
