@@ -108,7 +108,7 @@ STRATEGIES = {
     "sequential": SEQUENTIAL,
     "sequential_valid": replace(SEQUENTIAL, normalize="valid", depth=3),
     "sequential_shared": replace(SEQUENTIAL, shared_depths=True, depth=3),
-    "sequential_glm5": replace(SEQUENTIAL, family="glm5"),
+    "sequential_recycled_normed": replace(SEQUENTIAL, recycled_hidden="after_norm"),
     "sequential_mimo": replace(SEQUENTIAL, family="mimo"),
     "sequential_flash": replace(SEQUENTIAL, family="mimo_v2_flash"),
     "sequential_window": replace(SEQUENTIAL, window=2, dense_ffn=True),

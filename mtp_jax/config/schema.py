@@ -190,7 +190,7 @@ class MTPConfig:
     detach_trunk: bool = False  # no MTP gradient reaches the main model
     freeze_trunk: bool = False  # only the MTP modules train
     # conventions of released checkpoints; "family" takes them from the preset, a non-empty value overrides it
-    family: Literal["deepseek_v3", "glm4_moe", "mimo", "qwen3_next", "mimo_v2_flash", "glm5"] = "deepseek_v3"
+    family: Literal["deepseek_v3", "glm4_moe", "mimo", "qwen3_next", "mimo_v2_flash"] = "deepseek_v3"
     concat_order: Literal["", "embedding_first", "hidden_first"] = ""
     trunk_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_0, seen from the main final norm
     recycled_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_k, k >= 1, seen from its own output norm
@@ -332,7 +332,6 @@ class Conventions:
 CONVENTIONS = {
     "deepseek_v3": Conventions(),
     "glm4_moe": Conventions(),
-    "glm5": Conventions(recycled_hidden="after_norm"),
     "mimo": Conventions(concat_order="hidden_first"),
     "mimo_v2_flash": Conventions(chain="trunk"),
     "qwen3_next": Conventions(),

@@ -86,7 +86,7 @@ def test_any_draft_length_gives_the_plain_text(mtp, num_drafts):
 @pytest.mark.parametrize(
     "conventions",
     [
-        {"family": "glm5", "shared_depths": True},
+        {"recycled_hidden": "after_norm", "shared_depths": True},
         {"family": "mimo_v2_flash", "concat_order": "hidden_first"},
     ],
     ids=lambda fields: next(iter(fields.values())),

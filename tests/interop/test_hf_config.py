@@ -499,7 +499,7 @@ def test_depth_zero_leaves_the_mtp_layers_out():
 
 
 def test_wiring_that_is_not_the_familys_is_written_and_read_back():
-    config = mtp_with(V3, depth=3, shared_depths=True, family="glm5", concat_order="hidden_first")
+    config = mtp_with(V3, depth=3, shared_depths=True, recycled_hidden="after_norm", concat_order="hidden_first")
     hf = from_config(config, layout_of(config))
     assert hf["num_nextn_predict_layers"] == 1
     assert hf["mtp_conventions"] == {

@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
 
 # Layouts that are known and cannot be loaded, with the part that mtp_jax does not have.
 UNSUPPORTED = {
+    "glm_moe_dsa": "its blocks use sparse attention with an indexer",
     "qwen3_next": "its blocks use gated attention and linear attention",
     "mimo_v2_flash": "its blocks use sliding-window attention with attention sinks",
 }
