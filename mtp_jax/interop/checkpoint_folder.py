@@ -16,7 +16,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,8 +55,8 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class HFModel(AbstractContextManager["HFModel"]):
-    """An opened folder. Close it after use, or use it as a context manager.
+class HFModel:
+    """An opened folder; no file is kept open.
 
     values: of config.json. arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
     """
@@ -66,10 +66,6 @@ class HFModel(AbstractContextManager["HFModel"]):
     values: JsonObject
     origin: Origin
     arrays: Tree
-    files: TensorFolder
-
-    def __exit__(self, *_: object) -> None:
-        self.files.close()
 
 
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
@@ -106,34 +102,29 @@ def open_model(
     if family is not None and not _admits(family, model_type):
         raise UserError(f"--family={family}: {where} has model_type={model_type}; give that one")
     files = TensorFolder(folder)
-    try:
-        blocks = layout.layer.format(layer="{}")
-        weights.check_count(files, "num_hidden_layers", values.get("num_hidden_layers"), blocks, where)
-        config = config_json.to_config(values, where, ignore, depth)
-        if config.model.num_experts:
-            weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
-        mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
-        if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
-            _say(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
-            depth, config = 0, config_json.to_config(values, where, ignore, 0)
-        if layout.left_out and any(name.startswith(layout.left_out) for name in files.infos):
-            _say(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
-        listed = weights.tensors(config, model_type)
-        if not is_checked:
-            left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
-            weights.check_folder(files, listed, str(folder), mtp, left_out)
-        origin = _origin(files, listed, config, model_type)
-        dtypes = {files.infos[t.name].dtype for t in listed if t.path[0] == "params" and not t.repeats}
-        dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32")
-        model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
-        if not layout.has_router_bias:
-            model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
-        config = dataclasses.replace(config, model=model)
-        arrays = weights.lazy_arrays(files, config, listed)
-    except BaseException:
-        files.close()
-        raise
-    return HFModel(folder, config, values, origin, arrays, files)
+    blocks = layout.layer.format(layer="{}")
+    weights.check_count(files, "num_hidden_layers", values.get("num_hidden_layers"), blocks, where)
+    config = config_json.to_config(values, where, ignore, depth)
+    if config.model.num_experts:
+        weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
+    mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
+    if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
+        _say(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
+        depth, config = 0, config_json.to_config(values, where, ignore, 0)
+    if layout.left_out and any(name.startswith(layout.left_out) for name in files.infos):
+        _say(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
+    listed = weights.tensors(config, model_type)
+    if not is_checked:
+        left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
+        weights.check_folder(files, listed, str(folder), mtp, left_out)
+    origin = _origin(files, listed, config, model_type)
+    dtypes = {files.infos[t.name].dtype for t in listed if t.path[0] == "params" and not t.repeats}
+    dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32")
+    model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
+    if not layout.has_router_bias:
+        model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
+    config = dataclasses.replace(config, model=model)
+    return HFModel(folder, config, values, origin, weights.lazy_arrays(files, config, listed))
 
 
 @functools.cache

@@ -16,10 +16,10 @@ def read_object(path: pathlib.Path) -> JsonObject:
     """The JSON object of a file.
 
     Raises:
-      UserError: it cannot be read, is not JSON, is no object, or is nested beyond what such files are.
+      UserError: it cannot be read, is not JSON, is no object, has a key twice, or is nested beyond what such files are.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         is_deep = _is_nested(values, _MAX_NESTING)
     except RecursionError:
         is_deep = True
@@ -32,6 +32,15 @@ def read_object(path: pathlib.Path) -> JsonObject:
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a {type(values).__name__}, not an object; correct it or fetch it again")
     return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
+    """A JSON object, where Python would take the last of equal keys without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return content
 
 
 def _is_nested(value: Any, levels: int) -> bool:

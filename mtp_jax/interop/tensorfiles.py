@@ -1,25 +1,24 @@
 """Safetensors files: headers first, tensors where they are asked for; written as they come.
 
 A file is the header's length (u64, little-endian), a JSON header {name: {dtype, shape, data_offsets: [begin, end]},
-"__metadata__": {...}} and the tensors' bytes without holes, offsets counted from the header's end. Our own reader and
-writer, because the safetensors package's numpy functions do not read fp8, map the file so that resident memory grows
-with it, and hold a whole shard to write it.
+"__metadata__": {...}} and the tensors' bytes without holes, offsets counted from the header's end. The safetensors
+library checks a file. Its numpy functions read no fp8, map the file so that resident memory grows with it, and hold a
+whole shard to write it, so bytes are read and written here.
 """
 
-import collections
-import functools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from mtp_jax.config import UserError
+from mtp_jax.interop.json_fields import read_object
 from mtp_jax.typing import JsonObject
 
 DTYPES = {
@@ -46,9 +45,6 @@ _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _METADATA = {"format": "pt"}  # transformers refuses files that do not say it
-_MAX_HEADER = 100_000_000  # the library's own limit
-_MAX_OPEN = 32  # files; an index may name hundreds
-_READ_BYTES = 1 << 30  # of one system call: macOS refuses 2 GiB, Linux cuts there
 _WRITE_BYTES = 1 << 26  # copied at one time where an array is not contiguous
 
 
@@ -62,8 +58,8 @@ class TensorInfo(NamedTuple):
     stop: int
 
 
-class TensorFolder(AbstractContextManager["TensorFolder"]):
-    """The tensors of a Hugging Face folder, read where they are asked for.
+class TensorFolder:
+    """The tensors of a Hugging Face folder, read where they are asked for; no file is kept open.
 
     They are in model.safetensors, or in the shards that model.safetensors.index.json names, or, where neither exists,
     in all of the folder's *.safetensors files. Threads may read at the same time.
@@ -80,7 +76,6 @@ class TensorFolder(AbstractContextManager["TensorFolder"]):
         self.folder = pathlib.Path(folder)
         self.infos: dict[str, TensorInfo] = {}
         self._stamps: dict[pathlib.Path, tuple[int, int]] = {}
-        self._open = functools.lru_cache(_MAX_OPEN)(_OpenFile)
         paths, shard_of = _find_files(self.folder)
         for path in paths:
             self._stamps[path], infos = _read_header(path)
@@ -115,29 +110,21 @@ class TensorFolder(AbstractContextManager["TensorFolder"]):
             begin, end, _ = rows.indices(shape[0])
             start += begin * math.prod(shape[1:]) * dtype.itemsize
             shape = (max(0, end - begin), *shape[1:])
-        out = np.empty(shape, dtype)
-        self._read_into(out.reshape(-1).view(np.uint8).data, info.path, start, name)
-        return out
-
-    def close(self) -> None:
-        """Close the files; a later `read` opens its file again."""
-        self._open.cache_clear()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _read_into(self, view: memoryview, path: pathlib.Path, start: int, name: str) -> None:
+        num_bytes = math.prod(shape) * dtype.itemsize
         try:
-            file = self._open(path)
-            done = 0
-            while done < len(view) and (count := os.preadv(file.fd, [view[done : done + _READ_BYTES]], start + done)):
-                done += count
-            stamp = _stamp(file.fd)  # after reading: what changed meanwhile is seen too
+            with open(info.path, "rb") as file:
+                data = np.fromfile(file, np.uint8, num_bytes, offset=start)
+                stamp = _stamp(file)  # after reading: what changed meanwhile is seen too
         except OSError as error:
-            raise UserError(f"{path}: tensor {name!r} cannot be read ({error.strerror}); check the file") from error
-        if stamp != self._stamps[path] or done < len(view):
-            sizes = f"{self._stamps[path][0]} bytes then, {stamp[0]} now"
-            raise UserError(f"{path}: changed since its header was read ({sizes}), before tensor {name!r}; start again")
+            raise UserError(
+                f"{info.path}: tensor {name!r} cannot be read ({error.strerror}); check the file"
+            ) from error
+        if stamp != self._stamps[info.path] or data.size < num_bytes:
+            sizes = f"{self._stamps[info.path][0]} bytes then, {stamp[0]} now"
+            raise UserError(
+                f"{info.path}: changed since its header was read ({sizes}), before tensor {name!r}; start again"
+            )
+        return data.view(dtype).reshape(shape)
 
     def _check_index(self, shard_of: dict[str, str]) -> None:
         index = self.folder / _INDEX
@@ -147,6 +134,12 @@ class TensorFolder(AbstractContextManager["TensorFolder"]):
         for name, info in self.infos.items():
             if name not in shard_of:
                 raise UserError(f"{index}: does not name tensor {name!r} of {info.path.name}; download both again")
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    """(size, time of the last change)"""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
 
 
 def write_folder(
@@ -195,24 +188,6 @@ def write_folder(
             _sync(file)
 
 
-class _OpenFile:
-    """A descriptor that is closed when nobody has it: not before a thread has read, whatever leaves the cache."""
-
-    def __init__(self, path: pathlib.Path):
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-def _stamp(fd: int) -> tuple[int, int]:
-    """(size, time of the last change)"""
-    stat = os.fstat(fd)
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
     """(the files in order, the index's tensor -> file if there is an index)"""
     if not folder.is_dir():
@@ -236,11 +211,7 @@ def _find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not readable JSON ({error}); download it again") from error
-    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    shard_of = read_object(path).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{path}: has no weight_map of tensors to files; download it again")
     for name, shard in shard_of.items():
@@ -251,72 +222,30 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return shard_of
 
 
-def _unique(pairs: list[tuple[str, object]]) -> JsonObject:
-    """A JSON object, where Python would take the last of equal keys without a word."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        (key, _), *_ = collections.Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{key!r} is there twice")
-    return content
-
-
 def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorInfo]]:
-    """(stamp, tensors by offset) of a file, whose bytes they cover exactly."""
+    """(stamp, tensors by offset) of a file, whose bytes they cover exactly: the library refuses all others."""
     try:
         with open(path, "rb") as file:
-            stamp = _stamp(file.fileno())
-            start = file.read(8)
-            length = int.from_bytes(start, "little") if len(start) == 8 else len("{}")
-            text = file.read(length) if length <= _MAX_HEADER else b""
+            stamp = _stamp(file)
+            with safetensors.safe_open(path, framework="np"):
+                start = 8 + int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(start - 8))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    if length > _MAX_HEADER:
-        limit = f"at most {_MAX_HEADER} are allowed"
-        raise UserError(f"{path}: is no safetensors file (a header of {length} bytes, {limit}); download it again")
-    if stamp[0] < 8 + length:
-        raise UserError(f"{path}: has {stamp[0]} of {8 + length} bytes of its header; download it again")
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its header is not readable JSON ({error}); download it again") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: its header is no JSON object; download it again")
+    except safetensors.SafetensorError as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: is no whole safetensors file of {stamp[0]} bytes ({said}); download it again"
+        ) from error
     header.pop("__metadata__", None)
-    infos = [(name, _parse(path, name, entry, 8 + length)) for name, entry in header.items()]
-    infos.sort(key=lambda item: (item[1].start, item[1].stop))
-    _check_coverage(path, infos, 8 + length, stamp[0])
-    return stamp, dict(infos)
-
-
-def _parse(path: pathlib.Path, name: str, entry: object, data_start: int) -> TensorInfo:
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-                raise UserError(f"{path}: tensor {name!r} has sizes that are no counts ({entry}); convert it again")
-        case _:
-            raise UserError(f"{path}: tensor {name!r} has no dtype, shape and data_offsets ({entry}); convert it again")
-    if dtype not in DTYPES:
-        raise UserError(f"{path}: tensor {name!r} has dtype {dtype!r}, not one of {', '.join(DTYPES)}; convert it")
-    if end - begin != _num_bytes(dtype, shape):
-        sizes = f"data_offsets [{begin}, {end}], but {dtype} of shape {shape} has {_num_bytes(dtype, shape)} bytes"
-        raise UserError(f"{path}: tensor {name!r} has {sizes}; convert it again")
-    return TensorInfo(dtype, tuple(shape), path, data_start + begin, data_start + end)
-
-
-def _check_coverage(path: pathlib.Path, infos: list[tuple[str, TensorInfo]], data_start: int, size: int) -> None:
-    position = data_start
-    for name, info in infos:
-        if info.start != position:
-            what = "overlaps the one before it" if info.start < position else "leaves a hole before it"
-            places = f"begins at byte {info.start}, not {position}"
-            raise UserError(f"{path}: tensor {name!r} {what} ({places}); convert it again")
-        position = info.stop
-    if size < position:
-        name = next(name for name, info in infos if info.stop > size)
-        raise UserError(f"{path}: has {size} of {position} bytes, too few from tensor {name!r} on; download it again")
-    if size > position:
-        last = f"last tensor {infos[-1][0]!r}" if infos else "header"
-        raise UserError(f"{path}: has {size} bytes, but its {last} ends at {position}; download it again")
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise UserError(f"{path}: tensor {name!r} has dtype {entry['dtype']!r}, not one of {known}; convert it")
+        begin, end = entry["data_offsets"]
+        infos[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path, start + begin, start + end)
+    return stamp, infos
 
 
 def _num_bytes(dtype: str, shape: Iterable[int]) -> int:

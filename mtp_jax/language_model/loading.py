@@ -1,6 +1,5 @@
 """A trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
 
-import json
 import os
 import pathlib
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop import config_json
+from mtp_jax.interop.json_fields import read_object
 from mtp_jax.interop.weights import place
 from mtp_jax.language_model.model import LanguageModel
 from mtp_jax.model import Tree, abstract_model
@@ -58,10 +58,10 @@ def load(
 def _from_folder(
     path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
 ) -> LanguageModel:
-    with hf_folder.open_model(path, ignore=ignore, depth=depth) as opened:
-        context = config_json.longest_text(opened.values, str(path / "config.json"))  # not of a training run
-        config = with_values(opened.config, changes | {"data.sequence_length": context})
-        params, biases = place(opened.arrays, _abstract(config, mesh)).values()
+    opened = hf_folder.open_model(path, ignore=ignore, depth=depth)
+    context = config_json.longest_text(opened.values, str(path / "config.json"))  # not of a training run
+    config = with_values(opened.config, changes | {"data.sequence_length": context})
+    params, biases = place(opened.arrays, _abstract(config, mesh)).values()
     has_tokenizer = (path / "tokenizer.json").is_file()
     tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
     eos_ids = _eos_ids(path, config.model.vocab_size or 0)
@@ -76,11 +76,7 @@ def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
       UserError: a file that cannot be read, or something else than ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            found = values.get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: cannot be read as a JSON object ({error}); fetch the file again") from error
+        found = read_object(path).get("eos_token_id") if path.is_file() else None
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]

@@ -69,23 +69,23 @@ def import_(args: argparse.Namespace) -> None:
     ignore = tuple(name for name in args.ignore.split(",") if name)
     has_tokenizer = (pathlib.Path(args.hf) / "tokenizer.json").is_file()
     folder.refuse_existing(args.workdir)
-    with folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype) as model:
-        if args.check is not None:
-            _refuse_check(args.check, args.hf, has_tokenizer, model.config)
-        leaves = list(flatten_dict(model.arrays).values())
-        num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
-        print(f"{args.hf}: {describe(model.config)}")
-        with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as bar:
-            folder.save_sides(model, partial)
-            try:
-                write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, bar.update)
-            except CheckpointError as error:
-                raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
-            # Where the folder had no tokenizer, a run says so instead of reading bytes.
-            tokenizer = pathlib.Path(args.workdir).absolute() / "hf" / "tokenizer.json"
-            config = with_values(model.config, {"data.tokenizer": str(tokenizer)})
-            text = json.dumps(to_dict(config), indent=2) + "\n"
-            (partial / workdirs.CONFIG_FILE).write_text(text)
+    model = folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype)
+    if args.check is not None:
+        _refuse_check(args.check, args.hf, has_tokenizer, model.config)
+    leaves = list(flatten_dict(model.arrays).values())
+    num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
+    print(f"{args.hf}: {describe(model.config)}")
+    with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as bar:
+        folder.save_sides(model, partial)
+        try:
+            write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, bar.update)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
+        # Where the folder had no tokenizer, a run says so instead of reading bytes.
+        tokenizer = pathlib.Path(args.workdir).absolute() / "hf" / "tokenizer.json"
+        config = with_values(model.config, {"data.tokenizer": str(tokenizer)})
+        text = json.dumps(to_dict(config), indent=2) + "\n"
+        (partial / workdirs.CONFIG_FILE).write_text(text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
     if not has_tokenizer:
         print("note: there is no tokenizer.json; set data.tokenizer before training or eval.py")

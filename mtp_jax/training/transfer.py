@@ -74,8 +74,8 @@ def copy_sides(path: str, workdir: str) -> None:
     if (pathlib.Path(workdir) / hf_folder.SIDE_FOLDER).exists():
         return
     if hf_folder.is_hf_folder(path):
-        with hf_folder.open_model(path, is_checked=True) as model:
-            hf_folder.save_sides(model, workdir)
+        model = hf_folder.open_model(path, is_checked=True)
+        hf_folder.save_sides(model, workdir)
     else:
         hf_folder.save_sides(pathlib.Path(path) / hf_folder.SIDE_FOLDER, workdir)
 
@@ -83,8 +83,8 @@ def copy_sides(path: str, workdir: str) -> None:
 @contextmanager
 def _opened(path: str) -> Iterator[Source]:
     if hf_folder.is_hf_folder(path):
-        with hf_folder.open_model(path) as model:
-            yield Source(model.config, model.arrays, lambda wanted: (path, place(model.arrays, wanted)))
+        model = hf_folder.open_model(path)
+        yield Source(model.config, model.arrays, lambda wanted: (path, place(model.arrays, wanted)))
         return
     checkpoints = pathlib.Path(path) / CHECKPOINTS
     if not checkpoints.is_dir():

@@ -56,8 +56,8 @@ ROUND_TRIPS = [
 
 def tensors_of(path):
     """name -> (dtype, shape, bytes)."""
-    with TensorFolder(path) as files:
-        return {n: (i.dtype, i.shape, files.read(n).tobytes()) for n, i in files.infos.items()}
+    files = TensorFolder(path)
+    return {n: (i.dtype, i.shape, files.read(n).tobytes()) for n, i in files.infos.items()}
 
 
 def convert_here(monkeypatch, *argv):
@@ -246,8 +246,8 @@ def test_a_layout_without_router_biases_is_trained_without(tmp_path):
     """Moved, they could not be exported any more."""
     hf_models.build("deepseek_v2_lite", tmp_path / "v2")
     hf_models.build("deepseek_v3", tmp_path / "v3")
-    with hf_folder.open_model(tmp_path / "v2") as v2, hf_folder.open_model(tmp_path / "v3") as v3:
-        assert v2.config.model.router.bias_rate == 0.0 < v3.config.model.router.bias_rate
+    v2, v3 = hf_folder.open_model(tmp_path / "v2"), hf_folder.open_model(tmp_path / "v3")
+    assert v2.config.model.router.bias_rate == 0.0 < v3.config.model.router.bias_rate
 
 
 def test_a_v2_stays_what_it_was_under_its_familys_name(monkeypatch, tmp_path):
@@ -334,8 +334,8 @@ def test_block_wise_fp8_is_dequantised(monkeypatch, tmp_path):
     convert_here(
         monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'bf16'}", "--dtype=bfloat16"
     )
-    with TensorFolder(tmp_path / "bf16") as files:
-        arrays = {name: files.read(name) for name in files.infos}
+    files = TensorFolder(tmp_path / "bf16")
+    arrays = {name: files.read(name) for name in files.infos}
     specs, out, expected = {}, {}, dict(arrays)
     rng = np.random.default_rng(0)
     for name, array in arrays.items():
@@ -426,8 +426,8 @@ def exported(tmp_path_factory):
 
 def rewrite(path, change):
     """The folder's tensors after change(dict name -> array)."""
-    with TensorFolder(path) as files:
-        arrays = {name: files.read(name) for name in files.infos}
+    files = TensorFolder(path)
+    arrays = {name: files.read(name) for name in files.infos}
     change(arrays)
     (path / "model.safetensors").unlink()
     write_folder(path, {n: ("F32", a.shape) for n, a in arrays.items()}, arrays.items())
@@ -455,8 +455,8 @@ def index(path):
 
 
 def as_integers(path):
-    with TensorFolder(path) as files:
-        arrays = {name: files.read(name) for name in files.infos}
+    files = TensorFolder(path)
+    arrays = {name: files.read(name) for name in files.infos}
     arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.int8)
     (path / "model.safetensors").unlink()
     kinds = {"int8": "I8", "float32": "F32"}
@@ -511,8 +511,8 @@ def test_mtp_layers_that_are_stated_and_absent_are_left_out_with_one_line(monkey
 def test_tensors_that_a_family_cannot_hold_are_left_out_with_one_line(capfd, tmp_path):
     """ERNIE's own MTP layer, under names that no table has."""
     reference = hf_models.build("ernie4_5_moe", tmp_path / "hf", style="released")
-    with TensorFolder(tmp_path / "hf") as files:
-        arrays = {name: files.read(name) for name in files.infos}
+    files = TensorFolder(tmp_path / "hf")
+    arrays = {name: files.read(name) for name in files.infos}
     arrays["model.mtp_block.0.mlp.gate_proj.weight"] = np.ones((3, 4), np.float32)
     (tmp_path / "hf" / "model.safetensors").unlink()
     write_folder(tmp_path / "hf", {n: ("F32", a.shape) for n, a in arrays.items()}, arrays.items())

@@ -82,13 +82,13 @@ def refusal(folder):
 @pytest.mark.parametrize("shard_bytes", [10**9, 50])
 def test_what_is_written_is_read(tmp_path, shard_bytes):
     arrays = every_dtype()
-    with TensorFolder(write(tmp_path, arrays, shard_bytes=shard_bytes)) as folder:
-        assert list(folder.infos) == list(arrays)
-        assert folder.num_bytes == sum(array.nbytes for array in arrays.values())
-        for name, array in arrays.items():
-            read = folder.read(name)
-            assert_same(read, array)
-            assert read.flags.writeable and folder.infos[name].shape == array.shape
+    folder = TensorFolder(write(tmp_path, arrays, shard_bytes=shard_bytes))
+    assert list(folder.infos) == list(arrays)
+    assert folder.num_bytes == sum(array.nbytes for array in arrays.values())
+    for name, array in arrays.items():
+        read = folder.read(name)
+        assert_same(read, array)
+        assert read.flags.writeable and folder.infos[name].shape == array.shape
 
 
 @pytest.mark.parametrize("framework", ["np", "pt"])
@@ -145,10 +145,10 @@ def test_shards_of_the_library_with_an_index_and_without(tmp_path):
     weight_map = {name: shard for shard, names in shards.items() for name in names}
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     library.save_file(tensors, tmp_path / "consolidated.safetensors")  # which the index does not name
-    with TensorFolder(tmp_path) as folder:
-        assert_reads(folder, tensors)
-        paths = [info.path.name for info in folder.infos.values()]
-        starts = [(info.path, info.start) for info in folder.infos.values()]
+    folder = TensorFolder(tmp_path)
+    assert_reads(folder, tensors)
+    paths = [info.path.name for info in folder.infos.values()]
+    starts = [(info.path, info.start) for info in folder.infos.values()]
     assert set(paths) == set(shards) and starts == sorted(starts)
 
 
@@ -176,9 +176,9 @@ def test_rows_are_what_numpy_would_give(tmp_path, rows):
         "x": random_array(BF16, (10, 3, 2)),
         "last": random_array(F8, (5,)),
     }
-    with TensorFolder(write(tmp_path, arrays)) as folder:
-        for name, array in arrays.items():
-            assert_same(folder.read(name, rows), array[rows])
+    folder = TensorFolder(write(tmp_path, arrays))
+    for name, array in arrays.items():
+        assert_same(folder.read(name, rows), array[rows])
 
 
 def test_rows_that_do_not_exist_are_refused(tmp_path):
@@ -190,42 +190,20 @@ def test_rows_that_do_not_exist_are_refused(tmp_path):
         folder.read("absent")
 
 
-def test_reads_that_stop_early_are_continued(tmp_path, monkeypatch):
-    array = random_array(np.float32, (1000, 3))
-    folder = TensorFolder(write(tmp_path, {"pad": np.ones(3, np.uint8), "x": array}))
-    preadv = os.preadv
-    asked = []
-
-    def short(fd, views, start):
-        asked.append(len(views[0]))
-        return preadv(fd, [views[0][:1001]], start)
-
-    monkeypatch.setattr(os, "preadv", short)
-    assert_same(folder.read("x"), array)
-    assert asked == list(range(12000, 0, -1001))
-    asked.clear()
-    monkeypatch.setattr(tensorfiles, "_READ_BYTES", 777)
-    assert_same(folder.read("x", slice(10, 900)), array[10:900])
-    assert max(asked) == 777
-
-
 def num_open():
     return len(os.listdir("/dev/fd"))
 
 
-def test_many_shards_and_threads_with_few_open_files(tmp_path, monkeypatch):
+def test_many_shards_and_threads_with_no_file_left_open(tmp_path):
     arrays = {f"w{i:02}": random_array(np.float32, (50, 4), i) for i in range(40)}
     write(tmp_path, arrays, shard_bytes=1)
-    monkeypatch.setattr(tensorfiles, "_MAX_OPEN", 3)
     before = num_open()
-    with TensorFolder(tmp_path) as folder, concurrent.futures.ThreadPoolExecutor(8) as threads:
+    folder = TensorFolder(tmp_path)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
         for _ in range(5):
             for array, read in zip(arrays.values(), threads.map(folder.read, arrays), strict=True):
                 assert_same(read, array)
-        assert num_open() == before + 3
     assert num_open() == before
-    assert_same(folder.read("w07"), arrays["w07"])
-    folder.close()
 
 
 def test_a_file_that_changed_is_refused(tmp_path):
@@ -243,7 +221,7 @@ def test_a_file_that_changed_is_refused(tmp_path):
                 folder.read(name)
     path.unlink()
     with pytest.raises(UserError, match=f"{FILE}: tensor 'x' cannot be read"):
-        unopened.close() or unopened.read("x")
+        unopened.read("x")
 
 
 def test_a_file_of_the_same_size_with_other_content_is_refused(tmp_path):
@@ -397,58 +375,42 @@ def test_a_folder_without_safetensors(tmp_path):
     assert "pytorch_model.bin and no *.safetensors; pickled weights are not read, convert" in refusal(tmp_path)
 
 
+WHOLE = "is no whole safetensors file of"
 HEADERS = {
-    "empty": (b"", "has 0 of 10 bytes of its header; download"),
-    "short": (b"\x08\0\0\0", "has 4 of 10 bytes of its header; download"),
-    "cut": (file_bytes({"w": entry(0, 8)}, 8)[:30], r"has 30 of \d\d bytes of its header; download"),
-    "pointer": (
-        b"version https://git-lfs.github.com/spec/v1\n",
-        "is no safetensors file .* at most 100000000 .*download",
+    "empty": (b"", f"{WHOLE} 0 bytes .*header too small"),
+    "short": (b"\x08\0\0\0", f"{WHOLE} 4 bytes .*header too small"),
+    "cut": (file_bytes({"w": entry(0, 8)}, 8)[:30], f"{WHOLE} 30 bytes .*header length"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", f"{WHOLE} .*header too large"),
+    "json": (file_bytes(b'{"w": nonsense}', 8), f"{WHOLE} .*invalid JSON .*column 8"),
+    "utf16": (file_bytes(json.dumps({"w": entry(0, 8)}).encode("utf-16"), 8), f"{WHOLE} .*invalid UTF-8"),
+    "deep": (file_bytes(b"[" * 100_000, 0), f"{WHOLE} .*invalid JSON"),
+    "list": (file_bytes([1], 0), f"{WHOLE} .*invalid JSON"),
+    "twice": (
+        file_bytes({"w": entry(0, 8)}, 16).replace(b"}}", b'}, "w": {"dtype": "F32", '),
+        f"{WHOLE} .*invalid JSON",
     ),
-    "json": (file_bytes(b'{"w": nonsense}', 8), "header is not readable JSON .*char 6.*; download"),
-    "utf16": (
-        file_bytes(json.dumps({"w": entry(0, 8)}).encode("utf-16"), 8),
-        "header is not readable JSON .*; download",
+    "fields": (file_bytes({"w": {"dtype": "F32", "shape": [2]}}, 8), f"{WHOLE} .*missing field `data_offsets`"),
+    "no_dict": (file_bytes({"w": 3}, 8), f"{WHOLE} .*integer `3`"),
+    "negative": (file_bytes({"w": entry(0, 8, shape=[-2, -1])}, 8), f"{WHOLE} .*integer `-2`"),
+    "float": (file_bytes({"w": entry(0, 8, shape=[2.0])}, 8), f"{WHOLE} .*floating point `2.0`"),
+    "bool": (file_bytes({"w": entry(0, 4, shape=[True])}, 4), f"{WHOLE} .*boolean `true`"),
+    "before": (file_bytes({"w": entry(-8, 0, shape=[2])}, 8), f"{WHOLE} .*integer `-8`"),
+    "size": (file_bytes({"w": entry(0, 8, shape=[3])}, 8), f"{WHOLE} .*invalid shape, data type, or offset"),
+    "backward": (file_bytes({"w": entry(8, 0, shape=[2])}, 8), f"{WHOLE} .*invalid offset for tensor `w`"),
+    "huge": (file_bytes({"w": entry(0, 8, shape=[2**62, 4])}, 8), f"{WHOLE} .*overflow"),
+    "overlap": (file_bytes({"v": entry(4, 12), "w": entry(0, 8)}, 12), f"{WHOLE} .*invalid offset for tensor `v`"),
+    "hole": (file_bytes({"w": entry(0, 8), "v": entry(12, 20)}, 20), f"{WHOLE} .*invalid offset for tensor `v`"),
+    "late": (file_bytes({"w": entry(4, 8)}, 8), f"{WHOLE} .*invalid offset for tensor `w`"),
+    "range": (file_bytes({"w": entry(0, 8), "v": entry(8, 80)}, 8), f"{WHOLE} .*not fully covered"),
+    "truncated": (file_bytes({"w": entry(0, 8), "v": entry(8, 16)}, 16)[:-12], f"{WHOLE} .*not fully covered"),
+    "trailing": (file_bytes({"w": entry(0, 8)}, 8, b"x"), f"{WHOLE} .*not fully covered"),
+    "only_trailing": (file_bytes({}, 1), f"{WHOLE} 11 bytes .*not fully covered"),
+    "newline": (file_bytes({"w\n": entry(4, 8)}, 8), f"{WHOLE} .*invalid offset for tensor `w `"),
+    "dtype": (
+        file_bytes({"w": entry(0, 8, "F4", [16])}, 8),
+        "tensor 'w' has dtype 'F4', not one of BOOL.* F64; convert",
     ),
-    "deep": (file_bytes(b"[" * 100_000, 0), "header is not readable JSON .*; download"),
-    "list": (file_bytes([1], 0), "header is no JSON object"),
-    "twice": (file_bytes(b'{"w": {}, "v": {}, "w": {}}', 8), "not readable JSON .*'w' is there twice"),
-    "fields": (file_bytes({"w": {"dtype": "F32", "shape": [2]}}, 8), "tensor 'w' has no dtype, shape and data_offsets"),
-    "no_dict": (file_bytes({"w": 3}, 8), r"tensor 'w' has no dtype, shape and data_offsets \(3\)"),
-    "negative": (
-        file_bytes({"w": entry(0, 8, shape=[-2, -1])}, 8),
-        r"tensor 'w' has sizes that are no counts .*\[-2, -1\]",
-    ),
-    "float": (file_bytes({"w": entry(0, 8, shape=[2.0])}, 8), "tensor 'w' has sizes that are no counts"),
-    "bool": (file_bytes({"w": entry(0, 4, shape=[True])}, 4), "tensor 'w' has sizes that are no counts"),
-    "before": (file_bytes({"w": entry(-8, 0, shape=[2])}, 8), r"tensor 'w' has sizes that are no counts .*\[-8, 0\]"),
-    "dtype": (file_bytes({"w": entry(0, 8, "F4")}, 8), "tensor 'w' has dtype 'F4', not one of BOOL.* F64; convert"),
-    "size": (
-        file_bytes({"w": entry(0, 8, shape=[3])}, 8),
-        r"'w' has data_offsets \[0, 8\], but F32 of shape \[3\] has 12",
-    ),
-    "backward": (file_bytes({"w": entry(8, 0, shape=[2])}, 8), r"'w' has data_offsets \[8, 0\], but F32"),
-    "huge": (file_bytes({"w": entry(0, 8, shape=[2**62, 4])}, 8), r"'w' has data_offsets \[0, 8\], but F32"),
-    "overlap": (file_bytes({"v": entry(4, 12), "w": entry(0, 8)}, 12), r"'v' overlaps .*begins at byte \d+, not \d+\)"),
-    "hole": (
-        file_bytes({"w": entry(0, 8), "v": entry(12, 20)}, 20),
-        r"'v' leaves a hole .*begins at byte \d+, not \d+\)",
-    ),
-    "late": (file_bytes({"w": entry(4, 8)}, 8), "'w' leaves a hole before it"),
-    "range": (
-        file_bytes({"w": entry(0, 8), "v": entry(8, 80)}, 8),
-        r"has \d+ of \d+ bytes, too few from tensor 'v' on",
-    ),
-    "truncated": (
-        file_bytes({"w": entry(0, 8), "v": entry(8, 16)}, 16)[:-12],
-        r"has \d+ of \d+ bytes, .*'w' on; download",
-    ),
-    "trailing": (
-        file_bytes({"w": entry(0, 8)}, 8, b"x"),
-        r"has \d+ bytes, but its last tensor 'w' ends at \d+; download",
-    ),
-    "only_trailing": (file_bytes({}, 1), "has 11 bytes, but its header ends at 10; download"),
-    "newline": (file_bytes({"w\n\ud800": entry(0, 8, "F4")}, 8), r"tensor 'w\\n\\ud800' has dtype"),
+    "unknown_dtype": (file_bytes({"w": entry(0, 8, "F5", [16])}, 8), f"{WHOLE} .*unknown variant `F5`"),
 }
 
 
@@ -461,19 +423,11 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
     assert refusal(tmp_path)
 
 
-@pytest.mark.parametrize("kind", sorted(set(HEADERS) - {"utf16", "dtype", "newline", "twice"}))
-def test_the_library_refuses_the_same_files(tmp_path, kind):
-    library = needed("safetensors")
-    (tmp_path / FILE).write_bytes(HEADERS[kind][0])
-    with pytest.raises((library.SafetensorError, OSError)):
-        library.safe_open(tmp_path / FILE, framework="np")
-
-
 def test_a_truncated_file_says_how_much_it_has(tmp_path):
     path = write(tmp_path, {"w": np.ones(100), "v": np.ones(100)}) / FILE
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    assert f"has {size - 1} of {size} bytes, too few from tensor 'v' on; download" in refusal(tmp_path)
+    assert f"is no whole safetensors file of {size - 1} bytes (" in refusal(tmp_path)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
@@ -515,10 +469,15 @@ def test_an_index_that_is_not_what_is_there(sharded):
 
 def test_an_index_that_is_broken(sharded):
     folder, index = sharded
-    for text in ("{", "[" * 100_000, '{"weight_map": {"a": "x", "a": "y"}}'):
+    for text, said in {
+        "{": "cannot be read as JSON (",
+        "[" * 100_000: "is nested deeper than",
+        '{"weight_map": {"a": "x", "a": "y"}}': "cannot be read as JSON ('a' is there twice)",
+        "[]": "holds a list, not an object",
+    }.items():
         (folder / INDEX).write_text(text)
-        assert f"{INDEX}: is not readable JSON (" in refusal(folder)
-    for text in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'):
+        assert f"{INDEX}: {said}" in refusal(folder)
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'):
         (folder / INDEX).write_text(text)
         assert f"{INDEX}: has no weight_map" in refusal(folder)
     for shard in (7, "../model-00001-of-00002.safetensors", str(folder / "model-00001-of-00002.safetensors")):

@@ -29,8 +29,8 @@ def opened(tmp_path_factory):
     rng = np.random.default_rng(0)
     arrays = {t.name: rng.standard_normal(t.shape).astype(np.float32) for t in LISTED}
     write_folder(path, {n: ("F32", a.shape) for n, a in arrays.items()}, arrays.items())
-    with TensorFolder(path) as folder:
-        yield folder, arrays, flatten_dict(weights.lazy_arrays(folder, CONFIG, LISTED))
+    folder = TensorFolder(path)
+    yield folder, arrays, flatten_dict(weights.lazy_arrays(folder, CONFIG, LISTED))
 
 
 def test_every_tensor_of_the_layout_has_one_place_and_every_leaf_is_filled():
