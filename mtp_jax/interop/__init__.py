@@ -2,6 +2,7 @@
 
     tensorfiles.py   safetensors files: lazy reading, streamed writing
     fp8.py           DeepSeek's block-wise fp8, dequantised
+    mxfp4.py         microscaling fp4, dequantised
     families/        one file per released layout: names of its tensors, fields of its config.json, defaults
     config_json.py   config.json <-> Config, both ways from those tables; rope_scaling.py, json_fields.py: parts of it
     weights.py       tables and shapes together: a folder as our stacked arrays, our arrays as a folder
