@@ -109,10 +109,10 @@ def open_model(
         weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
     mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
     if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
-        _say(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
+        _warn_once(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
         depth, config = 0, config_json.to_config(values, where, ignore, 0)
     if layout.left_out and any(name.startswith(layout.left_out) for name in files.infos):
-        _say(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
+        _warn_once(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
     listed = weights.tensors(config, model_type)
     if not is_checked:
         left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
@@ -128,9 +128,9 @@ def open_model(
 
 
 @functools.cache
-def _say(line: str) -> None:
+def _warn_once(line: str) -> None:
     """Once in a process, however often the folder is opened."""
-    print(f"note: {line}", file=sys.stderr)
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:

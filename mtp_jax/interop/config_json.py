@@ -149,7 +149,7 @@ def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, 
     for key, value in found.items():
         remedy = f"is not one that mtp_jax knows for {family.model_type} and may change what the model computes; "
         remedy += (
-            f"if it does not, pass ignore={key} to mtp_jax.load, or --ignore={key} to mtp_jax.tools.convert import"
+            f"if it does not, pass ignore={key} to mtp_jax.load, or import with mtp_jax.tools.convert --ignore={key}"
         )
         raise bad(where, key, value, remedy)
 

@@ -235,7 +235,7 @@ def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorI
     except safetensors.SafetensorError as error:
         said = " ".join(str(error).split())
         raise UserError(
-            f"{path}: is no whole safetensors file of {stamp[0]} bytes ({said}); download it again"
+            f"{path}: is not a valid safetensors file ({said}; it has {stamp[0]} bytes); download it again"
         ) from error
     header.pop("__metadata__", None)
     infos = {}

@@ -247,11 +247,11 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
     return {name: {} for name in abstract} | unflatten_dict(out)
 
 
-_MAIN_ALONE = "for the main model alone pass depth=0 to mtp_jax.load, or --depth=0 to mtp_jax.tools.convert import"
+_MAIN_ALONE = "for the main model alone pass depth=0 to mtp_jax.load, or import with mtp_jax.tools.convert --depth=0"
 
 
 def check_count(folder: TensorFolder, key: str, value: object, name: str, where: str) -> None:
-    """Refuse a number of config.json that is larger than the files can bear out, before anything is listed or built.
+    """Refuse a number of config.json beyond the files' own, before anything is listed or built.
 
     Args:
       name: part of the tensors' names with {} in the place of the number, counted from 0.

@@ -88,7 +88,7 @@ def import_(args: argparse.Namespace) -> None:
         (partial / workdirs.CONFIG_FILE).write_text(text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
     if not has_tokenizer:
-        print("note: there is no tokenizer.json; set data.tokenizer before training or eval.py")
+        print(f"note: there is no tokenizer.json; set data.tokenizer in {args.workdir}/config.json before its next use")
     if args.check is not None:
         from mtp_jax.evaluation import conventions
 

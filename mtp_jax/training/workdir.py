@@ -57,7 +57,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise UserError(f"--workdir={workdir}: has no {CONFIG_FILE}; give the folder of a run")
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it or use another --workdir") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a config, which is a JSON object; restore it or use another --workdir")

@@ -375,42 +375,42 @@ def test_a_folder_without_safetensors(tmp_path):
     assert "pytorch_model.bin and no *.safetensors; pickled weights are not read, convert" in refusal(tmp_path)
 
 
-WHOLE = "is no whole safetensors file of"
+INVALID = "is not a valid safetensors file"
 HEADERS = {
-    "empty": (b"", f"{WHOLE} 0 bytes .*header too small"),
-    "short": (b"\x08\0\0\0", f"{WHOLE} 4 bytes .*header too small"),
-    "cut": (file_bytes({"w": entry(0, 8)}, 8)[:30], f"{WHOLE} 30 bytes .*header length"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", f"{WHOLE} .*header too large"),
-    "json": (file_bytes(b'{"w": nonsense}', 8), f"{WHOLE} .*invalid JSON .*column 8"),
-    "utf16": (file_bytes(json.dumps({"w": entry(0, 8)}).encode("utf-16"), 8), f"{WHOLE} .*invalid UTF-8"),
-    "deep": (file_bytes(b"[" * 100_000, 0), f"{WHOLE} .*invalid JSON"),
-    "list": (file_bytes([1], 0), f"{WHOLE} .*invalid JSON"),
+    "empty": (b"", f"{INVALID} .*header too small; it has 0 bytes"),
+    "short": (b"\x08\0\0\0", f"{INVALID} .*header too small; it has 4 bytes"),
+    "cut": (file_bytes({"w": entry(0, 8)}, 8)[:30], f"{INVALID} .*header length; it has 30 bytes"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", f"{INVALID} .*header too large"),
+    "json": (file_bytes(b'{"w": nonsense}', 8), f"{INVALID} .*invalid JSON .*column 8"),
+    "utf16": (file_bytes(json.dumps({"w": entry(0, 8)}).encode("utf-16"), 8), f"{INVALID} .*invalid UTF-8"),
+    "deep": (file_bytes(b"[" * 100_000, 0), f"{INVALID} .*invalid JSON"),
+    "list": (file_bytes([1], 0), f"{INVALID} .*invalid JSON"),
     "twice": (
         file_bytes({"w": entry(0, 8)}, 16).replace(b"}}", b'}, "w": {"dtype": "F32", '),
-        f"{WHOLE} .*invalid JSON",
+        f"{INVALID} .*invalid JSON",
     ),
-    "fields": (file_bytes({"w": {"dtype": "F32", "shape": [2]}}, 8), f"{WHOLE} .*missing field `data_offsets`"),
-    "no_dict": (file_bytes({"w": 3}, 8), f"{WHOLE} .*integer `3`"),
-    "negative": (file_bytes({"w": entry(0, 8, shape=[-2, -1])}, 8), f"{WHOLE} .*integer `-2`"),
-    "float": (file_bytes({"w": entry(0, 8, shape=[2.0])}, 8), f"{WHOLE} .*floating point `2.0`"),
-    "bool": (file_bytes({"w": entry(0, 4, shape=[True])}, 4), f"{WHOLE} .*boolean `true`"),
-    "before": (file_bytes({"w": entry(-8, 0, shape=[2])}, 8), f"{WHOLE} .*integer `-8`"),
-    "size": (file_bytes({"w": entry(0, 8, shape=[3])}, 8), f"{WHOLE} .*invalid shape, data type, or offset"),
-    "backward": (file_bytes({"w": entry(8, 0, shape=[2])}, 8), f"{WHOLE} .*invalid offset for tensor `w`"),
-    "huge": (file_bytes({"w": entry(0, 8, shape=[2**62, 4])}, 8), f"{WHOLE} .*overflow"),
-    "overlap": (file_bytes({"v": entry(4, 12), "w": entry(0, 8)}, 12), f"{WHOLE} .*invalid offset for tensor `v`"),
-    "hole": (file_bytes({"w": entry(0, 8), "v": entry(12, 20)}, 20), f"{WHOLE} .*invalid offset for tensor `v`"),
-    "late": (file_bytes({"w": entry(4, 8)}, 8), f"{WHOLE} .*invalid offset for tensor `w`"),
-    "range": (file_bytes({"w": entry(0, 8), "v": entry(8, 80)}, 8), f"{WHOLE} .*not fully covered"),
-    "truncated": (file_bytes({"w": entry(0, 8), "v": entry(8, 16)}, 16)[:-12], f"{WHOLE} .*not fully covered"),
-    "trailing": (file_bytes({"w": entry(0, 8)}, 8, b"x"), f"{WHOLE} .*not fully covered"),
-    "only_trailing": (file_bytes({}, 1), f"{WHOLE} 11 bytes .*not fully covered"),
-    "newline": (file_bytes({"w\n": entry(4, 8)}, 8), f"{WHOLE} .*invalid offset for tensor `w `"),
+    "fields": (file_bytes({"w": {"dtype": "F32", "shape": [2]}}, 8), f"{INVALID} .*missing field `data_offsets`"),
+    "no_dict": (file_bytes({"w": 3}, 8), f"{INVALID} .*integer `3`"),
+    "negative": (file_bytes({"w": entry(0, 8, shape=[-2, -1])}, 8), f"{INVALID} .*integer `-2`"),
+    "float": (file_bytes({"w": entry(0, 8, shape=[2.0])}, 8), f"{INVALID} .*floating point `2.0`"),
+    "bool": (file_bytes({"w": entry(0, 4, shape=[True])}, 4), f"{INVALID} .*boolean `true`"),
+    "before": (file_bytes({"w": entry(-8, 0, shape=[2])}, 8), f"{INVALID} .*integer `-8`"),
+    "size": (file_bytes({"w": entry(0, 8, shape=[3])}, 8), f"{INVALID} .*invalid shape, data type, or offset"),
+    "backward": (file_bytes({"w": entry(8, 0, shape=[2])}, 8), f"{INVALID} .*invalid offset for tensor `w`"),
+    "huge": (file_bytes({"w": entry(0, 8, shape=[2**62, 4])}, 8), f"{INVALID} .*overflow"),
+    "overlap": (file_bytes({"v": entry(4, 12), "w": entry(0, 8)}, 12), f"{INVALID} .*invalid offset for tensor `v`"),
+    "hole": (file_bytes({"w": entry(0, 8), "v": entry(12, 20)}, 20), f"{INVALID} .*invalid offset for tensor `v`"),
+    "late": (file_bytes({"w": entry(4, 8)}, 8), f"{INVALID} .*invalid offset for tensor `w`"),
+    "range": (file_bytes({"w": entry(0, 8), "v": entry(8, 80)}, 8), f"{INVALID} .*not fully covered"),
+    "truncated": (file_bytes({"w": entry(0, 8), "v": entry(8, 16)}, 16)[:-12], f"{INVALID} .*not fully covered"),
+    "trailing": (file_bytes({"w": entry(0, 8)}, 8, b"x"), f"{INVALID} .*not fully covered"),
+    "only_trailing": (file_bytes({}, 1), f"{INVALID} .*not fully covered; it has 11 bytes"),
+    "newline": (file_bytes({"w\n": entry(4, 8)}, 8), f"{INVALID} .*invalid offset for tensor `w `"),
     "dtype": (
         file_bytes({"w": entry(0, 8, "F4", [16])}, 8),
         "tensor 'w' has dtype 'F4', not one of BOOL.* F64; convert",
     ),
-    "unknown_dtype": (file_bytes({"w": entry(0, 8, "F5", [16])}, 8), f"{WHOLE} .*unknown variant `F5`"),
+    "unknown_dtype": (file_bytes({"w": entry(0, 8, "F5", [16])}, 8), f"{INVALID} .*unknown variant `F5`"),
 }
 
 
@@ -427,7 +427,7 @@ def test_a_truncated_file_says_how_much_it_has(tmp_path):
     path = write(tmp_path, {"w": np.ones(100), "v": np.ones(100)}) / FILE
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    assert f"is no whole safetensors file of {size - 1} bytes (" in refusal(tmp_path)
+    assert f"not fully covered; it has {size - 1} bytes); download" in refusal(tmp_path)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
