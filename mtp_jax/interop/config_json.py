@@ -87,8 +87,7 @@ def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int |
         validate(config, 1)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    derived = family.derived(config.model) if values.keys() & family.derived(ModelConfig()).keys() else {}
-    for key, wanted in derived.items():
+    for key, wanted in family.derived(config.model).items():
         if values.get(key) is not None and values[key] not in (wanted, family.unset.get(key)):
             raise bad(where, key, values[key], f"is not supported; the other fields make it {short(wanted)}")
     return config
