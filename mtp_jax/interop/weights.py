@@ -21,6 +21,7 @@ from mtp_jax.interop import fp8
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS, Family, Names
 from mtp_jax.interop.tensorfiles import TensorFolder
 from mtp_jax.layers.param import ParamInfo
+from mtp_jax.layers.spec import layer_places
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
 from mtp_jax.typing import Index, ReadableArray, Tree
@@ -79,14 +80,12 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
     add("", ("trunk",), OUTSIDE_BLOCKS, ())
     if config.model.tie_embeddings:  # some files write the tied head as well
         out.append(out[0]._replace(name=OUTSIDE_BLOCKS["unembed"], repeats=True))
-    layer = 0
-    for group in ("dense_blocks", "blocks"):
-        for i in range(_num_stacked(leaves, ("params", "trunk", group))):
-            names = family.expert_block if _has_experts(leaves, ("params", "trunk", group)) else family.block
-            add(family.layer.format(layer=layer), ("trunk", group), names, (i,))
-            layer += 1
+    num_layers = kind_of(config).num_main_layers
+    for layer, (group, i) in enumerate(layer_places(config.model, num_layers)):
+        names = family.expert_block if _has_experts(leaves, ("params", "trunk", group)) else family.block
+        add(family.layer.format(layer=layer), ("trunk", group), names, (i,))
     for depth in range(_num_stacked(leaves, ("params", *stack))):
-        prefix = family.module_layer.format(layer=layer + depth, depth=depth)
+        prefix = family.module_layer.format(layer=num_layers + depth, depth=depth)
         add(prefix, stack, family.module, (depth,))
         names = family.expert_block if _has_experts(leaves, ("params", *stack, "block")) else family.block
         add(prefix, (*stack, "block"), names, (depth,))
