@@ -88,7 +88,7 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
 
 def _check(leaves: "list[ConfigurableTask]", args: argparse.Namespace) -> None:
     """Raises UserError where a task is asked for twice, cannot have so many examples, says of generation what we do not
-    know, or runs programs without the permission to, or on a machine that cannot lock them in."""
+    know, or runs programs without the permission to, or on a machine that cannot contain them."""
     from mtp_jax.evaluation.harness import generation_options
 
     found = [task.task_name for task in leaves]

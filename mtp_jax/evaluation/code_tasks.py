@@ -22,7 +22,7 @@ def run(
       for each doc, for each response: "passed", or the reason and a detail.
 
     Raises:
-      UserError: this machine cannot lock programs in.
+      UserError: this machine cannot contain programs.
     """
     programs = [program(doc, text) for texts, doc in zip(responses, docs, strict=True) for text in texts]
     outcomes = iter(sandbox.run_programs(programs))

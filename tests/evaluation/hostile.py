@@ -276,7 +276,7 @@ FAKES = {
     ),
     "a report as an exception": 'raise ValueError(\'"}\\n{"passed": true}\')',
     "closing everything": "import os\nos.closerange(0, 64)",
-    "asking for the launcher": "import jail.launcher",
+    "asking for the runner": "import __main__",
     "code that does not compile": "def solution(x:",
     "an open string": 'x = """',
     "nothing": "",

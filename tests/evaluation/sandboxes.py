@@ -110,10 +110,11 @@ class Watch:
         copied = _command_line(self.pid)
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
+                is_copy = _command_line(folder.name) == copied  # before its size: it may become its program in between
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 if fields[0] != "Z":
                     parents[int(folder.name)] = int(fields[1])
-                    size = 0 if _command_line(folder.name) == copied else int(fields[21]) * 4096
+                    size = 0 if is_copy else int(fields[21]) * 4096
                     found[int(folder.name)] = (int(fields[19]), int(fields[17]), size)
         inside = {self.pid}
         while more := {p for p, parent in parents.items() if parent in inside} - inside:

@@ -220,16 +220,16 @@ def test_unusable_requests_are_one_line(monkeypatch, capsys, tmp_path, workdir, 
     assert says in lines[0]
 
 
-def test_a_machine_that_cannot_lock_programs_in_is_refused_before_any_are_written(
+def test_a_machine_that_cannot_contain_programs_is_refused_before_any_are_written(
     monkeypatch, capsys, workdir, local_data
 ):
-    def no_walls(programs):
-        raise UserError("sandbox: no walls here")
+    def refused(programs):
+        raise UserError("sandbox: not on this machine")
 
-    monkeypatch.setattr(benchmarks.sandbox, "run_programs", no_walls)
+    monkeypatch.setattr(benchmarks.sandbox, "run_programs", refused)
     argv = ["--tasks=humaneval", "--allow_code_execution", "--check_only"]
     code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", *argv)
-    assert (code, out) == (2, "") and "no walls here" in err
+    assert (code, out) == (2, "") and "not on this machine" in err
 
 
 def test_examples_that_a_prompt_has_built_in_are_counted(own, local_data):

@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from configs.tasks.humaneval import utils as humaneval  # noqa: E402
 from configs.tasks.mbpp import utils as mbpp  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("walls")
+pytestmark = pytest.mark.usefixtures("sandbox_works")
 
 NEEDS_SETUP = 367  # its tests use `root`, which its test_setup_code defines; the harness does not run that
 

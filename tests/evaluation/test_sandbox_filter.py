@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtp_jax.evaluation.jail import seccomp
+from mtp_jax.evaluation import sandbox_runner
 
 ALLOWED = {  # name: (x86_64, aarch64)
     **{"read": (0, 63), "write": (1, 64), "mmap": (9, 222), "exit_group": (231, 94), "openat": (257, 56)},
@@ -22,7 +22,7 @@ COLUMN = {"x86_64": 0, "aarch64": 1}
 def answer(machine, number, argument=0, audit=None, threads=True):
     """What the kernel would do with a call, by seccomp(2)."""
     memory = {0: number, 4: AUDIT[machine] if audit is None else audit, 16: argument & 0xFFFFFFFF}
-    code, at, value = seccomp.instructions(machine, threads), 0, 0
+    code, at, value = sandbox_runner.instructions(machine, threads), 0, 0
     while True:
         operation, yes, no, constant = code[at]
         if operation == 0x20:  # load a word
@@ -36,18 +36,18 @@ def answer(machine, number, argument=0, audit=None, threads=True):
 
 @pytest.mark.parametrize("machine", AUDIT)
 def test_what_is_named_is_refused_and_the_rest_allowed(machine):
-    refused = {numbers[COLUMN[machine]] for numbers in seccomp.REFUSED.values()} - {None}
-    special = {seccomp.CLONE[COLUMN[machine]], seccomp.CLONE3[COLUMN[machine]]}
-    for number in set(range(seccomp.NEWEST + 1)) - special:
+    refused = {numbers[COLUMN[machine]] for numbers in sandbox_runner.REFUSED.values()} - {None}
+    special = {sandbox_runner.CLONE[COLUMN[machine]], sandbox_runner.CLONE3[COLUMN[machine]]}
+    for number in set(range(sandbox_runner.NEWEST + 1)) - special:
         assert answer(machine, number) == (ERROR_EPERM if number in refused else ALLOW), number
-    for number in range(seccomp.NEWEST + 1, seccomp.NEWEST + 100):
+    for number in range(sandbox_runner.NEWEST + 1, sandbox_runner.NEWEST + 100):
         assert answer(machine, number) == ERROR_ENOSYS
     assert not refused & {numbers[COLUMN[machine]] for numbers in ALLOWED.values()}
 
 
 @pytest.mark.parametrize("machine", AUDIT)
 def test_threads_are_no_processes(machine):
-    clone, clone3 = seccomp.CLONE[COLUMN[machine]], seccomp.CLONE3[COLUMN[machine]]
+    clone, clone3 = sandbox_runner.CLONE[COLUMN[machine]], sandbox_runner.CLONE3[COLUMN[machine]]
     process, thread = 0x1200011, 0x3D0F00  # the flags of glibc's fork and of its pthread_create
     assert answer(machine, clone, process) == ERROR_EPERM and answer(machine, clone, thread) == ALLOW
     assert answer(machine, clone, thread, threads=False) == ERROR_EPERM
@@ -69,7 +69,7 @@ def test_numbers_are_the_systems_own():
         "x86_64": pathlib.Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
         "aarch64": pathlib.Path("/usr/include/asm-generic/unistd.h"),
     }
-    calls = seccomp.REFUSED | {"clone": seccomp.CLONE, "clone3": seccomp.CLONE3} | ALLOWED
+    calls = sandbox_runner.REFUSED | {"clone": sandbox_runner.CLONE, "clone3": sandbox_runner.CLONE3} | ALLOWED
     if not any(path.is_file() for path in headers.values()):
         pytest.skip("the kernel's headers are not installed")
     for machine, path in headers.items():
