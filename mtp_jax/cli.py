@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import first_line
 
 EXIT_FAILED, EXIT_UNUSABLE = 1, 2
 
@@ -72,8 +73,7 @@ def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
 
 def describe(error: Exception) -> str:
     """One line. Errors of ours say what to do; of any other, the kind and its first line, and how to see the rest."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else "no message"
+    message = first_line(error)
     if type(error).__module__.startswith("mtp_jax"):
         return message
     return f"{type(error).__name__}: {message} (--debug shows where)"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import first_line
 
 # A dead peer leaves the others waiting in a collective until this has passed: 30 s end them within a minute, and no
 # healthy process is silent for so long, since a thread outside Python sends the heartbeats.
@@ -68,10 +69,9 @@ def initialize(args: argparse.Namespace) -> None:
             **cluster.arguments, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
         )
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DistributedError(
-            f"several processes (found by {cluster.found_by}) did not meet: {reason}; look at the other processes, and "
-            "whether the coordinator's port is open to them"
+            f"several processes (found by {cluster.found_by}) did not meet: {first_line(error)}; look at the other "
+            "processes, and whether the coordinator's port is open to them"
         ) from error
     if jax.process_index() == 0:
         print(f"peers    {jax.process_count()} processes, found by {cluster.found_by}", flush=True)

@@ -9,7 +9,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # From low to high; a unit imports from strictly lower lines, and freely inside itself.
 LINES = [
-    ["mtp_jax.config", "mtp_jax.targets", "mtp_jax.typing"],
+    ["mtp_jax.errors", "mtp_jax.typing"],
+    ["mtp_jax.files"],
+    ["mtp_jax.config", "mtp_jax.targets"],
     ["mtp_jax.data", "mtp_jax.sharding", "mtp_jax.cli", "mtp_jax.distributed"],
     ["mtp_jax.kernels"],
     ["mtp_jax.layers"],
@@ -18,13 +20,24 @@ LINES = [
     ["mtp_jax.model"],
     ["mtp_jax.decoding", "mtp_jax.interop"],
     ["mtp_jax.training"],
-    ["mtp_jax.language_model", "mtp_jax.cli"],
+    ["mtp_jax.language_model"],
     ["mtp_jax.evaluation", "mtp_jax"],  # mtp_jax itself: what its __init__ offers
     ["mtp_jax.tools"],  # command lines over all of it
     ["configs"],
     ["train", "eval"],
 ]
-LINE_OF = {unit: number for number, line in enumerate(LINES) for unit in line}
+
+
+def line_of(lines):
+    """Number of the line of each unit, which may have one only: it is its level."""
+    units = [unit for line in lines for unit in line]
+    twice = sorted({unit for unit in units if units.count(unit) > 1})
+    if twice:
+        raise ValueError(f"LINES names {', '.join(twice)} twice; keep the lowest line that its imports allow")
+    return {unit: number for number, line in enumerate(lines) for unit in line}
+
+
+LINE_OF = line_of(LINES)
 FIRST_TO_MEET_DATA = LINE_OF["mtp_jax.training"]  # data and model meet in the training loop, not below
 OURS = {unit.split(".")[0] for unit in LINE_OF}
 NOBODY_IMPORTS = {"mtp_jax.tools"}
@@ -104,6 +117,11 @@ def _imports(path, module, root):
 def _is_module(name, root):
     path = root.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def test_a_unit_with_two_lines_is_refused():
+    with pytest.raises(ValueError, match="LINES names b twice"):
+        line_of([["a", "b"], ["c", "b"]])
 
 
 def test_imports_point_down_only():

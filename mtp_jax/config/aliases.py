@@ -1,5 +1,6 @@
 """Old names of config keys (`Setting.was`): understood wherever a key is given, with a note of the new one."""
 
+import copy
 import functools
 import re
 import sys
@@ -36,7 +37,7 @@ def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config
     Raises:
       UserError: a key under both names.
     """
-    out, found = _copied(values), {}
+    out, found = copy.deepcopy(dict(values)), {}
     for old, new in old_names(root).items():
         section = _below(out, old)
         if section is None or _name(old) not in section:
@@ -103,7 +104,3 @@ def _below(values: dict[str, Any], key: str) -> dict[str, Any] | None:
             return None
         values = found
     return values
-
-
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, dict) else value for key, value in values.items()}

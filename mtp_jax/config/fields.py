@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from mtp_jax.errors import UserError
+
 T = TypeVar("T")
 Number = int | float
 
@@ -15,10 +17,6 @@ Number = int | float
 # (training.num_steps alone stretches the schedules). new_run: weights mean the same whatever it is, so that a run may
 # start from the weights of one that has another; what may change at a resume may change there too.
 MayChange = Literal["never", "new_run", "resume"]
-
-
-class UserError(ValueError):
-    """An input that cannot be used. The message is one line: the field, its value, the remedy. Exit code 2."""
 
 
 @dataclass(frozen=True)

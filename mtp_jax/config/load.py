@@ -8,7 +8,6 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
-import json
 import pathlib
 import re
 import sys
@@ -22,6 +21,8 @@ import ml_collections
 from mtp_jax.config.aliases import Section, current_key, old_names, renamed
 from mtp_jax.config.fields import UserError, item_section, key_hints
 from mtp_jax.config.schema import Config
+from mtp_jax.errors import first_line
+from mtp_jax.files import read_json
 
 T = TypeVar("T")
 
@@ -130,10 +131,10 @@ def _run_config_file(path: str) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = f" (line {frames[-1].lineno})" if frames else ""
-        message = str(error).strip().strip("'\"").splitlines() or [type(error).__name__]
+        message = first_line(error).strip("'\"")
         if isinstance(error, SystemExit):
-            message = [f"exits with {error.code!r}; return the config from get_config() instead"]
-        raise UserError(f"{path}{line}: {message[0]}") from error
+            message = f"exits with {error.code!r}; return the config from get_config() instead"
+        raise UserError(f"{path}{line}: {message}") from error
     if isinstance(config, ml_collections.ConfigDict):
         return config.to_dict()
     if isinstance(config, dict):
@@ -142,11 +143,8 @@ def _run_config_file(path: str) -> dict[str, Any]:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--config={path}: not JSON ({error}); give the config.json of a workdir") from error
-    if not isinstance(values, dict) or "model_type" in values:
+    values = read_json(path, "give the config.json of a workdir", f"--config={path}")
+    if "model_type" in values:
         raise UserError(f"--config={path}: not a config of a run; give the config.json of a workdir")
     return with_own_tokenizer(values, pathlib.Path(path).parent)
 

@@ -14,6 +14,7 @@ from absl import logging
 
 from mtp_jax.config import DataConfig, UserError
 from mtp_jax.data import cache, documents
+from mtp_jax.errors import first_line
 
 if TYPE_CHECKING:  # slow to import, and not needed once the tokens are in the cache
     from tensorflow_datasets.core import DatasetBuilder
@@ -159,7 +160,7 @@ def _open_builder(data: DataConfig) -> "DatasetBuilder":
             f"name{where}; the built-in sources are python_source, text_files and synthetic"
         ) from error
     except Exception as error:
-        raise UserError(f"data.source={data.source}: TFDS cannot open it{where} ({_reason(error)})") from error
+        raise UserError(f"data.source={data.source}: TFDS cannot open it{where} ({first_line(error)})") from error
     if builder.is_prepared():
         return builder
     try:
@@ -168,7 +169,8 @@ def _open_builder(data: DataConfig) -> "DatasetBuilder":
     except Exception as error:
         raise UserError(
             f"data.source={data.source}: not prepared in {builder.data_dir}, and preparing it failed "
-            f"({_reason(error)}); run `tfds build {data.source} --file_format=array_record` where it can be downloaded"
+            f"({first_line(error)}); run `tfds build {data.source} --file_format=array_record` where it can be "
+            "downloaded"
         ) from error
     return builder
 
@@ -214,7 +216,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _reason(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

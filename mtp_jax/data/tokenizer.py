@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import first_line
 from mtp_jax.typing import JsonObject
 
 
@@ -130,8 +131,7 @@ class HFTokenizer:
             content = pathlib.Path(path).read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"data.tokenizer={path}: not a readable tokenizer.json ({reason})") from error
+            raise UserError(f"data.tokenizer={path}: not a readable tokenizer.json ({first_line(error)})") from error
         # A saved file may carry the settings of whoever saved it: cut documents, padded batches, and documents that
         # spell <|endoftext|> encoded as the real one.
         self._tokenizer.no_truncation()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import first_line
 from mtp_jax.evaluation import benchmark_data, sandbox
 from mtp_jax.evaluation.results import Benchmark, Metric
 from mtp_jax.language_model import LanguageModel
@@ -160,9 +161,9 @@ def _load(manager: "TaskManager", name: str) -> "list[ConfigurableTask | Group]"
     except UserError:
         raise
     except Exception as error:  # whatever a task's own files and the hub raise
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"--tasks={name}: cannot be loaded ({type(error).__name__}: {reason}); for local files give --data_dir"
+            f"--tasks={name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); "
+            "for local files give --data_dir"
         ) from error
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 

@@ -2,11 +2,11 @@
 
 import json
 import math
-import os
 import pathlib
 from typing import NotRequired, TypedDict
 
 from mtp_jax.config import UserError
+from mtp_jax.files import write_text
 from mtp_jax.typing import JsonObject, PyTree
 
 Bar = tuple[str, float, float | None]  # label, value and its standard error
@@ -60,9 +60,7 @@ def write(path: pathlib.Path, workdir: str, texts: list[str], values: JsonObject
     picture = f"\n![{workdir}]({path.with_suffix('.png').name})\n" if has_picture else ""
     tables = "\n".join(f"```\n{text}\n```\n" for text in texts)
     path.with_suffix(".md").write_text(f"# {workdir}\n\n{tables}{picture}", encoding="utf-8")
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n")
 
 
 def without_nan(values: PyTree) -> PyTree:

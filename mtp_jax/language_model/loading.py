@@ -10,7 +10,7 @@ from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop import config_json
-from mtp_jax.interop.json_fields import read_object
+from mtp_jax.files import read_json
 from mtp_jax.interop.weights import place
 from mtp_jax.language_model.model import LanguageModel
 from mtp_jax.model import Tree, abstract_model
@@ -76,8 +76,8 @@ def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
       UserError: a file that cannot be read, or something else than ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
-        found = read_object(path).get("eos_token_id") if path.is_file() else None
-        if found is None:
+        values = read_json(path, "fetch the file again") if path.is_file() else {}
+        if (found := values.get("eos_token_id")) is None:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(type(i) is int for i in ids):

@@ -26,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mtp_jax.config import CheckpointConfig
+from mtp_jax.errors import first_line
 from mtp_jax.training import checksums, streaming
 from mtp_jax.typing import PyTree
 
@@ -350,8 +351,7 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    return first_line(error)[:300]
 
 
 def _name(path: jax.tree_util.KeyPath) -> str:

@@ -5,10 +5,11 @@ Of several processes each takes every n-th of the sorted files, both when they a
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 from typing import TypedDict
+
+from mtp_jax.files import read_json, write_text
 
 
 class FileSum(TypedDict):
@@ -30,9 +31,7 @@ def write(directory: pathlib.Path, step: int, index: int, count: int) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())[index::count]
     sums = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     path = directory / (f"{step}.checksums.json" if count == 1 else f"{step}.checksums.{index}of{count}.json")
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(sums, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(sums, indent=1) + "\n")
 
 
 def verify(directory: pathlib.Path, step: int, index: int, count: int) -> tuple[str | None, bool]:
@@ -74,7 +73,7 @@ def _read(directory: pathlib.Path, step: int) -> dict[str, FileSum] | None:
             by_count.setdefault(int(match[2] or 1), []).append(path)
     for count, paths in by_count.items():
         if len(paths) == count:
-            return {name: entry for path in paths for name, entry in json.loads(path.read_text()).items()}
+            return {name: entry for path in paths for name, entry in read_json(path, "remove it").items()}
     return None
 
 

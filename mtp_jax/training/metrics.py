@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensorboardX import SummaryWriter
 
+from mtp_jax.files import write_text
 from mtp_jax.typing import JsonObject
 
 if TYPE_CHECKING:
@@ -156,9 +157,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_text(path, "".join(kept))
 
 
 def _terms(values: Mapping[str, float | None]) -> str:

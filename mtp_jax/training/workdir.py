@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from mtp_jax.config import Config, UserError, from_dict, to_dict, walk, with_own_tokenizer
+from mtp_jax.files import read_json, write_text
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -55,12 +56,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise UserError(f"--workdir={workdir}: no such folder")
     if not path.is_file():
         raise UserError(f"--workdir={workdir}: has no {CONFIG_FILE}; give the folder of a run")
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it or use another --workdir") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a config, which is a JSON object; restore it or use another --workdir")
+    values = read_json(path, "restore it or use another --workdir")
     if "model_type" in values:
         raise UserError(f"{path.parent}: is a Hugging Face folder; import it first (mtp_jax.tools.convert import)")
     return from_dict(with_own_tokenizer(values, path.parent), str(path))
@@ -98,11 +94,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Replace config.json as a whole, so that a kill leaves the old one or the new one."""
-    partial = path / f".{CONFIG_FILE}.partial"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        os.replace(partial, path / CONFIG_FILE)
+        write_text(path / CONFIG_FILE, text)
     except OSError as error:
         raise UserError(f"--workdir={path}: cannot be written ({error.strerror}); use another folder") from error

@@ -438,7 +438,7 @@ def test_unusable_sweeps(tmp_path, run, sweep):
     cases = [
         ([f"--sweep={tmp_path / 'absent'}"], "no such folder"),
         ([f"--sweep={tmp_path / 'empty'}"], "no run in it or below it"),
-        ([f"--sweep={tmp_path / 'broken'}"], "eval.json: not JSON"),
+        ([f"--sweep={tmp_path / 'broken'}"], "eval.json: cannot be read as JSON"),
         ([f"--workdir={sweep}"], f"give the folder of a run, or --sweep={sweep}"),
         ([f"--sweep={sweep}", f"--json={tmp_path}"], "cannot be written (Is a directory)"),
         ([f"--sweep={sweep}", f"--markdown={tmp_path}"], "cannot be written (Is a directory)"),

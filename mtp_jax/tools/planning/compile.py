@@ -16,6 +16,7 @@ import jax
 from mtp_jax import sharding
 from mtp_jax.config import Config
 from mtp_jax.data import tokenizer
+from mtp_jax.errors import first_line
 from mtp_jax.model import Tree, validate
 from mtp_jax.mtp import kind_of
 from mtp_jax.tools.planning.topology import Topology
@@ -112,7 +113,7 @@ def _compile(lowered: jax.stages.Lowered, folder: str) -> bool:
         text = str(error)
         if "RESOURCE_EXHAUSTED" in text and "hbm" in text.lower():
             return True
-        raise CompilerError(f"the compiler refuses the program: {text.splitlines()[0]}") from error
+        raise CompilerError(f"the compiler refuses the program: {first_line(error)}") from error
     return False
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.spec import layer_specs
+from mtp_jax.errors import first_line
 from mtp_jax.model import weights
 from mtp_jax.mtp import kind_of
 from mtp_jax.sharding import spec
@@ -88,7 +89,7 @@ def _try(candidate: Candidate, topology: Topology) -> Found:
     try:
         return Found(candidate, estimate.make_plan(candidate.config, topology))
     except (CompilerError, ValueError, NotImplementedError) as error:
-        return Found(candidate, None, str(error).splitlines()[0])
+        return Found(candidate, None, first_line(error))
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:

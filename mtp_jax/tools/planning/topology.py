@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import first_line
 
 if TYPE_CHECKING:  # `prepare_environment` comes before jax
     import jax
@@ -107,5 +108,5 @@ def _devices(name: str, num_slices: int) -> "list[jax.Device]":
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices)
     except Exception as error:  # jax's RuntimeError, whose kinds are not told apart
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        reason = first_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology={name}: {reason}") from error

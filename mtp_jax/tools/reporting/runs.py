@@ -1,13 +1,13 @@
 """Runs as they lie in their folders: config.json, metrics.jsonl, eval.json, and what a sweep wrote of them."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mtp_jax.config import Config, UserError, from_dict, renamed
+from mtp_jax.files import read_json
 from mtp_jax.mtp import reads
 from mtp_jax.tools.sweeping.folder import EVAL_FILE, SWEEP_FILE, read_record
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
@@ -144,15 +144,7 @@ def _load(path: pathlib.Path, name: str, flag: str) -> Run:
 
 
 def _read_json(path: pathlib.Path) -> JsonObject | None:
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); write it again, or remove it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object; write it again, or remove it")
-    return values
+    return read_json(path, "write it again, or remove it") if path.is_file() else None
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ import pathlib
 import shlex
 
 from mtp_jax.config import UserError, to_dict
+from mtp_jax.files import read_json, write_text
 from mtp_jax.tools.sweeping.plan import Planned
 from mtp_jax.typing import JsonObject
 
@@ -55,14 +56,12 @@ def prepare(root: pathlib.Path, runs: list[Planned]) -> None:
 def read_record(folder: pathlib.Path) -> JsonObject:
     """What sweep.json says; nothing where there is none."""
     path = folder / SWEEP_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "remove it") if path.is_file() else {}
 
 
 def write_record(folder: pathlib.Path, record: JsonObject) -> None:
-    """Replace sweep.json as a whole, so that a kill leaves the old one or the new one."""
-    partial = folder / f".{SWEEP_FILE}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / SWEEP_FILE)
+    """Replace sweep.json as a whole."""
+    write_text(folder / SWEEP_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def start_of_log(path: pathlib.Path, command: list[str]) -> int:
