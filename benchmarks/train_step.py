@@ -34,7 +34,7 @@ from mtp_jax.data import tokenizer  # noqa: E402
 from mtp_jax.model import validate  # noqa: E402
 from mtp_jax.mtp import kind_of  # noqa: E402
 from mtp_jax.training.flops import peak_flops, train_flops_per_token  # noqa: E402
-from mtp_jax.training.loop import with_vocabulary  # noqa: E402
+from mtp_jax.training.run import with_vocabulary  # noqa: E402
 from mtp_jax.training.step import make_trainer  # noqa: E402
 
 DOCUMENT = 1024

@@ -7,7 +7,7 @@ import pytest
 from mtp_jax.config import load_config, validate
 from mtp_jax.model import count_parameters
 from mtp_jax.mtp import kind_of
-from mtp_jax.training.loop import with_vocabulary
+from mtp_jax.training.run import with_vocabulary
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 BYTE_VOCABULARY = 261

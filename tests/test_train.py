@@ -18,6 +18,7 @@ from mtp_jax.mtp import KINDS, kind_of
 from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
+from mtp_jax.training.run import restore, set_up, with_vocabulary
 from mtp_jax.training.workdir import open_workdir, read_config
 from tests.commands import CPU, SMALL, command, run_process
 from tests.conftest import ROOT
@@ -75,7 +76,7 @@ def test_metrics_hold_every_step_and_every_key(reference):
 
 def test_config_json_is_the_resolved_config_and_there_are_events(reference):
     workdir, _ = reference
-    config = loop.with_vocabulary(load_config(TINY), 261)
+    config = with_vocabulary(load_config(TINY), 261)
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(to_dict(config)))
     assert read_config(workdir) == config and config.model.vocab_size == 264
     (events,) = workdir.glob("events.out.tfevents.*")
@@ -204,7 +205,7 @@ def test_a_run_of_one_device_goes_on_with_eight(reference, tmp_path, capsys):
 
 
 def of_kind(kind, *overrides):
-    return loop.with_vocabulary(load_config(TINY, [f"--config.mtp.kind={kind}", *overrides]), 261)
+    return with_vocabulary(load_config(TINY, [f"--config.mtp.kind={kind}", *overrides]), 261)
 
 
 def test_every_kind_reads_the_same_batches(reference):
@@ -256,8 +257,8 @@ def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(tmp_path):
     loop.train(small("--config.mtp.kind=none", "--config.training.num_steps=4"), str(source))
     overrides = ["--config.mtp.freeze_trunk=true", f"--config.init_from={source}", "--config.training.num_steps=3"]
     config = small(*overrides, "--config.optimizer.weight_decay=0.5")
-    before = loop.restore(str(source)).state
-    fresh = loop.set_up(config).trainer.init()
+    before = restore(str(source)).state
+    fresh = set_up(config).trainer.init()
     after = loop.train(config, str(bolted)).state
     for part in ("params", "biases"):
         wanted = leaves(before[part]["trunk"])
@@ -273,7 +274,7 @@ def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(tmp_path):
     assert lines[-1]["loss_mtp_1"] < lines[0]["loss_mtp_1"]
 
     source.rename(tmp_path / "moved")  # it was read once; a run that has checkpoints of its own needs it no more
-    assert loop.restore(str(bolted)).step == 3
+    assert restore(str(bolted)).step == 3
     assert loop.train(config, str(bolted)).step == 3
     shorter = replace(config, training=replace(config.training, num_steps=2))
     with pytest.raises(UserError, match="training.num_steps=2: the run in .* is at step 3 already"):
@@ -284,11 +285,11 @@ def test_a_run_is_measured_on_devices_that_do_not_divide_its_batch(tmp_path):
     config = small("--config.training.num_steps=1", "--config.data.batch_size=6", "--config.mesh.data=2")
     with pytest.raises(UserError, match="takes 2 devices, there are 8"):
         loop.train(config, str(tmp_path / "run"))
-    open_workdir(tmp_path / "run", loop.with_vocabulary(config, 261))
-    run = loop.set_up(config, num_devices=2)
+    open_workdir(tmp_path / "run", with_vocabulary(config, 261))
+    run = set_up(config, num_devices=2)
     with jax.set_mesh(run.mesh), Checkpoints(tmp_path / "run" / "checkpoints", config.checkpoint) as saved:
         saved.save(1, run.trainer.init())
-    restored = loop.restore(str(tmp_path / "run"))
+    restored = restore(str(tmp_path / "run"))
     assert (restored.step, restored.mesh.size) == (1, 6)
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.losses import expected_tokens_per_pass
-from mtp_jax.training import loop
-from mtp_jax.training.loop import Run, global_batches
+from mtp_jax.training.run import Run, global_batches, restore
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def run(workdir: str, tasks: list[str], num_batches: int | None) -> tuple[str, d
     Raises:
       UserError: no run there.
     """
-    restored = loop.restore(workdir)
+    restored = restore(workdir)
     with jax.set_mesh(restored.mesh):
         results = validate(restored, num_batches or restored.config.training.eval_batches)
     title = f"step {restored.step}, {results[0].num_targets:,} held-out tokens"

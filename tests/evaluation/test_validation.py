@@ -2,11 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from mtp_jax.evaluation import validation
+from tests.conftest import ROOT
+from tests.decoding.trained import train_small
 
 SUMS = {
     "nll": [80.0, 60.0, 0.0],
@@ -35,3 +39,20 @@ def test_a_depth_without_targets_is_not_a_perfect_one(results):
     assert "nan" in validation.table(results).splitlines()[3]
     values = json.loads(json.dumps(validation.as_json(results, "loss"), allow_nan=False))
     assert values["mtp_2"] == {"loss": None, "bits_per_byte": None, "accuracy": None, "num_targets": 0}
+
+
+MEASURE = """
+import sys
+import eval, mtp_jax
+workdir = sys.argv[1]
+eval.main([f"--workdir={workdir}", "--tasks=loss,acceptance"])
+assert mtp_jax.load(workdir).generate(["the"], max_new_tokens=2).texts
+print("measured", "mtp_jax.training.loop" in sys.modules)
+"""
+
+
+def test_a_run_is_measured_without_the_training_loop(tmp_path):
+    workdir = train_small(tmp_path, **{"training.num_steps": 1})
+    command = [sys.executable, "-c", MEASURE, str(workdir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("measured False\n"), done.stdout + done.stderr

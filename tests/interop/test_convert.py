@@ -25,6 +25,7 @@ from mtp_jax.mtp import kind_of
 from mtp_jax.tools import convert
 from mtp_jax.training import loop, transfer
 from mtp_jax.training.checkpoint import Checkpoints, write_streamed
+from mtp_jax.training.run import restore, with_vocabulary
 from mtp_jax.training.workdir import open_workdir
 from tests.commands import CPU, SMALL, run_here
 from tests.conftest import ROOT
@@ -85,7 +86,7 @@ def test_import_then_export_is_the_same_folder(monkeypatch, tmp_path, name, dtyp
 
 def trained(workdir, *overrides, seed=0):
     """A workdir with random weights in every leaf, router biases too, as if trained."""
-    config = loop.with_vocabulary(load_config(TINY, [*SMALL, "--config.mesh.data=1", *overrides]), 261)
+    config = with_vocabulary(load_config(TINY, [*SMALL, "--config.mesh.data=1", *overrides]), 261)
     built, rng = abstract_model(config.architecture), np.random.default_rng(seed)
 
     def values(path, leaf):
@@ -277,7 +278,7 @@ def test_the_tokenizer_travels_and_folders_may_be_moved(monkeypatch, tmp_path, c
     convert_here(monkeypatch, "import", f"--hf={exported}", f"--workdir={tmp_path / 'none'}")
     assert mtp_jax.load(tmp_path / "none").tokenizer is None
     with pytest.raises(UserError, match=r"data.tokenizer=.*hf/tokenizer.json: no such file"):
-        loop.restore(str(tmp_path / "none"))
+        restore(str(tmp_path / "none"))
 
 
 def test_the_ends_of_a_text_are_the_folders_own(monkeypatch, tmp_path, exported):
