@@ -207,10 +207,13 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
     for name, (num_tokens, num_passes) in answers.passes.items():
         if name in values:
             values[name]["tokens_per_forward"] = num_tokens / max(1, num_passes)
+            values[name]["num_shortened"] = answers.num_shortened[name]
     title = "benchmarks" + (f", {args.limit} documents of each" if args.limit else "")
+    context = model.config.data.sequence_length
     if answers.num_cut:
-        context = model.config.data.sequence_length
         title += f"; {answers.num_cut} contexts were cut to what the model's {context} tokens hold"
+    if shortened := sum(answers.num_shortened.values()):
+        title += f"; {shortened} answers ended with the context of {context} tokens, before their task's limit"
     return f"{title}\n{table(values)}", values
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
@@ -26,6 +27,7 @@ class HarnessModel(LM):
 
     Attributes:
       num_cut: contexts that were cut because the model's holds no more.
+      num_shortened: task name -> generated answers that the end of the model's context ended.
       passes: task name -> [tokens written, forward passes of the main model] of generated answers.
     """
 
@@ -54,6 +56,7 @@ class HarnessModel(LM):
         if speculative and draft_length is not None:
             self.drafts["draft_length"] = draft_length
         self.num_cut = 0
+        self.num_shortened: dict[str, int] = collections.defaultdict(int)
         self.passes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -74,6 +77,8 @@ class HarnessModel(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text written after each request's context, up to the first of its stop strings.
 
+        An answer has the tokens that its task asks for, or as many as the model's context holds behind the prompt. A
+        prompt loses its beginning only where it would leave less than half of the context, and less than asked for.
         Requests with the same options go together, the longest contexts first; the last batch is filled up with
         repetitions, so that one program serves all.
 
@@ -83,7 +88,7 @@ class HarnessModel(LM):
         answers: list[str] = [""] * len(requests)
         with _bar("generate_until", len(requests)) as progress:
             for options, members in _by_options(requests):
-                num_new = self._num_new(options.pop("max_new_tokens"))
+                num_new = options.pop("max_new_tokens")
                 prompts = {i: self._prompt(requests[i].args[0], num_new) for i in members}
                 members.sort(key=lambda i: -len(prompts[i]))
                 for number, at in enumerate(range(0, len(members), self.batch_size)):
@@ -92,19 +97,25 @@ class HarnessModel(LM):
                     rows += [rows[-1]] * (self.batch_size - len(rows)) if len(members) > self.batch_size else []
                     written = self.model.generate(rows, num_new, seed=self.seed + number, **options, **self.drafts)
                     for row, i in enumerate(batch):
-                        answers[i] = written.texts[row]
-                        counts = self.passes[requests[i].task_name or ""]
-                        counts[0] += len(written.tokens[row])
+                        answers[i], tokens = written.texts[row], written.tokens[row]
+                        task = requests[i].task_name or ""
+                        self.num_shortened[task] += self._is_shortened(rows[row], tokens, num_new, options["stop"])
+                        counts = self.passes[task]
+                        counts[0] += len(tokens)
                         counts[1] += int(written.rounds[row])
                     progress(len(batch))
         return answers
 
-    def _num_new(self, asked: int) -> int:
-        """Tokens to write: at most half of the context, so that some of the prompt is left."""
-        return min(asked, self.model.config.data.sequence_length // 2)
+    def _is_shortened(self, prompt: list[int], tokens: np.ndarray, num_new: int, stops: list[str]) -> bool:
+        """Whether an answer ended for no other reason than the end of the context."""
+        if len(tokens) >= num_new or len(prompt) + len(tokens) < self.model.config.data.sequence_length:
+            return False
+        tokenizer = self.model.tokenizer
+        text = tokenizer.decode_after(np.asarray(prompt), tokens) if stops and tokenizer else ""
+        return tokens[-1] not in self.model.end_tokens and not any(stop in text for stop in stops)
 
     def _prompt(self, text: str, num_new: int) -> list[int]:
-        """Token ids, the end of them where the context does not hold all."""
+        """Token ids, the end of them where the context does not hold them and `num_new` more, or half of itself."""
         tokenizer = self.model.tokenizer
         if text or tokenizer is None:
             ids = self.model.prompt_ids([text])[0].tolist()
@@ -113,7 +124,8 @@ class HarnessModel(LM):
             if first is None:
                 raise UserError("a task has an empty prompt, and the tokenizer has neither bos nor eos to begin with")
             ids = [first]
-        room = self.model.config.data.sequence_length - num_new
+        context = self.model.config.data.sequence_length
+        room = context - min(num_new, context // 2)
         self.num_cut += len(ids) > room
         return ids[-room:]
 

@@ -23,6 +23,7 @@ class Benchmark(TypedDict):
 
     metrics: by name: "acc", or "exact_match,strict-match" where a filter of that name came first.
     kind: "generative" or "likelihood". group: the one it belongs to.
+    num_shortened: answers that ended with the model's context, before the limit of their task.
     """
 
     metrics: dict[str, Metric]
@@ -33,6 +34,7 @@ class Benchmark(TypedDict):
     num_fewshot: int
     group: str | None
     tokens_per_forward: NotRequired[float]
+    num_shortened: NotRequired[int]
 
 
 def check_output(path: str) -> None:

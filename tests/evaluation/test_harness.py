@@ -251,10 +251,52 @@ def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
     request = harness.Instance("generate_until", {}, ("x" * 500 + "end", {"max_gen_toks": 4}), 0)
     assert told._prompt(request.args[0], 4) == [*b"x" * (CONTEXT - 7), *b"end"] and told.num_cut == 1
     assert told._prompt("", 4) == [BOS] and told.num_cut == 1
-    assert told._num_new(10_000) == CONTEXT // 2
     pairs = [("y" * 500, " a"), ("y" * 500, " b"), ("z" * 500, " a"), ("z", " a")]
     told.loglikelihood([harness.Instance("loglikelihood", {}, pair, 0) for pair in pairs])
     assert told.num_cut == 3  # of two contexts, one with two answers
+
+
+@pytest.fixture(scope="module")
+def short(lm):
+    """A model whose context holds 64 tokens."""
+    built = build(replace(MLA, vocab_size=264), sequential(1), context=64, blocks=0.1)
+    return LanguageModel(built.config, built.params, built.biases, ByteTokenizer(), lm.mesh)
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "asked", "num_written", "num_kept"),
+    [
+        *[(5, 40, 40, 5), (5, 50, 50, 5), (5, 58, 58, 5), (5, 59, 59, 5)],  # both fit
+        *[(5, 60, 59, 5), (5, 63, 59, 5), (5, 1000, 59, 5)],  # what is left behind the prompt
+        *[(24, 40, 40, 24), (25, 40, 39, 25), (32, 40, 32, 32)],
+        *[(60, 20, 20, 44), (60, 40, 32, 32), (500, 1000, 32, 32)],  # the prompt's end, half of the context at least
+    ],
+)
+def test_an_answer_is_as_long_as_asked_or_as_the_context_holds(short, num_prompt, asked, num_written, num_kept):
+    told, text = (
+        harness.HarnessModel(short),
+        "".join(chr(ord("a") + i % 26) for i in range(num_prompt - 1)),
+    )  # and a bos
+    arguments = (text, {"max_gen_toks": asked})
+    answer = told.generate_until([harness.Instance("generate_until", {}, arguments, 0, ("t", 0, 1))])[0]
+    assert told.passes["t"][0] == num_written
+    assert told.num_shortened["t"] == (num_written < asked) and told.num_cut == (num_kept < num_prompt)
+    kept = [BOS, *text.encode()][-num_kept:]
+    assert answer == short.generate([kept], num_written, seed=0).texts[0]
+
+
+def test_shortened_answers_are_counted_in_the_results(evaluate, short, tmp_path):
+    """Not those that a stop string ends, be it in the last token the context holds, or that are as long as asked."""
+    long = GENERATIVE.replace("max_gen_toks: 8", "max_gen_toks: 200").replace('["STOP", ","]', "[]")
+    values, samples = evaluate("--tasks=written", "--limit=6", task_file(tmp_path, "written", long), model=short)
+    texts = [sample["resps"][0][0] for sample in samples["written"]]
+    assert values["written"]["num_shortened"] == 6
+    stop = texts[0][-1]
+    stopped = long.replace("until: []", f"until: [{json.dumps(stop)}]")
+    values, _ = evaluate("--tasks=written", "--limit=6", task_file(tmp_path, "written", stopped), model=short)
+    assert values["written"]["num_shortened"] == sum(stop not in text for text in texts) < 6
+    values, _ = evaluate("--tasks=written", "--limit=6", task_file(tmp_path, "written", GENERATIVE), model=short)
+    assert values["written"]["num_shortened"] == 0
 
 
 def test_a_model_that_cannot_draft_is_refused_at_once(lm):
