@@ -292,6 +292,10 @@ def test_what_greedy_decoding_writes_is_called_greedy(lm):
 
 UNUSABLE = {
     "empty text": ({"prompts": ["fine", ""]}, ["prompt 1", "empty"]),
+    "half a surrogate pair": ({"prompts": ["fine", "ab\ud800"]}, ["prompt 1", "character 2", "'\\ud800'", "remove it"]),
+    "half a surrogate pair to stop at": ({"stop": ["a", "\udfff"]}, ["stop", "character 0", "'\\udfff'"]),
+    "stop that is no text": ({"stop": [3]}, ["stop: 3 is not a text"]),
+    "None": ({"prompts": ["fine", None]}, ["prompt 1", "token ids"]),
     "no token": ({"prompts": [[]]}, ["prompt 0", "empty"]),
     "no prompt": ({"prompts": []}, ["prompts", "none"]),
     "as long as the context": ({"prompts": ["a" * 300]}, ["prompt 0", "301 tokens", f"holds {CONTEXT}", "shorten"]),
@@ -332,6 +336,14 @@ def test_what_cannot_be_generated_is_one_clear_line(lm, name):
 
 def test_what_has_no_likelihood_is_one_clear_line(lm):
     assert "pair 1: its continuation is empty" in refusal(lm.loglikelihood, [("a", "b"), ("a", "")])
+    for pair in ((None, "b"), ("a", None), ("a", 3)):
+        assert "pair 1: " in (line := refusal(lm.loglikelihood, [("a", "b"), pair])) and "is not a text" in line
+    for pair in (None, 3, "ab", ("a",)):
+        assert "pair 0: " in (line := refusal(lm.loglikelihood, [pair])) and "is not (context, continuation)" in line
+    for pair in (("\ud800", "b"), ("a", "\ud800")):
+        assert "pair 0: character 0 is '\\ud800', half of a surrogate pair" in refusal(lm.loglikelihood, [pair])
+    for text in ("\ud800", None):
+        assert "text 1: " in refusal(lm.loglikelihood_rolling, ["a", text])
 
 
 class Joined:

@@ -125,7 +125,7 @@ class LanguageModel:
             stop_tokens = (stop_tokens,)
         if stop_tokens is None:
             stop_tokens = self.end_tokens
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = [texts_of.checked("stop", text) for text in ([stop] if isinstance(stop, str) else stop or ())]
         special = [self._needs_tokenizer().special_id(text) for text in stops]
         vocab = self.config.model.vocab_size or 0  # a tokenizer may have more than the model writes
         stop_tokens = list(stop_tokens) + [token for token in special if token is not None and token < vocab]
@@ -175,7 +175,7 @@ class LanguageModel:
         tokenizer, found = self._needs_tokenizer(), []
         encode = functools.lru_cache(maxsize=2)(tokenizer.encode)  # the answers of a question share its context
         for n, pair in enumerate(pairs):
-            if isinstance(pair, str) or len(pair) != 2:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise UserError(f"pair {n}: {pair!r} is not (context, continuation); give a list of such pairs")
             found.append(texts_of.pair(tokenizer, encode, n, *pair))
         return [ids for ids, _ in found], [start for _, start in found]
@@ -251,7 +251,8 @@ class LanguageModel:
                     raise UserError(f"prompt {b}: is empty; give it at least one character")
                 tokenizer = self._needs_tokenizer()
                 bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-                ids.append(np.concatenate([bos, tokenizer.encode(prompt)]).astype(np.int32))
+                text = texts_of.checked(f"prompt {b}", prompt)
+                ids.append(np.concatenate([bos, tokenizer.encode(text)]).astype(np.int32))
                 continue
             tokens = np.asarray(prompt)
             if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):

@@ -8,6 +8,18 @@ from mtp_jax.config import UserError
 from mtp_jax.data import Tokenizer
 
 
+def checked(what: str, text: object) -> str:
+    """`text`; raises UserError, which names it as `what`, unless it is a text that can be encoded."""
+    if not isinstance(text, str):
+        raise UserError(f"{what}: {text!r} is not a text; give a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise UserError(f"{what}: character {error.start} is {found}, half of a surrogate pair; remove it") from error
+    return text
+
+
 def pair(
     tokenizer: Tokenizer, encode: Callable[[str], np.ndarray], n: int, context: str, continuation: str
 ) -> tuple[np.ndarray, int]:
@@ -20,6 +32,7 @@ def pair(
     Raises:
       UserError: an empty continuation; an empty context and a tokenizer with neither bos nor eos.
     """
+    context, continuation = checked(f"pair {n}", context), checked(f"pair {n}", continuation)
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
     if not continuation:
@@ -43,7 +56,7 @@ def whole(tokenizer: Tokenizer, n: int, text: str) -> tuple[np.ndarray, int]:
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if first is None:
         raise UserError(f"text {n}: the tokenizer has neither bos nor eos to begin with")
-    return np.concatenate([[first], tokenizer.encode(text)]).astype(np.int32), 1
+    return np.concatenate([[first], tokenizer.encode(checked(f"text {n}", text))]).astype(np.int32), 1
 
 
 def windows(ids: np.ndarray, start: int, longest: int) -> list[tuple[np.ndarray, int]]:
