@@ -8,13 +8,13 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from mtp_jax.evaluation.decode_tasks import OWN_FLAGS
 from mtp_jax.mtp import kind_of
 from mtp_jax.tools.sweeping import children, folder
 from mtp_jax.tools.sweeping.plan import Planned
 from mtp_jax.training.metrics import clock
 
 DRAFTING = ("speculative", "advice")  # tasks of eval.py that a model without extra depths cannot do
-THEIR_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # which eval.py refuses without them
 POLL_SECONDS = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -44,7 +44,8 @@ class Commands:
         tasks = [task for task in self.tasks if kind_of(run.config).max_drafts != 0 or task not in DRAFTING]
         flags = self.eval_flags
         if not any(task in DRAFTING for task in tasks):
-            theirs = THEIR_FLAGS if "--speculative" in flags else (*THEIR_FLAGS, "draft_length")
+            # which eval.py refuses without them
+            theirs = OWN_FLAGS if "--speculative" in flags else (*OWN_FLAGS, "draft_length")
             flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in theirs]
         return [f"--tasks={','.join(tasks)}", *flags] if tasks else []
 
