@@ -24,9 +24,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
+from mtp_jax.files import read_json
 from mtp_jax.interop import config_json, weights
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
-from mtp_jax.interop.json_fields import read_object
+from mtp_jax.interop.json_fields import REMEDY
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
 from mtp_jax.interop.weights import BIAS_DTYPE, Tensor
 from mtp_jax.mtp import kind_of
@@ -71,7 +72,7 @@ class HFModel:
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
     """True where config.json is Hugging Face's: it names a model_type, ours does not. UserError if it is unreadable."""
     file = pathlib.Path(path) / "config.json"
-    return file.is_file() and "model_type" in read_object(file)
+    return file.is_file() and "model_type" in read_json(file, REMEDY)
 
 
 def open_model(
@@ -270,7 +271,7 @@ def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin |
     if sides is None or not (sides / ORIGIN_FILE).is_file():
         return None, None
     try:
-        origin = Origin(**read_object(sides / ORIGIN_FILE))
+        origin = Origin(**read_json(sides / ORIGIN_FILE, REMEDY))
     except TypeError as error:
         raise UserError(f"{sides / ORIGIN_FILE}: cannot be read ({error}); restore it, or remove the folder") from error
     return config_json.read_config(sides), origin

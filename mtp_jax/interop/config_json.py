@@ -21,10 +21,11 @@ from mtp_jax.config import (
     value_of,
     with_values,
 )
+from mtp_jax.files import read_json
 from mtp_jax.interop import rope_scaling as rope
 from mtp_jax.interop.families import FAMILIES, UNSUPPORTED, Family, Values
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
-from mtp_jax.interop.json_fields import FIELD_TYPES, bad, read_object, short, typed
+from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, bad, short, typed
 from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED, kind_of
 
@@ -61,7 +62,7 @@ def read_config(folder: str | pathlib.Path) -> Values:
         raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors files")
     if not path.is_file():
         raise UserError(f"{folder}: holds no config.json; give the folder of a Hugging Face model")
-    values = read_object(path)
+    values = read_json(path, REMEDY)
     if "model_type" not in values:
         raise UserError(f"{path}: field 'model_type' is missing; it names the layout, one of {', '.join(FAMILIES)}")
     return values

@@ -18,7 +18,8 @@ import numpy as np
 import safetensors
 
 from mtp_jax.config import UserError
-from mtp_jax.interop.json_fields import read_object
+from mtp_jax.files import read_json
+from mtp_jax.interop.json_fields import REMEDY
 from mtp_jax.typing import JsonObject
 
 DTYPES = {
@@ -211,7 +212,7 @@ def _find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str
 
 
 def _read_index(path: pathlib.Path) -> dict[str, str]:
-    shard_of = read_object(path).get("weight_map")
+    shard_of = read_json(path, REMEDY).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{path}: has no weight_map of tensors to files; download it again")
     for name, shard in shard_of.items():

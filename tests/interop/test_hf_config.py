@@ -721,7 +721,7 @@ def test_an_unknown_key_is_accepted_where_the_caller_says_so():
     ("text", "named"),
     [
         ("{", "cannot be read as JSON"),
-        ("[1]", "holds a list, not an object"),
+        ("[1]", "holds a list, not a JSON object"),
         ("{}", "field 'model_type' is missing"),
         (b"\xff\xfe", "cannot be read as JSON"),
         (json.dumps(LLAMA)[:-1] + ', "a": ' + "[" * 100 + "]" * 100 + "}", "is nested deeper than 32 levels"),

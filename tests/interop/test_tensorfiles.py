@@ -473,7 +473,7 @@ def test_an_index_that_is_broken(sharded):
         "{": "cannot be read as JSON (",
         "[" * 100_000: "is nested deeper than",
         '{"weight_map": {"a": "x", "a": "y"}}': "cannot be read as JSON ('a' is there twice)",
-        "[]": "holds a list, not an object",
+        "[]": "holds a list, not a JSON object",
     }.items():
         (folder / INDEX).write_text(text)
         assert f"{INDEX}: {said}" in refusal(folder)

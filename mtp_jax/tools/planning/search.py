@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
+from mtp_jax.errors import first_line
 from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.spec import layer_specs
-from mtp_jax.errors import first_line
 from mtp_jax.model import weights
 from mtp_jax.mtp import kind_of
 from mtp_jax.sharding import spec
