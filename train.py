@@ -42,7 +42,7 @@ def report(run, workdir: str) -> None:
 
 def sample(run, is_main: bool) -> None:
     """A text of training.sample_tokens, drafted by the extra depths where there are any."""
-    from mtp_jax.decoding import decoder, samplers
+    from mtp_jax.decoding import generator, samplers
     from mtp_jax.mtp import kind_of
 
     config, tokenizer = run.config, run.corpus.tokenizer
@@ -53,7 +53,7 @@ def sample(run, is_main: bool) -> None:
         return
     kind = kind_of(config)
     num_drafts = min(kind.depth, kind.max_drafts) if kind.max_drafts is not None else kind.depth
-    writer = decoder.Decoder(config, run.state["params"], run.state["biases"], run.mesh)
+    writer = generator.Decoder(config, run.state["params"], run.state["biases"], run.mesh)
     out = writer.generate(
         [prompt],
         config.training.sample_tokens,

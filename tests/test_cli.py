@@ -14,7 +14,7 @@ from mtp_jax.config import CheckpointConfig, load_config
 from mtp_jax.model import abstract_model
 from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
-from mtp_jax.training.transfer import MODEL_PARTS
+from mtp_jax.training.init_from import MODEL_PARTS
 from mtp_jax.training.workdir import open_workdir
 from tests.commands import PLAIN, SMALL, run_here, run_process
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import Architecture
-from mtp_jax.decoding.network import Network
+from mtp_jax.decoding.inference_model import Network
 from mtp_jax.decoding.samplers import Sampler, draw, filtered, is_greedy
 from mtp_jax.mtp import Caches, MainModel, Text, kind_of
 

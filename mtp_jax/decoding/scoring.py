@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax import sharding, targets
 from mtp_jax.config import Architecture
-from mtp_jax.decoding.decoder import bucket
+from mtp_jax.decoding.generator import bucket
 from mtp_jax.losses import token_scores
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.sharding import constrain

@@ -10,9 +10,9 @@ import numpy as np
 
 from mtp_jax import language_model
 from mtp_jax.config import MeshConfig, UserError, mesh_sizes
-from mtp_jax.decoding.decoder import Decoder, check_drafts
+from mtp_jax.decoding.generator import Generator, check_drafts
 from mtp_jax.decoding.samplers import Sampler, make_sampler
-from mtp_jax.evaluation import advice, speculative
+from mtp_jax.evaluation import speculation_advice, speculative
 from mtp_jax.evaluation.results import without_nan
 from mtp_jax.interop.checkpoint_folder import is_hf_folder
 from mtp_jax.language_model import LanguageModel
@@ -123,19 +123,19 @@ def _mesh(workdir: str) -> MeshConfig | None:
     return mesh if is_cut or jax.process_count() > 1 else None
 
 
-def _advice(decoder: Decoder, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
+def _advice(decoder: Generator, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
     kind = kind_of(decoder.architecture)
     most = args.draft_length or (kind.depth + BEYOND_DEPTH if kind.max_drafts is None else kind.max_drafts)
     rates = speculative.write_all(decoder, prompts, args.batch_size or 1, num_drafts=most, **options).acceptance
-    costs = advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
-    advised = advice.advise(rates, costs)
+    costs = speculation_advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
+    advised = speculation_advice.advise(rates, costs)
     values = {
         "acceptance": rates,
-        "costs": [dataclasses.asdict(c) | {"speed_up": advice.speed_up(rates, c)} for c in costs],
+        "costs": [dataclasses.asdict(c) | {"speed_up": speculation_advice.speed_up(rates, c)} for c in costs],
         "advice": [dataclasses.asdict(a) for a in advised],
-        "stops_paying_at": advice.stops_paying(advised),
+        "stops_paying_at": speculation_advice.stops_paying(advised),
     }
-    return advice.text(rates, costs, advised), without_nan(values)
+    return speculation_advice.text(rates, costs, advised), without_nan(values)
 
 
 def _prompts(model: LanguageModel, args: argparse.Namespace) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from mtp_jax.config import UserError
-from mtp_jax.decoding.decoder import check_drafts
+from mtp_jax.decoding.generator import check_drafts
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mtp import kind_of
 

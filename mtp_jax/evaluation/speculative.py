@@ -13,8 +13,8 @@ import numpy as np
 
 from mtp_jax import data
 from mtp_jax.config import Config, UserError
-from mtp_jax.decoding.decoder import Decoder, Generation
-from mtp_jax.decoding.network import cache_bytes_per_token
+from mtp_jax.decoding.generator import Generation, Generator
+from mtp_jax.decoding.inference_model import cache_bytes_per_token
 from mtp_jax.decoding.samplers import GREEDY, Sampler, is_greedy
 from mtp_jax.evaluation.results import without_nan
 from mtp_jax.typing import JsonObject
@@ -97,9 +97,9 @@ def _prompt_of(path: str, number: int, line: str) -> str:
 
 
 def write_all(
-    decoder: Decoder, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
+    decoder: Generator, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
 ) -> Generation:
-    """`Decoder.generate` of all prompts, batch by batch, each batch with draws of its own."""
+    """`Generator.generate` of all prompts, batch by batch, each batch with draws of its own."""
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     return joined([decoder.generate(batch, seed=seed + n, **options) for n, batch in enumerate(batches)])
 
@@ -115,7 +115,7 @@ def joined(parts: Sequence[Generation]) -> Generation:
 
 
 def measure(
-    decoder: Decoder,
+    decoder: Generator,
     prompts: Sequence[np.ndarray],
     *,
     num_drafts: int,
@@ -130,7 +130,7 @@ def measure(
     before the clock starts; of several `repeats` the fastest counts.
 
     Raises:
-      UserError: as `Decoder.generate`.
+      UserError: as `Generator.generate`.
     """
     decoder.check(prompts, max_new_tokens, num_drafts)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]

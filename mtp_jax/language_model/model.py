@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike
 
 from mtp_jax import data, sharding, targets
 from mtp_jax.config import Architecture, Config, UserError
-from mtp_jax.decoding import choices, scoring
-from mtp_jax.decoding.decoder import Decoder, Generation, check_drafts, check_integer
+from mtp_jax.decoding import scoring, shared_context
+from mtp_jax.decoding.generator import Generation, Generator, check_drafts, check_integer
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.language_model import texts as texts_of
 from mtp_jax.model import Tree, abstract_model
@@ -145,9 +145,9 @@ class LanguageModel:
         return Completions(**parts, texts=self._texts(befores, written.tokens, stops, stop_tokens))
 
     @functools.cached_property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> Generator:
         """What `generate` runs: a copy of the weights in the compute dtype, made at the first use."""
-        return Decoder(self.config, self.params, self.biases, self.mesh)
+        return Generator(self.config, self.params, self.biases, self.mesh)
 
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = lambda num: None
@@ -228,7 +228,7 @@ class LanguageModel:
         if shared:
             contexts = [pieces[each[0]][0][: pieces[each[0]][1]] for each in shared]
             continuations = [[pieces[i][0][pieces[i][1] :] for i in each] for each in shared]
-            scored = choices.score(self.decoder, contexts, continuations, progress)
+            scored = shared_context.score(self.decoder, contexts, continuations, progress)
             for each, scores in zip(shared, scored, strict=True):
                 out |= dict(zip(each, scores, strict=True))
         with jax.set_mesh(self.mesh):

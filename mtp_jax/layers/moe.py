@@ -12,7 +12,7 @@ from flax import nnx
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import device
 from mtp_jax.kernels.permute import through_experts
-from mtp_jax.layers.exchange import exchanged
+from mtp_jax.layers.all_to_all import exchanged
 from mtp_jax.layers.ffn import SwiGLU, gated_unit
 from mtp_jax.layers.linear import cast, grouped, linear, sum_over_experts
 from mtp_jax.layers.param import matrix, vector

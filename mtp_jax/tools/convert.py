@@ -112,7 +112,7 @@ def export(args: argparse.Namespace) -> None:
     from mtp_jax.interop import checkpoint_folder as folder
     from mtp_jax.training import workdir as workdirs
     from mtp_jax.training.checkpoint import Checkpoints
-    from mtp_jax.training.transfer import MODEL_PARTS
+    from mtp_jax.training.init_from import MODEL_PARTS
 
     workdir = pathlib.Path(args.workdir)
     config = workdirs.read_config(workdir)

@@ -41,14 +41,14 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | None) -> JsonObject:
-    from mtp_jax.tools.planning import estimate, text  # jax starts here
+    from mtp_jax.tools.planning import estimate, plan_text  # jax starts here
     from mtp_jax.tools.planning.compile import resolve
 
     plan = estimate.make_plan(resolve(resolved, topology), topology)
     if not plan.fits:
         _write(output, estimate.to_json(plan))
         raise estimate.OverFull(estimate.over_full_message(plan))
-    print(text.report(plan))
+    print(plan_text.report(plan))
     return estimate.to_json(plan)
 
 

@@ -23,8 +23,8 @@ from dataclasses import replace
 from mtp_jax import cli
 from mtp_jax.config import UserError
 from mtp_jax.model import validate
-from mtp_jax.tools.sweeping import children, folder
-from mtp_jax.tools.sweeping.plan import Planned, plan
+from mtp_jax.tools.sweeping import children, run_folder
+from mtp_jax.tools.sweeping.grid import Planned, plan
 from mtp_jax.tools.sweeping.runner import Commands, Runner
 from mtp_jax.training.workdir import CONFIG_FILE, changes, read_config
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         for run in own:
             print(f"  {run.name}{'  (done)' if commands.is_complete(run) else ''}")
         return
-    folder.prepare(root, runs)
+    run_folder.prepare(root, runs)
     Runner(commands, own, children.shares_of_cores(args.jobs)).run()
 
 

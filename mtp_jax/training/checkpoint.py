@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from mtp_jax.config import CheckpointConfig
 from mtp_jax.errors import first_line
-from mtp_jax.training import checksums, streaming
+from mtp_jax.training import checksums, chunked_checkpoint
 from mtp_jax.typing import PyTree
 
 ITEM = "state"
@@ -129,7 +129,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return self._restore_newest(abstract, partial=True, steps=None if step is None else [step])[:2]
 
     def open_part(self, names: tuple[str, ...]) -> tuple[int, dict[str, PyTree]]:
-        """(step, named parts) of the newest sound step as `streaming.StoredArray`s: read where they are indexed.
+        """(step, named parts) of the newest valid step as `chunked_checkpoint.StoredArray`s, read where they are indexed.
 
         Raises:
           CheckpointError: no step, or none that is sound.
@@ -140,7 +140,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             if problem is None:
                 saved = self._saved_tree(step)
                 wanted = {name: saved[name] for name in names if saved.get(name)}
-                opened = streaming.open_arrays(self.directory / str(step) / ITEM, wanted)
+                opened = chunked_checkpoint.open_arrays(self.directory / str(step) / ITEM, wanted)
                 return step, {name: opened.get(name, {}) for name in names}
         raise CheckpointError(f"{self.directory}: has no sound checkpoint; it has steps {self.steps() or 'none'}")
 
@@ -290,14 +290,14 @@ def write_streamed(
     state: dict[str, PyTree],
     progress: Callable[[int], None] = lambda num_elements: None,
 ) -> None:
-    """A checkpoint of leaves that are read in parts (`streaming.save`), with its checksums; one process alone.
+    """A checkpoint of leaves that are read in parts (`chunked_checkpoint.save`), with its checksums; one process alone.
 
     Raises:
       CheckpointError: it cannot be written.
     """
     directory = pathlib.Path(directory).absolute()
     try:
-        streaming.save(directory / str(step) / ITEM, state, progress)
+        chunked_checkpoint.save(directory / str(step) / ITEM, state, progress)
         checksums.write(directory, step, 0, 1)
     except (OSError, ValueError) as error:
         shutil.rmtree(directory / str(step), ignore_errors=True)

@@ -16,9 +16,9 @@ from mtp_jax.mtp import kind_of
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.flops import peak_flops, train_flops_per_token
+from mtp_jax.training.init_from import check_source, copy_sides, load_from
 from mtp_jax.training.metrics import MetricsWriter, Progress, check_finite, peak_memory_gib
 from mtp_jax.training.run import Run, global_batches, set_up
-from mtp_jax.training.transfer import check_source, copy_sides, load_from
 
 
 class Preempted(RuntimeError):

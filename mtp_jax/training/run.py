@@ -14,8 +14,8 @@ from mtp_jax.model import Tree, validate
 from mtp_jax.mtp import kind_of
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
+from mtp_jax.training.init_from import MODEL_PARTS
 from mtp_jax.training.step import Trainer, make_trainer
-from mtp_jax.training.transfer import MODEL_PARTS
 
 
 @dataclass(frozen=True)

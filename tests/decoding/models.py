@@ -13,7 +13,7 @@ import numpy as np
 
 from mtp_jax import sharding, targets
 from mtp_jax.config import Config, DataConfig, LocalConfig, MeshConfig, ModelConfig, MTPConfig, RopeConfig, conventions
-from mtp_jax.decoding.decoder import Decoder
+from mtp_jax.decoding.generator import Generator
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
 from tests.bridge import to_model
@@ -64,7 +64,7 @@ class Built:
     def decoder(self, mesh=None):
         """Over one device, or all of a MeshConfig."""
         devices = jax.devices() if mesh else jax.devices()[:1]
-        return Decoder(self.config, self.params, self.biases, sharding.make_mesh(mesh or MeshConfig(), devices))
+        return Generator(self.config, self.params, self.biases, sharding.make_mesh(mesh or MeshConfig(), devices))
 
     def logits(self, tokens_BN):
         """[B, T, K, V] of every depth, T = N - D, as `MTPModel` computes them in training."""

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from mtp_jax.config import Config, ModelConfig
-from mtp_jax.decoding.network import cache_bytes_per_token
+from mtp_jax.decoding.inference_model import cache_bytes_per_token
 from tests.decoding.models import GQA, MLA, build, parallel, sequential
 
 

@@ -10,9 +10,9 @@ from flax import nnx
 
 from mtp_jax.config import LocalConfig, MeshConfig, RopeConfig, YarnConfig, conventions
 from mtp_jax.decoding import drafting
-from mtp_jax.decoding import state as states
-from mtp_jax.decoding.decoder import Decoder, Generation
-from mtp_jax.decoding.network import empty_caches, run_main
+from mtp_jax.decoding import generation as states
+from mtp_jax.decoding.generator import Generation, Generator
+from mtp_jax.decoding.inference_model import empty_caches, run_main
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.decoding.verify import Verdict
 from mtp_jax.kernels.device import pretend
@@ -374,7 +374,7 @@ def test_programs_are_compiled_once_for_prompts_and_lengths_of_a_size():
         sampler = make_sampler(temperature)
         decoder.generate(prompts_of(lengths, 16), num_new, num_drafts=2, sampler=sampler, seed=lengths[0])
     assert sizes() == before
-    again = Decoder(built.config, *built_weights(seed=8), decoder.mesh)  # other weights of the same shapes
+    again = Generator(built.config, *built_weights(seed=8), decoder.mesh)  # other weights of the same shapes
     again.context = 512
     again.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
     assert sizes() == before

@@ -10,7 +10,7 @@ import pytest
 
 import mtp_jax
 from mtp_jax.config import LocalConfig, UserError
-from mtp_jax.decoding.decoder import Decoder
+from mtp_jax.decoding.generator import Generator
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, parallel, prompts_of, sequential
 from tests.decoding.trained import train_small
 
@@ -127,7 +127,7 @@ def test_a_trained_model_writes_the_same_and_drafts_well(tmp_path_factory):
     fields = {"mtp.kind": "parallel", "mtp.parameter_matched": "false"}
     lm = mtp_jax.load(train_small(tmp_path_factory.mktemp("trained"), **fields))
     config = replace(lm.config, data=replace(lm.config.data, sequence_length=256))
-    decoder = Decoder(config, lm.params, lm.biases, lm.mesh)
+    decoder = Generator(config, lm.params, lm.biases, lm.mesh)
     prompts = [list(text.encode()) for text in ("the station", "Ann comes at", "the café is open → ")]
     expected = decoder.generate(prompts, NUM_NEW)
     found = decoder.generate(prompts, NUM_NEW, num_drafts=2)

@@ -14,7 +14,7 @@ import pytest
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
 from mtp_jax.data import ByteTokenizer, load_tokenizer
-from mtp_jax.decoding.decoder import Decoder, Generation
+from mtp_jax.decoding.generator import Generation, Generator
 from mtp_jax.evaluation import benchmarks, decode_tasks, harness
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mtp import kind_of
@@ -234,7 +234,7 @@ def test_answers_keep_the_blanks_they_begin_with(lm, monkeypatch, tmp_path):
         rows = [row[: ends(b, row) or len(row)] for b, row in enumerate(rows)]
         return Generation(rows, np.ones(len(rows), int), *np.zeros((2, len(rows), 0), int))
 
-    monkeypatch.setattr(Decoder, "generate", scripted)
+    monkeypatch.setattr(Generator, "generate", scripted)
     told = harness.HarnessModel(dataclasses.replace(lm, tokenizer=tokenizer))
 
     def answer(context, until):

@@ -23,7 +23,7 @@ from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
 from mtp_jax.tools import convert
-from mtp_jax.training import loop, transfer
+from mtp_jax.training import init_from, loop
 from mtp_jax.training.checkpoint import Checkpoints, write_streamed
 from mtp_jax.training.run import restore, with_vocabulary
 from mtp_jax.training.workdir import open_workdir
@@ -211,7 +211,7 @@ def test_what_came_with_an_import_is_in_the_export_after_training(monkeypatch, t
     open_workdir(run, config)
     built = abstract_model(config.architecture)
     write_streamed(run / "checkpoints", 1, zeros({"params": built.params, "biases": built.biases}))
-    transfer.copy_sides(config.init_from, str(run))
+    init_from.copy_sides(config.init_from, str(run))
     convert_here(monkeypatch, "export", f"--workdir={run}", f"--hf={tmp_path / 'back'}")
     assert "in bfloat16" in capfd.readouterr().out  # as imported, and said
     before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
@@ -497,7 +497,7 @@ def test_mtp_layers_that_are_stated_and_absent_are_left_out_with_one_line(monkey
     loaded = [mtp_jax.load(tmp_path / "load"), decode_tasks.load_model(str(tmp_path / "eval"))]
     convert_here(monkeypatch, "import", f"--hf={tmp_path / 'import'}", f"--workdir={tmp_path / 'imported'}")
     built = abstract_model(loaded[0].config.architecture)
-    transfer.check_source(str(tmp_path / "init_from"), {"params": built.params, "biases": built.biases})
+    init_from.check_source(str(tmp_path / "init_from"), {"params": built.params, "biases": built.biases})
     for lm in (*loaded, mtp_jax.load(tmp_path / "imported")):
         assert kind_of(lm.config).depth == 0
         np.testing.assert_array_equal(lm.logits(rows), expected)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError
-from mtp_jax.decoding.decoder import check_drafts
+from mtp_jax.decoding.generator import check_drafts
 from mtp_jax.losses import Term, token_terms
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import KINDS, Scales, kind_of

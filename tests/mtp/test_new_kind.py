@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mtp_jax import mtp
-from mtp_jax.decoding.decoder import Decoder
+from mtp_jax.decoding.generator import Generator
 from mtp_jax.layers.param import vector
 from mtp_jax.model import abstract_model, init
 from mtp_jax.mtp import DecoderInputs, Kind, kind_of
@@ -82,7 +82,7 @@ def test_a_new_kind_decodes_as_it_was_trained(registered):
     params, biases = jax.jit(lambda: init(config.architecture, 0))()
     params = jax.tree.map(lambda w: 5 * w, params)
     params["mtp"]["shift"] = jax.random.normal(jax.random.key(1), params["mtp"]["shift"].shape)
-    decoder = Decoder(config, params, biases, make_mesh(config.mesh, jax.devices()[:1]))
+    decoder = Generator(config, params, biases, make_mesh(config.mesh, jax.devices()[:1]))
     text = [3, 1, 4]
     (written,) = decoder.generate([text], 8).tokens
     model = abstract_model(config.architecture).merge(params, biases)

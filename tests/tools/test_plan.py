@@ -16,7 +16,7 @@ from mtp_jax.kernels.selection import warn_once
 from mtp_jax.tools import plan as plan_command
 from mtp_jax.tools.planning import buffers, collectives, estimate, hlo, roofline, search, topology, traffic
 from mtp_jax.tools.planning.compile import compile_step, resolve
-from mtp_jax.tools.planning.work import matmul_flops
+from mtp_jax.tools.planning.matmul_flops import matmul_flops
 from mtp_jax.training.flops import train_flops_per_token
 from tests.commands import run_here
 

@@ -12,8 +12,8 @@ import pytest
 from mtp_jax.config import UserError, load_config
 from mtp_jax.evaluation import decode_tasks
 from mtp_jax.tools import sweep
-from mtp_jax.tools.sweeping import children, folder
-from mtp_jax.tools.sweeping.plan import parse_over, plan
+from mtp_jax.tools.sweeping import children, run_folder
+from mtp_jax.tools.sweeping.grid import parse_over, plan
 from mtp_jax.tools.sweeping.runner import Commands, Runner, RunsFailed, Stopped
 from mtp_jax.training.metrics import read_metrics
 from tests.commands import CPU, QUICK, SMALL, command, run_here, run_process
@@ -256,7 +256,7 @@ def scripted(tmp_path, monkeypatch):
             return [sys.executable, "-c", code(script, run.config.seed), str(self.folder(run))]
 
         monkeypatch.setattr(Commands, "line", line)
-        folder.prepare(tmp_path, runs[:num])
+        run_folder.prepare(tmp_path, runs[:num])
         return Runner(Commands(TINY, tmp_path, ["loss"], []), runs[:num], list(cores))
 
     return make
@@ -270,8 +270,8 @@ def test_each_command_runs_once_and_again_only_where_something_is_missing(script
     scripted().run()
     assert times(tmp_path) == [["train", "eval"]] * 4
     (tmp_path / "seed=1" / "eval.json").unlink()
-    record = folder.read_record(tmp_path / "seed=2")
-    folder.write_record(tmp_path / "seed=2", record | {"trained": 3})  # of an earlier, shorter run
+    record = run_folder.read_record(tmp_path / "seed=2")
+    run_folder.write_record(tmp_path / "seed=2", record | {"trained": 3})  # of an earlier, shorter run
     scripted().run()
     both = ["train", "eval"]
     assert times(tmp_path) == [both, [*both, "eval"], both * 2, both]
@@ -313,17 +313,17 @@ def test_a_failure_is_told_with_its_line_and_the_rest_goes_on(scripted, tmp_path
     out = capfd.readouterr().out
     assert f": no memory ({tmp_path / 'seed=1' / 'log.txt'})" in out
     assert "eval.py failed" in out and "killed by SIGKILL" in out and "2 done, 2 failed" in out
-    assert folder.read_record(tmp_path / "seed=1")["error"] == "train.py: no memory"
+    assert run_folder.read_record(tmp_path / "seed=1")["error"] == "train.py: no memory"
     assert times(tmp_path) == [["train", "eval"], ["train"], ["train", "eval"]]
     scripted().run()  # tries again what failed, and only that
     assert times(tmp_path) == [["train", "eval"]] * 4
-    assert "error" not in folder.read_record(tmp_path / "seed=1")
+    assert "error" not in run_folder.read_record(tmp_path / "seed=1")
 
 
 def test_a_run_that_another_sweep_is_at_is_waited_for_and_not_done_twice(scripted, tmp_path, capfd):
     runner = scripted(2)
-    other = folder.try_lock(tmp_path / "seed=0")
-    assert folder.try_lock(tmp_path / "seed=0") is None
+    other = run_folder.try_lock(tmp_path / "seed=0")
+    assert run_folder.try_lock(tmp_path / "seed=0") is None
     say = runner._say
 
     def release(number, run, text):
@@ -341,12 +341,12 @@ def test_a_run_that_another_sweep_is_at_is_waited_for_and_not_done_twice(scripte
 
 def test_two_sweeps_in_one_folder_share_the_work(tmp_path):
     code = (
-        "import sys; from mtp_jax.tools.sweeping import folder, runner, plan; import pathlib\n"
-        f"runs, root = plan.plan({TINY!r}, [], ['seed=0,1,2,3']), pathlib.Path({str(tmp_path)!r})\n"
+        "import sys; from mtp_jax.tools.sweeping import run_folder, runner, grid; import pathlib\n"
+        f"runs, root = grid.plan({TINY!r}, [], ['seed=0,1,2,3']), pathlib.Path({str(tmp_path)!r})\n"
         f"slow = 'import time; time.sleep(0.5);' + {TRAIN!r}\n"
         f"code = lambda script: slow if script == 'train.py' else {EVALUATE!r}\n"
         "line = lambda self, script, run: [sys.executable, '-c', code(script), str(root / run.name)]\n"
-        "runner.Commands.line = line; folder.prepare(root, runs)\n"
+        "runner.Commands.line = line; run_folder.prepare(root, runs)\n"
         f"runner.Runner(runner.Commands({TINY!r}, root, ['loss'], []), runs, [None]).run()\n"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=CPU) for _ in range(2)]
@@ -383,8 +383,8 @@ def test_a_signal_ends_the_children_and_the_rest_is_left(scripted, tmp_path, cap
     out = capfd.readouterr().out
     assert "seed=0: train.py stopped" in out and "4 runs: 4 left" in out
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "error" not in folder.read_record(tmp_path / "seed=0")
-    os.close(folder.try_lock(tmp_path / "seed=0"))
+    assert "error" not in run_folder.read_record(tmp_path / "seed=0")
+    os.close(run_folder.try_lock(tmp_path / "seed=0"))
 
 
 def test_a_run_that_was_trained_but_not_evaluated_when_a_signal_came_is_left(scripted, tmp_path, capfd):
@@ -489,7 +489,7 @@ def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
         wanted = (-9, 0) if number == signal.SIGKILL else (1, 1)
         assert (process.returncode, error.count(b"\n")) == wanted, error
         end = time.monotonic() + 5  # its child is gone, and with it the last hold on the run
-        while (lock := folder.try_lock(run)) is None:
+        while (lock := run_folder.try_lock(run)) is None:
             assert time.monotonic() < end
             time.sleep(0.01)
         os.close(lock)

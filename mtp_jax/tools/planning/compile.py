@@ -19,8 +19,8 @@ from mtp_jax.data import tokenizer
 from mtp_jax.errors import first_line
 from mtp_jax.model import Tree, validate
 from mtp_jax.mtp import kind_of
+from mtp_jax.tools.planning.matmul_flops import matmul_flops
 from mtp_jax.tools.planning.topology import Topology
-from mtp_jax.tools.planning.work import matmul_flops
 from mtp_jax.training.run import with_vocabulary
 from mtp_jax.training.step import Trainer, make_trainer
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from mtp_jax.evaluation.decode_tasks import OWN_FLAGS
 from mtp_jax.mtp import kind_of
-from mtp_jax.tools.sweeping import children, folder
-from mtp_jax.tools.sweeping.plan import Planned
+from mtp_jax.tools.sweeping import children, run_folder
+from mtp_jax.tools.sweeping.grid import Planned
 from mtp_jax.training.metrics import clock
 
 DRAFTING = ("speculative", "advice")  # tasks of eval.py that a model without extra depths cannot do
@@ -51,12 +51,12 @@ class Commands:
 
     def is_trained(self, run: Planned) -> bool:
         """Whether train.py ended well after the config's last step."""
-        return folder.read_record(self.folder(run)).get("trained") == run.config.training.num_steps
+        return run_folder.read_record(self.folder(run)).get("trained") == run.config.training.num_steps
 
     def is_complete(self, run: Planned) -> bool:
         """Whether the run is trained, and what was trained is evaluated as asked for now."""
         wanted, path = self.evaluation(run), self.folder(run)
-        evaluated = folder.read_record(path).get("evaluated") == wanted and (path / folder.EVAL_FILE).is_file()
+        evaluated = run_folder.read_record(path).get("evaluated") == wanted and (path / run_folder.EVAL_FILE).is_file()
         return self.is_trained(run) and (evaluated or not wanted)
 
     def line(self, script: str, run: Planned) -> list[str]:
@@ -64,7 +64,7 @@ class Commands:
         workdir = f"--workdir={self.folder(run)}"
         if script == "train.py":
             return children.command(script, [f"--config={self.config_file}", workdir, *run.overrides])
-        output = f"--output={self.folder(run) / folder.EVAL_FILE}"
+        output = f"--output={self.folder(run) / run_folder.EVAL_FILE}"
         return children.command(script, [workdir, *self.evaluation(run), output])
 
 
@@ -129,7 +129,7 @@ class Runner:
             if not self.free_cores or self.num_signals:
                 return
             number, run = self.waiting.popleft()
-            lock = folder.try_lock(self.commands.folder(run))
+            lock = run_folder.try_lock(self.commands.folder(run))
             if lock is None:
                 self.waiting.append((number, run))
                 if run.name not in self.told_of:
@@ -144,12 +144,12 @@ class Runner:
 
     def _begin(self, number: int, run: Planned, lock: int) -> None:
         path, script = self.commands.folder(run), "eval.py"
-        record = {k: v for k, v in folder.read_record(path).items() if k not in ("error", "evaluated")}
+        record = {k: v for k, v in run_folder.read_record(path).items() if k not in ("error", "evaluated")}
         if not self.commands.is_trained(run):
             script = "train.py"
             record.pop("trained", None)
-        (path / folder.EVAL_FILE).unlink(missing_ok=True)  # of fewer steps, or other tasks
-        folder.write_record(path, record)
+        (path / run_folder.EVAL_FILE).unlink(missing_ok=True)  # of fewer steps, or other tasks
+        run_folder.write_record(path, record)
         self._say(number, run, f"{script} started")
         cores = self.free_cores.pop(0)
         process, log_start = self._start(script, run, cores, lock)
@@ -159,8 +159,8 @@ class Runner:
         self, script: str, run: Planned, cores: frozenset[int] | None, lock: int
     ) -> tuple[subprocess.Popen, int]:
         """(process, where its output begins in its log)."""
-        line, log = self.commands.line(script, run), self.commands.folder(run) / folder.LOGS[script]
-        log_start = folder.start_of_log(log, line)
+        line, log = self.commands.line(script, run), self.commands.folder(run) / run_folder.LOGS[script]
+        log_start = run_folder.start_of_log(log, line)
         return children.start(line, log, cores, lock), log_start
 
     def _look_at(self, task: Task) -> None:
@@ -201,13 +201,13 @@ class Runner:
         done: dict[str, object] = {"trained": task.run.config.training.num_steps}
         if task.script == "eval.py":
             done = {"evaluated": self.commands.evaluation(task.run)}
-        folder.write_record(path, folder.read_record(path) | done)
+        run_folder.write_record(path, run_folder.read_record(path) | done)
 
     def _note_failure(self, task: Task, code: int) -> None:
         path = self.commands.folder(task.run)
-        log = path / folder.LOGS[task.script]
-        error = f"{children.how_it_ended(code)}{folder.last_line(log, task.log_start)}"
-        folder.write_record(path, folder.read_record(path) | {"error": f"{task.script}: {error}"})
+        log = path / run_folder.LOGS[task.script]
+        error = f"{children.how_it_ended(code)}{run_folder.last_line(log, task.log_start)}"
+        run_folder.write_record(path, run_folder.read_record(path) | {"error": f"{task.script}: {error}"})
         self.failed.append(task.run)
         after = clock(time.monotonic() - task.began)
         self._say(task.number, task.run, f"{task.script} failed after {after}: {error} ({log})")

@@ -11,10 +11,10 @@ import numpy as np
 
 from mtp_jax import sharding
 from mtp_jax.config import Architecture, Config, UserError
-from mtp_jax.decoding import state as states
-from mtp_jax.decoding.network import unstack
+from mtp_jax.decoding import generation as states
+from mtp_jax.decoding.generation import State, bucket
+from mtp_jax.decoding.inference_model import unstack
 from mtp_jax.decoding.samplers import GREEDY, Sampler
-from mtp_jax.decoding.state import State, bucket
 from mtp_jax.model import Tree
 from mtp_jax.mtp import kind_of
 
@@ -54,7 +54,7 @@ class Generation:
         return [float(a / t) if t else float("nan") for a, t in zip(accepted, tested, strict=True)]
 
 
-class Decoder:
+class Generator:
     """A model ready to write. Its weights are a copy in the compute dtype; see `Network`."""
 
     def __init__(self, config: Config, params: Tree, biases: Tree, mesh: jax.sharding.Mesh):

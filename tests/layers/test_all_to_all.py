@@ -7,7 +7,7 @@ import pytest
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.kernels.device import pretend
-from mtp_jax.layers import exchange
+from mtp_jax.layers import all_to_all
 from mtp_jax.sharding import make_mesh
 
 DEVICES, EXPERTS, TOKENS, CHOSEN, DIM = 4, 8, 12, 2, 6  # 12 tokens a device, two experts each
@@ -52,7 +52,7 @@ def experts(rows_RD, sizes_L, weights_LDD):
 @pytest.mark.parametrize("slack", [1.25, 0.3], ids=["few_rounds", "many_rounds"])
 @pytest.mark.parametrize("transport", ["padded", "ragged"])
 def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport, slack):
-    monkeypatch.setattr(exchange, "ROUND_SLACK", slack)
+    monkeypatch.setattr(all_to_all, "ROUND_SLACK", slack)
     if transport == "ragged":
         monkeypatch.setattr(jax.lax, "ragged_all_to_all", as_documented)
     rng = np.random.default_rng(1)
@@ -61,7 +61,7 @@ def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport,
     weights_EDD = jnp.asarray(rng.normal(size=(EXPERTS, DIM, DIM)), jnp.float32)
 
     def one_device(x_PND, sizes_PE, weights_LDD):
-        return exchange.exchanged(x_PND[0], sizes_PE[0], weights_LDD, experts, CHOSEN)[None]
+        return all_to_all.exchanged(x_PND[0], sizes_PE[0], weights_LDD, experts, CHOSEN)[None]
 
     def travelled(x_PND, weights_EDD, expert_PN):
         sizes_PE = (expert_PN[..., None] == jnp.arange(EXPERTS)).sum(axis=1, dtype=jnp.int32)
@@ -92,7 +92,7 @@ def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport,
 def test_rounds_are_as_many_as_the_fullest_device_needs():
     sizes_PE = np.zeros((DEVICES, EXPERTS), np.int32)
     sizes_PE[:, 5] = 24
-    layout = exchange.make_layout(jnp.asarray(sizes_PE))
-    assert [int(exchange.num_rounds(layout, rows)) for rows in (96, 95, 32, 1)] == [1, 2, 3, 96]
-    even = exchange.make_layout(jnp.full((DEVICES, EXPERTS), 3, jnp.int32))
-    assert int(exchange.num_rounds(even, 24)) == 1
+    layout = all_to_all.make_layout(jnp.asarray(sizes_PE))
+    assert [int(all_to_all.num_rounds(layout, rows)) for rows in (96, 95, 32, 1)] == [1, 2, 3, 96]
+    even = all_to_all.make_layout(jnp.full((DEVICES, EXPERTS), 3, jnp.int32))
+    assert int(all_to_all.num_rounds(even, 24)) == 1

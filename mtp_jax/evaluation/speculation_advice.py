@@ -15,10 +15,10 @@ import numpy as np
 
 from mtp_jax.config import Architecture
 from mtp_jax.decoding import drafting
-from mtp_jax.decoding.decoder import Decoder
-from mtp_jax.decoding.network import Network, run_main
+from mtp_jax.decoding.generation import State
+from mtp_jax.decoding.generator import Generator
+from mtp_jax.decoding.inference_model import Network, run_main
 from mtp_jax.decoding.samplers import GREEDY
-from mtp_jax.decoding.state import State
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.losses import expected_tokens_per_pass
 from mtp_jax.mtp import Text
@@ -74,7 +74,7 @@ def stops_paying(advice: Sequence[Advice]) -> int | None:
     return end
 
 
-def measure_costs(decoder: Decoder, batch_sizes: Sequence[int], max_drafts: int, prompt: np.ndarray) -> list[Cost]:
+def measure_costs(decoder: Generator, batch_sizes: Sequence[int], max_drafts: int, prompt: np.ndarray) -> list[Cost]:
     """Time each round's parts behind `prompt` in every row, the fastest of a few repeats."""
     costs = []
     for rows in batch_sizes:
@@ -90,7 +90,7 @@ def measure_costs(decoder: Decoder, batch_sizes: Sequence[int], max_drafts: int,
 
 
 def _time(
-    run: Callable[[Architecture, int, Network, State], jax.Array], decoder: Decoder, state: State, num: int
+    run: Callable[[Architecture, int, Network, State], jax.Array], decoder: Generator, state: State, num: int
 ) -> float:
     """Milliseconds of one iteration."""
     best = math.inf

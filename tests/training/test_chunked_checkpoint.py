@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mtp_jax.training import streaming
+from mtp_jax.training import chunked_checkpoint
 from mtp_jax.training.checkpoint import CheckpointError, Checkpoints, write_streamed
 
 
@@ -36,7 +36,7 @@ def tree():
 
 @pytest.mark.parametrize("num_bytes", [8, 60, 1 << 20])
 def test_a_streamed_checkpoint_restores_as_arrays_and_opens_lazily(monkeypatch, tmp_path, num_bytes):
-    monkeypatch.setattr(streaming, "CHUNK_BYTES", num_bytes)
+    monkeypatch.setattr(chunked_checkpoint, "CHUNK_BYTES", num_bytes)
     counts, state = [], tree()
     write_streamed(tmp_path, 3, state, counts.append)
     assert sum(counts) == sum(leaf.size for leaf in jax.tree.leaves(state))
@@ -49,13 +49,17 @@ def test_a_streamed_checkpoint_restores_as_arrays_and_opens_lazily(monkeypatch, 
         step, opened = saved.open_part(("params", "biases", "opt_state"))
         assert step == 3 and opened["opt_state"] == {}
         leaf = opened["params"]["a"]
-        assert isinstance(leaf, streaming.StoredArray) and leaf.shape == (3, 5, 7) and leaf.dtype == ml_dtypes.bfloat16
+        assert (
+            isinstance(leaf, chunked_checkpoint.StoredArray)
+            and leaf.shape == (3, 5, 7)
+            and leaf.dtype == ml_dtypes.bfloat16
+        )
         np.testing.assert_array_equal(leaf[1, 2:4], state["params"]["a"][1, 2:4])
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[...], b), opened["params"], state["params"])
 
 
 def test_parts_are_read_once_and_no_larger_than_a_chunk(monkeypatch, tmp_path):
-    monkeypatch.setattr(streaming, "CHUNK_BYTES", 4 * 12)
+    monkeypatch.setattr(chunked_checkpoint, "CHUNK_BYTES", 4 * 12)
     array = np.arange(4 * 6 * 5, dtype=np.float32).reshape(4, 6, 5)
     leaf = Counted(array, cut_order=[0, 2, 1])
     write_streamed(tmp_path, 0, {"params": {"a": leaf}})

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import sharding
-from mtp_jax.decoding import state as states
-from mtp_jax.decoding.decoder import Decoder, bucket
-from mtp_jax.decoding.network import Network, cache_bytes_per_token, placed, run_main
+from mtp_jax.decoding import generation as states
+from mtp_jax.decoding.generator import Generator, bucket
+from mtp_jax.decoding.inference_model import Network, cache_bytes_per_token, placed, run_main
 from mtp_jax.decoding.scoring import TOKENS_PER_BATCH, chunk_tokens
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.losses import token_scores
@@ -26,7 +26,7 @@ Scores = list[tuple[float, bool]]
 
 
 def score(
-    decoder: Decoder,
+    decoder: Generator,
     contexts: Sequence[np.ndarray],
     continuations: Sequence[Sequence[np.ndarray]],
     progress: Callable[[int], None] = lambda num: None,
@@ -63,21 +63,21 @@ def _num_tokens(context: np.ndarray, continuations: Sequence[np.ndarray]) -> int
     return len(context) - 1 + max(map(len, continuations))
 
 
-def _parts(decoder: Decoder, context: np.ndarray, continuations: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
+def _parts(decoder: Generator, context: np.ndarray, continuations: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
     """The continuations in as many parts as the memory of their caches asks for; each part reads the context anew."""
     row_bytes = bucket(_num_tokens(context, continuations)) * cache_bytes_per_token(decoder.architecture)["kept"]
     most = max(FEWEST, CACHE_BYTES // row_bytes - 1)  # one row is the context's own
     return [continuations[at : at + most] for at in range(0, len(continuations), most)]
 
 
-def _rows(decoder: Decoder, num_slots: int, num_choices: int) -> int:
+def _rows(decoder: Generator, num_slots: int, num_choices: int) -> int:
     """Contexts of a batch: few enough for the memory of their caches, a power of two."""
     row_bytes = num_slots * cache_bytes_per_token(decoder.architecture)["kept"] * (1 + num_choices)
     most = max(1, min(TOKENS_PER_BATCH // num_slots, CACHE_BYTES // row_bytes))
     return 1 << (most.bit_length() - 1)
 
 
-def _batch(decoder: Decoder, contexts, continuations, num_slots: int, num_rows: int) -> list[Scores]:
+def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows: int) -> list[Scores]:
     """The scores of one batch. Rows and continuations that are missing are made up and not read."""
     num_choices = max(map(len, continuations))
     longest = max(len(c) for each in continuations for c in each)

@@ -8,8 +8,8 @@ import pytest
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig
-from mtp_jax.decoding import choices
-from mtp_jax.decoding import state as states
+from mtp_jax.decoding import generation as states
+from mtp_jax.decoding import shared_context
 from tests.decoding.models import GQA, MLA, MOE, build
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -54,7 +54,7 @@ def test_scores_are_those_of_whole_rows(model):
     best = built.main_logits(contexts[1][None])[0, -1].argmax()
     continuations[1][2][:] = best
     done = []
-    found = choices.score(built.decoder(), contexts, continuations, done.append)
+    found = shared_context.score(built.decoder(), contexts, continuations, done.append)
     expected = one_by_one(built, contexts, continuations)
     for scores, wanted in zip(found, expected, strict=True):
         assert len(scores) == len(wanted)
@@ -68,13 +68,13 @@ def test_a_context_is_read_once_and_in_few_batches(monkeypatch):
     """Small batches give the same scores, and no batch's caches are larger than allowed."""
     built = build(MLA, context=CONTEXT)
     contexts, continuations = drawn(LENGTHS * 3)
-    expected = choices.score(built.decoder(), contexts, continuations)
+    expected = shared_context.score(built.decoder(), contexts, continuations)
     batches = []
     begin = states.begin
     monkeypatch.setattr(states, "begin", lambda *args: batches.append(args[3].shape) or begin(*args))
     choices_row = 128 * 2 * (8 + 4) * 4  # slots, layers, latent and rotary key, float32
-    monkeypatch.setattr(choices, "CACHE_BYTES", 4 * (1 + 5) * choices_row)
-    found = choices.score(built.decoder(), contexts, continuations)
+    monkeypatch.setattr(shared_context, "CACHE_BYTES", 4 * (1 + 5) * choices_row)
+    found = shared_context.score(built.decoder(), contexts, continuations)
     # At most five continuations twice, then four, then two: of those, more contexts fit.
     assert [rows for rows, _ in batches] == [4, 4, 4, 8] and {slots for _, slots in batches} == {128}
     for scores, wanted in zip(found, expected, strict=True):
@@ -84,32 +84,32 @@ def test_a_context_is_read_once_and_in_few_batches(monkeypatch):
 def test_many_continuations_of_one_context_are_scored_in_parts(monkeypatch):
     built = build(MLA, context=CONTEXT)
     contexts, continuations = drawn([(20, [3] * 11 + [9, 1]), (17, [1, 2])])
-    expected = choices.score(built.decoder(), contexts, continuations)
-    sizes, batch = [], choices._batch
+    expected = shared_context.score(built.decoder(), contexts, continuations)
+    sizes, batch = [], shared_context._batch
 
     def seen(decoder, contexts, continuations, *rest):
         sizes.extend(map(len, continuations))
         return batch(decoder, contexts, continuations, *rest)
 
-    monkeypatch.setattr(choices, "_batch", seen)
-    monkeypatch.setattr(choices, "CACHE_BYTES", (1 + 6) * 128 * 2 * (8 + 4) * 4)  # of six, and of the context
+    monkeypatch.setattr(shared_context, "_batch", seen)
+    monkeypatch.setattr(shared_context, "CACHE_BYTES", (1 + 6) * 128 * 2 * (8 + 4) * 4)  # of six, and of the context
     done = []
-    found = choices.score(built.decoder(), contexts, continuations, done.append)
+    found = shared_context.score(built.decoder(), contexts, continuations, done.append)
     assert sorted(sizes) == [1, 2, 6, 6] and sum(done) == 15
     for scores, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose([s for s, _ in scores], [s for s, _ in wanted], atol=1e-4)
-    monkeypatch.setattr(choices, "CACHE_BYTES", 1)
+    monkeypatch.setattr(shared_context, "CACHE_BYTES", 1)
     sizes.clear()
-    choices.score(built.decoder(), contexts, continuations)
-    assert max(sizes) == choices.FEWEST
+    shared_context.score(built.decoder(), contexts, continuations)
+    assert max(sizes) == shared_context.FEWEST
 
 
 @pytest.mark.parametrize("mesh", [{"data": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "context": 2}], ids=str)
 def test_scores_are_the_same_on_a_mesh(mesh):
     built = build(replace(MOE, num_kv_heads=2), context=CONTEXT)
     contexts, continuations = drawn(LENGTHS[:5])
-    expected = choices.score(built.decoder(), contexts, continuations)
-    found = choices.score(built.decoder(MeshConfig(**mesh)), contexts, continuations)
+    expected = shared_context.score(built.decoder(), contexts, continuations)
+    found = shared_context.score(built.decoder(MeshConfig(**mesh)), contexts, continuations)
     assert sharding.make_mesh(MeshConfig(**mesh)).size == len(jax.devices()) == 8
     for scores, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose([s for s, _ in scores], [s for s, _ in wanted], atol=1e-4)

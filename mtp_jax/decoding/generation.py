@@ -15,7 +15,7 @@ import numpy as np
 
 from mtp_jax.config import Architecture
 from mtp_jax.decoding.drafting import draft, window_size
-from mtp_jax.decoding.network import Network, empty_caches, placed, run_main
+from mtp_jax.decoding.inference_model import Network, empty_caches, placed, run_main
 from mtp_jax.decoding.samplers import Sampler
 from mtp_jax.decoding.verify import Verdict, verify
 from mtp_jax.layers.cache import slots_at

@@ -13,7 +13,7 @@ import shlex
 
 from mtp_jax.config import UserError, to_dict
 from mtp_jax.files import read_json, write_text
-from mtp_jax.tools.sweeping.plan import Planned
+from mtp_jax.tools.sweeping.grid import Planned
 from mtp_jax.typing import JsonObject
 
 SWEEP_FILE, EVAL_FILE, LOCK_FILE = "sweep.json", "eval.json", ".sweep.lock"
