@@ -52,18 +52,18 @@ def sample(run, is_main: bool) -> None:
     if not config.training.sample_tokens or not len(prompt):
         return
     kind = kind_of(config)
-    num_drafts = min(kind.depth, kind.max_drafts) if kind.max_drafts is not None else kind.depth
-    writer = generator.Decoder(config, run.state["params"], run.state["biases"], run.mesh)
+    num_speculative_tokens = min(kind.depth, kind.max_drafts) if kind.max_drafts is not None else kind.depth
+    writer = generator.Generator(config, run.state["params"], run.state["biases"], run.mesh)
     out = writer.generate(
         [prompt],
         config.training.sample_tokens,
         sampler=samplers.make_sampler(0.7),
-        num_drafts=num_drafts,
+        num_speculative_tokens=num_speculative_tokens,
         seed=config.seed,
         stop_tokens=[] if tokenizer.eos_id is None else [tokenizer.eos_id],
     )
     if is_main:
-        passes = f", {out.tokens_per_forward:.2f} tokens per forward pass" if num_drafts else ""
+        passes = f", {out.tokens_per_forward:.2f} tokens per forward pass" if num_speculative_tokens else ""
         text = tokenizer.decode(np.concatenate([prompt, out.tokens[0]]))
         print(f"\nsample, temperature 0.7{passes}\n{'-' * 64}\n{text}\n{'-' * 64}")
 

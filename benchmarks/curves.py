@@ -33,7 +33,7 @@ MODEL = ModelConfig(
     **{"num_experts": 8, "num_experts_per_token": 2, "expert_dim": 256},
 )
 RUNS = {
-    "kernels": {"compute_dtype": "bfloat16", "attention_kernel": "mosaic", "expert_kernel": "mosaic"},
+    "kernels": {"compute_dtype": "bfloat16", "attention_kernel": "pallas_hopper", "expert_kernel": "pallas_hopper"},
     "plain": {"compute_dtype": "bfloat16", "attention_kernel": "xla", "expert_kernel": "xla"},
     "float32": {"compute_dtype": "float32", "attention_kernel": "xla", "expert_kernel": "xla"},
 }

@@ -50,7 +50,7 @@ def main() -> None:
         for drafts in map(int, args.drafts.split(",")):
             result = speculative.measure(
                 *(model.decoder, prompts[: max(LEAST_PROMPTS, batch)]),
-                num_drafts=drafts,
+                num_speculative_tokens=drafts,
                 batch_size=batch,
                 max_new_tokens=args.max_new_tokens,
                 sampler=make_sampler(args.temperature),

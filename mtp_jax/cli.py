@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mtp_jax.config import UserError
-from mtp_jax.errors import first_line
+from mtp_jax.errors import first_line, warn_once
 
 EXIT_FAILED, EXIT_UNUSABLE = 1, 2
+RENAMED = {"--draft_length": "--num_speculative_tokens"}  # flags of earlier versions
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,6 +33,10 @@ def parse(flags: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Nam
     Raises:
       UserError: a flag that is neither.
     """
+    for old, new in RENAMED.items():
+        if any(a == old or a.startswith(f"{old}=") for a in argv):
+            warn_once(f"{old} is now {new}; the next release drops the old name")
+            argv = [new + a.removeprefix(old) if a.partition("=")[0] == old else a for a in argv]
     overrides = [a for a in argv if a.startswith("--config.")]
     return flags.parse_args([a for a in argv if not a.startswith("--config.")]), overrides
 

@@ -1,4 +1,7 @@
-"""Errors of the user, and the one line that is said of any other."""
+"""Errors of the user, the first line of any other error, and notices on stderr."""
+
+import functools
+import sys
 
 
 class UserError(ValueError):
@@ -8,3 +11,9 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """First line of an exception's text that is not blank, else the kind of exception."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """One line on stderr, the first time only."""
+    print(f"note: {line}", file=sys.stderr, flush=True)

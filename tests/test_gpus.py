@@ -18,7 +18,10 @@ CONFIG = Config(
         **{"vocab_size": 512, "num_layers": 2, "embed_dim": 256, "num_heads": 4, "kv_lora_rank": 128, "ffn_dim": 512},
         **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "compute_dtype": "bfloat16"},
         **{"num_experts": 8, "num_experts_per_token": 2, "expert_dim": 256, "moe_dispatch": "ragged"},
-        **{"attention_kernel": "mosaic", "expert_kernel": "mosaic"},  # asked for: an error where they cannot be
+        **{
+            "attention_kernel": "pallas_hopper",
+            "expert_kernel": "pallas_hopper",
+        },  # asked for: an error where they cannot be
     ),
     mtp=MTPConfig(kind="sequential", depth=2),
     data=DataConfig(sequence_length=LENGTH, batch_size=4),

@@ -72,10 +72,10 @@ def test_speculated_texts_are_the_plain_ones_in_fewer_passes(lm, plain):
     assert found.tokens_per_forward == pytest.approx(1 + a_1 + a_1 * a_2, rel=0.1)
 
 
-@pytest.mark.parametrize("draft_length", [1, 4])
-def test_another_draft_length_gives_the_same_texts(lm, plain, draft_length):
-    found = lm.generate(PROMPTS, NUM_NEW, speculative=True, draft_length=draft_length)
-    assert found.texts == plain.texts and len(found.acceptance) == draft_length
+@pytest.mark.parametrize("num_speculative_tokens", [1, 4])
+def test_another_draft_length_gives_the_same_texts(lm, plain, num_speculative_tokens):
+    found = lm.generate(PROMPTS, NUM_NEW, speculative=True, num_speculative_tokens=num_speculative_tokens)
+    assert found.texts == plain.texts and len(found.acceptance) == num_speculative_tokens
 
 
 def test_prompts_are_texts_or_tokens_and_one_alone_is_a_batch_of_one(lm, plain):
@@ -308,12 +308,12 @@ UNUSABLE = {
     "negative temperature": ({"temperature": -1.0}, ["temperature=-1.0"]),
     "top_k beside greedy": ({"top_k": 3}, ["top_k=3", "temperature=0"]),
     "top_p too large": ({"temperature": 1.0, "top_p": 2.0}, ["top_p=2.0"]),
-    "drafts without speculation": ({"draft_length": 2}, ["draft_length=2", "speculative=True"]),
-    "no drafts": ({"speculative": True, "draft_length": 0}, ["draft_length=0", "at least 1"]),
+    "drafts without speculation": ({"num_speculative_tokens": 2}, ["num_speculative_tokens=2", "speculative=True"]),
+    "no drafts": ({"speculative": True, "num_speculative_tokens": 0}, ["num_speculative_tokens=0", "at least 1"]),
     "half a token": ({"max_new_tokens": 3.5}, ["max_new_tokens=3.5", "integer"]),
     "seed below zero": ({"seed": -1}, ["seed=-1", "at least 0"]),
     "seed too large": ({"seed": 2**32}, ["seed=4294967296", "at most"]),
-    "half a draft": ({"speculative": True, "draft_length": 1.5}, ["draft_length=1.5", "integer"]),
+    "half a draft": ({"speculative": True, "num_speculative_tokens": 1.5}, ["num_speculative_tokens=1.5", "integer"]),
     "unknown stop token": ({"stop_tokens": [9999]}, ["stop_tokens=9999", "at most 263"]),
     "empty stop": ({"stop": ""}, ["stop=''", "leave it out"]),
     "empty stop among others": ({"stop": ["a", ""]}, ["stop=''"]),
@@ -369,10 +369,10 @@ def test_a_model_without_extra_depths_or_with_fewer_heads_says_so():
     built = build(MLA)
     none = LanguageModel(built.config, built.params, built.biases, None, mesh)
     assert "mtp.kind=none" in refusal(none.generate, [[1]], speculative=True)
-    assert "mtp.kind=none" in refusal(none.generate, [[1]], speculative=True, draft_length=2)
+    assert "mtp.kind=none" in refusal(none.generate, [[1]], speculative=True, num_speculative_tokens=2)
     built = build(MLA, parallel(2))
     heads = LanguageModel(built.config, built.params, built.biases, None, mesh)
-    assert "at most 2" in refusal(heads.generate, [[1]], speculative=True, draft_length=3)
+    assert "at most 2" in refusal(heads.generate, [[1]], speculative=True, num_speculative_tokens=3)
 
 
 def test_without_a_tokenizer_there_are_tokens_and_no_texts(lm, plain):

@@ -1,4 +1,4 @@
-"""Old names of config keys (`Setting.was`): understood wherever a key is given, with a note of the new one."""
+"""Old names of config keys and values (`Setting.was`, `Setting.renamed`), understood with a notice of the new name."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ def current_key(key: str, root: type = Config) -> str:
 
 
 def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config") -> dict[str, Any]:
-    """Nested values with every old key under its new name.
+    """Nested values with every old key under its new name, and every renamed value.
 
     Raises:
       UserError: a key under both names.
@@ -51,6 +51,11 @@ def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config
         if _name(new) in target:
             raise UserError(f"{old} and {new} (in {where}): two names of one key; use {new}")
         target[_name(new)] = value
+    for key, _, setting in walk(root()):
+        section = _below(out, key) or {}
+        for was, now in setting.renamed:
+            if section.get(_name(key)) == was:
+                section[_name(key)] = found[f"{key}={was}"] = now
     _note(found)
     return out
 
@@ -87,7 +92,7 @@ def _note(names: dict[str, str]) -> None:
     """Say once of each old name what the new one is, in one line."""
     fresh = [f"{old} is now {new}" for old, new in names.items() if old not in _noted]
     if fresh:
-        more = f" and {len(fresh) - SHOWN} more config keys have new names" if len(fresh) > SHOWN else ""
+        more = f" and {len(fresh) - SHOWN} more have new names" if len(fresh) > SHOWN else ""
         print(f"note: {', '.join(fresh[:SHOWN])}{more}; the next release drops the old ones", file=sys.stderr)
     _noted.update(names)
 

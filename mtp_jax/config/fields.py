@@ -28,6 +28,7 @@ class Setting:
       when: the part of the model that must be in use for the bounds to count ("mla", "gqa", "moe"); empty: always.
       may_change: see `MayChange`.
       was: the dotted key that the field had in earlier versions, still understood; empty: this one.
+      renamed: (value in earlier versions, value now) of each value that had another name, still understood.
     """
 
     at_least: Number | None = None
@@ -37,6 +38,7 @@ class Setting:
     when: str = ""
     may_change: MayChange = "never"
     was: str = ""
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """The bound that `value` breaks, as the end of a message; None if it keeps all."""

@@ -109,7 +109,7 @@ def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
         if spelled.setdefault(key, given) != given:
             raise UserError(f"{spelled[key]} and {given} (in {reader.where}): two names of one key; use {key}")
         _set(values, key, _from_text(value, hint))
-    return reader.section(root, values, "") if overrides else config
+    return build(root, values, reader.where) if overrides else config
 
 
 def _run_config_file(path: str) -> dict[str, Any]:

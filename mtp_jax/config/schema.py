@@ -144,9 +144,13 @@ class ModelConfig:
     moe_dispatch: Literal["auto", "dense", "ragged"] = setting("auto", may_change="resume")
 
     # Implementations; auto: the fastest that takes the device, the dtype and the shapes
-    # mosaic and cudnn are for Hopper GPUs, splash and megablox for TPUs; experts': where moe_dispatch=ragged
-    attention_kernel: Literal["auto", "xla", "mosaic", "cudnn", "splash"] = setting("auto", may_change="resume")
-    expert_kernel: Literal["auto", "xla", "mosaic", "megablox"] = setting("auto", may_change="resume")
+    # pallas_hopper and cudnn are for Hopper GPUs, splash and megablox for TPUs; experts': where moe_dispatch=ragged
+    attention_kernel: Literal["auto", "xla", "pallas_hopper", "cudnn", "splash"] = setting(
+        "auto", may_change="resume", renamed=(("mosaic", "pallas_hopper"),)
+    )
+    expert_kernel: Literal["auto", "xla", "pallas_hopper", "megablox"] = setting(
+        "auto", may_change="resume", renamed=(("mosaic", "pallas_hopper"),)
+    )
     # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
     scan_unroll: int = setting(0, at_least=0, at_most=2**12, may_change="resume")
 

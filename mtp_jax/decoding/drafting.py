@@ -26,29 +26,29 @@ def draft(
     architecture: Architecture,
     network: Network,
     sampler: Sampler,
-    num_drafts: int,
+    num_speculative_tokens: int,
     text: Text,
     caches: Caches,
     keys_BK: jax.Array,
 ) -> Drafts:
-    """The `num_drafts` >= 1 tokens proposed after position `text.last_B`.
+    """Drafts, at least one, proposed after position `text.last_B`.
 
     Args:
       keys_BK: random keys, one per draft.
     """
     proposer = _Proposer(network, sampler, keys_BK)
     main = MainModel(text.hidden_BWD, text.hidden_BWD, network.final_norm, network.embed)
-    caches = kind_of(architecture).draft(network.mtp, main, text, num_drafts, caches, proposer)
+    caches = kind_of(architecture).draft(network.mtp, main, text, num_speculative_tokens, caches, proposer)
     return Drafts(jnp.stack(proposer.tokens, axis=1), jnp.concatenate(proposer.logits, axis=1), caches)
 
 
-def window_size(num_drafts: int) -> int:
+def window_size(num_speculative_tokens: int) -> int:
     """Positions that each step runs through the depths.
 
     A step keeps a <= K drafts and one token more, so K + 1 positions may be new. Depth k's entries before them were
     made from drafts that were kept, but for the last k <= K, which read the token after those.
     """
-    return num_drafts + 1 if num_drafts else 0
+    return num_speculative_tokens + 1 if num_speculative_tokens else 0
 
 
 class _Proposer:

@@ -56,7 +56,7 @@ class State(NamedTuple):
     counts: Counts
 
     @property
-    def num_drafts(self) -> int:
+    def num_speculative_tokens(self) -> int:
         """K."""
         return self.counts.tested_BK.shape[1]
 
@@ -64,7 +64,7 @@ class State(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def begin(
     architecture: Architecture,
-    num_drafts: int,
+    num_speculative_tokens: int,
     network: Network,
     tokens_BS: jax.Array,
     length_B: jax.Array,
@@ -74,10 +74,10 @@ def begin(
     """Prompts laid in their rows, nothing read yet."""
     num_rows, num_slots = tokens_BS.shape
     model = architecture.model
-    caches, mtp_caches = empty_caches(architecture, network, num_drafts, num_rows, num_slots)
-    recent_BWD = jnp.zeros((num_rows, window_size(num_drafts), model.embed_dim), model.compute_dtype)
+    caches, mtp_caches = empty_caches(architecture, network, num_speculative_tokens, num_rows, num_slots)
+    recent_BWD = jnp.zeros((num_rows, window_size(num_speculative_tokens), model.embed_dim), model.compute_dtype)
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_rows))
-    zero_BK = jnp.zeros((num_rows, num_drafts), jnp.int32)
+    zero_BK = jnp.zeros((num_rows, num_speculative_tokens), jnp.int32)
     return State(
         tokens_BS=tokens_BS,
         length_B=length_B,
@@ -110,11 +110,11 @@ def prefill(
         return jnp.take(state.tokens_BS, jnp.minimum(index_T + ahead, num_slots - 1), axis=1)
 
     main, caches = run_main(network, tokens_at(0), slots, state.caches)
-    if not state.num_drafts:
+    if not state.num_speculative_tokens:
         return state._replace(caches=caches)
     kind = kind_of(architecture)
     hidden_BTD = kind.draft_hidden(main)
-    depths = min(state.num_drafts, kind.depth)
+    depths = min(state.num_speculative_tokens, kind.depth)
     ahead_NBT = jnp.stack([tokens_at(k + 1) for k in range(depths)])
     mtp_caches = kind.read_prompt(network.mtp, main, hidden_BTD, ahead_NBT, slots, state.mtp_caches)
     num_new_B = jnp.clip(state.length_B - 1 - start, 0, num_tokens)
@@ -180,23 +180,27 @@ def _step(
     architecture: Architecture, sampler: Sampler, network: Network, stop_tokens: jax.Array, state: State
 ) -> State:
     """Draft, verify in one forward pass of the main model, keep what it agrees with and one token more."""
-    num_slots, num_drafts, kind = state.tokens_BS.shape[1], state.num_drafts, kind_of(architecture)
+    num_slots, num_speculative_tokens, kind = (
+        state.tokens_BS.shape[1],
+        state.num_speculative_tokens,
+        kind_of(architecture),
+    )
     last_B = state.length_B - 1
-    keys_BK = _step_keys(state, num_drafts)
+    keys_BK = _step_keys(state, num_speculative_tokens)
     drafts_BK, draft_logits_BKV = jnp.zeros((len(last_B), 0), jnp.int32), None
-    if num_drafts:
+    if num_speculative_tokens:
         text = Text(state.tokens_BS, last_B, state.recent_BWD)
-        drafts = draft(architecture, network, sampler, num_drafts, text, state.mtp_caches, keys_BK[:, 1:])
+        drafts = draft(architecture, network, sampler, num_speculative_tokens, text, state.mtp_caches, keys_BK[:, 1:])
         drafts_BK, draft_logits_BKV = drafts.tokens_BK, drafts.logits_BKV
         state = state._replace(mtp_caches=drafts.caches)
     newest_B1 = jnp.take_along_axis(state.tokens_BS, last_B[:, None], axis=1)
     tokens_BT = jnp.concatenate([newest_B1, drafts_BK], axis=1)
-    slots = slots_at(last_B[:, None] + jnp.arange(1 + num_drafts), num_slots)
+    slots = slots_at(last_B[:, None] + jnp.arange(1 + num_speculative_tokens), num_slots)
     main, caches = run_main(network, tokens_BT, slots, state.caches)
     logits_BTV = network.logits(network.final_norm(main.hidden))
     verdict = verify(sampler, logits_BTV, drafts_BK, draft_logits_BKV, keys_BK[:, 0])
     state = _extended(state, drafts_BK, verdict, stop_tokens)
-    if num_drafts:
+    if num_speculative_tokens:
         hidden_BTD = kind.draft_hidden(main)
         state = state._replace(recent_BWD=_moved(state.recent_BWD, hidden_BTD, state.length_B - 1 - last_B))
     return state._replace(caches=caches)
@@ -204,8 +208,8 @@ def _step(
 
 def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> State:
     """The text with the kept drafts and the token after them, truncated at the limit and behind a stop token."""
-    num_slots, num_drafts = state.tokens_BS.shape[1], state.num_drafts
-    index_T = jnp.arange(1 + num_drafts)
+    num_slots, num_speculative_tokens = state.tokens_BS.shape[1], state.num_speculative_tokens
+    index_T = jnp.arange(1 + num_speculative_tokens)
     accepted_B1 = verdict.num_accepted_B[:, None]
     new_BT = jnp.where(index_T == accepted_B1, verdict.next_B[:, None], jnp.pad(drafts_BK, ((0, 0), (0, 1))))
     room_B = jnp.minimum(verdict.num_accepted_B + 1, state.limit_B - state.length_B)
@@ -218,7 +222,7 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
     )
     length_B = state.length_B + num_B
     is_done_B = state.is_done_B | is_stop_BT.any(1) | (length_B >= state.limit_B)
-    draft_K = jnp.arange(num_drafts)
+    draft_K = jnp.arange(num_speculative_tokens)
     # The k-th draft was judged if those before were kept, and counts if the text goes as far.
     tested_BK = (draft_K <= accepted_B1) & (draft_K < num_B[:, None])
     accepted_BK = tested_BK & (draft_K < accepted_B1)
@@ -230,12 +234,12 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
     return state._replace(tokens_BS=tokens_BS, length_B=length_B, is_done_B=is_done_B, counts=counts)
 
 
-def _step_keys(state: State, num_drafts: int) -> jax.Array:
+def _step_keys(state: State, num_speculative_tokens: int) -> jax.Array:
     """[B, 1 + K] keys of this step: for the verdict, and for each draft. A function of the row and its length."""
 
     def row(key, length):
         return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, length)))(
-            jnp.arange(1 + num_drafts)
+            jnp.arange(1 + num_speculative_tokens)
         )
 
     return jax.vmap(row)(state.keys_B, state.length_B)

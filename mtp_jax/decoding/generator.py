@@ -70,7 +70,7 @@ class Generator:
         max_new_tokens: int,
         *,
         sampler: Sampler = GREEDY,
-        num_drafts: int = 0,
+        num_speculative_tokens: int = 0,
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
         ends: Callable[[int, np.ndarray], int | None] | None = None,
@@ -79,7 +79,7 @@ class Generator:
 
         Args:
           prompts: token ids, at least one each; lengths may differ.
-          num_drafts: K tokens drafted before each forward pass of the main model; 0 is plain decoding.
+          num_speculative_tokens: K tokens drafted before each forward pass of the main model; 0 is plain decoding.
           seed: of the draws. What a row draws depends on its place in the batch, not on the rows beside it.
           stop_tokens: ids that end a row.
           ends: given a row's number and what it has written so far, how many tokens of it to keep if it has come to
@@ -88,7 +88,7 @@ class Generator:
         Raises:
           UserError: prompts or numbers that cannot be used; see `start`.
         """
-        state = self.start(prompts, max_new_tokens, num_drafts=num_drafts, seed=seed)
+        state = self.start(prompts, max_new_tokens, num_speculative_tokens=num_speculative_tokens, seed=seed)
         starts = [len(p) for p in prompts]
         kept: dict[int, int] = {}
         while True:
@@ -108,7 +108,12 @@ class Generator:
         return Generation(rows, num_rounds, counts.tested_BK[: len(prompts)], counts.accepted_BK[: len(prompts)])
 
     def start(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, *, num_drafts: int = 0, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        *,
+        num_speculative_tokens: int = 0,
+        seed: int = 0,
     ) -> State:
         """The prompts, read.
 
@@ -116,7 +121,7 @@ class Generator:
           UserError: no prompt, an empty one, one that leaves no room in the context, a token outside the vocabulary,
             max_new_tokens < 1, or drafts that the model cannot make.
         """
-        self.check(prompts, max_new_tokens, num_drafts, seed)
+        self.check(prompts, max_new_tokens, num_speculative_tokens, seed)
         with jax.set_mesh(self.mesh):
             num_more = -len(prompts) % sharding.num_shards("batch")  # rows of no interest, done from the start
             lengths = np.array([len(p) for p in prompts] + [1] * num_more, np.int32)
@@ -126,7 +131,9 @@ class Generator:
             tokens = np.zeros((len(lengths), bucket(int(limits.max()))), np.int32)
             for row, prompt in zip(tokens, prompts, strict=False):
                 row[: len(prompt)] = prompt
-            state = states.begin(self.architecture, num_drafts, self.network, tokens, lengths, limits, np.uint32(seed))
+            state = states.begin(
+                self.architecture, num_speculative_tokens, self.network, tokens, lengths, limits, np.uint32(seed)
+            )
             return states.prefill_all(self.architecture, self.network, state, int(lengths.max()) - 1)
 
     def write(
@@ -139,14 +146,18 @@ class Generator:
             return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_rounds))
 
     def check(
-        self, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int, num_drafts: int, seed: int = 0
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        num_speculative_tokens: int,
+        seed: int = 0,
     ) -> None:
         """Raises UserError where `start` cannot use these."""
         if not len(prompts):
             raise UserError("prompts: there are none; give at least one")
         check_integer("max_new_tokens", max_new_tokens, 1)
         check_integer("seed", seed, 0, 2**32 - 1)
-        check_drafts(self.architecture, num_drafts)
+        check_drafts(self.architecture, num_speculative_tokens)
         vocab = self.architecture.model.vocab_size or 0
         for b, prompt in enumerate(prompts):
             ids = np.asarray(prompt)
@@ -172,19 +183,19 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
         raise UserError(f"{name}={value}: must be at most {most}")
 
 
-def check_drafts(architecture: Architecture, num_drafts: int) -> None:
+def check_drafts(architecture: Architecture, num_speculative_tokens: int) -> None:
     """Raises UserError where the model cannot draft so many tokens."""
-    check_integer("draft_length", num_drafts, 0)
+    check_integer("num_speculative_tokens", num_speculative_tokens, 0)
     kind = kind_of(architecture)
-    if num_drafts and kind.max_drafts == 0:
+    if num_speculative_tokens and kind.max_drafts == 0:
         raise UserError(
             "speculative decoding: the model has no multi-token prediction to draft with "
             f"(mtp.kind={kind.name}); it can only be decoded plainly"
         )
-    if kind.max_drafts is not None and num_drafts > kind.max_drafts:
+    if kind.max_drafts is not None and num_speculative_tokens > kind.max_drafts:
         raise UserError(
-            f"draft_length={num_drafts}: the model has {kind.depth} {kind.name} heads, which draft one token each; use "
-            f"at most {kind.max_drafts}"
+            f"num_speculative_tokens={num_speculative_tokens}: the model has {kind.depth} {kind.name} heads, which "
+            f"draft one token each; use at most {kind.max_drafts}"
         )
 
 

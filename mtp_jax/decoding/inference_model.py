@@ -143,16 +143,16 @@ def run_main(
 
 
 def empty_caches(
-    architecture: Architecture, network: Network, num_drafts: int, num_rows: int, num_slots: int
+    architecture: Architecture, network: Network, num_speculative_tokens: int, num_rows: int, num_slots: int
 ) -> tuple[list[Cache], Caches]:
-    """Caches of every main block, and of what drafts `num_drafts` tokens."""
+    """Caches of every main block, and of what drafts `num_speculative_tokens` tokens."""
     dtype, kind = jnp.dtype(architecture.model.compute_dtype), kind_of(architecture)
 
     def empty(block: Block) -> Cache:
-        return block.attention.empty_cache(num_rows, num_slots, num_drafts + 1, dtype)
+        return block.attention.empty_cache(num_rows, num_slots, num_speculative_tokens + 1, dtype)
 
     main = placed([empty(block) for block in network.blocks])
-    return main, placed(kind.empty_caches(network.mtp, empty, num_drafts), kind.stacks_caches)
+    return main, placed(kind.empty_caches(network.mtp, empty, num_speculative_tokens), kind.stacks_caches)
 
 
 def placed(caches: Caches, is_stacked: bool = False) -> Caches:

@@ -35,19 +35,19 @@ def verify(
         without drafts.
       keys_B: one random key a row.
     """
-    num_drafts = drafts_BK.shape[1]
+    num_speculative_tokens = drafts_BK.shape[1]
     if is_greedy(sampler):
         choice_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
-        num_B = _leading(choice_BT[:, :num_drafts] == drafts_BK)
+        num_B = _leading(choice_BT[:, :num_speculative_tokens] == drafts_BK)
         return Verdict(num_B, _at(choice_BT, num_B))
     logits_BTV = filtered(sampler, logits_BTV)
     accept_keys, draw_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
     if draft_logits_BKV is None:
         return Verdict(jnp.zeros(len(drafts_BK), jnp.int32), draw(logits_BTV[:, 0], draw_keys))
     p_BTV, q_BKV = jax.nn.softmax(logits_BTV), jax.nn.softmax(draft_logits_BKV)
-    p_BK = jnp.take_along_axis(p_BTV[:, :num_drafts], drafts_BK[..., None], axis=-1)[..., 0]
+    p_BK = jnp.take_along_axis(p_BTV[:, :num_speculative_tokens], drafts_BK[..., None], axis=-1)[..., 0]
     q_BK = jnp.take_along_axis(q_BKV, drafts_BK[..., None], axis=-1)[..., 0]
-    u_BK = jax.vmap(lambda key: jax.random.uniform(key, (num_drafts,)))(accept_keys)
+    u_BK = jax.vmap(lambda key: jax.random.uniform(key, (num_speculative_tokens,)))(accept_keys)
     num_B = _leading(u_BK * q_BK < p_BK)
     # Where all drafts are kept nothing is taken off: q is zero after the last.
     left_BTV = jnp.maximum(p_BTV - jnp.pad(q_BKV, ((0, 0), (0, 1), (0, 0))), 0)

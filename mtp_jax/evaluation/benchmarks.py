@@ -186,7 +186,7 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
         model,
         batch_size=args.batch_size or 16,
         speculative=args.speculative,
-        draft_length=args.draft_length,
+        num_speculative_tokens=args.num_speculative_tokens,
         seed=model.config.seed,
     )
     with contextlib.redirect_stdout(sys.stderr):  # the tables alone are what is asked for

@@ -27,16 +27,16 @@ OWN_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # No
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Those of both tasks; benchmarks share --draft_length and --batch_size."""
+    """Those of both tasks; benchmarks share --num_speculative_tokens and --batch_size."""
     group = flags.add_argument_group(
         "speculative, advice",
-        "Benchmarks read --draft_length and --batch_size; the rest is said by their task files (generation_kwargs).",
+        "Benchmarks take --num_speculative_tokens and --batch_size; task files have the rest (generation_kwargs).",
     )
     group.add_argument(
         "--prompts", help="a file with a prompt a line, or .jsonl with a field prompt; default: held out"
     )
     group.add_argument(
-        "--draft_length", type=int, help="tokens drafted a forward pass; default mtp.depth. advice: at most"
+        "--num_speculative_tokens", type=int, help="tokens drafted a forward pass; default mtp.depth. advice: at most"
     )
     group.add_argument("--max_new_tokens", type=int, help=f"after each prompt; default {NUM_NEW}")
     group.add_argument("--batch_size", type=int, help="texts written at once; default 1, benchmarks 16")
@@ -57,10 +57,10 @@ def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
             f"--{given[0]}={getattr(args, given[0])}: is read by --tasks=speculative,advice only; benchmarks write as "
             "generation_kwargs of their task files say (for others give a file of your own, with --tasks_dir)"
         )
-    if args.draft_length is not None and not tasks and not args.speculative:
+    if args.num_speculative_tokens is not None and not tasks and not args.speculative:
         raise UserError(
-            f"--draft_length={args.draft_length}: is read by --tasks=speculative,advice, and by benchmarks with "
-            "--speculative; leave it out, or add that"
+            f"--num_speculative_tokens={args.num_speculative_tokens}: is read by --tasks=speculative,advice, and by "
+            "benchmarks with --speculative; leave it out, or add that"
         )
     _sampler(args)
     if args.prompts:
@@ -69,7 +69,7 @@ def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
         raise UserError(
             f"--workdir={args.workdir}: a Hugging Face folder has no held-out documents; give --prompts=FILE"
         )
-    for name in ("draft_length", "max_new_tokens", "batch_size"):
+    for name in ("num_speculative_tokens", "max_new_tokens", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: must be at least 1")
@@ -89,15 +89,19 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
     Raises:
       UserError: a model that cannot draft, or prompts that cannot be used.
     """
-    num_drafts = args.draft_length or kind_of(model.config).depth
-    check_drafts(model.config.architecture, max(1, num_drafts))
+    num_speculative_tokens = args.num_speculative_tokens or kind_of(model.config).depth
+    check_drafts(model.config.architecture, max(1, num_speculative_tokens))
     prompts = _prompts(model, args)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens or NUM_NEW, "sampler": _sampler(args)}
     options |= {"seed": model.config.seed, "stop_tokens": model.end_tokens}
     out: dict[str, tuple[str, dict[str, Any]]] = {}
     if "speculative" in tasks:
         result = speculative.measure(
-            model.decoder, prompts, num_drafts=num_drafts, batch_size=args.batch_size or 1, **options
+            model.decoder,
+            prompts,
+            num_speculative_tokens=num_speculative_tokens,
+            batch_size=args.batch_size or 1,
+            **options,
         )
         out["speculative"] = speculative.text(result), speculative.as_json(result)
     if "advice" in tasks:
@@ -125,8 +129,10 @@ def _mesh(workdir: str) -> MeshConfig | None:
 
 def _advice(decoder: Generator, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
     kind = kind_of(decoder.architecture)
-    most = args.draft_length or (kind.depth + BEYOND_DEPTH if kind.max_drafts is None else kind.max_drafts)
-    rates = speculative.write_all(decoder, prompts, args.batch_size or 1, num_drafts=most, **options).acceptance
+    most = args.num_speculative_tokens or (kind.depth + BEYOND_DEPTH if kind.max_drafts is None else kind.max_drafts)
+    rates = speculative.write_all(
+        decoder, prompts, args.batch_size or 1, num_speculative_tokens=most, **options
+    ).acceptance
     costs = speculation_advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
     advised = speculation_advice.advise(rates, costs)
     values = {

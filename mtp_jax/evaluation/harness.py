@@ -37,7 +37,7 @@ class HarnessModel(LM):
         *,
         batch_size: int = 16,
         speculative: bool = False,
-        draft_length: int | None = None,
+        num_speculative_tokens: int | None = None,
         seed: int = 0,
     ):
         """
@@ -50,11 +50,11 @@ class HarnessModel(LM):
         """
         super().__init__()
         if speculative:
-            check_drafts(model.config.architecture, draft_length or max(1, kind_of(model.config).depth))
+            check_drafts(model.config.architecture, num_speculative_tokens or max(1, kind_of(model.config).depth))
         self.model, self.batch_size, self.seed = model, batch_size, seed
         self.drafts: dict[str, Any] = {"speculative": speculative} if speculative else {}
-        if speculative and draft_length is not None:
-            self.drafts["draft_length"] = draft_length
+        if speculative and num_speculative_tokens is not None:
+            self.drafts["num_speculative_tokens"] = num_speculative_tokens
         self.num_cut = 0
         self.num_shortened: dict[str, int] = collections.defaultdict(int)
         self.passes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])

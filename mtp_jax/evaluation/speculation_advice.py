@@ -32,7 +32,7 @@ class Cost:
     """Milliseconds of one round at a batch size: K drafts, their verification, and a plain step."""
 
     batch_size: int
-    num_drafts: int
+    num_speculative_tokens: int
     draft_ms: float
     verify_ms: float
     plain_ms: float
@@ -43,24 +43,24 @@ class Advice:
     """The draft length with the largest speed-up at a batch size; 0 where plain decoding is fastest."""
 
     batch_size: int
-    draft_length: int
+    num_speculative_tokens: int
     speed_up: float
 
 
 def speed_up(acceptance: Sequence[float], cost: Cost) -> float:
     """Tokens per second of drafting beside plain decoding: expected tokens a round by what the round costs more."""
-    rates = [0.0 if math.isnan(a) else a for a in acceptance[: cost.num_drafts]]
+    rates = [0.0 if math.isnan(a) else a for a in acceptance[: cost.num_speculative_tokens]]
     return expected_tokens_per_pass(rates) * cost.plain_ms / (cost.draft_ms + cost.verify_ms)
 
 
 def advise(acceptance: Sequence[float], costs: Sequence[Cost]) -> list[Advice]:
     """The best draft length of each batch size, smallest batch first."""
     best: dict[int, Advice] = {}
-    for cost in sorted(costs, key=lambda c: (c.batch_size, c.num_drafts)):
+    for cost in sorted(costs, key=lambda c: (c.batch_size, c.num_speculative_tokens)):
         known = best.setdefault(cost.batch_size, Advice(cost.batch_size, 0, 1.0))
         gain = speed_up(acceptance, cost)
         if gain > known.speed_up:
-            best[cost.batch_size] = Advice(cost.batch_size, cost.num_drafts, gain)
+            best[cost.batch_size] = Advice(cost.batch_size, cost.num_speculative_tokens, gain)
     return list(best.values())
 
 
@@ -68,7 +68,7 @@ def stops_paying(advice: Sequence[Advice]) -> int | None:
     """The smallest batch size from which on plain decoding is fastest, None if that was not reached."""
     end = None
     for a in sorted(advice, key=lambda a: -a.batch_size):
-        if a.draft_length:
+        if a.num_speculative_tokens:
             break
         end = a.batch_size
     return end
@@ -78,11 +78,11 @@ def measure_costs(decoder: Generator, batch_sizes: Sequence[int], max_drafts: in
     """Time each round's parts behind `prompt` in every row, the fastest of a few repeats."""
     costs = []
     for rows in batch_sizes:
-        state = decoder.start([prompt] * rows, 1 + max_drafts, num_drafts=max_drafts)
+        state = decoder.start([prompt] * rows, 1 + max_drafts, num_speculative_tokens=max_drafts)
         with jax.set_mesh(decoder.mesh):
             verify = [_time(_verify, decoder, state, t) for t in range(1, max_drafts + 2)]
         for drafts in range(1, max_drafts + 1):
-            state = decoder.start([prompt] * rows, 1 + max_drafts, num_drafts=drafts)
+            state = decoder.start([prompt] * rows, 1 + max_drafts, num_speculative_tokens=drafts)
             with jax.set_mesh(decoder.mesh):
                 cost = _time(_draft, decoder, state, drafts)
             costs.append(Cost(rows, drafts, cost, verify[drafts], verify[0]))
@@ -120,14 +120,14 @@ def _verify(architecture: Architecture, num_tokens: int, network: Network, state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _draft(architecture: Architecture, num_drafts: int, network: Network, state: State) -> jax.Array:
+def _draft(architecture: Architecture, num_speculative_tokens: int, network: Network, state: State) -> jax.Array:
     """The depths on one window, again and again."""
-    keys = jnp.broadcast_to(state.keys_B[:, None], (len(state.keys_B), num_drafts))
+    keys = jnp.broadcast_to(state.keys_B[:, None], (len(state.keys_B), num_speculative_tokens))
 
     def one(_, carry):
         tokens_BS, caches = carry
         text = Text(tokens_BS, state.length_B - 1, state.recent_BWD)
-        drafts = drafting.draft(architecture, network, GREEDY, num_drafts, text, caches, keys)
+        drafts = drafting.draft(architecture, network, GREEDY, num_speculative_tokens, text, caches, keys)
         # What is drafted next depends on what was: no iteration can be left out.
         return tokens_BS.at[:, 0].set(drafts.tokens_BK[:, -1]), drafts.caches
 
@@ -136,20 +136,20 @@ def _draft(architecture: Architecture, num_drafts: int, network: Network, state:
 
 def text(acceptance: Sequence[float], costs: Sequence[Cost], advice: Sequence[Advice]) -> str:
     """A row a batch size: milliseconds of a plain step, the speed-up of each draft length, the best of them."""
-    lengths = sorted({c.num_drafts for c in costs})
+    lengths = sorted({c.num_speculative_tokens for c in costs})
     rates = ", ".join("-" if math.isnan(a) else f"{a:.0%}" for a in acceptance)
     head = f"{'batch':<7}{'plain ms':>10}" + "".join(f"{f'K={k}':>9}" for k in lengths) + f"{'best':>7}"
     lines = [f"speed-up to expect by draft length K (acceptance {rates})", head]
     for a in advice:
-        own = {c.num_drafts: c for c in costs if c.batch_size == a.batch_size}
+        own = {c.num_speculative_tokens: c for c in costs if c.batch_size == a.batch_size}
         plain = next(iter(own.values())).plain_ms
         gains = "".join(f"{speed_up(acceptance, own[k]):>8.2f}x" for k in lengths)
-        lines.append(f"{a.batch_size:<7}{plain:>10.3f}{gains}{a.draft_length or 'plain':>7}")
+        lines.append(f"{a.batch_size:<7}{plain:>10.3f}{gains}{a.num_speculative_tokens or 'plain':>7}")
     end = stops_paying(advice)
     largest = max(a.batch_size for a in advice)
     if end is not None:
         lines.append(f"from batch size {end} on speculation does not pay")
-    elif all(a.draft_length for a in advice):
+    elif all(a.num_speculative_tokens for a in advice):
         lines.append(f"speculation pays at every batch size up to {largest}")
     else:
         lines.append(f"speculation pays at batch size {largest}, but not at all below")

@@ -31,7 +31,7 @@ class SpeculativeResult:
       attention would keep.
     """
 
-    draft_length: int
+    num_speculative_tokens: int
     batch_size: int
     num_prompts: int
     num_tokens: int
@@ -118,7 +118,7 @@ def measure(
     decoder: Generator,
     prompts: Sequence[np.ndarray],
     *,
-    num_drafts: int,
+    num_speculative_tokens: int,
     batch_size: int,
     max_new_tokens: int,
     sampler: Sampler = GREEDY,
@@ -132,31 +132,31 @@ def measure(
     Raises:
       UserError: as `Generator.generate`.
     """
-    decoder.check(prompts, max_new_tokens, num_drafts)
+    decoder.check(prompts, max_new_tokens, num_speculative_tokens)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     for batch in batches:
-        for drafts in (0, num_drafts):
-            state = decoder.start(batch, max_new_tokens, num_drafts=drafts)
+        for drafts in (0, num_speculative_tokens):
+            state = decoder.start(batch, max_new_tokens, num_speculative_tokens=drafts)
             decoder.write(state, 0, sampler=sampler, stop_tokens=stop_tokens)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens}
     runs: dict[int, list[Generation]] = {}
-    seconds = {0: math.inf, num_drafts: math.inf}
+    seconds = {0: math.inf, num_speculative_tokens: math.inf}
     for _ in range(repeats):
         spent = dict.fromkeys(seconds, 0.0)
         runs = {drafts: [] for drafts in seconds}
         for n, batch in enumerate(batches):
             for drafts in seconds:
                 started = time.monotonic()
-                runs[drafts].append(decoder.generate(batch, num_drafts=drafts, seed=seed + n, **options))
+                runs[drafts].append(decoder.generate(batch, num_speculative_tokens=drafts, seed=seed + n, **options))
                 spent[drafts] += time.monotonic() - started
         seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
-    plain, drafted = joined(runs[0]), joined(runs[num_drafts])
+    plain, drafted = joined(runs[0]), joined(runs[num_speculative_tokens])
     same = sum(np.array_equal(a, b) for a, b in zip(plain.tokens, drafted.tokens, strict=True))
     num_tokens = sum(map(len, drafted.tokens))
-    speed, plain_speed = num_tokens / seconds[num_drafts], sum(map(len, plain.tokens)) / seconds[0]
+    speed, plain_speed = num_tokens / seconds[num_speculative_tokens], sum(map(len, plain.tokens)) / seconds[0]
     cache = cache_bytes_per_token(decoder.architecture)
     return SpeculativeResult(
-        draft_length=drafted.tested.shape[1],
+        num_speculative_tokens=drafted.tested.shape[1],
         batch_size=batch_size,
         num_prompts=len(prompts),
         num_tokens=num_tokens,
@@ -178,7 +178,7 @@ def text(result: SpeculativeResult) -> str:
     width = max(12, len(rates) + 1)
     head = f"{'drafts':<8}{'acceptance':>{width}}{'tokens/forward':>16}{'plain tok/s':>13}{'tok/s':>9}{'speed-up':>10}"
     row = (
-        f"{r.draft_length:<8}{rates:>{width}}{r.tokens_per_forward:>16.2f}{r.plain_tokens_per_second:>13,.0f}"
+        f"{r.num_speculative_tokens:<8}{rates:>{width}}{r.tokens_per_forward:>16.2f}{r.plain_tokens_per_second:>13,.0f}"
         f"{r.tokens_per_second:>9,.0f}{r.speed_up:>9.2f}x"
     )
     same = "" if r.num_same is None else f"; {r.num_same} of {r.num_prompts} texts the same both ways"

@@ -1,11 +1,9 @@
 """The rule that selects a backend of an operation."""
 
-import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mtp_jax.config import UserError
+from mtp_jax.errors import UserError, warn_once
 from mtp_jax.kernels.device import Device, device
 
 
@@ -56,9 +54,3 @@ def select(setting: str, asked: str, backends: Sequence[Backend], *operands: Any
     if warns and refused and backend.native_to != device().family:
         warn_once(f"{setting}={backend.name}, slow here: {'; '.join(refused)}")
     return backend
-
-
-@functools.cache
-def warn_once(line: str) -> None:
-    """One line on stderr, the first time only."""
-    print(f"note: {line}", file=sys.stderr, flush=True)

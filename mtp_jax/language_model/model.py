@@ -17,6 +17,7 @@ from mtp_jax.config import Architecture, Config, UserError
 from mtp_jax.decoding import scoring, shared_context
 from mtp_jax.decoding.generator import Generation, Generator, check_drafts, check_integer
 from mtp_jax.decoding.samplers import make_sampler
+from mtp_jax.errors import warn_once
 from mtp_jax.language_model import texts as texts_of
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import kind_of
@@ -89,10 +90,11 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         speculative: bool = False,
-        draft_length: int | None = None,
+        num_speculative_tokens: int | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
+        draft_length: int | None = None,
     ) -> Completions:
         """Continue prompts, all of them as one batch.
 
@@ -103,24 +105,28 @@ class LanguageModel:
           temperature: 0 is greedy. top_k, top_p: limits to the likeliest tokens; see `decoding.samplers`.
           speculative: draft with the extra depths. Greedy text is the same, but for rounding in low precision, where
             three tokens at once are other matrix products than one; sampled text is distributed the same.
-          draft_length: tokens drafted before each forward pass; None: the trained depth. Sequential modules can draft
-            more.
+          num_speculative_tokens: tokens drafted before each forward pass; None: the trained depth. Sequential modules
+            can draft more.
           stop: a text ends before the first of these strings; one that names a special token is that token.
           stop_tokens: ids that end a text; None: `end_tokens`.
+          draft_length: deprecated name of num_speculative_tokens.
 
         Raises:
           UserError: a prompt that is empty or has no room in the context, a token outside the vocabulary, numbers
             outside their range, speculation with a model that has no extra depths, texts without a tokenizer.
         """
         sampler = make_sampler(temperature, top_k, top_p)
-        if draft_length is not None and not speculative:
-            raise UserError(f"draft_length={draft_length}: is for speculative decoding; add speculative=True")
         if draft_length is not None:
-            check_integer("draft_length", draft_length, 1)
-        num_drafts = (
-            (max(1, kind_of(self.config).depth) if draft_length is None else draft_length) if speculative else 0
-        )
-        check_drafts(self.config.architecture, num_drafts)
+            warn_once("generate: draft_length is now num_speculative_tokens; the next release drops the old name")
+            num_speculative_tokens = draft_length
+        if num_speculative_tokens is not None and not speculative:
+            given = f"num_speculative_tokens={num_speculative_tokens}"
+            raise UserError(f"{given}: is for speculative decoding; add speculative=True")
+        if num_speculative_tokens is None:
+            num_speculative_tokens = max(1, kind_of(self.config).depth)
+        check_integer("num_speculative_tokens", num_speculative_tokens, 1)
+        num_speculative_tokens = num_speculative_tokens if speculative else 0
+        check_drafts(self.config.architecture, num_speculative_tokens)
         if isinstance(stop_tokens, int):
             stop_tokens = (stop_tokens,)
         if stop_tokens is None:
@@ -136,7 +142,7 @@ class LanguageModel:
             befores,
             max_new_tokens,
             sampler=sampler,
-            num_drafts=num_drafts,
+            num_speculative_tokens=num_speculative_tokens,
             seed=seed,
             stop_tokens=stop_tokens,
             ends=self._finder(befores, stops) if stops else None,

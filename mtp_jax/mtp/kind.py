@@ -257,9 +257,9 @@ class Kind:
         del module, ready
         return ()
 
-    def empty_caches(self, parts: PyTree, empty: Callable[[Block], Cache], num_drafts: int) -> Caches:
-        """Caches for drafting `num_drafts` tokens with `parts`, of `unstack`; `empty(block)` makes one block's."""
-        del parts, empty, num_drafts
+    def empty_caches(self, parts: PyTree, empty: Callable[[Block], Cache], num_speculative_tokens: int) -> Caches:
+        """Caches for drafting with `parts`, of `unstack`; `empty(block)` makes that of one block."""
+        del parts, empty, num_speculative_tokens
         return []
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
@@ -280,13 +280,13 @@ class Kind:
         return caches
 
     def draft(
-        self, parts: PyTree, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
+        self, parts: PyTree, main: MainModel, text: Text, num_speculative_tokens: int, caches: Caches, propose: Propose
     ) -> Caches:
-        """Propose the `num_drafts` tokens after position `text.last_B`.
+        """Propose `num_speculative_tokens` tokens after position `text.last_B`.
 
         Args:
           main: its `embed` and `final_norm`; the hidden states are those of the text.
-          propose: draws the next drafts from hidden states; to be called until `num_drafts` are proposed.
+          propose: draws the next drafts from hidden states; to be called until `num_speculative_tokens` are proposed.
         """
         raise NotImplementedError(f"{self.name} does not draft")
 

@@ -131,11 +131,17 @@ class NextLatent(Kind):
         return main.final_norm(main.hidden)
 
     def draft(
-        self, parts: LatentStep, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
+        self,
+        parts: LatentStep,
+        main: MainModel,
+        text: Text,
+        num_speculative_tokens: int,
+        caches: Caches,
+        propose: Propose,
     ) -> Caches:
         """Roll from the last hidden state known, that of the position before the newest token."""
         latent_B1D, token_B1 = text.hidden_BWD[:, -1:], text.tokens_at(text.last_B[:, None])
-        for _ in range(num_drafts):
+        for _ in range(num_speculative_tokens):
             latent_B1D = parts(latent_B1D, main.embed(token_B1))
             token_B1 = propose(latent_B1D)
         return caches

@@ -108,10 +108,10 @@ class Parallel(Kind):
         """The heads' blocks as one module with stacked weights, since they run side by side."""
         return ready(module.block)
 
-    def empty_caches(self, parts: Block, empty: Callable[[Block], Cache], num_drafts: int) -> Caches:
-        if not num_drafts:
+    def empty_caches(self, parts: Block, empty: Callable[[Block], Cache], num_speculative_tokens: int) -> Caches:
+        if not num_speculative_tokens:
             return []
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_drafts, *x.shape)), empty(parts))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_speculative_tokens, *x.shape)), empty(parts))
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
         """z."""
@@ -123,11 +123,11 @@ class Parallel(Kind):
         return _run(parts, len(tokens_NBT), hidden_BTD, slots, caches)[1]
 
     def draft(
-        self, parts: Block, main: MainModel, text: Text, num_drafts: int, caches: Caches, propose: Propose
+        self, parts: Block, main: MainModel, text: Text, num_speculative_tokens: int, caches: Caches, propose: Propose
     ) -> Caches:
         """Each head proposes its token from z alone."""
         slots = slots_at(text.positions_BW, text.tokens_BS.shape[1])
-        h_KB1D, caches = _run(parts, num_drafts, text.hidden_BWD, slots, caches)
+        h_KB1D, caches = _run(parts, num_speculative_tokens, text.hidden_BWD, slots, caches)
         propose(jnp.moveaxis(main.final_norm(h_KB1D[:, :, 0]), 0, 1))
         return caches
 

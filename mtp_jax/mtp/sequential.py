@@ -124,10 +124,10 @@ class Sequential(Kind):
         return [ready(one) for one in unstacked(module.module)]
 
     def empty_caches(
-        self, parts: list[SequentialModule], empty: Callable[[Block], Cache], num_drafts: int
+        self, parts: list[SequentialModule], empty: Callable[[Block], Cache], num_speculative_tokens: int
     ) -> list[Cache]:
         """One per trained depth in use: drafts beyond them share the last one's."""
-        return [empty(parts[0].block) for _ in range(min(num_drafts, self.depth))]
+        return [empty(parts[0].block) for _ in range(min(num_speculative_tokens, self.depth))]
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
         """h_0, what the chain of depths begins with."""
@@ -157,7 +157,7 @@ class Sequential(Kind):
         parts: list[SequentialModule],
         main: MainModel,
         text: Text,
-        num_drafts: int,
+        num_speculative_tokens: int,
         caches: list[Cache],
         propose: Propose,
     ) -> list[Cache]:
@@ -168,7 +168,7 @@ class Sequential(Kind):
         onward_BTD, again_BTD = text.hidden_BWD, text.hidden_BWD
         # Depth 1 has learnt to read the decoder's hidden state, later ones what the depth before hands on.
         starts_normed = self.conventions.trunk_hidden == "after_norm"
-        for k in range(num_drafts):
+        for k in range(num_speculative_tokens):
             depth = min(k, len(caches) - 1)
             if k < len(caches):
                 inputs_BT = _text_with_drafts(text, text.positions_BW + k + 1, drafts)

@@ -129,7 +129,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return self._restore_newest(abstract, partial=True, steps=None if step is None else [step])[:2]
 
     def open_part(self, names: tuple[str, ...]) -> tuple[int, dict[str, PyTree]]:
-        """(step, named parts) of the newest valid step as `chunked_checkpoint.StoredArray`s, read when they are indexed.
+        """(step, named parts) of the newest valid step as `chunked_checkpoint.StoredArray`s, read where indexed.
 
         Raises:
           CheckpointError: no step, or none that is sound.

@@ -174,3 +174,19 @@ def test_every_old_name_reaches_its_field(old):
     setattr(functools.reduce(getattr, parents, config), name, value)
     assert from_dict(config.to_dict(), "here") == override(Config(), [f"--config.{old}={value}"]) == wanted
     assert from_dict(functools.reduce(lambda below, part: {part: below}, reversed(old.split(".")), value), "") == wanted
+
+
+def test_renamed_values_are_understood(tmp_path, capsys):
+    """On the command line, in a config file and in config.json, with one notice."""
+    file = tmp_path / "old.py"
+    file.write_text(
+        "from mtp_jax.config import default_config\n\n\ndef get_config():\n    config = default_config()\n"
+        "    config.model.attention_kernel = 'mosaic'\n    return config\n"
+    )
+    assert load_config(str(file), []).model.attention_kernel == "pallas_hopper"
+    assert "model.attention_kernel=mosaic is now pallas_hopper" in capsys.readouterr().err
+    found = load_config("configs/tiny.py", ["--config.model.expert_kernel=mosaic"])
+    assert found.model.expert_kernel == "pallas_hopper"
+    values = to_dict(found)
+    values["model"]["expert_kernel"] = "mosaic"
+    assert from_dict(values, "config.json") == found

@@ -32,8 +32,8 @@ def test_each_drafting_depth_keeps_one_layer_more(mtp, num):
     assert bytes_a_slot(MLA, mtp, 0) == bytes_a_slot(MLA)  # and none where nothing is drafted
 
 
-def bytes_a_slot(model, mtp=None, num_drafts=0):
-    state = build(model, mtp).decoder().start([[1, 2]] * 3, 10, num_drafts=num_drafts)
+def bytes_a_slot(model, mtp=None, num_speculative_tokens=0):
+    state = build(model, mtp).decoder().start([[1, 2]] * 3, 10, num_speculative_tokens=num_speculative_tokens)
     num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state.caches, state.mtp_caches)))
     return num_bytes // state.tokens_BS.size
 

@@ -137,7 +137,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(mtp, monkeypatch):
     prompts, found = prompts_of(lengths, 16), {}
     for chunk in (7, 64):
         monkeypatch.setattr(states, "PROMPT_CHUNK", chunk)
-        found[chunk] = jax.device_get(decoder.start(prompts, 5, num_drafts=2, seed=0)._replace(keys_B=None))
+        found[chunk] = jax.device_get(decoder.start(prompts, 5, num_speculative_tokens=2, seed=0)._replace(keys_B=None))
     pieces, whole = found[7], found[64]
     for b, length in enumerate(lengths):
         for one, other in zip(pieces.caches, whole.caches, strict=True):
@@ -155,9 +155,9 @@ def test_a_row_of_a_batch_is_written_as_it_is_alone():
     """Prompts of unequal lengths: the same tokens, and the same drafts kept."""
     decoder = build(MOE, sequential(2), seed=1).decoder()
     prompts = prompts_of([3, 30, 1, 11], 16)
-    together = decoder.generate(prompts, 30, num_drafts=2)
+    together = decoder.generate(prompts, 30, num_speculative_tokens=2)
     for b, prompt in enumerate(prompts):
-        alone = decoder.generate([prompt], 30, num_drafts=2)
+        alone = decoder.generate([prompt], 30, num_speculative_tokens=2)
         np.testing.assert_array_equal(together.tokens[b], alone.tokens[0])
         if len(prompt) > 1:  # of one token there is nothing to draft from at first: chance decides
             np.testing.assert_array_equal(together.tested[b], alone.tested[0])
@@ -188,23 +188,25 @@ _draft = jax.jit(drafting.draft, static_argnums=(0, 3))
 def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
     """Depth k at the position before the last, its hidden state from depth k - 1 and the newest draft read: as
     `MTPModel` computes it of the text with its drafts. In every round, after drafts kept and drafts refused."""
-    mtp, num_drafts = TRAINED[name]
+    mtp, num_speculative_tokens = TRAINED[name]
     model = replace(MOE, num_dense_layers=0) if mtp.depth == 3 else GQA if name == "parallel" else MLA
     model = replace(model, vocab_size=4, num_layers=2 if mtp.kind == "parallel" else 1)
     built = build(model, mtp, context=60, seed=5)
     decoder, sampler = built.decoder(), make_sampler(1.0)
     prompts = prompts_of([1, 2, 5, 17], 4)  # the last one longer than the window of positions that drafting runs again
-    state, num_checked = decoder.start(prompts, 50, num_drafts=num_drafts, seed=1), 0
+    state, num_checked = decoder.start(prompts, 50, num_speculative_tokens=num_speculative_tokens, seed=1), 0
     for turn in range(7):
-        keys = jax.random.split(jax.random.key(turn), (len(prompts), num_drafts))
+        keys = jax.random.split(jax.random.key(turn), (len(prompts), num_speculative_tokens))
         with jax.set_mesh(decoder.mesh):
             read = Text(state.tokens_BS, state.length_B - 1, state.recent_BWD)
-            drafts = _draft(decoder.architecture, decoder.network, sampler, num_drafts, read, state.mtp_caches, keys)
+            drafts = _draft(
+                decoder.architecture, decoder.network, sampler, num_speculative_tokens, read, state.mtp_caches, keys
+            )
         text, lengths = np.array(state.tokens_BS)[:, :70], np.asarray(state.length_B)
         for row, length, new in zip(text, lengths, np.asarray(drafts.tokens_BK), strict=True):
-            row[length : length + num_drafts] = new
+            row[length : length + num_speculative_tokens] = new
         rows = np.flatnonzero(lengths > 1)  # of one token there is no position before the last
-        expected = built.logits(text)[rows, lengths[rows] - 2, 1 : num_drafts + 1]
+        expected = built.logits(text)[rows, lengths[rows] - 2, 1 : num_speculative_tokens + 1]
         assert_close(drafts.logits_BKV[rows, : mtp.depth], expected, turn)
         num_checked += len(rows)
         state = decoder.write(state, 1, sampler=sampler)
@@ -217,7 +219,7 @@ def test_drafts_come_with_what_they_were_drawn_from():
     """Otherwise sampling is not lossless: each draft is possible, and outside the nucleus nothing is."""
     built = build(replace(MLA, vocab_size=8), sequential(2), context=60)
     decoder, sampler = built.decoder(), make_sampler(0.9, None, 0.5)
-    state = decoder.start(prompts_of([4] * 64, 8), 10, num_drafts=3)
+    state = decoder.start(prompts_of([4] * 64, 8), 10, num_speculative_tokens=3)
     keys = jax.random.split(jax.random.key(0), (64, 3))
     args = Text(state.tokens_BS, state.length_B - 1, state.recent_BWD), state.mtp_caches, keys
     with jax.set_mesh(decoder.mesh):
@@ -235,7 +237,7 @@ def test_drafts_come_with_what_they_were_drawn_from():
 
 
 @pytest.mark.parametrize(
-    ("model", "mtp", "num_drafts"),
+    ("model", "mtp", "num_speculative_tokens"),
     [
         (MOE, sequential(2), 2),
         (MLA, sequential(3, shared_depths=True, concat_order="hidden_first", chain="trunk"), 3),
@@ -243,14 +245,14 @@ def test_drafts_come_with_what_they_were_drawn_from():
     ],
     ids=["sequential", "shared", "parallel"],
 )
-def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_drafts):
+def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_speculative_tokens):
     """Float64, no caches, every token from its whole row."""
     built = build(replace(model, vocab_size=5), mtp, seed=5, blocks=0.5)
     prompts = prompts_of([2, 6], 5)
-    found = built.decoder().generate(prompts, 14, num_drafts=num_drafts)
+    found = built.decoder().generate(prompts, 14, num_speculative_tokens=num_speculative_tokens)
     for b, prompt in enumerate(prompts):
         args = built.reference, built.config, conventions(mtp), list(prompt), 14
-        expected = oracle.speculative_greedy(*args, num_drafts)
+        expected = oracle.speculative_greedy(*args, num_speculative_tokens)
         assert list(found.tokens[b]) == expected.tokens
         assert found.rounds[b] == expected.rounds
         np.testing.assert_array_equal(found.tested[b], expected.tested)
@@ -294,28 +296,28 @@ def test_rates_and_tokens_per_forward_of_counts():
 def test_counts_add_up_to_the_text():
     """Every forward pass writes one token and the drafts it keeps."""
     decoder = build(replace(MLA, vocab_size=4), sequential(3), seed=2).decoder()
-    found = decoder.generate(prompts_of([4, 7, 2], 4), 40, num_drafts=3)
+    found = decoder.generate(prompts_of([4, 7, 2], 4), 40, num_speculative_tokens=3)
     for b, tokens in enumerate(found.tokens):
         assert found.rounds[b] + found.accepted[b].sum() - len(tokens) in (0, 1)  # the last token may be a draft
     assert (np.diff(found.tested, axis=1) <= 0).all() and (found.tested[:, 1:] <= found.accepted[:, :-1]).all()
     assert 0 < found.accepted.sum() < found.tested.sum()
-    one = decoder.generate(prompts_of([4], 4), 1, num_drafts=3)
+    one = decoder.generate(prompts_of([4], 4), 1, num_speculative_tokens=3)
     assert len(one.tokens[0]) == one.num_forward_passes == 1
     assert not np.isnan(one.acceptance[0]) and np.isnan(one.acceptance[1:]).all()
 
 
-@pytest.mark.parametrize("num_drafts", [0, 3])
-def test_a_text_ends_at_its_stop_its_limit_or_the_context(num_drafts):
+@pytest.mark.parametrize("num_speculative_tokens", [0, 3])
+def test_a_text_ends_at_its_stop_its_limit_or_the_context(num_speculative_tokens):
     decoder = build(MLA, sequential(3), context=40, seed=2).decoder()
     prompts = prompts_of([4, 30, 39], 16)
-    whole = decoder.generate(prompts, 100, num_drafts=num_drafts)
+    whole = decoder.generate(prompts, 100, num_speculative_tokens=num_speculative_tokens)
     assert [len(tokens) for tokens in whole.tokens] == [36, 10, 1]
     for num in (7, 8, 9):
-        cut = decoder.generate(prompts, num, num_drafts=num_drafts)
+        cut = decoder.generate(prompts, num, num_speculative_tokens=num_speculative_tokens)
         for one, tokens in zip(cut.tokens, whole.tokens, strict=True):
             np.testing.assert_array_equal(one, tokens[:num])
     for stops in ([int(whole.tokens[0][10])], [int(whole.tokens[0][5]), int(whole.tokens[1][3])]):
-        ended = decoder.generate(prompts, 100, num_drafts=num_drafts, stop_tokens=stops)
+        ended = decoder.generate(prompts, 100, num_speculative_tokens=num_speculative_tokens, stop_tokens=stops)
         for one, tokens in zip(ended.tokens, whole.tokens, strict=True):
             ends = [i + 1 for i, token in enumerate(tokens) if token in stops]
             np.testing.assert_array_equal(one, tokens[: min(ends, default=len(tokens))])
@@ -325,13 +327,13 @@ def test_a_caller_who_sees_the_end_cuts_there():
     """`ends` is asked between runs of rounds; rows that end late or not at all are not touched by those that did."""
     decoder = build(MLA, sequential(2), seed=2).decoder()
     prompts = prompts_of([4, 7], 16)
-    whole = decoder.generate(prompts, 60, num_drafts=2)
+    whole = decoder.generate(prompts, 60, num_speculative_tokens=2)
 
     def ends(row, tokens):
         assert (tokens == whole.tokens[row][: len(tokens)]).all()
         return 13 if row == 0 and len(tokens) >= 20 else None
 
-    cut = decoder.generate(prompts, 60, num_drafts=2, ends=ends)
+    cut = decoder.generate(prompts, 60, num_speculative_tokens=2, ends=ends)
     np.testing.assert_array_equal(cut.tokens[0], whole.tokens[0][:13])
     np.testing.assert_array_equal(cut.tokens[1], whole.tokens[1])
     assert cut.rounds[0] < whole.rounds[0] and cut.rounds[1] == whole.rounds[1]
@@ -347,7 +349,7 @@ def test_a_row_is_sampled_whatever_stands_beside_it():
     first, second, third, other = prompts_of([5, 8, 3, 20], 16)
 
     def sample(prompts, seed=0):
-        return decoder.generate(prompts, 30, sampler=sampler, num_drafts=2, seed=seed).tokens
+        return decoder.generate(prompts, 30, sampler=sampler, num_speculative_tokens=2, seed=seed).tokens
 
     expected = sample([first, second, third])
     beside = sample([first, other, third])
@@ -368,15 +370,15 @@ def test_programs_are_compiled_once_for_prompts_and_lengths_of_a_size():
     built = build(MLA, sequential(2), seed=7)
     decoder = built.decoder()
     sizes = lambda: (states.begin._cache_size(), states.prefill._cache_size(), states.generate._cache_size())  # noqa: E731
-    decoder.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
+    decoder.generate(prompts_of([5, 20], 16), 40, num_speculative_tokens=2, sampler=make_sampler(0.7))
     before = sizes()
     for lengths, num_new, temperature in (([20, 31], 17, 0.7), ([18, 3], 60, 1.3), ([32, 30], 1, 0.2)):
         sampler = make_sampler(temperature)
-        decoder.generate(prompts_of(lengths, 16), num_new, num_drafts=2, sampler=sampler, seed=lengths[0])
+        decoder.generate(prompts_of(lengths, 16), num_new, num_speculative_tokens=2, sampler=sampler, seed=lengths[0])
     assert sizes() == before
     again = Generator(built.config, *built_weights(seed=8), decoder.mesh)  # other weights of the same shapes
     again.context = 512
-    again.generate(prompts_of([5, 20], 16), 40, num_drafts=2, sampler=make_sampler(0.7))
+    again.generate(prompts_of([5, 20], 16), 40, num_speculative_tokens=2, sampler=make_sampler(0.7))
     assert sizes() == before
 
 
@@ -388,7 +390,7 @@ def built_weights(seed):
 def test_a_state_is_written_in_place():
     """Its buffers are given up, caches above all: a second copy would double what decoding holds."""
     decoder = build(MLA, sequential(2)).decoder()
-    state = decoder.start(prompts_of([5, 20], 16), 40, num_drafts=2)
+    state = decoder.start(prompts_of([5, 20], 16), 40, num_speculative_tokens=2)
     after = decoder.write(state, 1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.caches, state.mtp_caches, state.tokens_BS)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
@@ -411,26 +413,26 @@ MESHES = {
 @pytest.mark.parametrize("name", MESHES)
 def test_any_mesh_writes_what_one_device_writes(name):
     """Five prompts on eight devices, drafted and plain: the same tokens in as many rounds."""
-    sizes, model, mtp, draft_lengths = MESHES[name]
+    sizes, model, mtp, nums_speculative_tokens = MESHES[name]
     built = build(model, mtp, seed=9)
     prompts = prompts_of([4, 17, 1, 9, 2], 16)
     one, many = built.decoder(), built.decoder(MeshConfig(**sizes))
-    for num_drafts in draft_lengths:
-        expected = one.generate(prompts, 16, num_drafts=num_drafts)
-        found = many.generate(prompts, 16, num_drafts=num_drafts)
+    for num_speculative_tokens in nums_speculative_tokens:
+        expected = one.generate(prompts, 16, num_speculative_tokens=num_speculative_tokens)
+        found = many.generate(prompts, 16, num_speculative_tokens=num_speculative_tokens)
         for a, b in zip(expected.tokens, found.tokens, strict=True):
             np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(found.rounds[[0, 1, 3, 4]], expected.rounds[[0, 1, 3, 4]])
 
 
-@pytest.mark.parametrize("num_drafts", [0, 2])
-def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_drafts):
+@pytest.mark.parametrize("num_speculative_tokens", [0, 2])
+def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_speculative_tokens):
     built = build(replace(MOE, compute_dtype="bfloat16"), sequential(2))
     decoder = built.decoder()
-    state = decoder.start(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
+    state = decoder.start(prompts_of([4, 20], 16), 20, num_speculative_tokens=num_speculative_tokens)
     caches = jax.tree.leaves((state.caches, state.mtp_caches, state.recent_BWD))
     assert {leaf.dtype for leaf in caches} == {jnp.dtype("bfloat16")}
-    found = decoder.generate(prompts_of([4, 20], 16), 20, num_drafts=num_drafts)
+    found = decoder.generate(prompts_of([4, 20], 16), 20, num_speculative_tokens=num_speculative_tokens)
     assert [len(tokens) for tokens in found.tokens] == [20, 20]
 
 
@@ -440,11 +442,11 @@ def test_what_is_padded_on_a_gpu_changes_nothing(mtp):
     built = build(MLA, mtp, blocks=0.1)
     prompts = prompts_of([6], MLA.vocab_size)
     plain = built.decoder().generate(prompts, 40)
-    here = built.decoder().generate(prompts, 40, num_drafts=2)
+    here = built.decoder().generate(prompts, 40, num_speculative_tokens=2)
     jax.clear_caches()
     with pretend("gpu"):
-        for num_drafts in (0, 2):
-            there = built.decoder().generate(prompts, 40, num_drafts=num_drafts)
+        for num_speculative_tokens in (0, 2):
+            there = built.decoder().generate(prompts, 40, num_speculative_tokens=num_speculative_tokens)
             np.testing.assert_array_equal(there.tokens[0], plain.tokens[0])
     jax.clear_caches()
     np.testing.assert_array_equal(there.accepted, here.accepted)

@@ -51,14 +51,14 @@ def plain(name):
     return prompts, found.tokens
 
 
-def assert_identical(name, mtp, num_drafts, alone=True):
+def assert_identical(name, mtp, num_speculative_tokens, alone=True):
     prompts, expected = plain(name)
     decoder = build(MODELS[name], mtp, blocks=0.3).decoder()
-    found = decoder.generate(prompts, NUM_NEW, num_drafts=num_drafts)
+    found = decoder.generate(prompts, NUM_NEW, num_speculative_tokens=num_speculative_tokens)
     for tokens, wanted in zip(found.tokens, expected, strict=True):
         np.testing.assert_array_equal(tokens, wanted)
     if alone:
-        (tokens,) = decoder.generate(prompts[3:4], NUM_NEW, num_drafts=num_drafts).tokens
+        (tokens,) = decoder.generate(prompts[3:4], NUM_NEW, num_speculative_tokens=num_speculative_tokens).tokens
         np.testing.assert_array_equal(tokens, expected[3])
     for k, num in enumerate(found.accepted.sum(axis=0)):
         kept[mtp.kind, k] = kept.get((mtp.kind, k), 0) + int(num)
@@ -75,12 +75,12 @@ def test_speculated_text_is_the_plain_text(name, kind, depth):
 
 
 @pytest.mark.parametrize(
-    ("mtp", "num_drafts"),
+    ("mtp", "num_speculative_tokens"),
     [(sequential(3), 1), (sequential(2), 5), (sequential(2, shared_depths=True), 4), (parallel(3), 2)],
     ids=["fewer", "more", "more of a shared one", "fewer heads"],
 )
-def test_any_draft_length_gives_the_plain_text(mtp, num_drafts):
-    assert_identical("mla", mtp, num_drafts, alone=False)
+def test_any_draft_length_gives_the_plain_text(mtp, num_speculative_tokens):
+    assert_identical("mla", mtp, num_speculative_tokens, alone=False)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_drafts_were_kept_at_every_place():
 def test_what_a_model_cannot_draft_is_one_clear_line():
     cases = {
         (None, 1): ["speculative", "mtp.kind=none", "plainly"],
-        (parallel(2), 3): ["draft_length=3", "2 parallel heads", "at most 2"],
-        (sequential(2), -1): ["draft_length=-1", "at least 0"],
+        (parallel(2), 3): ["num_speculative_tokens=3", "2 parallel heads", "at most 2"],
+        (sequential(2), -1): ["num_speculative_tokens=-1", "at least 0"],
     }
-    for (mtp, num_drafts), words in cases.items():
+    for (mtp, num_speculative_tokens), words in cases.items():
         with pytest.raises(UserError) as caught:
-            build(MODELS["mla"], mtp).decoder().generate([[1, 2]], 5, num_drafts=num_drafts)
+            build(MODELS["mla"], mtp).decoder().generate([[1, 2]], 5, num_speculative_tokens=num_speculative_tokens)
         assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
@@ -130,7 +130,7 @@ def test_a_trained_model_writes_the_same_and_drafts_well(tmp_path_factory):
     decoder = Generator(config, lm.params, lm.biases, lm.mesh)
     prompts = [list(text.encode()) for text in ("the station", "Ann comes at", "the café is open → ")]
     expected = decoder.generate(prompts, NUM_NEW)
-    found = decoder.generate(prompts, NUM_NEW, num_drafts=2)
+    found = decoder.generate(prompts, NUM_NEW, num_speculative_tokens=2)
     for tokens, wanted in zip(found.tokens, expected.tokens, strict=True):
         np.testing.assert_array_equal(tokens, wanted)
     assert min(found.acceptance) > 0.3 and found.tokens_per_forward > 1.3  # by chance 1 / 261

@@ -20,7 +20,7 @@ SMALLEST = replace(
 
 
 @pytest.mark.parametrize(
-    ("mtp", "num_drafts", "numbers"),
+    ("mtp", "num_speculative_tokens", "numbers"),
     [
         (sequential(2), 2, (1.0, None, None)),
         (sequential(1), 3, (1.0, None, 0.8)),
@@ -28,7 +28,7 @@ SMALLEST = replace(
     ],
     ids=["sequential", "drafts beyond the depth", "parallel"],
 )
-def test_speculated_texts_are_distributed_as_the_main_model_says(mtp, num_drafts, numbers):
+def test_speculated_texts_are_distributed_as_the_main_model_says(mtp, num_speculative_tokens, numbers):
     """64 texts of three tokens, their exact probabilities from whole rows, 2 x 10^4 of them sampled."""
     built = build(SMALLEST, mtp, seed=6)
     prompt = [1, 3, 0]
@@ -41,7 +41,9 @@ def test_speculated_texts_are_distributed_as_the_main_model_says(mtp, num_drafts
         exact[a, b, c] = of[0, a] * of[1, b] * of[2, c]
     decoder, sampler, counts, kept = built.decoder(), make_sampler(*numbers), np.zeros((4, 4, 4)), 0
     for seed in range(NUM_BATCHES):
-        found = decoder.generate([prompt] * NUM_ROWS, 3, sampler=sampler, num_drafts=num_drafts, seed=seed)
+        found = decoder.generate(
+            [prompt] * NUM_ROWS, 3, sampler=sampler, num_speculative_tokens=num_speculative_tokens, seed=seed
+        )
         counts += count_rows(np.array(found.tokens), 4)
         kept += found.accepted.sum(0) / found.tested.sum(0) / NUM_BATCHES
     assert (exact > 0).sum() > 8 and (kept[:2] > 0.05).all() and (kept[:2] < 0.95).all()

@@ -25,9 +25,9 @@ class Case:
     token, the last row for no token before; so is main.
     """
 
-    def __init__(self, num_drafts, vocab, numbers, quality, seed=0):
+    def __init__(self, num_speculative_tokens, vocab, numbers, quality, seed=0):
         rng = np.random.default_rng(seed)
-        self.num_drafts, self.vocab, self.numbers = num_drafts, vocab, numbers
+        self.num_speculative_tokens, self.vocab, self.numbers = num_speculative_tokens, vocab, numbers
         self.main = rng.normal(0, 1.2, (vocab + 1, vocab))
         noise = rng.normal(0, 1.2, self.main.shape)
         self.draft = {
@@ -50,10 +50,10 @@ class Case:
     def run(self, seed=1):
         """(num_accepted [N], tokens of each round [N, K + 1], -1 behind its end)."""
         rng = np.random.default_rng(seed)
-        drafts = np.zeros((NUM_ROWS, self.num_drafts), int)
+        drafts = np.zeros((NUM_ROWS, self.num_speculative_tokens), int)
         last = np.full(NUM_ROWS, self.vocab)
         tables = np.array([self.q((v,)) for v in range(self.vocab)] + [self.q(())])
-        for k in range(self.num_drafts):
+        for k in range(self.num_speculative_tokens):
             u = rng.random((NUM_ROWS, 1))
             drafts[:, k] = np.minimum((tables[last].cumsum(1) < u).sum(1), self.vocab - 1)
             last = drafts[:, k]
@@ -69,7 +69,7 @@ class Case:
             jax.random.split(jax.random.key(seed), NUM_ROWS),
         )
         num = np.asarray(verdict.num_accepted_B)
-        index = np.arange(self.num_drafts + 1)
+        index = np.arange(self.num_speculative_tokens + 1)
         padded = np.concatenate([drafts, drafts[:, :1]], axis=1)
         emitted = np.where(index == num[:, None], np.asarray(verdict.next_B)[:, None], padded)
         return num, np.where(index <= num[:, None], emitted, -1)
@@ -103,7 +103,7 @@ def test_what_is_written_is_distributed_as_without_drafts(case):
     """The first token as p, the second after each first as p of that prefix, and so on; and the whole round, its length
     included, as following every draft and every verdict gives."""
     case, num, emitted = written(*case)
-    for place in range(case.num_drafts + 1):
+    for place in range(case.num_speculative_tokens + 1):
         reached = emitted[emitted[:, place] >= 0][:, : place + 1]
         counts = count_rows(reached, case.vocab).reshape(-1, case.vocab)
         for prefix_index in np.flatnonzero(counts.sum(1)):
@@ -111,7 +111,7 @@ def test_what_is_written_is_distributed_as_without_drafts(case):
             if counts[prefix_index].sum() > 200:
                 value = p_value(counts[prefix_index], case.p(tuple(map(int, prefix))))
                 assert value > LIKELY / 100, (place, prefix, value)  # up to 150 questions a case
-    rounds = oracle.speculative_round(case.p, case.q, case.num_drafts)
+    rounds = oracle.speculative_round(case.p, case.q, case.num_speculative_tokens)
     names = {tokens: i for i, tokens in enumerate(rounds)}
     seen = [names.get(tuple(int(t) for t in row if t >= 0), len(names)) for row in emitted]
     counts = np.bincount(seen, minlength=len(names) + 1)
@@ -123,7 +123,7 @@ def test_drafts_are_kept_as_often_as_p_and_q_overlap(case):
     """sum_x min(p(x), q(x)), of the first draft and of the second where the first was kept."""
     case, num, emitted = written(*case)
     assert_rate((num > 0).mean(), np.minimum(case.p(()), case.q(())).sum(), NUM_ROWS)
-    if case.num_drafts > 1:
+    if case.num_speculative_tokens > 1:
         for v in range(case.vocab):
             kept = (num > 0) & (emitted[:, 0] == v)
             if kept.sum() > 200:
@@ -131,12 +131,12 @@ def test_drafts_are_kept_as_often_as_p_and_q_overlap(case):
 
 
 @pytest.mark.parametrize("numbers", [PLAIN, NUCLEUS], ids=name_of)
-@pytest.mark.parametrize("num_drafts", [1, 3])
-def test_drafts_of_the_main_model_itself_are_all_kept(num_drafts, numbers):
-    case = Case(num_drafts, 7, numbers, "good")
+@pytest.mark.parametrize("num_speculative_tokens", [1, 3])
+def test_drafts_of_the_main_model_itself_are_all_kept(num_speculative_tokens, numbers):
+    case = Case(num_speculative_tokens, 7, numbers, "good")
     num, emitted = case.run()
-    assert (num == num_drafts).mean() > 1 - 1e-4  # float32 logarithms on the way to `verify`
-    counts = count_rows(emitted[num == num_drafts][:, :2], case.vocab)
+    assert (num == num_speculative_tokens).mean() > 1 - 1e-4  # float32 logarithms on the way to `verify`
+    counts = count_rows(emitted[num == num_speculative_tokens][:, :2], case.vocab)
     assert p_value(counts, [case.p(()) * 0 + case.p(())[a] * case.p((a,)) for a in range(7)]) > LIKELY
 
 
@@ -168,16 +168,16 @@ def test_without_drafts_a_token_is_drawn_from_the_main_model():
     assert p_value(np.bincount(np.asarray(verdict.next_B), minlength=4), oracle.distribution(main, 0.7)) > LIKELY
 
 
-@pytest.mark.parametrize("num_drafts", [1, 2, 3])
-def test_greedy_keeps_the_leading_drafts_that_are_the_main_models_choice(num_drafts):
-    rng = np.random.default_rng(num_drafts)
-    logits = rng.normal(size=(500, num_drafts + 1, 3)).astype(np.float32)
-    drafts = rng.integers(0, 3, (500, num_drafts))
+@pytest.mark.parametrize("num_speculative_tokens", [1, 2, 3])
+def test_greedy_keeps_the_leading_drafts_that_are_the_main_models_choice(num_speculative_tokens):
+    rng = np.random.default_rng(num_speculative_tokens)
+    logits = rng.normal(size=(500, num_speculative_tokens + 1, 3)).astype(np.float32)
+    drafts = rng.integers(0, 3, (500, num_speculative_tokens))
     keys = jax.random.split(jax.random.key(0), 500)
     verdict = _verify(GREEDY, jnp.asarray(logits), jnp.asarray(drafts, jnp.int32), None, keys)
     for b in range(500):
         num = 0
-        while num < num_drafts and int(np.argmax(logits[b, num])) == drafts[b, num]:
+        while num < num_speculative_tokens and int(np.argmax(logits[b, num])) == drafts[b, num]:
             num += 1
         assert (verdict.num_accepted_B[b], verdict.next_B[b]) == (num, np.argmax(logits[b, num]))
 

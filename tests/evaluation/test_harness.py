@@ -204,7 +204,7 @@ def test_drafted_answers_are_the_same(evaluate, tmp_path):
     folder = task_file(tmp_path, "written", GENERATIVE)
     argv = ("--tasks=written", "--limit=60", folder, "--batch_size=8")
     _, plain = evaluate(*argv)
-    values, drafted = evaluate(*argv, "--speculative", "--draft_length=2")
+    values, drafted = evaluate(*argv, "--speculative", "--num_speculative_tokens=2")
     assert [s["resps"] for s in drafted["written"]] == [s["resps"] for s in plain["written"]]
     assert 1.02 < values["written"]["tokens_per_forward"] <= 3
 

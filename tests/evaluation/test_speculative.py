@@ -47,7 +47,7 @@ def test_eval_reports_acceptance_tokens_times_and_the_cache(monkeypatch, capsys,
     found = values["speculative"]
     assert set(values) == {"step", "loss", "acceptance", "speculative"}
     assert (found["num_prompts"], found["num_same"], found["num_tokens"]) == (3, 3, 72)
-    assert found["draft_length"] == 2 and len(found["acceptance"]) == 2
+    assert found["num_speculative_tokens"] == 2 and len(found["acceptance"]) == 2
     assert 0.5 < found["acceptance"][0] <= 1 and 1.5 < found["tokens_per_forward"] <= 3
     assert found["speed_up"] == pytest.approx(found["tokens_per_second"] / found["plain_tokens_per_second"])
     assert found["cache_bytes"] == 2 * (32 + 8) * 4  # layers, latent and rotary key, float32
@@ -64,7 +64,9 @@ def test_advice_is_printed_for_every_batch_size(monkeypatch, capsys, tmp_path, w
     code, out, err = run_eval(monkeypatch, capsys, *argv)
     assert (code, err) == (0, "")
     found = json.loads(output.read_text())["advice"]
-    assert [(c["batch_size"], c["num_drafts"]) for c in found["costs"]] == [(b, k) for b in (1, 3) for k in (1, 2, 3)]
+    assert [(c["batch_size"], c["num_speculative_tokens"]) for c in found["costs"]] == [
+        (b, k) for b in (1, 3) for k in (1, 2, 3)
+    ]
     assert all(c["draft_ms"] > 0 and c["verify_ms"] > 0 and c["plain_ms"] > 0 for c in found["costs"])
     assert [a["batch_size"] for a in found["advice"]] == [1, 3]
     assert len(found["acceptance"]) == 3
@@ -75,7 +77,7 @@ def test_advice_is_printed_for_every_batch_size(monkeypatch, capsys, tmp_path, w
     ("argv", "message"),
     [
         (["--prompts=nowhere.txt"], "error: --prompts=nowhere.txt: no such file"),
-        (["--draft_length=0"], "error: --draft_length=0: must be at least 1"),
+        (["--num_speculative_tokens=0"], "error: --num_speculative_tokens=0: must be at least 1"),
         (["--temperature=-1"], "error: temperature=-1.0: must be 0 (greedy) or a positive number"),
         (["--top_p=0.5"], "error: top_p=0.5: changes nothing at temperature=0"),
         (["--batch_size=0"], "error: --batch_size=0: must be at least 1"),
@@ -103,10 +105,12 @@ def test_flags_that_no_task_would_read_are_refused(monkeypatch, capsys, workdir,
 
 @pytest.mark.parametrize("tasks", ["loss,acceptance", "gsm8k"])
 def test_a_draft_length_without_drafts_is_refused(monkeypatch, capsys, workdir, tasks):
-    code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", f"--tasks={tasks}", "--draft_length=2")
+    code, out, err = run_eval(
+        monkeypatch, capsys, f"--workdir={workdir}", f"--tasks={tasks}", "--num_speculative_tokens=2"
+    )
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert err.startswith(
-        "error: --draft_length=2: is read by --tasks=speculative,advice, and by benchmarks with --spec"
+        "error: --num_speculative_tokens=2: is read by --tasks=speculative,advice, and by benchmarks with --spec"
     )
 
 
@@ -156,7 +160,7 @@ def test_batches_are_sampled_with_draws_of_their_own(workdir):
     import mtp_jax
 
     prompt = np.arange(97, 107)
-    options = {"max_new_tokens": 20, "sampler": make_sampler(1.5), "num_drafts": 0}
+    options = {"max_new_tokens": 20, "sampler": make_sampler(1.5), "num_speculative_tokens": 0}
     first, second = speculative.write_all(mtp_jax.load(workdir).decoder, [prompt, prompt], 1, **options).tokens
     assert not np.array_equal(first, second)
 

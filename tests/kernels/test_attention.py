@@ -10,11 +10,11 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import jaxprs_in_params
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import warn_once
 from mtp_jax.kernels import attention
 from mtp_jax.kernels.attention import Mask, cudnn, hopper, xla
 from mtp_jax.kernels.attention.hopper import blocks
 from mtp_jax.kernels.device import pretend
-from mtp_jax.kernels.selection import warn_once
 from mtp_jax.layers.stack import POLICIES
 from tests.kernels.hopper import assert_close, hopper_only
 
@@ -87,7 +87,7 @@ def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypat
             found = attention.attend(*qkv, mask, 0.3)
             np.testing.assert_array_equal(found, attention.attend(*qkv, mask, 0.3, kernel="xla"))
         (said,) = capsys.readouterr().err.splitlines()
-        for kernel, reason in zip(("mosaic", "cudnn"), reasons, strict=True):
+        for kernel, reason in zip(("pallas_hopper", "cudnn"), reasons, strict=True):
             assert reason in said
             with pytest.raises(UserError, match=f"model.attention_kernel={kernel}: .*{reason}"):
                 attention.attend(*qkv, mask, 0.3, kernel=kernel)
@@ -145,7 +145,7 @@ def walk(jaxpr):
 
 
 @pytest.mark.parametrize("segments_BT", [None, jnp.ones((2, 256), jnp.int32)], ids=["one_document", "packed"])
-@pytest.mark.parametrize(("kernel", "counted"), [("mosaic", "attention_forward"), ("cudnn", cudnn.FORWARD)])
+@pytest.mark.parametrize(("kernel", "counted"), [("pallas_hopper", "attention_forward"), ("cudnn", cudnn.FORWARD)])
 def test_recomputation_runs_the_attention_kernel_once_where_its_outputs_are_kept(
     monkeypatch, as_on_hopper, segments_BT, kernel, counted
 ):
@@ -174,7 +174,7 @@ def documents(is_packed):
 
 
 @hopper_only
-@pytest.mark.parametrize("kernel", ["mosaic", "cudnn"])
+@pytest.mark.parametrize("kernel", ["pallas_hopper", "cudnn"])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize(
     ("heads", "groups", "dims"), [(4, 4, (192, 128)), (4, 2, (128, 128)), (4, 1, (192, 128)), (2, 1, (64, 64))]
@@ -188,7 +188,7 @@ def test_on_hopper_kernels_equal_the_slow_path_in_float32(heads, groups, dims, i
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_on_hopper_cut_rows_equal_the_slow_path_in_float32(first, is_packed):
     q, k, v, grad = inputs(length=384, heads=4, groups=2)
-    check_on_hopper([q[:, :128], k, v, grad[:, :128]], Mask(documents(is_packed), jnp.int32(first)), "mosaic")
+    check_on_hopper([q[:, :128], k, v, grad[:, :128]], Mask(documents(is_packed), jnp.int32(first)), "pallas_hopper")
 
 
 @hopper_only
@@ -198,7 +198,7 @@ def test_on_hopper_cut_rows_equal_the_slow_path_in_float32(first, is_packed):
 def test_on_hopper_windows_and_sinks_equal_the_slow_path_in_float32(is_packed, window, first):
     q, k, v, grad = inputs(length=384, heads=4, groups=2)
     mask = Mask(documents(is_packed), jnp.int32(first), window)
-    check_on_hopper([q[:, :128], k, v, grad[:, :128]], mask, "mosaic", jnp.linspace(-1.0, 2.0, 4))
+    check_on_hopper([q[:, :128], k, v, grad[:, :128]], mask, "pallas_hopper", jnp.linspace(-1.0, 2.0, 4))
 
 
 @hopper_only

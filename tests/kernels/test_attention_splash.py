@@ -10,10 +10,10 @@ from jax.interpreters import partial_eval
 
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
+from mtp_jax.errors import warn_once
 from mtp_jax.kernels import attention
 from mtp_jax.kernels.attention import Mask, splash
 from mtp_jax.kernels.device import pretend
-from mtp_jax.kernels.selection import warn_once
 from mtp_jax.layers.stack import POLICIES
 from mtp_jax.sharding import first_position, local, whole_length
 from tests.kernels.hopper import assert_close

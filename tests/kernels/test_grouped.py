@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import warn_once
 from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.grouped_matmul import gradient, hopper, hopper_kernels
-from mtp_jax.kernels.selection import warn_once
 from tests.kernels.hopper import assert_close, hopper_only
 
 SIZES = {
@@ -106,8 +106,8 @@ def test_what_the_kernels_cannot_take_goes_to_ragged_dot_and_is_said_once(capsys
             assert not said
         else:
             assert len(said) == 1 and reason in said[0]
-        with pytest.raises(UserError, match="model.expert_kernel=mosaic"):
-            grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "mosaic")
+        with pytest.raises(UserError, match="model.expert_kernel=pallas_hopper"):
+            grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "pallas_hopper")
 
 
 def test_the_config_can_ask_for_ragged_dot(stand_ins, capsys):
@@ -159,4 +159,4 @@ def test_on_hopper_the_kernels_equal_the_oracle(name, num_rows, dim, width):
     sizes = [size * num_rows // 256 for size in SIZES[name]]
     if name != "rows left over":
         sizes[2] += num_rows - sum(sizes)
-    check_both_ways(operands(sizes, jnp.bfloat16, num_rows, dim, width), 1e-2, kernel="mosaic")
+    check_both_ways(operands(sizes, jnp.bfloat16, num_rows, dim, width), 1e-2, kernel="pallas_hopper")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError
+from mtp_jax.errors import warn_once
 from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.grouped_matmul import megablox
-from mtp_jax.kernels.selection import warn_once
 from tests.kernels.test_grouped import SIZES, both_ways, check_both_ways, operands
 
 

@@ -54,4 +54,4 @@ def test_experts_on_a_gpu_without_the_kernels(kernel):
 
 @hopper_only
 def test_on_hopper_experts_equal_every_expert_on_every_token():
-    check(replace(CONFIG, expert_kernel="mosaic"))
+    check(replace(CONFIG, expert_kernel="pallas_hopper"))

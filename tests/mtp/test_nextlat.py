@@ -103,14 +103,14 @@ def random_model(model, mtp):
     return Built(config, None, *jax.jit(lambda: init(config.architecture, 5))())
 
 
-@pytest.mark.parametrize("num_drafts", [1, 4])  # fewer and more than the trained depth
-def test_drafts_change_nothing_but_the_number_of_passes(num_drafts):
+@pytest.mark.parametrize("num_speculative_tokens", [1, 4])  # fewer and more than the trained depth
+def test_drafts_change_nothing_but_the_number_of_passes(num_speculative_tokens):
     """Greedy text is the same; some drafts are kept and some refused."""
     mtp = MTPConfig(kind="nextlat", depth=2)
     built = random_model(replace(MLA, vocab_size=4, num_layers=1), mtp)
     decoder, prompts = built.decoder(), prompts_of([1, 2, 5, 17], 4)
     plain = decoder.generate(prompts, 40)
-    drafted = decoder.generate(prompts, 40, num_drafts=num_drafts)
+    drafted = decoder.generate(prompts, 40, num_speculative_tokens=num_speculative_tokens)
     for a, b in zip(plain.tokens, drafted.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
     assert 0 < drafted.accepted.sum() < drafted.tested.sum()
@@ -122,7 +122,7 @@ def test_drafts_are_the_trained_roll():
     mtp = MTPConfig(kind="nextlat", depth=3)
     built = random_model(replace(MLA, vocab_size=8), mtp)
     decoder, sampler, prompts = built.decoder(), make_sampler(1.0), prompts_of([2, 5, 17], 8)
-    state = decoder.start(prompts, 20, num_drafts=3, seed=1)
+    state = decoder.start(prompts, 20, num_speculative_tokens=3, seed=1)
     keys = jax.random.split(jax.random.key(0), (3, 3))
     with jax.set_mesh(decoder.mesh):
         text = Text(state.tokens_BS, state.length_B - 1, state.recent_BWD)

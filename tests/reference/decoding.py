@@ -54,24 +54,24 @@ class Speculated(NamedTuple):
     accepted: np.ndarray
 
 
-def speculative_greedy(params, config, conventions, prompt, num_new, num_drafts):
+def speculative_greedy(params, config, conventions, prompt, num_new, num_speculative_tokens):
     """The same text, a round at a time: K drafts, the leading ones that the main model agrees with, and its next token.
 
     A draft counts as judged if those before it were kept and the text has room for it.
     """
     text, rounds = list(prompt), 0
-    tested, accepted = np.zeros(num_drafts, int), np.zeros(num_drafts, int)
+    tested, accepted = np.zeros(num_speculative_tokens, int), np.zeros(num_speculative_tokens, int)
     while len(text) < len(prompt) + num_new:
         drafts = []
-        for _ in range(num_drafts):
+        for _ in range(num_speculative_tokens):
             drafts.append(int(np.argmax(draft_logits(params, config, conventions, text, drafts))))
         room = len(prompt) + num_new - len(text)
-        for place in range(num_drafts + 1):
+        for place in range(num_speculative_tokens + 1):
             if place == room:
                 break
             choice = int(np.argmax(next_logits(params, config, conventions, text)))
             text.append(choice)
-            if place == num_drafts:
+            if place == num_speculative_tokens:
                 break
             tested[place] += 1
             if drafts[place] != choice:
@@ -126,7 +126,7 @@ def distribution(logits, temperature_value, num=None, mass=None):
     return softmax(logits)
 
 
-def speculative_round(target, draft, num_drafts, prefix=()):
+def speculative_round(target, draft, num_speculative_tokens, prefix=()):
     """What one round emits, by following every draft and every verdict: {tokens: probability}.
 
     Draft x ~ q is kept with probability min(1, p(x) / q(x)). Where it is not, a token from max(p - q, 0), normalised,
@@ -136,7 +136,7 @@ def speculative_round(target, draft, num_drafts, prefix=()):
       target, draft: functions from the tuple of tokens before to the probabilities p, q of the next.
     """
     p = target(prefix)
-    if len(prefix) == num_drafts:
+    if len(prefix) == num_speculative_tokens:
         return {(*prefix, v): p[v] for v in range(len(p)) if p[v] > 0}
     q, out = draft(prefix), {}
     left = [max(p[v] - q[v], 0.0) for v in range(len(p))]
@@ -145,7 +145,7 @@ def speculative_round(target, draft, num_drafts, prefix=()):
             continue
         keeps = min(1.0, p[x] / q[x])
         if keeps > 0:
-            for tokens, chance in speculative_round(target, draft, num_drafts, (*prefix, x)).items():
+            for tokens, chance in speculative_round(target, draft, num_speculative_tokens, (*prefix, x)).items():
                 out[tokens] = out.get(tokens, 0.0) + q[x] * keeps * chance
         if keeps < 1:
             for v in range(len(p)):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import UserError, load_config
+from mtp_jax.errors import warn_once
 from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.attention import Mask, splash
 from mtp_jax.kernels.grouped_matmul import megablox
-from mtp_jax.kernels.selection import warn_once
 from mtp_jax.tools import plan as plan_command
 from mtp_jax.tools.planning import buffers, collectives, estimate, hlo, roofline, search, topology, traffic
 from mtp_jax.tools.planning.compile import compile_step, resolve

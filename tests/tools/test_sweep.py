@@ -296,7 +296,7 @@ def test_a_model_without_depths_is_not_asked_to_draft(tmp_path):
     commands = Commands(TINY, tmp_path, ["loss", "speculative"], flags)
     assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
     assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative", *flags]
-    for flags, kept in ((["--draft_length=2"], []), (["--speculative", "--draft_length=2"],) * 2):
+    for flags, kept in ((["--num_speculative_tokens=2"], []), (["--speculative", "--num_speculative_tokens=2"],) * 2):
         commands = Commands(TINY, tmp_path, ["gsm8k", "speculative"], flags)
         assert commands.evaluation(runs[0]) == ["--tasks=gsm8k", *kept]
 

@@ -15,7 +15,7 @@ __all__ = ["BACKENDS", "Mask", "attend", "attend_cached"]
 
 # Of each backend: `attend`, as below but for the kernel, and `unsupported_reason` of the same arguments but the scale.
 BACKENDS = (
-    Backend("mosaic", hopper.attend, hopper.unsupported_reason, "gpu", Device.lacks_hopper),
+    Backend("pallas_hopper", hopper.attend, hopper.unsupported_reason, "gpu", Device.lacks_hopper),
     Backend("cudnn", cudnn.attend, cudnn.unsupported_reason, "gpu", Device.lacks_hopper),
     Backend("splash", splash.attend, splash.unsupported_reason, "tpu", Device.lacks_tpu),
     Backend("xla", xla.attend),

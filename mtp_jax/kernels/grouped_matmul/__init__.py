@@ -14,7 +14,7 @@ from mtp_jax.kernels.selection import Backend, select
 
 # jax, on TPUs: libtpu 0.0.48 multiplies each row once in all three products of ragged_dot, 0.0.42 in two of them.
 NATIVE_SINCE = (0, 11)
-HOPPER = Backend("mosaic", hopper.run, hopper.unsupported_reason, "gpu", Device.lacks_hopper)
+HOPPER = Backend("pallas_hopper", hopper.run, hopper.unsupported_reason, "gpu", Device.lacks_hopper)
 MEGABLOX = Backend("megablox", megablox.run, megablox.unsupported_reason, "tpu", Device.lacks_tpu)
 XLA = Backend("xla", xla.run)
 FEW_ROWS = 128  # fewer are those of decoding, where no kernel is faster
@@ -25,11 +25,11 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel
 
     Args:
       sizes_E: int32, together at most N; rows after the last group are zero, here and in the result.
-      kernel: "xla", "mosaic" (Pallas on Hopper), "megablox" (Pallas on TPUs), or "auto": what is fast on the device,
+      kernel: "xla", "pallas_hopper", "megablox" (Pallas on TPUs), or "auto": what is fast on the device,
         wherever it can.
 
     Raises:
-      UserError: kernel is "mosaic" or "megablox" where it cannot be.
+      UserError: kernel is "pallas_hopper" or "megablox" where it cannot be.
     """
     return _selected(x_ND, w_EDF, kernel).run(x_ND, w_EDF, sizes_E)
 

@@ -45,7 +45,7 @@ class Commands:
         flags = self.eval_flags
         if not any(task in DRAFTING for task in tasks):
             # which eval.py refuses without them
-            theirs = OWN_FLAGS if "--speculative" in flags else (*OWN_FLAGS, "draft_length")
+            theirs = OWN_FLAGS if "--speculative" in flags else (*OWN_FLAGS, "num_speculative_tokens")
             flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in theirs]
         return [f"--tasks={','.join(tasks)}", *flags] if tasks else []
 
