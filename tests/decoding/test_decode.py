@@ -151,6 +151,24 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(mtp, monkeypatch):
     assert np.abs(whole.caches[0][2, :39]).min(axis=-1).max() > 0  # there is something in them
 
 
+@pytest.mark.parametrize("chunk", [2, 7, 16])
+def test_a_ring_holds_what_the_window_sees_however_a_prompt_is_read(chunk, monkeypatch):
+    """Pieces shorter and longer than the window, and longer than the ring; prompts that end at different places."""
+    built = build(replace(GQA, **WINDOW), sequential(2, window=5))
+    monkeypatch.setattr(states, "PROMPT_CHUNK", chunk)
+    decoder, prompts = built.decoder(), prompts_of([40, 1, 19, 33], 16)
+    state = decoder.start(prompts, 30, num_speculative_tokens=2)
+    near = [cache.k_BSGQ.shape[1] for cache in (state.caches[0], state.caches[2], *state.mtp_caches)]
+    assert near == [5 + 2 * 3] * 4 and state.caches[1].k_BSGQ.shape[1] >= 70
+    for num_speculative_tokens in (0, 2):
+        found = decoder.generate(prompts, 30, num_speculative_tokens=num_speculative_tokens).tokens
+        for prompt, tokens in zip(prompts, found, strict=True):
+            row = np.concatenate([prompt, tokens])
+            logits = built.main_logits(row[None])[0, len(prompt) - 1 : -1]
+            best = np.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+            assert (best >= logits.max(axis=1) - 1e-4).all()
+
+
 def test_a_row_of_a_batch_is_written_as_it_is_alone():
     """Prompts of unequal lengths: the same tokens, and the same drafts kept."""
     decoder = build(MOE, sequential(2), seed=1).decoder()
