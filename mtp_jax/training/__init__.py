@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: step, optimizer, checkpoints, metrics, FLOPs."""
+"""The training loop and its parts: step, optimizer, checkpoints, metrics, FLOPs."""

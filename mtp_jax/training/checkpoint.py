@@ -1,13 +1,13 @@
-"""Checkpoints: orbax writes and reads them, checksums of our own say whether what is read is what was written.
+"""Checkpoints, written and read by orbax and verified by checksums.
 
     checkpoints/
       500/state/...             orbax; written under 500.orbax-checkpoint-tmp and renamed when complete
       500.checksums.json        sha256 of every file of 500, written after it is committed
       500.checksums.0of2.json   the same from process 0 of 2, each of which hashes its share of the files
-      400.broken/               a step that failed its check and was overtaken by a restart from an older one
+      400.broken/               a step that failed verification, renamed when a run restarted from an older one
 
-orbax restores a flipped byte without an error and takes an empty folder for the newest step; neither passes here.
-The folder must be one that every process sees (a local disk for one host; NFS, Lustre or a mounted bucket for more).
+orbax restores a flipped byte without an error and takes an empty folder for the newest step; the checksums detect both.
+Every process must see the folder (a local disk for one host; NFS, Lustre or a mounted bucket for several).
 """
 
 import os
@@ -44,14 +44,18 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     Calls are collective: every process of the run makes them, in the same order.
 
     Attributes:
-      directory: the folder, made by the first save.
+      directory: the folder, created by the first save.
     """
 
     def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig | None = None):
-        """config: how many to keep, and whether `save` returns before the files are written. None: only to read."""
+        """Opens a folder; creates nothing.
+
+        Args:
+          config: how many checkpoints to keep, and whether `save` returns before files are written; None: read-only.
+        """
         self.directory = pathlib.Path(directory).absolute()
         self._config = config
-        # Made by the first save, once broken steps are out of the way.
+        # Created by the first save, after corrupt steps were renamed.
         self._manager: ocp.CheckpointManager | None = None
         self._last_saved: int | None = None
         self._hashing: _Hashing | None = None
@@ -60,17 +64,20 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self.close()
 
     def steps(self) -> list[int]:
-        """Committed steps, oldest first, sound or not."""
+        """Returns the committed steps, oldest first, valid or not."""
         return sorted(int(p.name) for p in self.directory.glob("*") if p.name.isdigit() and p.is_dir())
 
     def save(self, step: int, state: dict[str, PyTree]) -> None:
-        """Write `state` as `step` and drop the oldest beyond config.keep. A step saved before by this object is left.
+        """Writes `state` as `step` and removes the oldest steps beyond config.keep.
+
+        Does nothing if `step` is the last one that this object saved.
 
         Args:
+          step: the number of steps done.
           state: a dict of pytrees of arrays; `restore_part` reads some of them.
 
         Raises:
-          CheckpointError: a step this new or newer is there already, or the files cannot be written (an asynchronous
+          CheckpointError: the folder holds a step this new or newer, or the files cannot be written (an asynchronous
             save reports that at the next `save` or `wait`).
         """
         if step == self._last_saved:
@@ -92,17 +99,17 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             self.wait()
 
     def restore_latest(self, abstract_state: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
-        """The newest sound step as (step, state), or None where there is no step at all.
+        """Returns the newest valid step as (step, state), or None if there are no steps.
 
-        A step that fails its check is reported on stderr and passed over; the folder of one newer than the step used is
-        renamed to `<step>.broken`, so that training can save that step again.
+        A step that fails verification is reported on stderr and skipped; the folder of one newer than the restored step
+        is renamed to `<step>.broken`, so that training can save that step again.
 
         Args:
-          abstract_state: ShapeDtypeStructs with shardings. They may be of another mesh or process count than those
-            that saved; floating arrays are cast to their dtypes.
+          abstract_state: ShapeDtypeStructs with shardings. The mesh and process count may differ from those that saved;
+            floating-point arrays are cast to these dtypes.
 
         Raises:
-          CheckpointError: there are steps and none is sound, or the sound one is of another model.
+          CheckpointError: no step is valid, or the newest valid one belongs to another model.
         """
         self.wait()
         if not self.steps():
@@ -112,14 +119,15 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return step, state
 
     def restore_part(self, step: int | None, abstract: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]]:
-        """(step, part of the state): of `step` or (None) of the newest sound one; nothing else is read.
+        """Returns (step, part of the state) of `step`, or of the newest valid step if None; reads nothing else.
 
         Args:
-          abstract: ShapeDtypeStructs of what is wanted, some of the leaves saved (`saved_part`), under the state's own
-            names ("params", ...). One without a sharding comes to the first device.
+          step: the step, or None.
+          abstract: ShapeDtypeStructs of the leaves to read, a subset of those saved (`saved_part`), under the names
+            they have in the state ("params", ...). A leaf without a sharding is placed on the first device.
 
         Raises:
-          CheckpointError: no such step, none that is sound, or a leaf that is missing or of another shape.
+          CheckpointError: no such step, no valid step, or a leaf that is missing or has another shape.
         """
         self.wait()
         found = self.steps()
@@ -129,10 +137,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return self._restore_newest(abstract, partial=True, steps=None if step is None else [step])[:2]
 
     def open_part(self, names: tuple[str, ...]) -> tuple[int, dict[str, PyTree]]:
-        """(step, named parts) of the newest valid step as `chunked_checkpoint.StoredArray`s, read where indexed.
+        """Returns (step, named parts) of the newest valid step as `chunked_checkpoint.StoredArray`s, read on indexing.
 
         Raises:
-          CheckpointError: no step, or none that is sound.
+          CheckpointError: no step, or no valid one.
         """
         self.wait()
         for step in reversed(self.steps()):
@@ -145,24 +153,28 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         raise CheckpointError(f"{self.directory}: has no sound checkpoint; it has steps {self.steps() or 'none'}")
 
     def saved_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, PyTree] | None:
-        """Shapes and dtypes of the named parts of what is saved, as nested dicts of ShapeDtypeStructs.
+        """Returns shapes and dtypes of the named parts as saved: nested dicts of ShapeDtypeStructs.
 
-        Of `step`, or (None) of the newest that can be described; None where there is none.
+        Args:
+          step: the step; None: the newest whose metadata can be read.
+
+        Returns:
+          The parts, or None if there is no such step.
         """
         for candidate in [step] if step is not None else reversed(self.steps()):
             try:
                 saved = self._saved_tree(candidate)
-            except Exception:  # what is wrong with the step, restoring it will say
+            except Exception:  # restoring the step reports the error
                 continue
             part = {name: saved.get(name, {}) for name in names}
             return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), part)
         return None
 
     def wait(self) -> None:
-        """Until the last save is on disk, with its checksums.
+        """Waits until the last save and its checksums are on disk.
 
         Raises:
-          CheckpointError: it failed.
+          CheckpointError: the save failed.
         """
         hashing, self._hashing = self._hashing, None
         if self._manager is not None:
@@ -177,7 +189,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 checksums.remove_orphans(self.directory)
 
     def close(self) -> None:
-        """Wait, and let go of orbax's threads."""
+        """Waits for the last save and ends orbax's threads."""
         try:
             self.wait()
         finally:
@@ -191,7 +203,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.keep,
                 enable_async_checkpointing=self._config.async_save,
-                cleanup_tmp_directories=True,  # what a killed save left
+                cleanup_tmp_directories=True,  # of interrupted saves
             )
             self.directory.mkdir(parents=True, exist_ok=True)
             if _process()[0] == 0:
@@ -202,7 +214,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def _restore_newest(
         self, abstract: dict[str, PyTree], partial: bool, steps: list[int] | None = None
     ) -> tuple[int, dict[str, PyTree], list[int]]:
-        """(step, state, broken newer steps) of the newest sound one of `steps` (None: all)."""
+        """Returns (step, state, corrupt newer steps) of the newest valid one of `steps` (None: all)."""
         broken: list[int] = []
         for step in reversed(self.steps() if steps is None else steps):
             problem, is_checked = self._problem(step)
@@ -236,7 +248,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return ocp.PyTreeCheckpointHandler().metadata(epath.Path(self.directory / str(step) / ITEM)).tree
 
     def _problem(self, step: int) -> tuple[str | None, bool]:
-        """(what is wrong with the step or None, whether checksums say so). All processes get the same answer."""
+        """Returns (the problem of the step or None, whether checksums were compared), the same on all processes."""
         problem, is_checked = checksums.verify(self.directory, step, *_process())
         if problem is None and not is_checked:
             if _process()[0] == 0:
@@ -260,7 +272,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         _report(f"checkpoint {self.directory / str(step)} is broken ({problem}); looking for an older one")
 
     def _check_fits(self, step: int, abstract: dict[str, PyTree], partial: bool) -> None:
-        """Names and shapes of what is saved against what is asked for."""
+        """Compares names and shapes of the saved leaves with those of `abstract`."""
         saved = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self._saved_tree(step))}
         wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         missing = [n for n in wanted if n not in saved]
@@ -290,10 +302,12 @@ def write_streamed(
     state: dict[str, PyTree],
     progress: Callable[[int], None] = lambda num_elements: None,
 ) -> None:
-    """A checkpoint of leaves that are read in parts (`chunked_checkpoint.save`), with its checksums; one process alone.
+    """Writes a checkpoint of leaves that are read in parts (`chunked_checkpoint.save`), with its checksums.
+
+    Only one process may call this.
 
     Raises:
-      CheckpointError: it cannot be written.
+      CheckpointError: the checkpoint cannot be written.
     """
     directory = pathlib.Path(directory).absolute()
     try:
@@ -301,13 +315,13 @@ def write_streamed(
         checksums.write(directory, step, 0, 1)
     except (OSError, ValueError) as error:
         shutil.rmtree(directory / str(step), ignore_errors=True)
-        told = re.search(r"OS error \d+: \w+ ([^\]]+)", str(error))  # by the file system, at the end of a long line
+        told = re.search(r"OS error \d+: \w+ ([^\]]+)", str(error))  # of the file system, at the end of a long line
         reason = told[1] if told else _first_line(error)
         raise CheckpointError(f"{directory}: cannot save step {step}: {reason}") from error
 
 
 class _Hashing(threading.Thread):
-    """Hashes this process's share of a step's files once the step is committed, beside the training."""
+    """Hashes this process's share of a step's files in the background, once the step is committed."""
 
     def __init__(self, directory: pathlib.Path, step: int):
         super().__init__(name="checkpoint_checksums", daemon=True)
@@ -327,7 +341,7 @@ class _Hashing(threading.Thread):
             self._error = error
 
     def finish(self) -> None:
-        """Call when orbax is done with the step, written or failed."""
+        """Waits for the checksums; called when orbax has written the step or failed."""
         self._save_is_over.set()
         self.join()
         if self._error is not None:
@@ -343,7 +357,7 @@ def _report(line: str) -> None:
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The first device for a leaf that names no place; orbax would ask for the devices that saved it."""
+    """Returns the leaf, on the first device if it has no sharding; orbax would use the devices that saved it."""
     if leaf.sharding is not None:
         return leaf
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -355,7 +369,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _name(path: jax.tree_util.KeyPath) -> str:
-    """One spelling for a dict key, a named field and a position: containers change their kind on disk."""
+    """Returns a path that spells dict keys, fields and indices alike: the container types differ on disk."""
     return "/".join(str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a))) for k in path)
 
 

@@ -1,6 +1,6 @@
-"""Checksums of a checkpoint step's files, kept beside its folder.
+"""Checksums of the files of a checkpoint step, stored beside its folder.
 
-Of several processes each takes every n-th of the sorted files, both when they are written and when they are verified.
+Each of n processes takes every n-th of the sorted files, both when writing and when verifying.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ _NAME = re.compile(r"(\d+)\.checksums(?:\.\d+of(\d+))?\.(?:json|partial)")
 
 
 def write(directory: pathlib.Path, step: int, index: int, count: int) -> None:
-    """Size and sha256 of this process's share of the step's files, into a file that appears complete or not at all.
+    """Writes size and sha256 of this process's share of the step's files, into a file that is created atomically.
 
     Args:
-      directory: holds the step's folder.
-      index, count: this process, of how many.
+      directory: the folder that holds the step's folder.
+      index: index of this process.
+      count: number of processes.
     """
     folder = directory / str(step)
     files = sorted(p for p in folder.rglob("*") if p.is_file())[index::count]
@@ -35,7 +36,7 @@ def write(directory: pathlib.Path, step: int, index: int, count: int) -> None:
 
 
 def verify(directory: pathlib.Path, step: int, index: int, count: int) -> tuple[str | None, bool]:
-    """(what is wrong with this process's share of the step's files or None, whether there were checksums to tell)."""
+    """Returns (the problem in this process's share of the step's files or None, whether checksums exist)."""
     folder = directory / str(step)
     if not any(folder.iterdir()):
         return "its folder is empty", False
@@ -57,7 +58,7 @@ def verify(directory: pathlib.Path, step: int, index: int, count: int) -> tuple[
 
 
 def remove_orphans(directory: pathlib.Path) -> None:
-    """Remove checksums of steps that are gone."""
+    """Removes checksums of steps that no longer exist."""
     for path in directory.glob("*.checksums*"):
         match = _NAME.fullmatch(path.name)
         if match and not (directory / match[1]).exists():
@@ -65,7 +66,7 @@ def remove_orphans(directory: pathlib.Path) -> None:
 
 
 def _read(directory: pathlib.Path, step: int) -> dict[str, FileSum] | None:
-    """All files' sums, or None when some process has not written its own."""
+    """Returns the sums of all files, or None if a process has not written its own."""
     by_count: dict[int, list[pathlib.Path]] = {}
     for path in directory.glob(f"{step}.checksums*.json"):
         match = _NAME.fullmatch(path.name)

@@ -1,8 +1,8 @@
-"""Checkpoints larger than the memory: orbax's own format, written and read a chunk at a time.
+"""Checkpoints larger than memory, written and read in orbax's format one chunk at a time.
 
-orbax calls the handler of a leaf's type. These two handle leaves that are not arrays but know how to be read in parts:
-on saving, chunk after chunk is read and handed to tensorstore; on restoring, the stored array is opened and not read.
-What is written is an ordinary checkpoint, which any other code restores as arrays.
+orbax dispatches on the type of a leaf. The two handlers here take leaves that can be read in parts: on saving, each
+chunk is read and handed to tensorstore in turn; on restoring, the stored array is opened and not read. The result is an
+ordinary checkpoint, which any other code restores as arrays.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ _IN_FLIGHT = 2  # chunks read and not yet written
 
 
 class StoredArray:
-    """An array of a checkpoint, read where it is indexed (ints, slices, ...)."""
+    """An array of a checkpoint, read on indexing (ints, slices, ...)."""
 
     def __init__(self, store: ts.TensorStore):
         self._store = store
@@ -35,15 +35,16 @@ class StoredArray:
 
 
 def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] = lambda num_elements: None) -> None:
-    """Write `tree` into `directory` in orbax's format. Where that fails, what is left is for the caller to remove.
+    """Writes `tree` into `directory` in orbax's format. On failure the caller removes what was written.
 
     Args:
+      directory: the folder to write.
       tree: nested dicts of leaves with `shape`, `dtype` and `[slices] -> array`; numpy arrays too. A leaf may have
-        `cut_order`, the dims in the order they should be cut into chunks (default: from the first on).
-      progress: called with the elements of each chunk written.
+        `cut_order`, the order in which its dims are split into chunks (default: from the first on).
+      progress: called with the number of elements of each chunk written.
 
     Raises:
-      what tensorstore raises where the disk is full or refuses.
+      The errors of tensorstore, such as a full disk.
     """
     leaves = jax.tree.map(_Source, tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
     writer = _Writer(progress)
@@ -51,7 +52,7 @@ def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] 
     with ocp.Checkpointer(handler) as checkpointer:
         try:
             checkpointer.save(epath.Path(directory), args=ocp.args.PyTreeSave(leaves))
-        except ValueError:  # orbax misses arrays; why, the writer knows
+        except ValueError:  # orbax reports missing arrays; the writer has the cause
             if writer.error is None:
                 raise
     if writer.error is not None:
@@ -59,11 +60,11 @@ def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] 
 
 
 def open_arrays(directory: pathlib.Path, abstract: PyTree) -> PyTree:
-    """The stored arrays under the names of `abstract`, as `StoredArray`s.
+    """Returns the stored arrays under the names of `abstract`, as `StoredArray`s.
 
     Args:
       directory: a checkpoint in orbax's format.
-      abstract: nested dicts, with any leaves: which of the arrays to open.
+      abstract: nested dicts with the names of the arrays to open; the leaves are ignored.
     """
     arguments = ocp.args.PyTreeRestore(
         item=abstract,
@@ -76,12 +77,12 @@ def open_arrays(directory: pathlib.Path, abstract: PyTree) -> PyTree:
 
 
 def _registry(kind: type, handler: type_handlers.TypeHandler) -> type_handlers.TypeHandlerRegistry:
-    """orbax warns of a registry that cannot handle jax arrays."""
+    """Returns a registry for one type. orbax warns of registries that cannot handle jax arrays."""
     return type_handlers.create_type_handler_registry((kind, handler), (jax.Array, type_handlers.ArrayHandler()))
 
 
 class _Source:
-    """A leaf to be saved, of any kind that can be indexed."""
+    """A leaf to save, of any type that can be indexed."""
 
     def __init__(self, array: ReadableArray):
         self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
@@ -90,7 +91,7 @@ class _Source:
         self.chunk = _chunk_shape(self.shape, self.dtype.itemsize, getattr(array, "cut_order", range(self.ndim)))
 
     def blocks(self) -> Iterator[tuple[slice, ...]]:
-        """The slices of every chunk."""
+        """Yields the slices of every chunk."""
         num_chunks = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
         for corner in np.ndindex(num_chunks):
             starts = [i * c for i, c in zip(corner, self.chunk, strict=True)]
@@ -98,7 +99,7 @@ class _Source:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int, cut_order: Iterable[int]) -> list[int]:
-    """The largest block within CHUNK_BYTES that is cut along as few dims as possible."""
+    """Returns the largest block within CHUNK_BYTES that splits as few dims as possible."""
     chunk = [max(n, 1) for n in shape]
     for dim in cut_order:
         rest = itemsize * int(np.prod(chunk)) // chunk[dim]
@@ -109,12 +110,12 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int, cut_order: Iterable[int]
 
 
 class _Writer(type_handlers.NumpyHandler):
-    """Saves `_Source`s; on disk they are arrays like any other."""
+    """Saves `_Source`s as ordinary arrays."""
 
     def __init__(self, progress: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
-        self.error: Exception | None = None  # raised after orbax is done, whose thread would print it with a traceback
+        self.error: Exception | None = None  # raised when orbax is done: its thread would print a traceback
         self._free: asyncio.Semaphore | None = None
 
     async def _open_and_write(self, value: _Source, tspec: JsonObject, ts_context: ts.Context) -> None:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a config and what chips can do: the parts of MFU."""
+"""Floating-point operations of a model and peak FLOP/s of devices, from which MFU is computed."""
 
 from mtp_jax.config import Config
 from mtp_jax.layers.attention import attention_of
@@ -8,16 +8,16 @@ from mtp_jax.mtp import kind_of
 
 
 def train_flops_per_token(config: Config) -> float:
-    """Floating-point operations that the model asks for in the forward and backward pass, per trained token.
+    """Returns the floating-point operations of the model per trained token, forward and backward.
 
         6 * (active matmul weights of the main blocks + those of each MTP depth + (1 + D) d V)
           + 6 * sum over blocks and D of H (d_qk + d_v) * keys seen
 
-    A weight takes a multiplication and an addition forward and twice that backward. The output head is used at every
-    depth, the embedding lookup is free. Attention: 2 H d_qk for the score and 2 H d_v for the value of one query and
-    key, times 3 for forward and backward; a query sees T / 2 keys on average, or W - W^2 / 2T within a window;
-    document boundaries, which mask more, do not count. Recomputation is not what the model asks for and does not count
-    either (PaLM, 2204.02311, appendix B).
+    Each weight takes one multiplication and one addition in the forward pass and twice that in the backward pass. The
+    output head is applied at every depth; the embedding lookup is free. Attention: 2 H d_qk for the score and 2 H d_v
+    for the value of one query and key, times 3 for forward and backward; a query sees T / 2 keys on average, or
+    W - W^2 / 2T within a window. Document boundaries, which mask more, are ignored, and recomputation is not counted
+    (PaLM, 2204.02311, appendix B).
     """
     model, kind, architecture = config.model, kind_of(config), config.architecture
     assert model.vocab_size is not None, "resolve model.vocab_size from the tokenizer first"
@@ -31,7 +31,7 @@ def train_flops_per_token(config: Config) -> float:
     return 6.0 * (multiplied + model.num_heads * attention_of(model).multiplied_dims(model) * pairs)
 
 
-# Dense bfloat16 TFLOP/s of one jax device, by a part of its `device_kind`; the first match counts.
+# Dense bfloat16 TFLOP/s of one jax device, by a substring of its `device_kind`; the first match is used.
 # TPUs: "peak compute per chip" of docs.cloud.google.com/tpu/docs/<version>. A device is a chip, except for v2, v3 and
 # 7x, where it is one of a chip's two cores (7x: "dual-chiplet architecture" on its page).
 # NVIDIA: the data sheets, most of which print the figure with sparsity, twice this one.
@@ -66,7 +66,7 @@ _PEAK_TFLOPS = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bfloat16 FLOP/s of one device of `jax.Device.device_kind`; None for CPUs and what the table does not know."""
+    """Returns bfloat16 FLOP/s of one device of `jax.Device.device_kind`; None for CPUs and unlisted devices."""
     words = f"{device_kind.upper()} "
     for name, tflops in _PEAK_TFLOPS:
         at = words.find(name.upper())

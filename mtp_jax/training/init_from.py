@@ -1,5 +1,6 @@
-"""Starting a run from trained weights (`init_from`): a run's workdir, or a Hugging Face folder read straight into the
-shards of the mesh. The main model must match; MTP modules may be new."""
+"""Initialization of a run from trained weights (`init_from`): a workdir, or a Hugging Face folder read directly into
+the shards of the mesh. The main model must match; MTP modules may be new.
+"""
 
 import dataclasses
 import pathlib
@@ -17,15 +18,16 @@ from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config
 
 Tree = dict[str, Any]
 
-MODEL_PARTS = ("params", "biases")  # of the state: what makes the model, without optimizer and step
+MODEL_PARTS = ("params", "biases")  # of the state: the model, without optimizer and step
 
 
 class Source(NamedTuple):
     """Weights to start from.
 
-    config: of the model they are of; None where it is not known.
-    shapes: `MODEL_PARTS` as nested dicts of leaves with shape and dtype.
-    read: ShapeDtypeStructs with shardings, of some of the leaves -> what is read, for people, and jax arrays there.
+    Attributes:
+      config: config of their model; None if unknown.
+      shapes: `MODEL_PARTS` as nested dicts of leaves with shape and dtype.
+      read: maps ShapeDtypeStructs with shardings, of some of the leaves, to (a description of the source, jax arrays).
     """
 
     config: Config | None
@@ -34,10 +36,10 @@ class Source(NamedTuple):
 
 
 def check_source(path: str, abstract_state: Tree) -> None:
-    """Whether `load_from` will be able to start from `path`.
+    """Checks that `load_from` can start from `path`.
 
     Raises:
-      UserError: no weights there, or a main model of another shape, with the first weight that differs.
+      UserError: `path` has no weights, or its main model has other shapes; names the first weight that differs.
     """
     with _opened(path) as source:
         problem = _misfit(source.shapes, abstract_state, "trunk")
@@ -46,14 +48,15 @@ def check_source(path: str, abstract_state: Tree) -> None:
 
 
 def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> tuple[Tree, str]:
-    """`state` with the weights and router biases of `path`: a workdir's newest sound checkpoint, or a Hugging Face
-    folder.
+    """Returns `state` with the weights and router biases of `path`.
 
-    Every weight of the main model must be there in its shape (`check_source`). The MTP modules are taken over where
-    all of them fit and keep their fresh weights otherwise: that is how heads are bolted on to a trained model.
+    `path` is a workdir, whose newest valid checkpoint is read, or a Hugging Face folder.
+
+    Every weight of the main model must be present in its shape (`check_source`). The MTP modules are loaded if all of
+    them fit and keep their fresh weights otherwise, so that heads can be added to a trained model.
 
     Returns:
-      the new state, and lines that say what was taken and which settings differ from those it was trained with.
+      The new state, and lines that state what was loaded and which settings differ from those of the weights.
     """
     with _opened(path) as source:
         takes_mtp = "mtp" in state["params"] and _misfit(source.shapes, abstract_state, "mtp") is None
@@ -70,7 +73,7 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
 
 
 def copy_sides(path: str, workdir: str) -> None:
-    """What travels with an imported model (tokenizer, config.json of its family) into the new run's workdir; once."""
+    """Copies the side files of an imported model (tokenizer, config.json of its family) to a workdir that has none."""
     if (pathlib.Path(workdir) / hf_folder.SIDE_FOLDER).exists():
         return
     if hf_folder.is_hf_folder(path):
@@ -106,7 +109,7 @@ def _opened(path: str) -> Iterator[Source]:
 
 
 def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[str]:
-    """Settings that decide what the weights compute and are not seen in their shapes."""
+    """Returns the settings that decide what the weights compute and do not show in their shapes."""
     if there is None:
         return []
     old = {key: value for key, value, _ in walk(there.model)}
@@ -118,7 +121,7 @@ def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[st
 
 
 def _misfit(there: Tree, wanted: Tree, part: str) -> str | None:
-    """The first weight of `part` that is missing there or has another shape; None if all fit."""
+    """Returns the first weight of `part` that is missing in `there` or has another shape; None if all fit."""
     for kind in MODEL_PARTS:
         saved = _shapes(there.get(kind, {}).get(part, {}))
         for name, shape in _shapes(wanted[kind].get(part, {})).items():

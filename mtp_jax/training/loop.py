@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom: data, mesh, state, steps, checkpoints."""
+"""The training loop, in order of execution: data, mesh, state, steps, checkpoints."""
 
 import collections
 import os
@@ -22,11 +22,11 @@ from mtp_jax.training.run import Run, global_batches, set_up
 
 
 class Preempted(RuntimeError):
-    """The run was told to stop and has saved its state. Exit code 1: it is not done."""
+    """The run received a signal to stop and has saved its state. Exit code 1: it is not finished."""
 
 
 def train(config: Config, workdir: str) -> Run:
-    """Train `config` in `workdir`, from its newest checkpoint where it has one.
+    """Trains `config` in `workdir`, from its newest checkpoint if it has one.
 
     Raises:
       UserError: a config, data or workdir that cannot be used; nothing was written.
@@ -49,7 +49,7 @@ def train(config: Config, workdir: str) -> Run:
 
 
 def _check_start(run: Run, workdir: str) -> None:
-    """Refuse what could only fail later: a shorter run than there is already, weights to start from that do not fit."""
+    """Rejects what would fail later: fewer steps than the run has done, initial weights that do not fit."""
     saved = Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS)
     steps, num_steps = saved.steps(), run.config.training.num_steps
     there = saved.saved_part(("params", "opt_state")) if steps else None
@@ -80,7 +80,7 @@ def _announce(run: Run) -> None:
 
 
 def _first_state(run: Run, saved: Checkpoints, is_main: bool) -> tuple[int, Tree]:
-    """(steps done, state): the newest sound checkpoint, or fresh weights, or those of init_from."""
+    """Returns (steps done, state) of the newest valid checkpoint, or with fresh weights, or with those of init_from."""
     restored = saved.restore_latest(run.trainer.abstract_state)
     if restored is not None:
         if is_main:
@@ -95,7 +95,7 @@ def _first_state(run: Run, saved: Checkpoints, is_main: bool) -> tuple[int, Tree
 
 
 def _steps(run: Run, first_step: int, saved: Checkpoints, writer: MetricsWriter, started: float) -> Tree:
-    """Run the steps. Between two log points nothing waits for the device."""
+    """Runs the steps. Between two log points the host does not wait for the device."""
     config, state = run.config, run.state
     num_steps, every = config.training.num_steps, config.training.log_every
     log = _Log(config, writer, first_step)
@@ -130,7 +130,7 @@ MAX_WAITING = 256  # steps whose metrics stay on the device between two log poin
 
 
 class _Log:
-    """Metrics on the device until a log point, then checked, written and shown."""
+    """Metrics kept on the device until a log point, then checked, written and printed."""
 
     def __init__(self, config: Config, writer: MetricsWriter, first_step: int):
         self.config, self.writer = config, writer
@@ -144,7 +144,7 @@ class _Log:
         self.flops_per_token = train_flops_per_token(config)
 
     def started(self, note: str) -> None:
-        """The first step is mostly compilation: the clock starts behind it."""
+        """Restarts the clock after the first step, most of which is compilation."""
         self.first_seconds = time.perf_counter() - self.timed_at
         self.timed_step, self.timed_at = self.timed_step + 1, time.perf_counter()
         if jax.process_index() == 0:
@@ -152,11 +152,11 @@ class _Log:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.waiting.append((step, metrics))
-        if len(self.waiting) > MAX_WAITING:  # the older half is long done: fetching it waits for nothing
+        if len(self.waiting) > MAX_WAITING:  # the older half is computed: fetching it does not wait
             self.check(len(self.waiting) // 2)
 
     def check(self, num: int | None = None) -> None:
-        """Fetch what waits (the `num` oldest) and stop at the first loss that is not finite, naming step and term."""
+        """Fetches the waiting metrics (the `num` oldest) and raises at the first loss that is not finite."""
         count = len(self.waiting) if num is None else num
         fetched = jax.device_get([self.waiting.popleft() for _ in range(count)])
         for step, metrics in fetched:
@@ -165,11 +165,11 @@ class _Log:
             check_finite(step, self.newest)
 
     def write(self, on_grid: bool) -> None:
-        """A line in metrics.jsonl and on the screen. Off the grid (a run that was told to stop) only on the screen."""
+        """Writes a line to metrics.jsonl and the terminal; off the grid (a stopped run) to the terminal only."""
         self.check()
         step, now = self.newest_step, time.perf_counter()
         seconds, steps = now - self.timed_at, step - self.timed_step
-        if steps == 0:  # the very first step is a log point, or a checkpoint came between
+        if steps == 0:  # the first step is a log point, or a checkpoint was saved in between
             steps, seconds = 1, self.first_seconds
         rate = steps * self.tokens_per_step / seconds
         self.timed_step, self.timed_at = step, now
@@ -183,12 +183,12 @@ class _Log:
             print(self.progress.line(step, record), flush=True)
 
     def pause_over(self) -> None:
-        """What a checkpoint took is not the step's time: start the clock anew, from the step just checked."""
+        """Restarts the clock at the step just checked, so that the checkpoint does not count as step time."""
         self.timed_step, self.timed_at = self.newest_step, time.perf_counter()
 
 
 class _StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; a second one ends at once."""
+    """SIGTERM and SIGINT request a checkpoint and the end of the run; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -211,7 +211,7 @@ class _StopSignal:
         signal.signal(number, signal.SIG_DFL if before is None else before)  # None: a handler not made in Python
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer on every process."""
+        """Returns whether to stop after this step; the same on every process."""
         if jax.process_count() == 1:
             return self.is_set
         from jax.experimental import multihost_utils
@@ -224,7 +224,7 @@ class _StopSignal:
 
 
 def _process_start() -> float:
-    """When this process began, in time.time()'s seconds: what a person at the terminal waits from."""
+    """Returns the start time of this process, in the seconds of time.time()."""
     try:
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         boot = next(line for line in pathlib.Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))

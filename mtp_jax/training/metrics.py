@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, a line on the terminal; the alarm when one is not finite."""
+"""Output of a run's metrics: metrics.jsonl, TensorBoard, the terminal; and an error when one is not finite."""
 
 import json
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 
 
-Scalar = Any  # a number of Python, numpy or jax, or None
+Scalar = Any  # a Python, numpy or jax number, or None
 
 
 class NonFiniteLoss(RuntimeError):
@@ -30,17 +30,20 @@ class NonFiniteLoss(RuntimeError):
 
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
-    """Appends to metrics.jsonl, one JSON object a logged step, and to TensorBoard's events.
+    """Appends to metrics.jsonl, one JSON object per logged step, and to TensorBoard's events.
 
-    A run that goes on from a checkpoint continues the file: lines after the checkpoint's step are dropped, since those
-    steps come again, and so is a line torn by a kill. For no step to be missing, a step's line must be written before
-    the checkpoint of that step is saved.
+    A run resumed from a checkpoint continues the file: lines after the checkpoint's step are dropped, since those steps
+    are repeated, and so is a line left incomplete by a kill. So that no step is missing, the line of a step must be
+    written before the checkpoint of that step is saved.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, is_main: bool = True):
-        """resume_step: step of the checkpoint restored; None: a start from the beginning, so no line is kept.
+        """Opens the files.
 
-        is_main: whether this process writes; the others do nothing.
+        Args:
+          workdir: the run's folder.
+          resume_step: step of the restored checkpoint; None: a fresh start, so no line is kept.
+          is_main: whether this process writes; the others do nothing.
         """
         self._file = self._events = None
         if not is_main:
@@ -53,7 +56,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._events = SummaryWriter(str(path.parent), purge_step=None if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
-        """One line, flushed when this returns. Values are numbers, jax or numpy scalars; None and non-finite: null."""
+        """Writes and flushes one line. Values are numbers, jax or numpy scalars; None and non-finite become null."""
         if self._file is None or self._events is None:
             return
         values = {"step": step} | {k: plain(v) for k, v in metrics.items()}
@@ -74,14 +77,16 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
 
 
 class Progress:
-    """The terminal's line of a logged step: plain text, one line each, alike in a terminal, a pipe and a notebook."""
+    """The terminal's line for a logged step: plain text, the same in a terminal, a pipe and a notebook."""
 
     def __init__(self, num_steps: int):
         self._num_steps = num_steps
-        self._first: tuple[int, float] | None = None  # step and time of the first line: compilation is before it
+        self._first: tuple[int, float] | None = None  # step and time of the first line, which comes after compilation
 
     def line(self, step: int, metrics: Mapping[str, Scalar]) -> str:
-        """What is there of `step 120/600  loss 1.834 (main 1.520, mtp 1.71 1.95)  4.1k tok/s  MFU 31%  ETA 2:13`."""
+        """Returns the known parts of
+        `step 120/600  loss 1.834 (main 1.520, mtp 1.71 1.95)  4.1k tok/s  MFU 31%  ETA 2:13`.
+        """
         now = time.monotonic()
         values = {k: plain(v) for k, v in metrics.items()}
         parts = [f"step {step}/{self._num_steps}"]
@@ -100,8 +105,10 @@ class Progress:
 
 
 def check_finite(step: int, metrics: Mapping[str, Scalar]) -> None:
-    """Raises:
-    NonFiniteLoss: a loss or the gradient norm is NaN or infinite; the message names the step and every such term.
+    """Checks that every loss and the gradient norm are finite.
+
+    Raises:
+      NonFiniteLoss: some are NaN or infinite; the message names the step and every such term.
     """
     watched = {k: plain(v) for k, v in metrics.items() if k.startswith("loss") or k == "grad_norm"}
     bad = [f"{k}={v}" for k, v in watched.items() if v is not None and not math.isfinite(v)]
@@ -113,22 +120,22 @@ def check_finite(step: int, metrics: Mapping[str, Scalar]) -> None:
 
 
 def peak_memory_gib(devices: Iterable["jax.Device"]) -> float:
-    """The most memory that was in use at one time since the process began, in GiB.
+    """Returns the peak memory in use since the process began, in GiB.
 
-    Of the fullest of `devices` (jax.local_devices()), where they count it: GPUs and TPUs do. Devices without a memory
-    of their own, such as CPUs, report nothing; then it is the peak of this process's resident memory, with Python and
-    the data in it, so the two kinds of number do not compare.
+    For GPUs and TPUs: of the fullest of `devices` (jax.local_devices()). Devices without memory of their own, such as
+    CPUs, report nothing; then it is the peak resident memory of this process, with Python and the data in it, so the
+    two kinds of number are not comparable.
     """
     stats = [device.memory_stats() or {} for device in devices]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
         return max(peaks) / 2**30
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but on macOS bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
     return resident / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[JsonObject]:
-    """The lines of a metrics.jsonl, without one that is being written or was torn by a kill.
+    """Returns the lines of a metrics.jsonl, without an incomplete last one.
 
     Raises:
       ValueError: a line other than the last is not a JSON object.
@@ -142,18 +149,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[JsonObject]:
             row = line
         if isinstance(row, dict) and "step" in row:
             rows.append(row)
-        elif row is not None and number < len(lines):  # a torn line ends the file without a newline
+        elif row is not None and number < len(lines):  # an incomplete line has no newline
             raise ValueError(f"{path}: line {number} is not a JSON object with a step; remove it")
     return rows
 
 
 def plain(value: Scalar) -> float | None:
-    """A Python int, float or None from any scalar."""
+    """Converts any scalar to a Python int, float or None."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Rewrite the file with the lines up to `step`, all at once."""
+    """Rewrites the file with the lines up to `step`, atomically."""
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
@@ -161,7 +168,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 
 
 def _terms(values: Mapping[str, float | None]) -> str:
-    """` (main 1.520, mtp 1.710 1.950)`; nothing for a model without extra depths, whose loss is the main one."""
+    """Returns ` (main 1.520, mtp 1.710 1.950)`; empty for a model without extra depths, whose loss is the main one."""
     depths = [values[f"loss_mtp_{k}"] for k in range(1, len(values)) if values.get(f"loss_mtp_{k}") is not None]
     if not depths or values.get("loss_main") is None:
         return ""
@@ -176,7 +183,7 @@ def _short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """`1:05` minutes and seconds, `1:02:03` with hours."""
+    """Formats seconds as `1:05` (minutes and seconds), or `1:02:03` with hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Optimizers from optax: which rule each weight gets, and where its state lives.
+"""Optimizers from optax: the update rule of each weight, and the sharding of the optimizer state.
 
 | weight                                         | adamw        | muon  | decayed |
 |------------------------------------------------|--------------|-------|---------|
@@ -7,8 +7,8 @@
 | one of the dims multiplied)                    |              |       |         |
 | embedding table, tied or not; norm scales      | Adam         | Adam  | no      |
 
-Which weight is a matrix is declared with it (`ParamInfo`): the number of dims says nothing once layers are stacked. A
-tied embedding is one weight, declared as an embedding, so it is updated once, by the embedding's rule.
+A matrix is declared as one (`ParamInfo`): the number of dims does not identify it once layers are stacked. A tied
+embedding is one weight, declared as an embedding, so it is updated once, by the embedding's rule.
 """
 
 import math
@@ -30,14 +30,14 @@ MUON_UPDATE_RMS = 0.2
 
 
 def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW or Muon by weight, then the learning rate's schedule.
+    """Returns clipping by the global norm, then AdamW or Muon by weight, then the learning rate schedule.
+
+    Moments are stored in config.moment_dtype and computed in float32. With bfloat16, beta2 above about 0.99 stalls the
+    second moment: an update smaller than 2^-9 of it is rounded away.
 
     Args:
       num_steps: length of the run, which the schedule spans.
-      infos: one ParamInfo a weight.
-
-    The moments are kept in config.moment_dtype, and computed in float32. With bfloat16, beta2 above about 0.99 stalls
-    the second moment: an update smaller than 2^-9 of it is rounded away.
+      infos: one ParamInfo per weight.
     """
     labels = jax.tree.map(lambda info: label(config, info), infos, is_leaf=lambda x: isinstance(x, ParamInfo))
     schedule = schedules.learning_rate(config, num_steps)
@@ -55,7 +55,7 @@ def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.Gradien
 
 
 def label(config: OptimizerConfig, info: ParamInfo) -> str:
-    """The rule of one weight: adam, adam_decayed or muon."""
+    """Returns the rule of one weight: adam, adam_decayed or muon."""
     if not info.is_matrix:
         return "adam"
     multiplied = {info.axes[dim] for dim in (*info.in_dims, *info.out_dims)}
@@ -67,14 +67,14 @@ def label(config: OptimizerConfig, info: ParamInfo) -> str:
 def state_shardings(
     tx: optax.GradientTransformation, abstract_params: Tree, param_shardings: Tree, replicated: Any
 ) -> Any:
-    """A sharding for every leaf of `tx.init(params)`: a moment goes where its weight is, all else is replicated.
+    """Returns a sharding for every leaf of `tx.init(params)`: a moment has that of its weight, all else is replicated.
 
-    A leaf belongs to the weight whose path ends its own path and whose shape it has, so that any nesting of chains,
-    masks and partitions is seen through.
+    A leaf belongs to the weight whose path is a suffix of its own and whose shape is equal, so any nesting of chains,
+    masks and partitions is supported.
 
     Args:
       abstract_params: ShapeDtypeStructs or arrays.
-      param_shardings: the same structure.
+      param_shardings: shardings in the same structure.
       replicated: the sharding of counters and other small state.
     """
     weights = jax.tree_util.tree_leaves_with_path(abstract_params)
@@ -91,7 +91,7 @@ def state_shardings(
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """optax's Adam, both moments in moment_dtype: it has a setting for the first, the second follows `init`."""
+    """optax's Adam with both moments in moment_dtype: it has an option for the first, the second follows `init`."""
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.moment_dtype)
     return optax.GradientTransformation(
         lambda params: adam.init(optax.tree.cast(params, jnp.dtype(config.moment_dtype))), adam.update
@@ -99,7 +99,7 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig, labels: Tree, infos: Tree) -> optax.GradientTransformation:
-    """Muon on each matrix of a stack: dims that the matmul neither sums nor produces are batch dims.
+    """Muon on each matrix of a stack: dims that the matmul neither contracts nor produces are batch dims.
 
     The Adam half of `optax.contrib.muon` is not used: it switches Adam to Nesterov momentum, which AdamW does not have.
     """
@@ -123,7 +123,7 @@ def _muon(config: OptimizerConfig, labels: Tree, infos: Tree) -> optax.GradientT
 
 
 def _scale_by_shape(numbers: Tree) -> optax.GradientTransformation:
-    """Times 0.2 sqrt(max(fan_in, fan_out)): an orthogonal matrix has an RMS of 1 / sqrt(max(fan_in, fan_out))."""
+    """Scales by 0.2 sqrt(max(fan_in, fan_out)): an orthogonal matrix has an RMS of 1 / sqrt(max(fan_in, fan_out))."""
 
     def scale(update: jax.Array, dims: optax.contrib.MuonDimensionNumbers) -> jax.Array:
         fans = [math.prod(update.shape[d] for d in group) for group in dims]

@@ -1,4 +1,4 @@
-"""A run that is set up, to be trained or to be measured: data, mesh, step, and the weights of a checkpoint."""
+"""A run prepared for training or evaluation: data, mesh, step, and the weights of a checkpoint."""
 
 import pathlib
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from mtp_jax.training.step import Trainer, make_trainer
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is set up, and where it has got to."""
+    """A prepared run and its current state."""
 
     config: Config
     corpus: data.Corpus
@@ -30,17 +30,18 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return int(self.state["step"])
 
 
 def restore(workdir: str) -> Run:
-    """The run in `workdir` at its newest sound checkpoint, to be measured, on any number of devices: where the mesh it
-    was trained on does not fit, its rows are cut over as many of the devices as divide them.
+    """Returns the run in `workdir` at its newest valid checkpoint, for evaluation on any number of devices.
+
+    Where the mesh of the training does not fit, rows are sharded over as many of the devices as divide them.
 
     Raises:
-      UserError: no run there, or one that has saved nothing yet.
-      CheckpointError: none of its checkpoints is sound.
+      UserError: no run in `workdir`, or one that has saved nothing yet.
+      CheckpointError: none of its checkpoints is valid.
     """
     config, num_devices = workdirs.read_config(workdir), jax.device_count()
     try:
@@ -58,13 +59,14 @@ def restore(workdir: str) -> Run:
 
 
 def set_up(config: Config, num_devices: int | None = None) -> Run:
-    """Check the config, prepare the data, build the mesh and the step; allocate no weights.
+    """Checks the config, prepares the data and builds the mesh and the step; allocates no weights.
 
     Args:
-      num_devices: how many of the devices to use; None: all.
+      config: the run.
+      num_devices: number of devices to use; None: all.
 
     Raises:
-      UserError: something that cannot be used.
+      UserError: a config, data or mesh that cannot be used.
     """
     devices = jax.devices()[:num_devices]
     validate(config, len(devices))
@@ -76,14 +78,14 @@ def set_up(config: Config, num_devices: int | None = None) -> Run:
 
 
 def with_vocabulary(config: Config, tokenizer_size: int) -> Config:
-    """`config` with model.vocab_size set: its own, or the tokenizer's rounded up to a multiple of 8."""
+    """Returns `config` with model.vocab_size set: its own, or the tokenizer's rounded up to a multiple of 8."""
     if config.model.vocab_size is not None:
         return config
     return replace(config, model=replace(config.model, vocab_size=-(-tokenizer_size // 8) * 8))
 
 
 def global_batches(run: Run, split: Split, start_step: int = 0) -> Any:
-    """An iterator over global device arrays; each process reads only the rows its devices hold."""
+    """Returns an iterator over global device arrays; each process reads only the rows its devices hold."""
     config, where = run.config, run.trainer.batch_sharding
     shape = (config.data.batch_size, config.data.sequence_length + 1 + run.corpus.lookahead)
     rows = [index[0].indices(shape[0]) for index in where.addressable_devices_indices_map(shape).values()]

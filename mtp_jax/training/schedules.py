@@ -1,4 +1,4 @@
-"""What changes over training: the learning rate, the weight of the MTP loss, and which depths take part in it.
+"""Schedules of the learning rate, of the weight of the MTP loss, and of the depths that contribute to it.
 
 Every schedule is a function of the step, counted from 0, and can be traced.
 """
@@ -21,12 +21,12 @@ DEEPSEEK_LAST = 7.3e-6 / 2.2e-4
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step -> learning rate, float32.
+    """Returns step -> learning rate, float32.
 
-    With s = step + 1 (so that the first step is not lost to a rate of 0 and the last one ends the schedule), warmup W,
+    With s = step + 1 (so that the first step does not have a rate of 0 and the last one ends the schedule), warmup W,
     S steps, peak p and final fraction f, and q(a, b) = clip((s - a) / (b - a), 0, 1):
 
-        warmup     p s / W                                              while s < W, whatever follows
+        warmup     p s / W                                              while s < W, in every schedule
         constant   p
         cosine     p (f + (1 - f) (1 + cos(pi q(W, S))) / 2)
         wsd        p (1 + (f - 1) q(S - decay_fraction S, S))           warmup, stable, decay (MiniCPM, 2404.06395)
@@ -34,7 +34,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """
     final, warmup_steps = config.final_fraction, config.warmup_steps
     stable_until = num_steps * (1.0 - config.decay_fraction)
-    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {  # s -> fraction of the peak, past the warmup
+    shapes: dict[str, Callable[[jax.Array], jax.Array]] = {  # s -> fraction of the peak, after the warmup
         "constant": jnp.ones_like,
         "cosine": lambda done: _cosine_down(_ramp(done, warmup_steps, num_steps), final),
         "wsd": lambda done: 1.0 + (final - 1.0) * _ramp(done, stable_until, num_steps),
@@ -51,16 +51,20 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def mtp_weight(mtp: MTPConfig, default: float) -> Callable[[jax.typing.ArrayLike, jax.typing.ArrayLike], jax.Array]:
-    """(step, tokens) -> lambda, float32: piecewise constant in mtp.weight_unit, `weight_values[i]` from boundary i on.
+    """Returns (step, tokens) -> lambda, float32.
 
-    Before the first boundary it is mtp.weight, or when that is None `default`, the MTP kind's own.
+    It is piecewise constant in mtp.weight_unit: `weight_values[i]` from boundary i on, before the first boundary
+    mtp.weight, or `default` if that is None.
 
-    tokens: trained on before this step, as float32 (15 T does not fit an int32): step * tokens_per_step in float32 is
-      right to 6e-8 of the count, where adding up step by step is not.
+    `tokens` is the number trained on before this step, as float32 (15 T does not fit an int32): step * tokens_per_step
+    in float32 is accurate to 6e-8 of the count, which a running sum is not.
+
+    Args:
+      default: lambda of the MTP kind.
     """
     values = np.asarray([default if mtp.weight is None else mtp.weight, *mtp.weight_values], np.float32)
     in_tokens = mtp.weight_unit == "tokens"
-    # steps compare as integers: float32 stops telling them apart at 2^24
+    # steps compare as integers: float32 cannot represent every integer beyond 2^24
     boundaries = np.asarray(mtp.weight_boundaries, np.float32 if in_tokens else np.int32)
 
     def weight(step: jax.typing.ArrayLike, tokens: jax.typing.ArrayLike) -> jax.Array:
@@ -71,7 +75,7 @@ def mtp_weight(mtp: MTPConfig, default: float) -> Callable[[jax.typing.ArrayLike
 
 
 def active_depths(mtp: MTPConfig, depth: int, num_steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """step -> float32[D] of 0 and 1: the depths whose loss counts (curriculum of 2505.22757).
+    """Returns step -> float32[D] of 0 and 1: the depths whose loss counts (curriculum of 2505.22757).
 
     forward: depth k from step (k - 1) / D * num_steps on; reverse: depth k before step (D - k + 1) / D * num_steps, and
     depth 1 always; none: all, always.
@@ -92,7 +96,7 @@ def active_depths(mtp: MTPConfig, depth: int, num_steps: int) -> Callable[[jax.t
 
 
 def depth_weights(mtp: MTPConfig, depth: int) -> np.ndarray:
-    """w_k = beta^(k - 1) for k = 1 .. depth, float32[depth]."""
+    """Returns w_k = beta^(k - 1) for k = 1 .. depth, float32[depth]."""
     return np.power(np.float32(mtp.depth_decay), np.arange(depth, dtype=np.float32))
 
 
@@ -102,7 +106,7 @@ def _deepseek(done: jax.Array, num_steps: int) -> jax.Array:
 
 
 def _ramp(done: jax.Array, start: float, end: float) -> jax.Array:
-    """0 before `start`, 1 from `end` on, linear between."""
+    """Returns 0 before `start`, 1 from `end` on, linear in between."""
     return jnp.clip((done - start) / max(end - start, 1e-6), 0.0, 1.0)
 
 

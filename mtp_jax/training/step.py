@@ -1,4 +1,4 @@
-"""One training step, and one validation step: pure functions of a state and a batch, each jitted once.
+"""The training step and the validation step: pure functions of a state and a batch, each jitted once.
 
 Shape letters: K depths (1 + extra), D extra depths, B rows, T positions, M micro-batches, L layers, E experts.
 """
@@ -23,8 +23,7 @@ Batch = dict[str, jax.Array]  # tokens, segment_ids, positions: int32[B, T + 1 +
 
 
 class Aux(NamedTuple):
-    """What a micro-batch adds up to. extra: sums of the terms that have a name of their own, (value, weights) of
-    each."""
+    """Sums of a micro-batch. extra: (value, weights) of each term that has a name of its own."""
 
     sums: DepthSums
     extra: dict[str, tuple[jax.Array, jax.Array]]
@@ -32,7 +31,7 @@ class Aux(NamedTuple):
 
 
 def rows_of(batch: Batch, kind: Kind) -> Rows:
-    """A batch as the model and the losses read it."""
+    """Returns a batch in the form that the model and the losses read."""
     return targets.rows(
         batch["tokens"],
         batch["segment_ids"],
@@ -44,11 +43,11 @@ def rows_of(batch: Batch, kind: Kind) -> Rows:
 
 
 def loss_scales(config: Config, count_K: jax.Array, step: jax.Array) -> Scales:
-    """What each depth's sum is multiplied by.
+    """Returns the factor of each depth's sum.
 
     L = L_0 + lambda(step) * sum_k w_k L_k / sum_k w_k, L_k = sum / N with N the weights of the valid depth-0 targets of
-    the whole global batch (normalize="paper", the T of eq. 24), or depth k's own (normalize="valid"). Depths a
-    curriculum has switched off contribute nothing; the divisor keeps counting them.
+    the whole global batch (normalize="paper", the T of eq. 24), or depth k's own (normalize="valid"). Depths that a
+    curriculum has disabled contribute nothing to the sum but still count in the divisor.
     """
     mtp, kind = config.mtp, kind_of(config)
     main = 1.0 / jnp.maximum(count_K[0], 1.0)
@@ -63,9 +62,9 @@ def loss_scales(config: Config, count_K: jax.Array, step: jax.Array) -> Scales:
 
 
 class Trainer(NamedTuple):
-    """A config's jitted functions and the placement of its state.
+    """The jitted functions of a config and the sharding of its state.
 
-    init() -> state; step(state, batch) -> (state, metrics), the old state's memory is reused;
+    init() -> state; step(state, batch) -> (state, metrics), which donates the old state;
     evaluate(state, batch, token_bytes) -> sums. state: {"params", "biases", "opt_state", "step"}.
     """
 
@@ -78,10 +77,10 @@ class Trainer(NamedTuple):
 
 
 def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
-    """Build, place and jit everything; nothing is compiled or allocated before the first call.
+    """Builds, shards and jits everything; nothing is compiled or allocated before the first call.
 
     Args:
-      config: validated, model.vocab_size set.
+      config: validated, with model.vocab_size set.
       mesh: from `sharding.make_mesh`; calls must run under `jax.set_mesh(mesh)`.
     """
     built = abstract_model(config.architecture)
@@ -97,7 +96,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), jax.eval_shape(fresh), place
     )
-    # A row's length need not divide the context axis (T + 1 + D tokens), so rows are cut only over the batch.
+    # The length of a row (T + 1 + D tokens) need not divide the context axis, so batches are sharded by row only.
     rows = sharding.named(mesh, ("batch", None))
     replicated = sharding.named(mesh, ())
     return Trainer(
@@ -118,7 +117,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
 def state_shardings(
     config: Config, built: AbstractModel, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> Tree:
-    """Where each leaf of the state lives: optimizer moments with their weight, the rest everywhere."""
+    """Returns the sharding of each leaf of the state: optimizer moments as their weight, the rest replicated."""
     params, biases = built.shardings(mesh)
     replicated = sharding.named(mesh, ())
     trained, _ = trained_part(config, built.params)
@@ -127,14 +126,14 @@ def state_shardings(
 
 
 def trained_part(config: Config, tree: Tree) -> tuple[Tree, Tree]:
-    """(the part of params that trains, the rest): everything, or the MTP modules alone (mtp.freeze_trunk)."""
+    """Returns (the trained part of params, the rest): everything, or the MTP modules alone (mtp.freeze_trunk)."""
     if not config.mtp.freeze_trunk:
         return tree, {}
     return {"mtp": tree["mtp"]}, {name: part for name, part in tree.items() if name != "mtp"}
 
 
 def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransformation):
-    """(state, batch) -> (state, metrics); see `Trainer`."""
+    """Returns (state, batch) -> (state, metrics); see `Trainer`."""
     grads_of = jax.value_and_grad(make_loss(config, built), has_aux=True)
     kind = kind_of(config)
 
@@ -145,7 +144,7 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
         count_K = weight_sum(rows.weight_KBT)
         scales = loss_scales(config, count_K, state["step"])
         assert rows.segments_KBT is not None
-        counts_KB = jnp.not_equal(rows.segments_KBT, targets.PADDING).any(2)  # routers do not know loss weights
+        counts_KB = jnp.not_equal(rows.segments_KBT, targets.PADDING).any(2)  # routers ignore loss weights
         num_rows = jnp.maximum(counts_KB.sum(1).astype(jnp.float32), 1.0)
         trained, frozen = trained_part(config, state["params"])
 
@@ -168,12 +167,12 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
 
 
 def make_loss(config: Config, built: AbstractModel):
-    """(trained, frozen, biases, rows, scales, num_rows_K) -> (the loss this micro-batch adds, Aux)."""
+    """Returns (trained, frozen, biases, rows, scales, num_rows_K) -> (this micro-batch's part of the loss, Aux)."""
     is_packed = config.data.packing == "packed"
 
     def loss(trained: Tree, frozen: Tree, biases: Tree, rows: Rows, scales: Scales, num_rows_K: jax.Array):
         model = built.merge({**jax.lax.stop_gradient(frozen), **trained}, biases)
-        # Contiguous rows are one document each, and declared to be: attention then compares no segment ids.
+        # Contiguous rows are declared as one document each: attention then compares no segment ids.
         out = model(rows if is_packed else rows._replace(segments_KBT=None))
         with jax.named_scope("loss"):
             terms = model.terms(out.hidden, rows, scales, config.training.z_loss_weight)
@@ -190,7 +189,7 @@ def make_loss(config: Config, built: AbstractModel):
 
 
 def _active(stats: RouterStats | None, weight_D: jax.Array) -> RouterStats | None:
-    """The statistics of depths that take part in the loss; a depth of weight 0 balances nothing and moves no bias."""
+    """Statistics of depths that contribute to the loss; a depth of weight 0 balances nothing and moves no bias."""
     if stats is None:
         return None
     on_D = (weight_D != 0).astype(jnp.float32)
@@ -203,7 +202,7 @@ def balance(stats: RouterStats | None, num_rows: jax.Array) -> jax.Array:
 
 
 def _accumulate(micro: Callable, rows: Rows, num: int):
-    """Sum `micro` over `num` equal parts of the batch. Every term is a sum already divided by the batch's own count."""
+    """Sums `micro` over `num` equal parts of the batch. Every term is already divided by the count of the batch."""
     if num == 1:
         return micro(rows)
     parts = rows.micro_batches(num)
@@ -214,7 +213,7 @@ def _accumulate(micro: Callable, rows: Rows, num: int):
 
 
 def move_biases(config: Config, biases: Tree, stats: dict[str, RouterStats | None], step: jax.Array) -> Tree:
-    """Move every router's bias by the global load of its valid tokens, in decoder and MTP blocks alike.
+    """Moves every router's bias by the global load of its valid tokens, in decoder and MTP blocks alike.
 
     A module shared by all depths has one bias and the load of all its depths.
     """
@@ -238,7 +237,7 @@ def move_biases(config: Config, biases: Tree, stats: dict[str, RouterStats | Non
 
 
 def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) -> dict[str, jax.Array]:
-    """The step's numbers as logged. loss_mtp_k is L_k, divided as in the loss; accuracies go by their own count."""
+    """Returns the metrics of a step. loss_mtp_k is L_k, divided as in the loss; accuracies use their own count."""
     sums = aux.sums
     own_K = jnp.maximum(sums.num, 1.0)
     divisor_K = own_K if config.mtp.normalize == "valid" else jnp.maximum(count_K[0], 1.0)
@@ -261,7 +260,7 @@ def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) 
 
 
 def make_evaluate(config: Config, built: AbstractModel):
-    """(state, batch, token_bytes int32[V]) -> per-depth sums, float32[K]: `DepthSums` and "bytes" of the targets."""
+    """Returns (state, batch, token_bytes int32[V]) -> sums per depth, float32[K]: `DepthSums` and target "bytes"."""
     kind = kind_of(config)
 
     def evaluate_batch(state: Tree, batch: Batch, token_bytes: jax.Array) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""A run's folder: its config.json, and whether a run may continue in it.
+"""The folder of a run: its config.json, and the check that a run may continue in it.
 
 A workdir holds config.json (the resolved config), metrics.jsonl, TensorBoard events and checkpoints/. Every process
 of the run must see it under the same path.
@@ -17,16 +17,17 @@ CHECKPOINTS = "checkpoints"
 
 
 def open_workdir(workdir: str | os.PathLike[str], config: Config, is_main: bool = True) -> None:
-    """Make `workdir` this run's: write config.json, or check that the one there belongs to the same run.
+    """Writes config.json into `workdir`, or checks that the existing one belongs to the same run.
 
     Args:
-      config: the resolved config. A continued run may change the fields that are marked
-        may_change="resume", and config.json follows.
+      workdir: the run's folder.
+      config: the resolved config. A continued run may change the fields marked may_change="resume", which updates
+        config.json.
       is_main: whether this process writes; the others only check.
 
     Raises:
-      UserError: `workdir` is a file or cannot be written; its config.json is broken, or missing beside checkpoints; or
-        it is of another run, with the keys that differ and both values.
+      UserError: `workdir` is a file or cannot be written; its config.json is invalid, or missing beside checkpoints; or
+        it belongs to another run, with the keys that differ and both values.
     """
     path = pathlib.Path(workdir)
     if path.exists() and not path.is_dir():
@@ -46,7 +47,7 @@ def open_workdir(workdir: str | os.PathLike[str], config: Config, is_main: bool 
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:
-    """The config of the run in `workdir`.
+    """Returns the config of the run in `workdir`.
 
     Raises:
       UserError: no such folder, no config.json, or one that is not JSON or not a config.
@@ -63,10 +64,10 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
 
 
 def changes(config: Config, workdir: str | os.PathLike[str]) -> list[str]:
-    """What `config` changes in the run in `workdir`, as `key old -> new`.
+    """Returns the differences of `config` from the run in `workdir`, as `key old -> new`.
 
     Raises:
-      UserError: its config.json cannot be used, or is of another run: a key differs that may not.
+      UserError: its config.json cannot be used, or belongs to another run: a key differs that may not change.
     """
     there = read_config(workdir)
     old, new = ({key: value for key, value, _ in walk(c)} for c in (there, config))
@@ -80,7 +81,7 @@ def changes(config: Config, workdir: str | os.PathLike[str]) -> list[str]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values of a config as `section.key` -> value; those of a list of sections as `section.list[0].key`."""
+    """Flattens nested config values to `section.key` -> value; those of a list of sections to `section.list[0].key`."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
