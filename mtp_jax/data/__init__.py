@@ -1,18 +1,18 @@
-"""From documents to rows: tokenizer, sources, the token store, packing, the pipeline.
+"""The data pipeline from documents to rows: tokenizer, sources, token store, packing, batches.
 
     corpus = prepare(config)                       # tokenised once, memory-mapped from the cache afterwards
     batches = corpus.batches("train", start_step)  # batches.batch_at(n), or iterate with read-ahead
     with iter(batches) as iterator:
         batch = next(iterator)                     # tokens, segment_ids, positions: int32[B, T + 1 + D]
 
-What is read at step n depends on the config, the seed and n alone: not on the number of processes or workers, nor on
-where a run was interrupted. Models of different depth D read the same T + 1 tokens a row.
+The batch of step n depends on the config, the seed and n alone: not on the number of processes or workers, nor on
+where a run was interrupted. Models of different depth D read the same T + 1 tokens per row.
 
     tokenizer.py   bytes, or a Hugging Face tokenizer.json
     documents.py   files to texts            builders.py   the same as TFDS datasets
-    sources.py     what data.source names    cache.py      complete-or-absent folders
+    sources.py     values of data.source     cache.py      folders that are created atomically
     store.py       documents as ids          packing.py    the stream, its rows, FIM
-    pipeline.py    rows to batches           corpus.py     all of it from a config
+    pipeline.py    rows to batches           corpus.py     all of these from a config
 """
 
 from mtp_jax.data.corpus import Corpus, prepare

@@ -1,4 +1,4 @@
-"""The TFDS dataset of this project. Imports TFDS: import this module only where one is prepared."""
+"""The TFDS dataset of this project. Imports TFDS: import this module only where a dataset is prepared."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,17 +11,19 @@ Examples = Iterator[tuple[int, dict[str, str]]]
 
 
 class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """One split, train, of {text, origin}, in the order generated: the order of the files."""
+    """One split, train, of {text, origin}, in the order in which `read` yields them: that of the files."""
 
     name = "documents"
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # where checksums of downloads would be; TFDS 4.9 needs a package it does not declare to find it
+    code_path = None  # the folder of download checksums; TFDS 4.9 needs an undeclared package to find it
 
     def __init__(self, source: str, read: Callable[[], Iterator[tuple[str, str]]], **options: Any):
-        """
+        """Builder of the documents of a source.
+
         Args:
-          source: named in errors.
+          source: name of the source, for errors.
           read: yields (origin, text).
+          options: passed to `GeneratorBasedBuilder`.
         """
         self._source, self._read = source, read
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""Where prepared data is kept: one folder an entry, complete or absent."""
+"""Cache of prepared data: one folder per entry, created atomically."""
 
 import contextlib
 import fcntl
@@ -14,21 +14,20 @@ from mtp_jax.config import DataConfig, UserError
 
 
 def root(data: DataConfig) -> pathlib.Path:
-    """data.cache_dir, else $MTP_JAX_CACHE, else ~/.cache/mtp_jax."""
+    """Returns data.cache_dir, else $MTP_JAX_CACHE, else ~/.cache/mtp_jax."""
     return pathlib.Path(data.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser()
 
 
 def key_of(*parts: object) -> str:
-    """A name for what `parts` (JSON values) describe."""
+    """Returns a key for `parts` (JSON values), a hash of them."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def entry(folder: pathlib.Path, key: str, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """The folder `folder/key`, built by the first process to need it.
+    """Returns the folder `folder/key`, built by the first process that needs it.
 
-    `build` fills a temporary folder, renamed when it is complete, so that a process that dies or races another never
-    leaves half an entry. The lock only saves the work of building twice: on file systems without locks the rename
-    still decides.
+    `build` fills a temporary folder, which is renamed when complete, so a process that is killed or races another never
+    leaves an incomplete entry. The lock only avoids building twice: on file systems without locks the rename is enough.
 
     Raises:
       UserError: the cache cannot be written.

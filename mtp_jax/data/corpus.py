@@ -1,4 +1,4 @@
-"""From a config to its corpus: the tokenizer, the token store, the two splits and their batches."""
+"""The corpus of a config: the tokenizer, the token store, the two splits and their batches."""
 
 import dataclasses
 import functools
@@ -24,13 +24,13 @@ Split = Literal["train", "validation"]
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What `prepare` makes of a config.
+    """The prepared data of a config.
 
     Attributes:
       config: the run.
-      tokenizer: of data.tokenizer.
+      tokenizer: that of data.tokenizer.
       store: the tokens of all documents.
-      train, validation: int64, the documents of each split in source order. Validation is empty when
+      train, validation: int64, the documents of each split in source order. Validation is empty if
         data.validation_fraction is 0.
       lookahead: tokens of a row beyond its positions and the next token.
     """
@@ -49,11 +49,11 @@ class Corpus:
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
     def num_tokens(self, split: Split) -> int:
-        """Tokens of the split as stored: bos and eos count, FIM marks do not."""
+        """Returns the number of tokens of the split as stored: bos and eos count, FIM marks do not."""
         return int(self.store.lengths[self._documents(split)].sum())
 
     def rows(self, split: Split) -> Rows:
-        """The rows of one epoch; those of validation are in source order, without FIM, whatever the seed."""
+        """Returns the rows of one epoch; those of validation are in source order, without FIM, for every seed."""
         config, documents = self.config, self._documents(split)
         fim = None
         if split == "train":
@@ -65,15 +65,15 @@ class Corpus:
         return Rows(stream, config.data.sequence_length, self.lookahead, packed=config.data.packing == "packed")
 
     def batches(self, split: Split, start_step: int = 0, row_slice: tuple[int, int] | None = None) -> Batches:
-        """The batches of a split: endless and shuffled for training, one epoch in order for validation.
+        """Returns the batches of a split: endless and shuffled for training, one epoch in order for validation.
 
         Args:
           split: "train" or "validation".
-          start_step: where iteration begins; `Batches.batch_at` takes any step.
+          start_step: the step at which iteration begins; `Batches.batch_at` takes any step.
           row_slice: (low, high), the rows of each global batch that this process reads; None: all.
 
         Raises:
-          UserError: a split without documents, or without the rows it needs.
+          UserError: a split without documents or rows, or a validation split with fewer rows than a batch.
         """
         rows = self.rows(split)
         if not len(self._documents(split)):
@@ -98,19 +98,19 @@ class Corpus:
 
 
 def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpus:
-    """Tokenise the source of a config, or find it in the cache, and check that both splits have rows.
+    """Tokenises the source of a config, or finds it in the cache, and checks that both splits have rows.
 
     Args:
       config: the run.
       lookahead: tokens of a row beyond its positions and the next token (`Kind.lookahead`).
-      num_processes: how many share the rows of a batch between them.
+      num_processes: number of processes among which the rows of a batch are divided.
 
     Raises:
       UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens, batches
-        that do not fit into this machine's memory, more workers than its CPUs can run.
+        that exceed this machine's memory, more workers than its CPUs can run.
     """
     data = config.data
-    check_bounds(config)  # of data that is prepared without a model, which `validate` has not seen
+    check_bounds(config)  # of data prepared without a model, which `validate` has not checked
     _check_machine(config, lookahead, num_processes)
     tokenizer = tokenizers.load(data.tokenizer)
     if data.fim_rate and tokenizer.fim_ids is None:
@@ -135,7 +135,7 @@ def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpu
 
 
 def _check_machine(config: Config, lookahead: int, num_processes: int) -> None:
-    """Refuse what this machine cannot hold or run, before anything is allocated or started."""
+    """Rejects what exceeds this machine's memory or CPUs, before anything is allocated or started."""
     data, num_cpus = config.data, os.cpu_count() or 1
     if data.num_workers > MAX_WORKERS_PER_CPU * num_cpus:
         raise UserError(
@@ -165,7 +165,7 @@ def _check_validation(corpus: Corpus) -> None:
 
 
 def _too_few(corpus: Corpus, split: Split, num_rows: int) -> UserError:
-    """The error for a split that cannot fill its batches, with a remedy that does work."""
+    """Returns the error for a split that cannot fill its batches, with a remedy that works."""
     data = corpus.config.data
     problem = (
         f"data.source={data.source}: its {split} split has {corpus.num_tokens(split):,} tokens, {num_rows} rows of "
@@ -182,7 +182,7 @@ def _too_few(corpus: Corpus, split: Split, num_rows: int) -> UserError:
 
 
 def _enough_fraction(corpus: Corpus) -> float | None:
-    """The least fraction, of at most a half, whose documents fill one validation batch; to three digits."""
+    """Returns the least fraction, at most a half, whose documents fill one validation batch, to three digits."""
     data = corpus.config.data
     needed = data.batch_size * data.sequence_length + 1 + MAX_DEPTH
     order = np.argsort(corpus.store.hashes)

@@ -1,4 +1,4 @@
-"""Documents as text: which files are read, and where they are cut."""
+"""Documents as text: the files to read, and their division into documents."""
 
 import ast
 import glob
@@ -16,7 +16,7 @@ _JSON_LINES = (".jsonl", ".ndjson")
 
 
 def stdlib_files() -> list[str]:
-    """The running interpreter's standard library, without its tests; sorted.
+    """Returns the files of the running interpreter's standard library, without its tests, sorted.
 
     Raises:
       UserError: an interpreter without .py files.
@@ -32,10 +32,10 @@ def stdlib_files() -> list[str]:
 
 
 def match_files(files: str) -> list[str]:
-    """The files `data.files` names, sorted within each pattern, each once.
+    """Returns the files that match `data.files`, sorted within each pattern, each once.
 
     Args:
-      files: comma-separated globs, or a Python tuple of them as text; ** goes through folders.
+      files: comma-separated globs, or a Python tuple of them as text; ** matches any number of folders.
 
     Raises:
       UserError: no pattern, a pattern that matches no file, or one that names a folder.
@@ -71,7 +71,7 @@ def _patterns(files: str) -> list[str]:
 
 
 def python_documents(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(path, text) of each file that is UTF-8; the library holds a few in other encodings on purpose."""
+    """Yields (path, text) of each file that is UTF-8; the library has a few in other encodings on purpose."""
     for path in paths:
         try:
             text = pathlib.Path(path).read_bytes().decode()
@@ -82,7 +82,11 @@ def python_documents(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def text_documents(paths: Sequence[str], text_field: str, max_document_chars: int) -> Iterator[tuple[str, str]]:
-    """(origin, text) of each document of some files: lines of .jsonl, pieces of all others.
+    """Yields (origin, text) of each document: the lines of a .jsonl, parts of any other file.
+
+    Args:
+      text_field: the field of a .jsonl that holds the text.
+      max_document_chars: the longest part, see `cut`.
 
     Raises:
       UserError: a file that cannot be read or is not UTF-8; a line that is not a JSON object with the field.
@@ -92,7 +96,7 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
             if path.endswith(_JSON_LINES):
                 yield from _json_documents(path, text_field)
             else:
-                # newline="" keeps \r\n as it is: no character is changed
+                # newline="" keeps \r\n, so no character is changed
                 with open(path, encoding="utf-8", newline="") as file:
                     for i, text in enumerate(cut(file, max_document_chars)):
                         yield f"{path}:{i}", text
@@ -103,11 +107,11 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
 
 
 def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
-    """Documents of at most `max_chars`, cut after blank lines, else at line ends; a longer line is one document.
+    """Splits lines into documents of at most `max_chars`, after blank lines or else at line ends.
 
-    The documents put together are the lines put together: no character is lost.
+    A longer line is one document. The concatenated documents equal the concatenated lines: no character is lost.
     """
-    document: list[str] = []  # lines, of which those before `boundary` end with a blank one
+    document: list[str] = []  # lines; those before `boundary` end with a blank one
     size, boundary = 0, 0
     for line in lines:
         if document and size + len(line) > max_chars:
@@ -115,7 +119,7 @@ def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
             yield "".join(document[:at])
             document, boundary = document[at:], 0
             size = sum(map(len, document))
-            if document and size + len(line) > max_chars:  # what follows the blank line is too long by itself
+            if document and size + len(line) > max_chars:  # the lines after the blank one are too long by themselves
                 yield "".join(document)
                 document, size = [], 0
         document.append(line)
@@ -127,7 +131,7 @@ def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
 
 
 def _json_documents(path: str, text_field: str) -> Iterator[tuple[str, str]]:
-    # bytes, so that lines end at \n only: str.splitlines would also cut at U+2028 inside a string
+    # bytes, so that lines end at \n only: str.splitlines would also split at U+2028 inside a string
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -155,7 +159,7 @@ def _json_documents(path: str, text_field: str) -> Iterator[tuple[str, str]]:
 
 
 def synthetic_documents(num_documents: int, seed: int) -> Iterator[str]:
-    """Small texts with something to learn at every distance: sums, copies, reversals, counting, repeated words."""
+    """Yields short texts with dependencies at every distance: sums, copies, reversals, counting, repeated words."""
     kinds = (_sums, _copies, _reversals, _counting, _refrain)
     for i in range(num_documents):
         rng = random.Random(f"{seed}/{i}")

@@ -1,6 +1,6 @@
 """The stream of all documents and its rows: random access, no state.
 
-The stream is the documents put together in one fixed order. With N tokens in it and T positions a row, row r is
+The stream is the concatenation of the documents in a fixed order. With N tokens in it and T positions per row, row r is
 
     stream[r T : r T + T + 1 + D],    r < R = (N - 1 - MAX_DEPTH) // T,
 
@@ -20,7 +20,7 @@ from mtp_jax.data.tokenizer import FIMTokens
 
 
 class Row(NamedTuple):
-    """int32[T + 1 + lookahead] each. Segment 0 is padding (`targets.PADDING`): what a row would read past the stream.
+    """One row, int32[T + 1 + lookahead] each. Segment 0 is padding (`targets.PADDING`) for positions past the stream.
 
     tokens: the ids.
     segment_ids: 1, 2, 3 .. for each document in the row; all 1 in contiguous rows.
@@ -34,11 +34,11 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FIM:
-    """Fill-in-the-middle of 2207.14255 in DeepSeek-V3's order, at cut points between any two tokens:
+    """Fill-in-the-middle of 2207.14255 in DeepSeek-V3's order, with boundaries between any two tokens:
 
         [bos] <prefix> prefix <suffix> suffix <middle> middle [eos]
 
-    Which documents, and where they are cut, is a pure function of (seed, document index).
+    The rearranged documents and their boundaries are a pure function of (seed, document index).
     """
 
     rate: float
@@ -46,21 +46,22 @@ class FIM:
     seed: int
 
     def chosen(self, documents: np.ndarray) -> np.ndarray:
-        """bool[n]: which documents are rearranged."""
+        """Returns bool[n], true for the documents that are rearranged."""
         return random_bits(self.seed, "fim", documents) < self.rate * 2.0**64
 
     def cuts(self, documents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int64[n] a <= b: middle is tokens[a:b] of the `lengths` tokens between bos and eos."""
+        """Returns int64[n] a <= b: the middle is tokens[a:b] of the `lengths` tokens between bos and eos."""
         one = random_bits(self.seed, "fim first cut", documents) % (lengths + 1).astype(np.uint64)
         two = random_bits(self.seed, "fim second cut", documents) % (lengths + 1).astype(np.uint64)
         return np.minimum(one, two).astype(np.int64), np.maximum(one, two).astype(np.int64)
 
 
 class Stream:
-    """Documents of a store put together in a given order."""
+    """The documents of a store, concatenated in a given order."""
 
     def __init__(self, store: TokenStore, documents: np.ndarray, fim: FIM | None = None):
-        """
+        """Stream of some documents.
+
         Args:
           store: the tokens.
           documents: int64[n], indices into the store, in the order of the stream.
@@ -78,7 +79,7 @@ class Stream:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens [start, stop) of the stream.
+        """Reads the tokens [start, stop) of the stream.
 
         Returns:
           int32 tokens, and for each the int64 rank of its document in the stream and its offset in that document.
@@ -101,13 +102,13 @@ class Stream:
     def _rearranged(
         self, fim: FIM, first: int, last: int, counts: np.ndarray, offsets: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where in its document as stored each token comes from, and int32 FIM marks, -1 where a token is none."""
+        """Returns the index of each token in its document as stored, and int32 FIM marks, -1 for other tokens."""
         documents = self._documents[first:last]
         lengths = self._store.lengths[documents] - self._store.has_bos - self._store.has_eos
         a, b = fim.cuts(documents, lengths)
         chosen, lengths, a, b = (np.repeat(x, counts) for x in (fim.chosen(documents), lengths, a, b))
-        i = offsets - self._store.has_bos  # 0 is the prefix mark, in the rearranged document
-        suffix, middle = a + 1, a + 2 + lengths - b  # where the other two marks stand
+        i = offsets - self._store.has_bos  # index in the rearranged document, 0 for the prefix mark
+        suffix, middle = a + 1, a + 2 + lengths - b  # indices of the other two marks
         inner = np.select(
             [i < 1, i <= suffix, i <= middle, i < lengths + 3],
             [i, i - 1, i - suffix - 1 + b, i - middle - 1 + a],
@@ -123,13 +124,14 @@ class Rows:
     """The rows of a stream; a sequence of `Row`s of T + 1 + lookahead tokens."""
 
     def __init__(self, stream: Stream, sequence_length: int, lookahead: int, packed: bool = True):
-        """
+        """Rows of a stream.
+
         Args:
           stream: the tokens.
           sequence_length: T.
-          lookahead: tokens beyond the next one. Beyond MAX_DEPTH of them the last rows may reach past the stream: what
-            is missing there is padding.
-          packed: whether documents are told apart.
+          lookahead: tokens beyond the next one. With more than MAX_DEPTH the last rows may reach past the end of the
+            stream, where they are padded.
+          packed: whether documents are separate segments.
         """
         self._stream = stream
         self._length = sequence_length
@@ -156,12 +158,12 @@ class Rows:
 
 
 def shuffled(documents: np.ndarray, seed: int) -> np.ndarray:
-    """`documents` in an order that depends on the seed and on nothing else, NumPy's version included."""
+    """Returns `documents` in an order that depends on the seed alone, not on the version of NumPy."""
     return documents[np.argsort(random_bits(seed, "document order", documents), kind="stable")]
 
 
 def random_bits(seed: int, purpose: str, index: np.ndarray) -> np.ndarray:
-    """uint64[n] for int[n] indices, a pure function of all three (splitmix64)."""
+    """Returns uint64[n] for int[n] indices, a pure function of all three arguments (splitmix64)."""
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
     x = np.asarray(index).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

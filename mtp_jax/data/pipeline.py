@@ -1,6 +1,6 @@
-"""Batches: what is read at step n is a pure function of (config, seed, n).
+"""Batches: the batch of step n is a pure function of (config, seed, n).
 
-There is no iterator state to save. A run resumes, on any number of processes, by asking for the step it stopped at.
+There is no iterator state to save. A run resumes, on any number of processes, from the number of the next step.
 """
 
 import sys
@@ -15,19 +15,19 @@ from mtp_jax.data.packing import Rows, random_bits
 
 Batch = dict[str, np.ndarray]
 
-_MAX_THREADS = 4  # more only wait for each other: a batch is mostly NumPy calls too short to release the interpreter
+_MAX_THREADS = 4  # more threads wait for each other: the NumPy calls of a batch are too short to release the GIL
 
 
 def num_batches_held(prefetch: int, num_workers: int) -> int:
-    """Batches in memory at one time: those ready, one being read per thread or worker, that of the step twice."""
+    """Returns the number of batches in memory: those ready, one being read per thread or worker, the step's twice."""
     return prefetch + (num_workers or min(prefetch, _MAX_THREADS)) + 2
 
 
 class Batches:
     """The batches of one split, by step or in order.
 
-    The rows of an epoch are shuffled anew in each one (grain's index shuffle, which needs no table of the order); a
-    batch may hold the end of one epoch and the start of the next, so that no row is left out.
+    The rows are shuffled anew in each epoch (grain's index shuffle, which needs no table of the order); a batch may
+    hold the end of one epoch and the start of the next, so that no row is left out.
     """
 
     def __init__(
@@ -42,13 +42,14 @@ class Batches:
         num_workers: int = 0,
         prefetch: int = 4,
     ):
-        """
+        """Batches of some rows.
+
         Args:
-          rows: of one epoch, at least one.
-          batch_size: B, rows a step over all processes.
-          shuffle_seed: of the order of rows; None keeps their own.
+          rows: the rows of one epoch, at least one.
+          batch_size: B, rows per step over all processes.
+          shuffle_seed: seed of the order of rows; None: the given order.
           endless: repeat for ever; else one epoch, without its last partial batch.
-          start_step: where iteration begins.
+          start_step: the step at which iteration begins.
           row_slice: (low, high), the rows of each global batch that this process reads; None: all.
           num_workers: processes that read; 0: threads of this one.
           prefetch: batches read ahead.
@@ -70,7 +71,7 @@ class Batches:
             raise ValueError(f"start_step={start_step}: there are {self._end} batches")
         order = grain.MapDataset.range(len(rows))
         if shuffle_seed is not None:
-            # grain adds the epoch to the seed, so that seed 1 would repeat seed 0 one epoch later: scatter them first
+            # grain adds the epoch to the seed, so that seed 1 would repeat seed 0 one epoch later: hash it first
             order = order.shuffle(seed=int(random_bits(shuffle_seed, "row order", np.zeros(1))[0] >> np.uint64(32)))
         self._order = order.repeat()
 
@@ -79,7 +80,7 @@ class Batches:
         return sys.maxsize if self.num_batches is None else self.num_batches
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of a step.
+        """Returns the batch of a step.
 
         Returns:
           {"tokens", "segment_ids", "positions"}: int32[B, T + 1 + D], B the rows of this process. See `packing.Row`.
@@ -94,7 +95,7 @@ class Batches:
         return {name: np.stack([getattr(row, name) for row in rows]) for name in rows[0]._fields}
 
     def __iter__(self) -> "BatchIterator":
-        """The batches from start_step on, read ahead."""
+        """Returns the batches from start_step on, read ahead."""
         return BatchIterator(self._dataset(), self.start_step)
 
     def _dataset(self) -> grain.IterDataset:
@@ -113,20 +114,20 @@ class BatchIterator(Iterator[Batch], AbstractContextManager["BatchIterator"]):
     """Batches in order; a context manager. Its threads or processes end with it, or with the program."""
 
     def __init__(self, dataset: grain.IterDataset, start_step: int):
-        self.step = start_step  # of the batch that comes next
-        self._iterators = [iter(dataset)]  # a list, for the finalizer to empty: it must hold no reference to self
-        self._finalizer = weakref.finalize(self, _close_all, self._iterators)  # also at exit, which workers would hang
+        self.step = start_step  # that of the next batch
+        self._iterators = [iter(dataset)]  # a list that the finalizer empties: it must hold no reference to self
+        self._finalizer = weakref.finalize(self, _close_all, self._iterators)  # also at exit, where workers would hang
 
     def __next__(self) -> Batch:
         if not self._iterators:
             raise ValueError("this iterator is closed")
         batch = next(self._iterators[0])
         self.step += 1
-        # what a worker hands over lies in shared memory, which would have to be released by whoever keeps the batch
+        # arrays of a worker are in shared memory, which the owner of the batch would have to release
         return {name: np.array(value) for name, value in batch.items()}
 
     def close(self) -> None:
-        """End the threads or processes; no more batches."""
+        """Ends the threads or processes; no batch follows."""
         self._finalizer()
 
     def __exit__(self, *exception: object) -> None:
@@ -139,7 +140,7 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def _mark_flags_as_parsed() -> None:
-    """grain's workers are handed absl's flags, which must have been parsed; in a notebook or a test nobody has."""
+    """Marks absl's flags as parsed, which grain's workers require; notebooks and tests do not parse them."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

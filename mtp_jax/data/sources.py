@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, files, a TFDS dataset, or made up."""
+"""Sources of documents: the standard library, files, a TFDS dataset, or synthetic texts."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ class Source:
 
     Attributes:
       name: for messages.
-      key: a hash of what the documents depend on.
+      key: a hash of everything that the documents depend on.
       read: yields the text of each document.
     """
 
@@ -46,14 +46,14 @@ class Source:
 
 
 def open_source(data: DataConfig, seed: int) -> Source:
-    """The source `data.source` names; cheap, the documents are made or read by `read`.
+    """Returns the source named by `data.source`; cheap, since documents are generated or read by `read`.
 
     Args:
       data: source, files, text_field, split, tfds_dir, max_document_chars, synthetic_documents, cache_dir.
-      seed: of the run; decides synthetic documents only.
+      seed: that of the run; used by synthetic documents only.
 
     Raises:
-      UserError: files that do not exist, a dataset that is not known or not prepared, a feature it does not have, a
+      UserError: files that do not exist, a dataset that is unknown or not prepared, a feature it does not have, a
         split of a source that has none.
     """
     if data.source in ("python_source", "text_files", "synthetic") and data.split != "train":
@@ -87,7 +87,7 @@ def _text_files(data: DataConfig) -> Source:
 
 
 def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
-    """What tells a changed file: its path, size and time of change."""
+    """Returns (path, size, modification time) of each file, which differ for a changed file."""
     stamps = []
     for path in paths:
         try:
@@ -99,7 +99,7 @@ def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
 
 
 def _read_own(data: DataConfig, key: str, read: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[str]:
-    """Texts of files as a TFDS dataset, prepared in the cache first if it is not there."""
+    """Yields texts of files through a TFDS dataset, prepared in the cache first if it is not there."""
     import tensorflow_datasets as tfds
 
     def prepare(folder: pathlib.Path) -> None:
@@ -109,7 +109,7 @@ def _read_own(data: DataConfig, key: str, read: Callable[[], Iterator[tuple[str,
             builders.Documents(data.source, read, data_dir=folder, file_format="array_record").download_and_prepare()
 
     folder = cache.entry(cache.root(data) / "sources", key, prepare)
-    # The builder that is opened comes from the files alone, whatever the code that wrote them
+    # The builder that is opened depends on the files alone, not on the code that wrote them
     (directory,) = [path.parent for path in folder.rglob("dataset_info.json")]
     yield from _texts(tfds.builder_from_directory(directory).as_data_source(split="train"), "text", data.source)
 
@@ -145,7 +145,7 @@ def _tfds_dataset(data: DataConfig) -> Source:
 
 
 def _open_builder(data: DataConfig) -> "DatasetBuilder":
-    """The builder of data.source, prepared."""
+    """Returns the prepared builder of data.source."""
     import tensorflow_datasets as tfds
 
     where = f" under data.tfds_dir={data.tfds_dir}" if data.tfds_dir else ""
@@ -190,7 +190,7 @@ def _check_text_feature(features: "FeatureConnector", data: DataConfig) -> None:
 
 
 def _texts(records: Records, field: str, name: str) -> Iterator[str]:
-    """The text of each record that has any."""
+    """Yields the text of each record that has one."""
     for start in range(0, len(records), _READ_AT_ONCE):
         batch = records.__getitems__(list(range(start, min(start + _READ_AT_ONCE, len(records)))))
         for i, record in enumerate(batch, start):
@@ -205,7 +205,7 @@ def _texts(records: Records, field: str, name: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without TFDS's progress bars and notices, which would bury the run's own output."""
+    """Suppresses TFDS's progress bars and notices, which would hide the run's own output."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The token store: every document of a source as ids, in memory-mapped files."""
+"""The token store: the ids of every document of a source, in memory-mapped files."""
 
 import array
 import hashlib
@@ -21,11 +21,11 @@ class TokenStore:
     """Documents 0..n-1 in source order, each [bos] + tokens + [eos] where the tokenizer has these.
 
     Attributes:
-      tokens: uint16 or int32[N], one document after the other; a memory map.
+      tokens: uint16 or int32[N], the concatenated documents; a memory map.
       offsets: int64[n + 1]; document i is tokens[offsets[i]:offsets[i + 1]], never empty.
       hashes: uint64[n], of the text: equal documents have equal ones.
-      num_bytes: int64[n], UTF-8 bytes of the text, before any normalisation of the tokenizer's.
-      has_bos, has_eos: what stands around each document.
+      num_bytes: int64[n], UTF-8 bytes of the text, before the tokenizer normalises it.
+      has_bos, has_eos: whether documents begin with bos and end with eos.
 
     Raises:
       UserError: files that are damaged.
@@ -57,18 +57,18 @@ class TokenStore:
         return np.diff(self.offsets)
 
     def document(self, i: int) -> np.ndarray:
-        """int32[length] of document i."""
+        """Returns document i, int32[length]."""
         return np.asarray(self.tokens[self.offsets[i] : self.offsets[i + 1]], np.int32)
 
 
 def write(directory: pathlib.Path, texts: Iterable[str], tokenizer: Tokenizer, name: str) -> None:
-    """Tokenise all documents into `directory`.
+    """Tokenises all documents into `directory`.
 
     Args:
       directory: an empty folder.
       texts: the documents.
-      tokenizer: decides ids, and whether bos and eos are put around each document.
-      name: of the source, in messages.
+      tokenizer: provides ids, and bos and eos around each document if it has them.
+      name: name of the source, for messages.
 
     Raises:
       UserError: no documents.
@@ -98,14 +98,14 @@ def write(directory: pathlib.Path, texts: Iterable[str], tokenizer: Tokenizer, n
 
 
 def split_documents(hashes: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which documents train and which validate: a document is told by its text alone, so equal ones stay together.
+    """Splits documents into training and validation by a hash of the text, so equal documents are in the same split.
 
-    With so few documents that one side would be empty it gets the one with the nearest hash; if all are the same,
-    all train.
+    Where there are too few documents for both splits, an empty split gets the document with the nearest hash; if all
+    are equal, all train.
 
     Args:
       hashes: uint64[n].
-      validation_fraction: expected share of the documents; 0 and 1 leave one side empty.
+      validation_fraction: expected share of the documents; 0 and 1 leave one split empty.
 
     Returns:
       int64 indices of the training and of the validation documents, in source order.

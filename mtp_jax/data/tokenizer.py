@@ -1,4 +1,4 @@
-"""Text to ids and back: bytes, or a Hugging Face tokenizer.json. One interface."""
+"""Tokenizers with one interface: bytes, or a Hugging Face tokenizer.json."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from mtp_jax.typing import JsonObject
 
 
 class FIMTokens(NamedTuple):
-    """Ids that mark the pieces of a document rearranged for fill-in-the-middle (2207.14255)."""
+    """Ids that mark the parts of a document rearranged for fill-in-the-middle (2207.14255)."""
 
     prefix: int
     suffix: int
@@ -24,14 +24,14 @@ class FIMTokens(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer.
+    """Interface of a tokenizer.
 
     Attributes:
-      vocab_size: ids are below it. The model may have more, when its vocabulary is rounded up.
-      bos_id, eos_id: put around every document, where the tokenizer has them.
+      vocab_size: ids are below it. The model's vocabulary may be larger, rounded up.
+      bos_id, eos_id: put around every document; None where the tokenizer has none.
       fim_ids: None where the tokenizer has none.
-      token_bytes: int32[vocab_size], UTF-8 bytes of text an id stands for; 0 for special tokens.
-      fingerprint: a hash of everything that decides the ids.
+      token_bytes: int32[vocab_size], UTF-8 bytes of the text of each id; 0 for special tokens.
+      fingerprint: a hash of everything that the ids depend on.
     """
 
     vocab_size: int
@@ -42,25 +42,27 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray:
-        """int32[n]; no special token is added, and none is made from text that spells one."""
+        """Returns the ids, int32[n]; no special token is added, and text that spells one is encoded as text."""
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
+        """Returns `encode` of each text."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; special and unknown ids are dropped, bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text; special and unknown ids are dropped, bytes that are not UTF-8 become U+FFFD."""
         ...
 
     def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
-        """The text that `ids` add to that of `before`: with it, `decode` of both, where `before` ends with a whole
-        character. By itself the first id may be less: SentencePiece takes a blank off the beginning of a text.
+        """Returns the text that `ids` add to that of `before`.
+
+        Where `before` ends with a whole character, the text of `before` followed by this one is `decode` of both. The
+        first id alone may decode to less: SentencePiece removes a blank at the beginning of a text.
         """
         ...
 
     def special_id(self, name: str) -> int | None:
-        """The id of the special token of that name, which `decode` drops; None where there is none."""
+        """Returns the id of the special token `name`, which `decode` drops; None if there is none."""
         ...
 
 
@@ -89,10 +91,10 @@ class ByteTokenizer:
         return self.decode(ids)
 
     def special_id(self, name: str) -> int | None:
-        return None  # they have no names
+        return None  # its special tokens have no names
 
 
-# Names by family, most telling first; the first one present is taken. DeepSeek spells its own with a full-width bar
+# Names by family, the most specific first; the first one present is used. DeepSeek spells its own with a full-width bar
 # and a lower-one-eighth block.
 _BOS_NAMES = ("<|begin_of_sentence|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<bos>", "<s>")
 _EOS_NAMES = (
@@ -105,7 +107,7 @@ _EOS_NAMES = (
     "<|im_end|>",
 )
 _FIM_NAMES = (
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek: the hole's mark stands before the suffix
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek: the hole's mark precedes the suffix
     ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
@@ -115,30 +117,31 @@ _FIM_NAMES = (
 
 
 class HFTokenizer:
-    """A tokenizer.json of the `tokenizers` library."""
+    """A tokenizer.json, read by the `tokenizers` library."""
 
     def __init__(self, path: str | pathlib.Path):
-        """
+        """Reads a tokenizer.json.
+
         Args:
           path: the tokenizer.json.
 
         Raises:
           UserError: not a readable tokenizer.json.
         """
-        import tokenizers  # here: byte-level runs need not have it loaded
+        import tokenizers  # imported here: byte-level runs do not need it
 
         try:
             content = pathlib.Path(path).read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"data.tokenizer={path}: not a readable tokenizer.json ({first_line(error)})") from error
-        # A saved file may carry the settings of whoever saved it: cut documents, padded batches, and documents that
-        # spell <|endoftext|> encoded as the real one.
+        # A saved file may carry settings of another use: truncation, padding of batches, and documents in which the
+        # text <|endoftext|> is encoded as the special token.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(ids.values()) + 1  # ids may have holes, so more than their number
+        self.vocab_size = max(ids.values()) + 1  # ids may have gaps, so this may exceed their number
         self.bos_id: int | None = next((ids[n] for n in _BOS_NAMES if n in ids), None)
         self.eos_id: int | None = next((ids[n] for n in _EOS_NAMES if n in ids), None)
         fim = (FIMTokens(ids[a], ids[b], ids[c]) for a, b, c in _FIM_NAMES if {a, b, c} <= ids.keys())
@@ -160,7 +163,7 @@ class HFTokenizer:
 
     def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
         if not any(map(self._is_text, before)):
-            return self.decode(ids)  # after a bos, say, they are the beginning
+            return self.decode(ids)  # after a bos, for instance, they are the beginning of the text
         lead, text = self._lead
         return self.decode([*lead, *ids])[len(text) :]
 
@@ -169,8 +172,10 @@ class HFTokenizer:
 
     @functools.cached_property
     def _lead(self) -> tuple[list[int], str]:
-        """An id and its text, which stays as it is whatever ids follow: one without a part of a character. The last of
-        what really comes before may be such a part, and would spoil the bytes behind it."""
+        """Returns an id and its text, which is the same whatever ids follow: it has no part of a character.
+
+        The last token of the actual prefix may be part of a character, which would change the bytes that follow.
+        """
         texts = (([i], self.decode([i])) for i in range(self.vocab_size))
         return next(((ids, text) for ids, text in texts if text and "\ufffd" not in text), ([], ""))
 
@@ -179,9 +184,9 @@ class HFTokenizer:
         return found if found in self._special else None
 
     def _count_bytes(self, ids: dict[str, int], spec: JsonObject) -> np.ndarray:
-        """int32[vocab_size]; exact for byte-level vocabularies.
+        """Returns int32[vocab_size], UTF-8 bytes of each id; exact for byte-level vocabularies.
 
-        SentencePiece vocabularies count their "▁" as the one space it stands for, also where the tokenizer puts it
+        SentencePiece vocabularies count their "▁" as the one space it represents, also where the tokenizer adds it
         before the first word.
         """
         counts = np.zeros(self.vocab_size, np.int32)
@@ -205,7 +210,7 @@ class HFTokenizer:
 
 
 def load(name_or_path: str) -> Tokenizer:
-    """The tokenizer `data.tokenizer` names.
+    """Returns the tokenizer that `data.tokenizer` names.
 
     Args:
       name_or_path: "bytes", a tokenizer.json, or a folder that holds one.
@@ -224,7 +229,7 @@ def load(name_or_path: str) -> Tokenizer:
 
 
 def _types(spec: object) -> set[str]:
-    """Every "type" inside a piece of a tokenizer.json, which nests them in sequences."""
+    """Returns every "type" inside a part of a tokenizer.json, which nests them in sequences."""
     if isinstance(spec, dict):
         return {str(spec.get("type"))}.union(*map(_types, spec.values()))
     if isinstance(spec, list):
