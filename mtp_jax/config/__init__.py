@@ -1,7 +1,7 @@
-"""The configuration: frozen dataclasses, how a config file becomes one, and what is refused.
+"""The configuration: frozen dataclasses, the conversion of a config file to them, and its validation.
 
-`load_config` turns a file's ConfigDict and the command line's overrides once into a frozen `Config`; everything else
-sees only that.
+`load_config` converts a file's ConfigDict and the command line's overrides once to a frozen `Config`; all other code
+reads only that.
 """
 
 from mtp_jax.config.aliases import current_key, renamed

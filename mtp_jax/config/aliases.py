@@ -1,4 +1,4 @@
-"""Old names of config keys and values (`Setting.was`, `Setting.renamed`), understood with a notice of the new name."""
+"""Old names of config keys and values (`Setting.was`, `Setting.renamed`), accepted with a notice of the new name."""
 
 import copy
 import functools
@@ -12,18 +12,18 @@ import ml_collections
 from mtp_jax.config.fields import UserError, walk
 from mtp_jax.config.schema import Config
 
-SHOWN = 3  # names in one note
+SHOWN = 3  # names in one notice
 
 _noted: set[str] = set()
 
 
 def old_names(root: type) -> dict[str, str]:
-    """Old dotted key -> new one, for every field below a dataclass that had another."""
+    """Returns old dotted key -> new one, for every renamed field below a dataclass."""
     return {found.was: key for key, _, found in walk(root()) if found.was}
 
 
 def current_key(key: str, root: type = Config) -> str:
-    """A key as it is spelled now: under its new name, with indices of lists in brackets."""
+    """Returns the current spelling of a key: its new name, with indices of lists in brackets."""
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     new = old_names(root).get(key)
     if new:
@@ -32,7 +32,7 @@ def current_key(key: str, root: type = Config) -> str:
 
 
 def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config") -> dict[str, Any]:
-    """Nested values with every old key under its new name, and every renamed value.
+    """Returns nested values with every old key under its new name, and every renamed value.
 
     Raises:
       UserError: a key under both names.
@@ -61,13 +61,13 @@ def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config
 
 
 class Section(ml_collections.ConfigDict):
-    """A ConfigDict that takes and gives a key under its old name too, so that old config files run."""
+    """A ConfigDict that accepts the old names of keys too, for reading and writing, so that old config files run."""
 
     _old: dict[str, str] = {}
     _prefix = ""
 
     def accept_old(self, old: dict[str, str], prefix: str) -> None:
-        """Accept the old names (dotted keys -> new ones) of this section, whose own dotted key is `prefix`."""
+        """Accepts the old names (dotted keys -> new ones) of this section, whose own dotted key is `prefix`."""
         object.__setattr__(self, "_old", old)
         object.__setattr__(self, "_prefix", prefix)
 
@@ -89,7 +89,7 @@ class Section(ml_collections.ConfigDict):
 
 
 def _note(names: dict[str, str]) -> None:
-    """Say once of each old name what the new one is, in one line."""
+    """Prints the new name of each old name once, in one line."""
     fresh = [f"{old} is now {new}" for old, new in names.items() if old not in _noted]
     if fresh:
         more = f" and {len(fresh) - SHOWN} more have new names" if len(fresh) > SHOWN else ""
@@ -102,7 +102,7 @@ def _name(key: str) -> str:
 
 
 def _below(values: dict[str, Any], key: str) -> dict[str, Any] | None:
-    """The section that holds a key, where it is there."""
+    """Returns the section that holds a key; None if it is absent."""
     for part in key.split(".")[:-1]:
         found = values.get(part)
         if not isinstance(found, dict):

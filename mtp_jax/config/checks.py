@@ -1,4 +1,4 @@
-"""Checks that need more than one field: what cannot run is refused before anything is built."""
+"""Checks of several fields together, which reject a config that cannot run before anything is built."""
 
 import dataclasses
 import math
@@ -8,12 +8,12 @@ from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, RopeConfig
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
-    """Refuse what cannot run.
+    """Checks that a config can run.
 
     Args:
       config: the run.
       num_devices: devices the mesh must fill, over all processes.
-      tokenizer_size: ids the tokenizer can produce, when it is known.
+      tokenizer_size: ids the tokenizer can produce, if known.
 
     Raises:
       UserError: on the first problem, naming field, value and remedy.
@@ -33,7 +33,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
 
 
 def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """Axis sizes with -1 filled in.
+    """Returns the axis sizes with -1 resolved.
 
     Raises:
       UserError: more than one -1, a size below 1, or a product that is not `num_devices`.

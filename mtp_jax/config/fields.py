@@ -1,4 +1,4 @@
-"""Fields of the configuration: what a value may be, and when it may change, as metadata of each dataclass field."""
+"""Metadata of the fields of the configuration: bounds of a value, and when it may change."""
 
 import dataclasses
 import functools
@@ -13,9 +13,9 @@ from mtp_jax.errors import UserError
 T = TypeVar("T")
 Number = int | float
 
-# never: another value is another run. resume: a run may continue with another one, since no step computes anything else
-# (training.num_steps alone stretches the schedules). new_run: weights mean the same whatever it is, so that a run may
-# start from the weights of one that has another; what may change at a resume may change there too.
+# never: another value makes another run. resume: a run may continue with another value, since every step computes the
+# same (training.num_steps also changes the schedules). new_run: the weights have the same meaning for every value, so a
+# run may start from the weights of one with another value; fields that may change on resume may change here too.
 MayChange = Literal["never", "new_run", "resume"]
 
 
@@ -25,10 +25,10 @@ class Setting:
 
     Attributes:
       at_least, at_most, above, below: bounds of a number, or of each number of a tuple; None: no such bound.
-      when: the part of the model that must be in use for the bounds to count ("mla", "gqa", "moe"); empty: always.
+      when: the part of the model that must be in use for the bounds to apply ("mla", "gqa", "moe"); empty: always.
       may_change: see `MayChange`.
-      was: the dotted key that the field had in earlier versions, still understood; empty: this one.
-      renamed: (value in earlier versions, value now) of each value that had another name, still understood.
+      was: the dotted key of the field in earlier versions, still accepted; empty: unchanged.
+      renamed: (value in earlier versions, value now) of each renamed value; the old one is still accepted.
     """
 
     at_least: Number | None = None
@@ -41,7 +41,7 @@ class Setting:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def problem(self, value: Any) -> str | None:
-        """The bound that `value` breaks, as the end of a message; None if it keeps all."""
+        """Returns the bound that `value` violates, as the end of a message; None if it is within all."""
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -63,12 +63,12 @@ class Setting:
 
 
 def setting(default: T, **metadata: Any) -> T:
-    """A dataclass field with a default and a `Setting` of `metadata`."""
+    """Returns a dataclass field with a default and a `Setting` of `metadata`."""
     return field(default=default, metadata={"setting": Setting(**metadata)})
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Setting]]:
-    """Dotted key, value and metadata of every value below a section (a dataclass); in lists: `sources[1].weight`."""
+    """Yields (dotted key, value, metadata) of every value below a section (dataclass); in lists `sources[1].weight`."""
     for f in dataclasses.fields(section):
         key, value = prefix + f.name, getattr(section, f.name)
         if dataclasses.is_dataclass(value):
@@ -81,14 +81,16 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Setting]]:
 
 
 def item_section(hint: Any) -> type | None:
-    """The section X where a type hint is `tuple[X, ...]`, a list of sections."""
+    """Returns the section X of a type hint `tuple[X, ...]`, a list of sections; None for other hints."""
     item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
     return item if dataclasses.is_dataclass(item) and isinstance(item, type) else None
 
 
 def key_hints(root: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type hint of every value below a dataclass; the keys of a list of sections are those of its first,
-    `sources[0].weight`, beside that of the list."""
+    """Returns dotted key -> type hint of every value below a dataclass.
+
+    A list of sections has its own key and those of its first section, `sources[0].weight`.
+    """
     out: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(root).items():
         if dataclasses.is_dataclass(hint):
@@ -101,12 +103,12 @@ def key_hints(root: type, prefix: str = "") -> dict[str, Any]:
 
 
 def value_of(section: Any, key: str) -> Any:
-    """The value of a dotted key below a section."""
+    """Returns the value of a dotted key below a section."""
     return functools.reduce(getattr, key.split("."), section)
 
 
 def with_values(section: T, values: Mapping[str, Any]) -> T:
-    """`section` with other values of some dotted keys."""
+    """Returns `section` with the values of some dotted keys replaced."""
     nested: dict[str, dict[str, Any]] = {}
     own: dict[str, Any] = {}
     for key, value in values.items():
@@ -120,11 +122,11 @@ def with_values(section: T, values: Mapping[str, Any]) -> T:
 
 
 def check_bounds(section: Any, in_use: Collection[str] = ()) -> None:
-    """Check every number below a section against the bounds of its field.
+    """Checks every number below a section against the bounds of its field.
 
     Args:
       section: a dataclass, such as a Config.
-      in_use: what of the conditions named by `Setting.when` holds.
+      in_use: the conditions of `Setting.when` that hold.
 
     Raises:
       UserError: on the first value out of bounds, naming key, value and bound.
@@ -136,6 +138,6 @@ def check_bounds(section: Any, in_use: Collection[str] = ()) -> None:
 
 
 def _shown(bound: Number) -> str:
-    """A bound as people read it: powers of two by their exponent."""
+    """Returns a bound in readable form: powers of two by their exponent."""
     power = math.log2(bound) if bound > 100 else 0.5
     return f"2^{power:.0f}" if power == round(power) else f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"

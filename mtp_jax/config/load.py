@@ -1,7 +1,7 @@
-"""From a config file and the command line to a `Config`: what is unknown or ill-typed is refused by name.
+"""Conversion of a config file and command-line overrides to a `Config`; rejects unknown keys and wrong types by name.
 
-A config file is Python with a `get_config()` that returns an `ml_collections.ConfigDict`; `default_config()` gives it
-one to start from. ConfigDict ends here. The config.json of a workdir is a config file as well.
+A config file is a Python file with a `get_config()` that returns an `ml_collections.ConfigDict`, usually a modified
+`default_config()`. No other module uses ConfigDict. The config.json of a workdir is a config file too.
 """
 
 import ast
@@ -28,13 +28,15 @@ T = TypeVar("T")
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every key with its default, for a config file to change. Setting a key that does not exist raises."""
+    """Returns every key with its default, for a config file to change. Setting a key that does not exist raises."""
     return to_config_dict(Config())
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """The locked ConfigDict of a Config (or another dataclass of sections); fields that may be None become typed
-    placeholders, lists of sections tuples of dicts."""
+    """Returns the locked ConfigDict of a Config (or another dataclass of sections).
+
+    Fields that may be None become typed placeholders, lists of sections tuples of dicts.
+    """
     return _config_dict(config, "", old_names(type(config))).lock()
 
 
@@ -53,31 +55,31 @@ def _config_dict(section: Any, prefix: str, names: dict[str, str]) -> Section:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain dict, as written to a workdir's config.json."""
+    """Returns a nested plain dict, as written to a workdir's config.json."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any], where: str) -> Config:
-    """A Config from nested plain values, as `build` makes it."""
+    """Returns a Config from nested plain values; see `build`."""
     return build(Config, values, where)
 
 
 def build(root: type[T], values: dict[str, Any], where: str) -> T:
-    """A dataclass of sections from nested plain values.
+    """Returns a dataclass of sections from nested plain values.
 
     Args:
       root: Config, or another frozen dataclass whose fields are values, sections or `tuple[section, ...]`.
-      values: any subset of the keys, under their names or old ones; the rest take their defaults.
+      values: any subset of the keys, under their current or old names; the rest have their defaults.
       where: the file the values come from, named in errors.
 
     Raises:
-      UserError: an unknown key (with the nearest real one), a value of the wrong type, two names of one key.
+      UserError: an unknown key (with the nearest existing one), a value of the wrong type, two names of one key.
     """
     return _Reader(root, where).section(root, renamed(values, root, where), "")
 
 
 def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Run a config file and apply command-line overrides.
+    """Runs a config file and applies command-line overrides.
 
     Args:
       path: a Python file with `get_config()`, or the config.json of a workdir.
@@ -90,8 +92,9 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
-    """`config`, a dataclass of sections, with command-line overrides. Keys inside lists of sections are
-    `--config.data.sources[0].weight=2`, or with `.0.`.
+    """Returns `config`, a dataclass of sections, with command-line overrides.
+
+    Keys inside lists of sections are `--config.data.sources[0].weight=2`, or with `.0.`.
 
     Raises:
       UserError: an unknown key, an index outside the list, a value of the wrong type, two names of one key.
@@ -150,8 +153,10 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def with_own_tokenizer(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
-    """A config.json's values; where the tokenizer they name is gone, as when folders were moved, the copy that an
-    imported model brought into the workdir."""
+    """Returns the values of a config.json, with the workdir's own tokenizer where the named one does not exist.
+
+    An imported model brings a copy of its tokenizer into the workdir; folders may have been moved since.
+    """
     own, data = workdir / "hf" / "tokenizer.json", values.get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(named, str) or named == "bytes" or pathlib.Path(named).expanduser().exists() or not own.is_file():
@@ -168,7 +173,7 @@ def _parse_override(override: str) -> tuple[str, str]:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """The value a command-line string stands for; what does not parse stays a string for the type check."""
+    """Returns the value of a command-line string; one that does not parse stays a string for the type check."""
     kind = _without_none(hint)
     if kind is str or typing.get_origin(kind) is Literal:
         return text
@@ -181,7 +186,7 @@ def _from_text(text: str, hint: Any) -> Any:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key that exists but for the length of lists."""
+    """Sets an existing key; raises UserError for an index beyond its list."""
     *parents, name = key.replace("[", ".").replace("]", "").split(".")
     node: Any = values
     for parent in parents:
@@ -193,20 +198,20 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _without_none(hint: Any) -> Any:
-    """The type X of `X | None`; any other hint as it is."""
+    """Returns the type X of `X | None`; any other hint unchanged."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return next(a for a in typing.get_args(hint) if a is not type(None)) if is_union else hint
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Plain values to the types of the dataclass `root`, with errors that name the key and where it was given."""
+    """Converts plain values to the types of the dataclass `root`, with errors that name the key and its file."""
 
     root: type
     where: str
 
     def section(self, cls: type[T], values: Any, prefix: str) -> T:
-        if isinstance(values, ml_collections.ConfigDict):  # inside a list, where ConfigDict leaves it
+        if isinstance(values, ml_collections.ConfigDict):  # inside a list, where ConfigDict keeps it
             values = values.to_dict()
         if not isinstance(values, dict):
             raise UserError(f"{prefix[:-1]}={values!r} (in {self.where}): is a section; set one of its keys")
@@ -220,7 +225,7 @@ class _Reader:
         return cls(**{name: self.value(value, hints[name], f"{prefix}{name}") for name, value in values.items()})
 
     def value(self, value: Any, hint: Any, key: str) -> Any:
-        """`value` as the type `hint` asks for, or a UserError that says what was wanted."""
+        """Returns `value` as the type `hint`, or raises a UserError that states the expected type."""
         kind = _without_none(hint)
         if value is None and kind is not hint:
             return None
@@ -247,7 +252,7 @@ class _Reader:
         raise UserError(f"{key}={value!r} (in {self.where}): {wanted}")
 
     def unknown(self, key: str) -> UserError:
-        """The error for a key that does not exist, with the nearest one that does."""
+        """Returns the error for a key that does not exist, with the nearest one that does."""
         keys = list(key_hints(self.root))
         near = difflib.get_close_matches(key, keys, 1, 0.0)
         same_name = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]

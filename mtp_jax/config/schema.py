@@ -9,7 +9,7 @@ from mtp_jax.config.fields import setting
 
 @dataclass(frozen=True)
 class Llama3Config:
-    """Llama 3.1's stretching of rotary positions to longer texts; on where factor is above 1."""
+    """Llama 3.1's scaling of rotary positions to longer texts; enabled if factor is above 1."""
 
     factor: float = setting(1.0, at_least=1, at_most=1e6, was="model.llama3_factor")
     low_frequency: float = setting(1.0, at_least=0, at_most=1e6, was="model.llama3_low_frequency")
@@ -19,7 +19,7 @@ class Llama3Config:
 
 @dataclass(frozen=True)
 class YarnConfig:
-    """YaRN (2309.00071): stretching of rotary positions to longer texts; on where factor is above 1."""
+    """YaRN (2309.00071), scaling of rotary positions to longer texts; enabled if factor is above 1."""
 
     factor: float = setting(1.0, at_least=1, at_most=1e6, was="model.yarn_factor")
     original_length: int = setting(4096, at_least=1, below=2**31, was="model.yarn_original_length")
@@ -32,10 +32,10 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions (2104.09864), and how they are stretched to longer texts than the model was first trained on."""
+    """Rotary positions (2104.09864), and their scaling to longer texts than the model was first trained on."""
 
     theta: float = setting(10_000.0, above=1, at_most=1e12, was="model.rope_theta")
-    # pairs (2i, 2i+1) as DeepSeek; False: (i, i + n/2) as Llama
+    # pairs (2i, 2i+1) as in DeepSeek; False: (i, i + n/2) as in Llama
     interleaved: bool = setting(True, was="model.rope_interleaved")
     # positions are divided by it (2306.15595)
     linear_factor: float = setting(1.0, at_least=1, at_most=1e6, was="model.rope_linear_factor")
@@ -45,18 +45,18 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """Layers whose attention sees a sliding window (2004.05150), in a pattern with layers that see whole documents."""
+    """Layers with sliding-window attention (2004.05150), in a pattern with layers that attend to whole documents."""
 
-    window: int = setting(0, at_least=0, at_most=2**24)  # keys a query sees, itself included; 0: no layer is local
+    window: int = setting(0, at_least=0, at_most=2**24)  # keys per query, itself included; 0: no layer is local
     pattern: str = "L"  # repeated over the layers: L local, G global; "LLLLLG" is 5 local layers to 1 global one
     rope_theta: float = setting(0.0, at_least=0, at_most=1e12)  # of unscaled positions; 0: model.rope
     num_kv_heads: int = setting(0, at_least=0, at_most=2**16)  # 0: model.num_kv_heads
-    sinks: bool = False  # as model.sinks, of the local layers
+    sinks: bool = False  # model.sinks of the local layers
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Choice of experts for each token, and the balance of their load."""
+    """Selection of the experts of each token, and the balance of their load."""
 
     score: Literal["sigmoid", "softmax"] = setting("sigmoid", was="model.router_score")
     num_groups: int = setting(1, at_least=1, at_most=2**16, when="moe", was="model.router_num_groups")
@@ -64,7 +64,7 @@ class RouterConfig:
     # V3: sum of the two best; V2: the best
     group_score: Literal["top2_sum", "max"] = setting("top2_sum", was="model.router_group_score")
     renormalize: bool = setting(True, was="model.router_renormalize")
-    logit_bias: bool = False  # a trained bias of the scores, beside the one that balances the load
+    logit_bias: bool = False  # a trained bias of the scores, in addition to the one that balances the load
     # gamma of the auxiliary-loss-free balancing; 0: off
     bias_rate: float = setting(1e-3, at_least=0, at_most=1e3, may_change="new_run", was="model.router_bias_rate")
     # step after which gamma is 0; 0: never
@@ -73,37 +73,37 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class GatedUnitConfig:
-    """The gated linear unit of feed-forwards, g sigmoid(alpha g) (u + offset) of a gate g and u; SwiGLU by default."""
+    """Gated linear unit of feed-forward layers, g sigmoid(alpha g) (u + offset) of a gate g and u; default SwiGLU."""
 
     alpha: float = setting(1.0, above=0, at_most=1e3)
     offset: float = setting(0.0, at_least=0, at_most=1e3)
-    limit: float = setting(0.0, at_least=0, at_most=1e6)  # g at most, u at most in magnitude; 0: none
+    limit: float = setting(0.0, at_least=0, at_most=1e6)  # upper bound of g and of |u|; 0: none
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The main model: DeepSeek-V3's architecture (2412.19437), every piece switchable.
+    """The main model: DeepSeek-V3's architecture (2412.19437), with every part optional.
 
-    Raises nothing itself: `validate` checks a whole `Config`.
+    `validate` checks a whole `Config`; this class checks nothing.
     """
 
     # None: the tokenizer's own, rounded up to a multiple of 8
     vocab_size: int | None = setting(None, at_least=1, at_most=2**24, may_change="new_run")
-    # blocks of the main model; parallel heads take theirs from these (mtp.parameter_matched)
+    # blocks of the main model; parallel heads use some of these (mtp.parameter_matched)
     num_layers: int = setting(4, at_least=1, at_most=2**12, may_change="new_run")
     embed_dim: int = setting(128, at_least=1, at_most=2**20)
     norm_eps: float = setting(1e-6, above=0, at_most=1)
-    # of the norms inside multi-head latent attention, as DeepSeek's released code
+    # epsilon of the norms inside multi-head latent attention, as in DeepSeek's released code
     latent_norm_eps: float = setting(1e-6, above=0, at_most=1)
     tie_embeddings: bool = False
     init_std: float = setting(0.02, at_least=0, at_most=10, may_change="new_run")
     param_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
     compute_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
-    # of float32 products by weights in layers/linear.py, on devices that round operands: default lets TPUs (bfloat16)
-    # and GPUs (TensorFloat-32) do so, highest does not. Grouped experts and the head are not among them.
+    # precision of float32 products with weights in layers/linear.py, on devices that round operands: default lets TPUs
+    # (bfloat16) and GPUs (TensorFloat-32) do so, highest does not. Grouped experts and the head are excluded.
     matmul_precision: Literal["default", "high", "highest"] = setting("default", may_change="new_run")
-    # What the backward pass recomputes: everything but matmul outputs (dots), but the outputs of attention and of the
-    # experts' matmuls (kernels), or everything (full)
+    # what the backward pass recomputes: everything but matmul outputs (dots), everything but the outputs of attention
+    # and of the experts' matmuls (kernels), or everything (full)
     remat: Literal["none", "dots", "kernels", "full"] = setting("none", may_change="resume")
 
     attention: Literal["mla", "gqa"] = "mla"
@@ -122,9 +122,9 @@ class ModelConfig:
     value_head_dim: int = setting(0, at_least=0, at_most=2**20)  # 0: head_dim
     value_scale: float = setting(1.0, above=0, at_most=1e3)  # multiplies the values
     output_bias: bool = False
-    rotary_fraction: float = setting(1.0, at_least=0, at_most=1)  # of head_dim; the rest of the head is not rotated
+    rotary_fraction: float = setting(1.0, at_least=0, at_most=1)  # share of head_dim that is rotated
     rope: RopeConfig = RopeConfig()
-    sinks: bool = False  # a learnt score per head of attending to nothing (gpt-oss, 2508.10925)
+    sinks: bool = False  # a learnt score per head for attending to nothing (gpt-oss, 2508.10925)
     local: LocalConfig = LocalConfig()
 
     # feed-forward: dense SwiGLU, or DeepSeekMoE (2401.06066) from block num_dense_layers on
@@ -135,7 +135,7 @@ class ModelConfig:
     num_experts_per_token: int = setting(2, at_least=1, at_most=2**16, when="moe")
     num_shared_experts: int = setting(1, at_least=0, at_most=2**12)
     expert_dim: int = setting(128, at_least=1, at_most=2**24, when="moe")
-    expert_bias: bool = False  # of the routed experts' three products
+    expert_bias: bool = False  # biases of the routed experts' three products
     gated_unit: GatedUnitConfig = GatedUnitConfig()
     router: RouterConfig = RouterConfig()
     routed_scaling_factor: float = setting(1.0, at_least=0, at_most=1e6)
@@ -143,15 +143,16 @@ class ModelConfig:
     balance_loss_weight: float = setting(1e-4, at_least=0, at_most=1e6, may_change="new_run")
     moe_dispatch: Literal["auto", "dense", "ragged"] = setting("auto", may_change="resume")
 
-    # Implementations; auto: the fastest that takes the device, the dtype and the shapes
-    # pallas_hopper and cudnn are for Hopper GPUs, splash and megablox for TPUs; experts': where moe_dispatch=ragged
+    # Implementations; auto: the fastest one that supports the device, the dtype and the shapes.
+    # pallas_hopper and cudnn are for Hopper GPUs, splash and megablox for TPUs. expert_kernel applies where
+    # moe_dispatch=ragged.
     attention_kernel: Literal["auto", "xla", "pallas_hopper", "cudnn", "splash"] = setting(
         "auto", may_change="resume", renamed=(("mosaic", "pallas_hopper"),)
     )
     expert_kernel: Literal["auto", "xla", "pallas_hopper", "megablox"] = setting(
         "auto", may_change="resume", renamed=(("mosaic", "pallas_hopper"),)
     )
-    # layers compiled side by side, not as a loop; 0: 1, but all where that is fast
+    # layers unrolled per iteration of the scan; 0: 1, or all where that is fast
     scan_unroll: int = setting(0, at_least=0, at_most=2**12, may_change="resume")
 
 
@@ -159,26 +160,26 @@ class ModelConfig:
 class TokenOrderConfig:
     """mtp.kind = top: token order prediction (2508.19228)."""
 
-    window: int = setting(64, at_least=1, at_most=2**16)  # tokens ahead whose order counts; 4096 in the paper
+    window: int = setting(64, at_least=1, at_most=2**16)  # tokens ahead whose order is predicted; 4096 in the paper
 
 
 @dataclass(frozen=True)
 class NextLatentConfig:
     """mtp.kind = nextlat: next-latent prediction (2511.05963)."""
 
-    width: int = setting(0, at_least=0, at_most=2**20)  # of the MLP; 0: 2 * model.embed_dim
-    latent_weight: float = setting(1.0, at_least=0, at_most=1e6)  # of the smooth L1 distance of hidden states
-    kl_weight: float = setting(1.0, at_least=0, at_most=1e6)  # of the KL divergence of the predicted tokens
+    width: int = setting(0, at_least=0, at_most=2**20)  # width of the MLP; 0: 2 * model.embed_dim
+    latent_weight: float = setting(1.0, at_least=0, at_most=1e6)  # weight of the smooth L1 distance of hidden states
+    kl_weight: float = setting(1.0, at_least=0, at_most=1e6)  # weight of the KL divergence of the predicted tokens
 
 
 @dataclass(frozen=True)
 class MTPConfig:
-    """Multi-token prediction: which extra heads, how they are wired and how they are weighted."""
+    """Multi-token prediction: the kind of extra heads, their conventions and their loss weights."""
 
-    kind: str = "none"  # a name of mtp_jax.mtp.KINDS
+    kind: str = "none"  # a key of mtp_jax.mtp.KINDS
     depth: int = 1  # D extra tokens; ignored when kind is none
-    # lambda: L = L_0 + lambda * sum_k w_k L_k / sum_k w_k. None: 0.3 (sequential), or depth (parallel), which makes
-    # the plain sum of 2404.19737
+    # lambda: L = L_0 + lambda * sum_k w_k L_k / sum_k w_k. None: 0.3 (sequential), or depth (parallel), which gives the
+    # plain sum of 2404.19737
     weight: float | None = setting(None, at_least=0, at_most=1e6)
     weight_values: tuple[float, ...] = setting((), at_least=0, at_most=1e6)  # lambda from each boundary on
     weight_boundaries: tuple[int, ...] = setting((), at_least=0, below=2**63)
@@ -186,27 +187,27 @@ class MTPConfig:
     depth_decay: float = setting(1.0, above=0, at_most=1e3)  # beta: w_k = beta^(k-1)
     normalize: Literal["paper", "valid"] = "paper"  # divide L_k by the valid depth-0 targets, or by depth k's own
     curriculum: Literal["none", "forward", "reverse"] = "none"  # active depths 1 -> D or D -> 1, evenly over training
-    parameter_matched: bool = True  # parallel heads take their blocks from model.num_layers
-    shared_depths: bool = False  # one sequential module for every depth
-    # keys that attention in MTP blocks sees; 0: the whole document; None: as in the main model's last layer
+    parameter_matched: bool = True  # parallel heads use blocks of model.num_layers
+    shared_depths: bool = False  # one sequential module for all depths
+    # keys per query of attention in MTP blocks; 0: the whole document; None: as in the main model's last layer
     window: int | None = setting(None, at_least=0, at_most=2**24)
-    dense_ffn: bool = False  # MTP blocks without experts, whatever the main model has
+    dense_ffn: bool = False  # MTP blocks without experts, also in a mixture-of-experts model
     detach_trunk: bool = False  # no MTP gradient reaches the main model
     freeze_trunk: bool = False  # only the MTP modules train
-    # conventions of released checkpoints; "family" takes them from the preset, a non-empty value overrides it
+    # conventions of released checkpoints: those of the family, unless a field below is not empty
     family: Literal["deepseek_v3", "glm4_moe", "mimo", "qwen3_next", "mimo_v2_flash"] = "deepseek_v3"
     concat_order: Literal["", "embedding_first", "hidden_first"] = ""
-    trunk_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_0, seen from the main final norm
-    recycled_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_k, k >= 1, seen from its own output norm
+    trunk_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_0, relative to the main final norm
+    recycled_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_k, k >= 1, relative to its own output norm
     output_norm: Literal["", "own", "main"] = ""
-    chain: Literal["", "previous", "trunk"] = ""  # what depth k + 1 receives
+    chain: Literal["", "previous", "trunk"] = ""  # the hidden state that depth k + 1 receives
     top: TokenOrderConfig = field(default_factory=TokenOrderConfig)
     nextlat: NextLatentConfig = field(default_factory=NextLatentConfig)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is cut into rows."""
+    """The documents, and their division into rows."""
 
     # python_source, text_files, synthetic, or the name of a TFDS dataset with a text feature
     source: str = "python_source"
@@ -217,16 +218,16 @@ class DataConfig:
     tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
     sequence_length: int = setting(256, at_least=1, at_most=2**24)  # T; a row carries T + 1 + D tokens
     batch_size: int = setting(8, at_least=1, at_most=2**24)  # rows per step over all devices
-    packing: Literal["packed", "contiguous"] = "packed"  # packed: documents do not see each other
-    shuffle: bool = True  # documents in the stream, and rows in the batches
-    validation_fraction: float = setting(0.02, at_least=0, at_most=1)  # of the documents, by hash
-    # plain text files are cut at blank lines into documents of about this length
+    packing: Literal["packed", "contiguous"] = "packed"  # packed: attention stays within a document
+    shuffle: bool = True  # the documents of the stream, and the rows of the batches
+    validation_fraction: float = setting(0.02, at_least=0, at_most=1)  # share of the documents, chosen by hash
+    # plain text files are split at blank lines into documents of about this length
     max_document_chars: int = setting(32_768, at_least=1, below=2**31)
-    # share of the training documents rearranged prefix, suffix, middle (2207.14255)
+    # share of the training documents reordered to prefix, suffix, middle (2207.14255)
     fim_rate: float = setting(0.0, at_least=0, at_most=1)
     cache_dir: str = setting("", may_change="resume")  # empty: $MTP_JAX_CACHE or ~/.cache/mtp_jax
     num_workers: int = setting(0, at_least=0, at_most=512, may_change="resume")  # processes; 0: threads of this one
-    prefetch: int = setting(4, at_least=1, at_most=1024, may_change="resume")  # batches ready ahead of the step
+    prefetch: int = setting(4, at_least=1, at_most=1024, may_change="resume")  # batches read ahead
     synthetic_documents: int = setting(2000, at_least=1, at_most=10_000_000)
 
 
@@ -240,7 +241,7 @@ class MuonConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """optax: AdamW or Muon, its schedule and its clip."""
+    """The optimizer of optax: AdamW or Muon, its schedule and its gradient clipping."""
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = setting(1e-3, at_least=0, at_most=1e30)
@@ -252,23 +253,23 @@ class OptimizerConfig:
     beta2: float = setting(0.95, at_least=0, below=1)
     eps: float = setting(1e-8, above=0, at_most=1)
     weight_decay: float = setting(0.1, at_least=0, at_most=1e6)  # on matrices only
-    clip_norm: float = setting(1.0, at_least=0, at_most=1e30)  # 0: off
+    clip_norm: float = setting(1.0, at_least=0, at_most=1e30)  # 0: no clipping
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     muon: MuonConfig = MuonConfig()
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop: how long, how the batch is cut, what is reported when."""
+    """The training loop: number of steps, gradient accumulation, logging."""
 
     num_steps: int = setting(1000, at_least=1, below=2**31, may_change="resume")
     log_every: int = setting(10, at_least=1, below=2**31, may_change="resume")
-    # micro-batches a step; the result does not depend on it
+    # micro-batches per step; the result does not depend on it
     grad_accum_steps: int = setting(1, at_least=1, at_most=2**20, was="training.accumulate_steps")
-    # tokens whose logits exist at one time
+    # tokens whose logits are in memory at one time
     loss_chunk: int = setting(4096, at_least=1, below=2**31, may_change="resume")
     z_loss_weight: float = setting(0.0, at_least=0, at_most=1e6)
-    # validation batches of the closing table
+    # validation batches of the final table
     eval_batches: int = setting(16, at_least=1, below=2**31, may_change="resume")
     sample_prompt: str = setting("def ", may_change="resume")
     sample_tokens: int = setting(200, at_least=0, at_most=2**24, may_change="resume")
@@ -276,7 +277,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """orbax: how often, how many."""
+    """The checkpoints of orbax: how often they are saved and how many are kept."""
 
     every: int = setting(500, at_least=1, below=2**31, may_change="resume")
     keep: int = setting(3, at_least=1, below=2**31, may_change="resume")
@@ -285,7 +286,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, the rest of the devices."""
+    """Number of devices along each axis; one of them may be -1, all remaining devices."""
 
     data: int = setting(-1, at_least=-1, at_most=2**20, may_change="resume")
     fsdp: int = setting(1, at_least=-1, at_most=2**20, may_change="resume")
@@ -296,7 +297,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The part of a Config that decides what weights compute; hashable, a key of what was compiled for it."""
+    """The part of a Config that determines what the weights compute; hashable, a key of compiled functions."""
 
     model: ModelConfig
     mtp: MTPConfig
@@ -304,7 +305,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """The configuration of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
@@ -314,7 +315,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = setting(0, at_least=0, below=2**31)
-    init_from: str = ""  # a workdir whose matching weights start this run
+    init_from: str = ""  # a workdir or Hugging Face folder whose matching weights start this run
 
     @property
     def architecture(self) -> Architecture:
@@ -324,7 +325,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Conventions:
-    """How one family of released checkpoints wires its sequential MTP modules."""
+    """Conventions of the sequential MTP modules of one family of released checkpoints."""
 
     concat_order: str = "embedding_first"
     trunk_hidden: str = "after_norm"
@@ -343,7 +344,7 @@ CONVENTIONS = {
 
 
 def conventions(mtp: MTPConfig) -> Conventions:
-    """The family's preset with the explicit overrides of `mtp`."""
+    """Returns the family's preset with the explicit overrides of `mtp`."""
     preset = CONVENTIONS[mtp.family]
     names = [f.name for f in dataclasses.fields(Conventions)]
     return dataclasses.replace(preset, **{n: getattr(mtp, n) for n in names if getattr(mtp, n)})
