@@ -1,4 +1,4 @@
-"""A trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
+"""Loading of a trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 
 DType = Literal["float32", "bfloat16"]
-Values = dict[str, Any]  # of dotted config keys
+Values = dict[str, Any]  # keyed by dotted config key
 
 
 def load(
@@ -29,21 +29,21 @@ def load(
     ignore: tuple[str, ...] = (),
     compute_dtype: DType | None = None,
 ) -> LanguageModel:
-    """A trained model: the newest sound checkpoint of a workdir, or a Hugging Face folder, read without conversion.
+    """Loads a trained model: the newest valid checkpoint of a workdir, or a Hugging Face folder without conversion.
 
-    Its context is `config.data.sequence_length`: of a workdir the length it was trained on last, of a folder its
+    Its context is `config.data.sequence_length`: for a workdir the length it was last trained on, for a folder its
     max_position_embeddings.
 
     Args:
       path: the workdir or the folder.
-      mesh: over the devices to spread the weights; None: one device.
-      depth: 0 leaves out a Hugging Face folder's MTP layers.
-      ignore: fields of a Hugging Face config.json that are known not to change what the model computes.
+      mesh: the mesh over which the weights are sharded; None: one device.
+      depth: 0 omits the MTP layers of a Hugging Face folder.
+      ignore: fields of a Hugging Face config.json that do not change what the model computes.
       compute_dtype: "float32" or "bfloat16"; None: as trained, or as the folder's weights.
 
     Raises:
-      UserError: neither of the two, or a model that is not supported, with the file, field or tensor.
-      CheckpointError: a workdir without a sound checkpoint.
+      UserError: neither a workdir nor a Hugging Face folder, or an unsupported model, with the file, field or tensor.
+      CheckpointError: a workdir without a valid checkpoint.
     """
     axes, devices = (MeshConfig(), jax.devices()[:1]) if mesh is None else (mesh, jax.devices())
     placed = sharding.make_mesh(axes, devices)
@@ -59,7 +59,7 @@ def _from_folder(
     path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
 ) -> LanguageModel:
     opened = hf_folder.open_model(path, ignore=ignore, depth=depth)
-    context = config_json.longest_text(opened.values, str(path / "config.json"))  # not of a training run
+    context = config_json.longest_text(opened.values, str(path / "config.json"))  # the model's, not that of a run
     config = with_values(opened.config, changes | {"data.sequence_length": context})
     params, biases = place(opened.arrays, _abstract(config, mesh)).values()
     has_tokenizer = (path / "tokenizer.json").is_file()
@@ -69,11 +69,13 @@ def _from_folder(
 
 
 def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
-    """What ends a text in a Hugging Face folder: of generation_config.json, else of config.json, as transformers does.
-    Ids that the model does not have (-1, for one) end nothing.
+    """Returns the end-of-text ids of a Hugging Face folder.
+
+    They are those of generation_config.json, else of config.json, as in transformers. Ids that the model does not have
+    (such as -1) are dropped.
 
     Raises:
-      UserError: a file that cannot be read, or something else than ids.
+      UserError: a file that cannot be read, or values that are not ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
         values = read_json(path, "fetch the file again") if path.is_file() else {}
@@ -103,7 +105,7 @@ def _from_workdir(path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh) 
 
 
 def _abstract(config: Config, mesh: jax.sharding.Mesh) -> Tree:
-    """Shapes, dtypes and places of the weights."""
+    """Returns shapes, dtypes and shardings of the weights."""
     built = abstract_model(config.architecture)
 
     def at(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

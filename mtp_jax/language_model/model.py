@@ -1,4 +1,4 @@
-"""What a trained model does for people and for evaluation.
+"""A trained model: logits, generation and log-likelihoods.
 
 Shape letters: B rows, N tokens, D extra depths, T = N - D positions, K = 1 + D depths, V vocabulary.
 """
@@ -22,15 +22,15 @@ from mtp_jax.language_model import texts as texts_of
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import kind_of
 
-SHORTEST_SHARED = 16  # tokens of a context below which reading it once for several continuations saves nothing
+SHORTEST_SHARED = 16  # tokens of a context below which sharing its forward pass among continuations saves nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Completions(Generation):
     """A `Generation` with its texts.
 
-    texts: what was written after each prompt, up to the stop string or token. A prompt's text and this are the text of
-      all tokens. Empty without a tokenizer.
+    texts: the text generated after each prompt, up to the stop string or token. The prompt's text followed by this is
+      the text of all tokens. Empty without a tokenizer.
     """
 
     texts: list[str]
@@ -41,8 +41,8 @@ class LanguageModel:
     """Weights on their devices, with the tokenizer they were trained with.
 
     tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
-    step: of training, whose checkpoint this is; None of a Hugging Face folder.
-    eos_ids: those that a Hugging Face folder names beside the tokenizer's, as chat models do for the end of a turn.
+    step: the training step of the checkpoint; None for a Hugging Face folder.
+    eos_ids: end-of-text ids of a Hugging Face folder beside the tokenizer's, such as a chat model's end of a turn.
     """
 
     config: Config
@@ -55,12 +55,12 @@ class LanguageModel:
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """What ends a text: the tokenizer's eos and `eos_ids`."""
+        """Ids that end a text: the tokenizer's eos and `eos_ids`."""
         eos = None if self.tokenizer is None else self.tokenizer.eos_id
         return tuple(dict.fromkeys(i for i in (eos, *self.eos_ids) if i is not None))
 
     def logits(self, tokens: ArrayLike) -> np.ndarray:
-        """What every depth predicts.
+        """Returns the logits of every depth.
 
         Args:
           tokens: int[B, N], rows of one document each, N > D.
@@ -76,7 +76,7 @@ class LanguageModel:
         num_rows, length = len(tokens_BN), tokens_BN.shape[1] - kind_of(self.config).depth
         with jax.set_mesh(self.mesh):
             rows, cut = sharding.num_shards("batch"), sharding.num_shards("length")
-            # The mesh wants equal shares; what is added comes after everything that is read.
+            # The mesh requires equal shards; the padding comes after every token that is read.
             tokens_BN = np.pad(tokens_BN, ((0, -num_rows % rows), (0, -length % cut)))
             logits_BTKV = _logits(self.config.architecture, self.params, self.biases, jnp.asarray(tokens_BN))
         return np.asarray(jax.device_get(logits_BTKV))[:num_rows, :length]
@@ -96,23 +96,25 @@ class LanguageModel:
         stop_tokens: Sequence[int] | None = None,
         draft_length: int | None = None,
     ) -> Completions:
-        """Continue prompts, all of them as one batch.
+        """Generates continuations of prompts, all of them as one batch.
 
         Args:
-          prompts: texts, which begin as documents do in training (the tokenizer's bos, where it has one), or token ids,
-            which are taken as they are.
+          prompts: texts, which begin as documents do in training (with the tokenizer's bos, if it has one), or token
+            ids, which are used unchanged.
           max_new_tokens: fewer where the model's context (`config.data.sequence_length`) ends before.
-          temperature: 0 is greedy. top_k, top_p: limits to the likeliest tokens; see `decoding.samplers`.
-          speculative: draft with the extra depths. Greedy text is the same, but for rounding in low precision, where
-            three tokens at once are other matrix products than one; sampled text is distributed the same.
+          temperature: 0 is greedy.
+          top_k, top_p: limits to the likeliest tokens; see `decoding.samplers`.
+          speculative: draft with the extra depths. Greedy text is the same up to rounding in low precision, where
+            matrix products of three tokens differ from those of one; sampled text has the same distribution.
           num_speculative_tokens: tokens drafted before each forward pass; None: the trained depth. Sequential modules
             can draft more.
+          seed: of the samples.
           stop: a text ends before the first of these strings; one that names a special token is that token.
           stop_tokens: ids that end a text; None: `end_tokens`.
           draft_length: deprecated name of num_speculative_tokens.
 
         Raises:
-          UserError: a prompt that is empty or has no room in the context, a token outside the vocabulary, numbers
+          UserError: a prompt that is empty or leaves no room in the context, a token outside the vocabulary, numbers
             outside their range, speculation with a model that has no extra depths, texts without a tokenizer.
         """
         sampler = make_sampler(temperature, top_k, top_p)
@@ -133,7 +135,7 @@ class LanguageModel:
             stop_tokens = self.end_tokens
         stops = [texts_of.checked("stop", text) for text in ([stop] if isinstance(stop, str) else stop or ())]
         special = [self._needs_tokenizer().special_id(text) for text in stops]
-        vocab = self.config.model.vocab_size or 0  # a tokenizer may have more than the model writes
+        vocab = self.config.model.vocab_size or 0  # a tokenizer may have more ids than the model predicts
         stop_tokens = list(stop_tokens) + [token for token in special if token is not None and token < vocab]
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
@@ -152,24 +154,24 @@ class LanguageModel:
 
     @functools.cached_property
     def decoder(self) -> Generator:
-        """What `generate` runs: a copy of the weights in the compute dtype, made at the first use."""
+        """The generator of `generate`, with a copy of the weights in the compute dtype; created on first use."""
         return Generator(self.config, self.params, self.biases, self.mesh)
 
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = lambda num: None
     ) -> list[tuple[float, bool]]:
-        """How likely continuations are after their contexts.
+        """Returns the log-likelihood of continuations, given their contexts.
 
-        A context begins as documents do in training. Blanks at its end are read with the continuation, as tokenizers
-        join them to the word behind. Of a context too long for the model the end is kept, and a continuation too long
-        for it is read in pieces. A context with several continuations is read once.
+        A context begins as documents do in training. Blanks at its end are tokenised with the continuation, since
+        tokenizers join them to the next word. A context too long for the model loses its beginning, and a continuation
+        too long for it is scored in several windows. A context with several continuations is processed once.
 
         Args:
-          pairs: (context, continuation) texts. An empty context is the tokenizer's bos, or eos.
-          progress: called with the number of pieces done since the last call.
+          pairs: (context, continuation) texts. An empty context is replaced by the tokenizer's bos, or eos.
+          progress: called with the number of windows done since the last call.
 
         Returns:
-          the sum of log p of the continuation's tokens, in nats, and whether greedy decoding would write them.
+          for each pair, the sum of log p of the continuation's tokens, in nats, and whether they are the greedy ones.
 
         Raises:
           UserError: no tokenizer, or an empty continuation.
@@ -177,9 +179,9 @@ class LanguageModel:
         return self.token_loglikelihood(*self.pair_ids(pairs), progress)
 
     def pair_ids(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[np.ndarray], list[int]]:
-        """Token ids of the pairs of `loglikelihood`, and where in each the continuation begins."""
+        """Returns token ids of the pairs of `loglikelihood`, and the index in each at which the continuation begins."""
         tokenizer, found = self._needs_tokenizer(), []
-        encode = functools.lru_cache(maxsize=2)(tokenizer.encode)  # the answers of a question share its context
+        encode = functools.lru_cache(maxsize=2)(tokenizer.encode)  # the answers to a question share its context
         for n, pair in enumerate(pairs):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise UserError(f"pair {n}: {pair!r} is not (context, continuation); give a list of such pairs")
@@ -189,10 +191,10 @@ class LanguageModel:
     def loglikelihood_rolling(
         self, texts: Sequence[str], progress: Callable[[int], None] = lambda num: None
     ) -> list[float]:
-        """The log-likelihood of whole texts, nats: over all tokens, the first after the tokenizer's bos or eos.
+        """Returns the log-likelihood of whole texts, nats: over all tokens, the first after the tokenizer's bos or eos.
 
-        A text longer than the model's context is cut into windows as lm-evaluation-harness cuts it: each token is
-        predicted once, the first of a window after one token; the last window reaches back as far as the context holds.
+        A text longer than the model's context is split into windows as in lm-evaluation-harness: each token is
+        predicted once, the first of a window after one token; the last window starts as early as the context allows.
 
         Args:
           progress: called with the number of windows done since the last call.
@@ -210,7 +212,7 @@ class LanguageModel:
         starts: Sequence[int],
         progress: Callable[[int], None] = lambda num: None,
     ) -> list[tuple[float, bool]]:
-        """`loglikelihood` of token ids: of each text's tokens from its start >= 1 on."""
+        """Returns `loglikelihood` of token ids: for each text, of its tokens from its start >= 1 on."""
         pieces, owners = [], []
         for n, (ids, start) in enumerate(zip(texts, starts, strict=True)):
             cut = texts_of.windows(ids, start, self.config.data.sequence_length)
@@ -224,7 +226,7 @@ class LanguageModel:
     def _scores(
         self, pieces: list[tuple[np.ndarray, int]], progress: Callable[[int], None]
     ) -> list[tuple[float, bool]]:
-        """The same for pieces that fit the context. What several share before their start is read once."""
+        """Returns the scores of windows that fit the context. A prefix that several windows share is processed once."""
         same: dict[bytes, list[int]] = {}
         for i, (ids, start) in enumerate(pieces):
             same.setdefault(ids[:start].tobytes(), []).append(i)
@@ -245,10 +247,10 @@ class LanguageModel:
         return [out[i] for i in range(len(pieces))]
 
     def prompt_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Token ids of every prompt: texts begin with the tokenizer's bos, where it has one; ids stay as they are.
+        """Returns token ids of every prompt: texts begin with the tokenizer's bos, if it has one; ids are unchanged.
 
         Raises:
-          UserError: an empty text, texts without a tokenizer, or something else than either.
+          UserError: an empty text, texts without a tokenizer, or prompts of another type.
         """
         ids = []
         for b, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
@@ -268,7 +270,7 @@ class LanguageModel:
         return ids
 
     def _finder(self, befores: list[np.ndarray], stops: list[str]) -> Callable[[int, np.ndarray], int | None]:
-        """How many tokens of a row are kept: those up to the one that completes a stop string."""
+        """Returns (row, tokens) -> the number of tokens up to the one that completes a stop string, or None."""
         decode_after = self._needs_tokenizer().decode_after
         if not all(stops):
             raise UserError("stop='': an empty string stops nothing; leave it out")
@@ -280,7 +282,7 @@ class LanguageModel:
 
             if not is_complete(len(tokens)):
                 return None
-            low, high = 1, len(tokens)  # the longer the text, the more it holds
+            low, high = 1, len(tokens)  # a longer prefix contains every stop string of a shorter one
             while low < high:
                 middle = (low + high) // 2
                 low, high = (low, middle) if is_complete(middle) else (middle + 1, high)
@@ -328,6 +330,6 @@ def _logits(architecture: Architecture, params: Tree, biases: Tree, tokens_BN: j
     model = abstract_model(architecture).merge(params, biases)
     hidden_KBTD = model(targets.one_document_rows(tokens_BN, kind_of(architecture).depth)).hidden
     head_DV = model.head().astype(hidden_KBTD.dtype)
-    # Depths first and moved afterwards: XLA's CPU backend has no bfloat16 dot that writes the other order.
+    # Depths first and transposed afterwards: XLA's CPU backend has no bfloat16 dot with the other output order.
     logits_KBTV = jnp.einsum("kbtd,dv->kbtv", hidden_KBTD, head_DV, preferred_element_type=jnp.float32)
     return jnp.moveaxis(logits_KBTV, 0, 2)

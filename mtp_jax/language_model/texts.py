@@ -1,4 +1,4 @@
-"""Texts to be scored, as token ids and the place where what is predicted begins."""
+"""Texts to score as token ids, with the index at which the predicted tokens begin."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from mtp_jax.data import Tokenizer
 
 
 def checked(what: str, text: object) -> str:
-    """`text`; raises UserError, which names it as `what`, unless it is a text that can be encoded."""
+    """Returns `text`; raises UserError, which names it as `what`, unless it is a text that can be encoded."""
     if not isinstance(text, str):
         raise UserError(f"{what}: {text!r} is not a text; give a string")
     try:
@@ -23,11 +23,11 @@ def checked(what: str, text: object) -> str:
 def pair(
     tokenizer: Tokenizer, encode: Callable[[str], np.ndarray], n: int, context: str, continuation: str
 ) -> tuple[np.ndarray, int]:
-    """Token ids of a context with its continuation, int32[N], and where the continuation begins, 1 at least.
+    """Returns token ids of a context with its continuation, int32[N], and the start of the continuation, at least 1.
 
     Args:
-      encode: the tokenizer's, which may remember contexts.
-      n: the pair's number, for errors.
+      encode: the tokenizer's encode, possibly with a cache of contexts.
+      n: index of the pair, for errors.
 
     Raises:
       UserError: an empty continuation; an empty context and a tokenizer with neither bos nor eos.
@@ -38,8 +38,8 @@ def pair(
     if not continuation:
         raise UserError(f"pair {n}: its continuation is empty; give it at least one character")
     context_ids, whole = encode(kept), tokenizer.encode(kept + continuation)
-    num_new = max(1, len(whole) - len(context_ids))  # it may be joined to the context's last token
-    has_context = len(whole) > num_new  # without one, as where both are one token, something has to come before
+    num_new = max(1, len(whole) - len(context_ids))  # its beginning may be joined to the context's last token
+    has_context = len(whole) > num_new  # otherwise, as where both are one token, bos or eos must precede it
     first = tokenizer.bos_id if tokenizer.bos_id is not None or has_context else tokenizer.eos_id
     if first is None and not has_context:
         raise UserError(f"pair {n}: nothing comes before its continuation, and the tokenizer has neither bos nor eos")
@@ -48,7 +48,7 @@ def pair(
 
 
 def whole(tokenizer: Tokenizer, n: int, text: str) -> tuple[np.ndarray, int]:
-    """Token ids of a text of which everything is predicted, after bos (or eos), and 1.
+    """Returns token ids of a text of which every token is predicted, after bos (or eos), and the start 1.
 
     Raises:
       UserError: a tokenizer with neither bos nor eos.
@@ -60,11 +60,11 @@ def whole(tokenizer: Tokenizer, n: int, text: str) -> tuple[np.ndarray, int]:
 
 
 def windows(ids: np.ndarray, start: int, longest: int) -> list[tuple[np.ndarray, int]]:
-    """The ids from `start` on in pieces that a model's context of `longest` tokens holds: each int32[<= longest + 1],
-    as the last token is only predicted, with the place where what it predicts begins.
+    """Splits the ids from `start` on into windows for a model's context of `longest` tokens.
 
-    Each token is predicted once. One piece, with the context's end, if the predicted tokens fit; else the first token
-    of a later piece follows one token, and the last piece reaches back as far as it can.
+    Each window is (int32[<= longest + 1], start of its predicted tokens); its last token is only predicted. Each token
+    is predicted once. If all predicted tokens fit, there is one window, with the end of the context; else the first
+    token of a later window follows one token, and the last window starts as early as it can.
     """
     out = []
     for at in range(start, len(ids), longest):
