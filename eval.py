@@ -1,13 +1,13 @@
-"""Measure a trained model: python eval.py --workdir=DIR --tasks=loss,acceptance [--output=FILE.json] [--limit=N]
+"""Evaluate a trained model: python eval.py --workdir=DIR --tasks=loss,acceptance [--output=FILE.json] [--limit=N]
 
     loss          per depth on held-out documents: loss, bits per byte, accuracy
-    acceptance    per depth: agreement with the main head, and the tokens per forward pass to expect from it
+    acceptance    per depth: agreement with the main head, and the expected tokens per forward pass
     speculative   plain and self-speculated continuations: measured acceptance, tokens per forward pass, speed-up
     advice        how many tokens to draft at which batch size, from measured acceptance and measured costs
     any other     a benchmark of lm-evaluation-harness by its name: arc_easy, mmlu, gsm8k, humaneval ...; with
                   --data_dir (or MTP_DATA_DIR) those of configs/tasks read local files; --tasks_dir=DIR adds your own
 
---output writes the values as JSON, and beside it the same as Markdown and as a picture (.md, .png).
+--output writes the values as JSON, and beside it the same as Markdown and as a plot (.md, .png).
 Exit codes: 0 done, 1 a failed run, 2 unusable arguments.
 """
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     values: dict[str, object] = {}
 
     def done(text: str) -> None:
-        """Print a task's table and write all there is: what fails later takes nothing away."""
+        """Prints a task's table and writes all results so far, so that a later failure loses nothing."""
         texts.append(text)
         if jax.process_index() == 0:
             print(text if len(texts) == 1 else f"\n{text}", flush=True)

@@ -18,13 +18,13 @@ def main(argv: list[str]) -> None:
     resolved = config.load_config(args.config, overrides)
     distributed.initialize(args)
 
-    from mtp_jax.training import loop  # jax starts here: a mistake in the arguments is reported before
+    from mtp_jax.training import loop  # imports jax: errors in the arguments are reported before
 
     report(loop.train(resolved, args.workdir), args.workdir)
 
 
 def report(run, workdir: str) -> None:
-    """The closing table and a sample."""
+    """Prints the final validation table and a sample."""
     import jax
 
     from mtp_jax.evaluation import validation
@@ -41,7 +41,7 @@ def report(run, workdir: str) -> None:
 
 
 def sample(run, is_main: bool) -> None:
-    """A text of training.sample_tokens, drafted by the extra depths where there are any."""
+    """Prints a text of training.sample_tokens tokens, drafted by the extra depths if there are any."""
     from mtp_jax.decoding import generator, samplers
     from mtp_jax.mtp import kind_of
 

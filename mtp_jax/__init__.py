@@ -1,12 +1,12 @@
-"""Train, measure and decode multi-token prediction models in JAX.
+"""Training, evaluation and decoding of multi-token prediction models in JAX.
 
 mtp_jax.load(path)                                   a trained model, or a Hugging Face folder
 mtp_jax.config.load_config(path, overrides)          a config file as frozen dataclasses
 mtp_jax.targets.rows(...)                            rows of tokens as inputs, targets and weights of every depth
-mtp_jax.mtp.kind_of(config)                          multi-token prediction of one kind; mtp_jax.mtp.KINDS lists them
+mtp_jax.mtp.kind_of(config)                          the MTP kind of a config; mtp_jax.mtp.KINDS lists all kinds
 mtp_jax.losses.evaluate(terms)                       the loss of all terms, chunk by chunk
 mtp_jax.model                                        decoder and MTP kind as one module
-mtp_jax.training.loop.train(config, workdir)         what train.py calls
+mtp_jax.training.loop.train(config, workdir)         the training loop, called by train.py
 """
 
 import importlib
@@ -31,7 +31,7 @@ _MODULES = (
 
 
 def __getattr__(name: str) -> Any:
-    """Submodules on first use: `import mtp_jax` alone starts neither jax nor anything else."""
+    """Imports submodules on first use: `import mtp_jax` alone imports neither jax nor any submodule."""
     if name == "load":
         return importlib.import_module("mtp_jax.language_model").load
     if name in _MODULES:

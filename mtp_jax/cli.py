@@ -1,4 +1,4 @@
-"""What every command line shares: flags, config overrides, and errors as one line with an exit code."""
+"""Common parts of the command lines: flags, config overrides, and errors as one line with an exit code."""
 
 import argparse
 import os
@@ -21,17 +21,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser whose mistakes are UserErrors, with --debug."""
+    """Returns an argument parser with --debug that raises UserError for unusable arguments."""
     out = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return out
 
 
 def parse(flags: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the `--config.section.key=value` overrides in their order.
+    """Returns the flags, and the `--config.section.key=value` overrides in their order.
 
     Raises:
-      UserError: a flag that is neither.
+      UserError: an argument that is neither.
     """
     for old, new in RENAMED.items():
         if any(a == old or a.startswith(f"{old}=") for a in argv):
@@ -42,7 +42,7 @@ def parse(flags: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Nam
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv) and leave with 0, 1 (a failed run) or 2 (unusable arguments or config).
+    """Calls main(argv) and exits with 0, 1 (a failed run) or 2 (unusable arguments or config).
 
     An error is one line on stderr; --debug adds the traceback.
     """
@@ -50,7 +50,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has left
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except Exception as error:
@@ -65,7 +65,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
-    """Write the file that --`flag` names.
+    """Writes the file that --`flag` names.
 
     Raises:
       UserError: it cannot be written.
@@ -77,7 +77,7 @@ def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
 
 
 def describe(error: Exception) -> str:
-    """One line. Errors of ours say what to do; of any other, the kind and its first line, and how to see the rest."""
+    """Returns one line: the message of an error of this package; of any other, its type and first line."""
     message = first_line(error)
     if type(error).__module__.startswith("mtp_jax"):
         return message

@@ -1,7 +1,7 @@
-"""Several processes as one run: found by themselves on TPU pods, GKE and SLURM, by flags elsewhere, never on a laptop.
+"""Several processes as one run: detected on TPU pods, GKE and SLURM, given by flags elsewhere, never on a laptop.
 
-jax.distributed.initialize() looks for a cluster too, but raises where there is none, and takes an allocation of one
-task for one. So what is decided here, from the environment and before jax starts, is only *whether* there are peers.
+jax.distributed.initialize() detects clusters too, but raises where there is none, and takes an allocation of one task
+for one. This module therefore decides, from the environment and before jax starts, only *whether* there are peers.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from typing import Any
 from mtp_jax.config import UserError
 from mtp_jax.errors import first_line
 
-# A dead peer leaves the others waiting in a collective until this has passed: 30 s end them within a minute, and no
-# healthy process is silent for so long, since a thread outside Python sends the heartbeats.
+# When a peer dies, the others wait in a collective for this long: 30 s end them within a minute, and no healthy process
+# is silent for as long, since a thread outside Python sends the heartbeats.
 HEARTBEAT_SECONDS = 30
 MIN_HEARTBEAT_SECONDS, MAX_HEARTBEAT_SECONDS = 5, 600
 ADDRESS = ("coordinator", "num_processes", "process_id")
@@ -26,19 +26,19 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 
 
 class DistributedError(RuntimeError):
-    """The peers were not found. Exit code 1: a supervisor tries again."""
+    """The peers did not connect. Exit code 1, so that a supervisor tries again."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Peers to meet: who says so, and what jax.distributed.initialize cannot find out by itself."""
+    """Peers to connect to: their source, and the arguments that jax.distributed.initialize cannot detect itself."""
 
     found_by: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """The flags of a process among several; each has an environment variable, MTP_COORDINATOR and so on."""
+    """Adds the flags of one process among several; each has an environment variable, MTP_COORDINATOR and so on."""
     group = flags.add_argument_group("several processes", "needed only where no TPU pod, GKE or SLURM says it")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", metavar="N", help="how many there are")
@@ -49,11 +49,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def initialize(args: argparse.Namespace) -> None:
-    """Meet the other processes, if there are any; before anything else touches jax. Process 0 prints one line.
+    """Connects to the other processes, if there are any; must precede any use of jax. Process 0 prints one line.
 
     Raises:
       UserError: flags that cannot be used.
-      DistributedError: the others did not come.
+      DistributedError: the others did not connect.
     """
     heartbeat = _heartbeat(args, os.environ)
     cluster = detect(args, os.environ)
@@ -61,10 +61,10 @@ def initialize(args: argparse.Namespace) -> None:
         return
     import jax
 
-    # The collectives of the CPU backend, and of nothing else; without them several CPU processes cannot compute.
+    # For the CPU backend only; without it several CPU processes have no collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        # A process that fails alone waits for the others when it leaves; no longer than for a dead one.
+        # A process that fails alone waits for the others before it exits, no longer than for a dead one.
         jax.distributed.initialize(
             **cluster.arguments, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
         )
@@ -80,13 +80,13 @@ def initialize(args: argparse.Namespace) -> None:
 def detect(
     args: argparse.Namespace, env: Mapping[str, str], metadata: Callable[[str], str] | None = None
 ) -> Cluster | None:
-    """The Cluster this process belongs to, or None: it is alone.
+    """Returns the Cluster this process belongs to, or None if it is alone.
 
     Args:
-      args: the flags of `add_flags`; they win over the environment.
+      args: the flags of `add_flags`; they take precedence over the environment.
       env: the environment.
-      metadata: reads an attribute of this Cloud TPU VM ("" where there is none); None: ask its metadata server,
-        where there is one.
+      metadata: reads an attribute of this Cloud TPU VM ("" where there is none); None: from its metadata server, if
+        there is one.
     """
     return _by_flags(args, env) or _by_slurm(env) or _by_tpu(env, metadata or _metadata)
 
@@ -112,12 +112,12 @@ def _by_flags(args: argparse.Namespace, env: Mapping[str, str]) -> Cluster | Non
     if num == 1:
         return None
     peers = {"coordinator_address": address, "num_processes": num, "process_id": index}
-    # One process with all of its devices, whatever else is set.
+    # One process with all of its devices, whatever other cluster variables are set.
     return Cluster(source, peers | {"cluster_detection_method": "deactivate"})
 
 
 def _by_slurm(env: Mapping[str, str]) -> Cluster | None:
-    """A task of an srun step of several. A batch script or a shell of salloc inherits SLURM_NTASKS and is alone."""
+    """A task of an srun step with several tasks. Batch scripts and salloc shells inherit SLURM_NTASKS and are alone."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if not all(name in env for name in needed):
         return None
@@ -126,7 +126,7 @@ def _by_slurm(env: Mapping[str, str]) -> Cluster | None:
     arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
     one_task_a_node = re.fullmatch(r"1(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     num_gpus = env.get("SLURM_GPUS_ON_NODE", "")
-    if one_task_a_node and num_gpus.isdigit():  # jax would give the task one GPU and leave the others idle
+    if one_task_a_node and num_gpus.isdigit():  # jax would assign one GPU to the task and leave the others idle
         arguments["local_device_ids"] = list(range(int(num_gpus)))
     return Cluster("SLURM", arguments)
 
@@ -136,7 +136,7 @@ def _by_tpu(env: Mapping[str, str], metadata: Callable[[str], str]) -> Cluster |
     if platforms and "tpu" not in platforms.split(","):
         return None
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-    if hosts:  # GKE tells its pods
+    if hosts:  # set by GKE
         return Cluster("GKE") if _count(hosts) * int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
     if "TPU_SKIP_MDS_QUERY" in env:
         return None
@@ -150,13 +150,13 @@ def _count(comma_separated: str) -> int:
 
 
 def _line(text: str, key: str) -> str:
-    """The value of `key: 'value'` in the lines of tpu-env."""
+    """Returns the value of `key: 'value'` in the lines of tpu-env."""
     found = re.search(rf"^\s*{key}\s*:\s*'?([^'\n]*)'?\s*$", text, re.MULTILINE)
     return found.group(1).strip() if found else ""
 
 
 def _metadata(key: str) -> str:
-    """An attribute of this Cloud TPU VM. Machines without Google's PCI devices are not even asked."""
+    """Returns an attribute of this Cloud TPU VM; "" without a request on machines without Google's PCI devices."""
     vendors = (pathlib.Path(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
     if not any(path.read_text().strip() == "0x1ae0" for path in vendors):
         return ""
@@ -164,7 +164,7 @@ def _metadata(key: str) -> str:
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:
             return answer.read().decode()
-    except OSError:  # no such attribute (no TPU), or no metadata server at all
+    except OSError:  # no such attribute (no TPU), or no metadata server
         return ""
 
 

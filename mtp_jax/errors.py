@@ -1,4 +1,4 @@
-"""Errors of the user, the first line of any other error, and notices on stderr."""
+"""User errors, the first line of any other error, and notices on stderr."""
 
 import functools
 import sys
@@ -9,11 +9,11 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's text that is not blank, else the kind of exception."""
+    """Returns the first line of an exception's text that is not blank, else the type of the exception."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """One line on stderr, the first time only."""
+    """Prints a line on stderr, once per process."""
     print(f"note: {line}", file=sys.stderr, flush=True)
