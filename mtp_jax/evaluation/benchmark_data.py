@@ -1,4 +1,4 @@
-"""Benchmark problems from local files, in the folder that the variable MTP_DATA_DIR names, or one below it."""
+"""Benchmark problems from local files, in the folder that the variable MTP_DATA_DIR names or one directly below it."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ VARIABLE = "MTP_DATA_DIR"
 
 
 def folder() -> pathlib.Path:
-    """The folder that holds the benchmarks' files.
+    """Returns the folder of the benchmarks' files.
 
     Raises:
       UserError: MTP_DATA_DIR is not set, or not a folder.
@@ -28,7 +28,7 @@ def folder() -> pathlib.Path:
 
 
 def find(name: str) -> pathlib.Path:
-    """A file's path, in the folder or in one directly below it.
+    """Returns a file's path, in the folder or in one directly below it.
 
     Raises:
       UserError: no such file.
@@ -40,7 +40,7 @@ def find(name: str) -> pathlib.Path:
 
 
 def read_text(name: str) -> str:
-    """The content of a file.
+    """Returns the content of a file.
 
     Raises:
       UserError: no such file, or one that cannot be read as UTF-8.
@@ -56,7 +56,7 @@ def _text(path: pathlib.Path) -> str:
 
 
 def read_json(name: str) -> JsonObject:
-    """The object of a .json file.
+    """Returns the object of a .json file.
 
     Raises:
       UserError: no such file, or not a JSON object.
@@ -65,22 +65,22 @@ def read_json(name: str) -> JsonObject:
 
 
 def read_jsonl(name: str, fields: Sequence[str] = ()) -> list[JsonObject]:
-    """The objects of a file with one JSON object a line, empty lines left out.
+    """Returns the objects of a file with one JSON object per line, without empty lines.
 
     Args:
-      name: of the file, relative to MTP_DATA_DIR.
-      fields: what every object must have.
+      name: name of the file, relative to MTP_DATA_DIR.
+      fields: required fields of every object.
 
     Raises:
-      UserError: no such file, a file without objects, or a line that is no JSON object or lacks a field.
+      UserError: no such file, a file without objects, or a line that is not a JSON object or lacks a field.
     """
     path = find(name)
     return list(_objects(path, path.stat().st_mtime_ns, tuple(fields)))
 
 
-@functools.lru_cache(maxsize=4)  # MMLU asks for its two files once for each of 57 subjects
+@functools.lru_cache(maxsize=4)  # MMLU reads its two files once for each of 57 subjects
 def _objects(path: pathlib.Path, changed: int, fields: tuple[str, ...]) -> list[JsonObject]:
-    del changed  # of the key: a file that has changed is read anew
+    del changed  # part of the key only: a changed file is read again
     lines = _text(path).split("\n")
     out = [_parse(line, f"{path}:{number}", fields) for number, line in enumerate(lines, 1) if line.strip()]
     if not out:
@@ -104,9 +104,10 @@ def _parse(line: str, where: str, fields: Sequence[str]) -> JsonObject:
 def from_files(
     *, splits: Mapping[str, str], where: Mapping[str, object] | None = None, **metadata: object
 ) -> JsonObject:
-    """`custom_dataset` of a yaml task whose `dataset_kwargs` name a .jsonl file for each split.
+    """Reads one .jsonl file per split: the `custom_dataset` of a yaml task whose `dataset_kwargs` name the files.
 
     Args:
+      splits: file name of each split.
       where: fields and the values that a problem must have to belong to the task.
       metadata: the task's own, which the harness passes on.
 
@@ -124,7 +125,7 @@ def from_files(
 
 
 def dataset(**splits: Sequence[Mapping[str, object]]) -> JsonObject:
-    """Splits as lm_eval's `custom_dataset` returns them: a `datasets.Dataset` each."""
-    import datasets  # of the extra that brings lm_eval
+    """Returns splits in the form of lm_eval's `custom_dataset`: a `datasets.Dataset` each."""
+    import datasets  # installed with lm_eval by the optional extra
 
     return {name: datasets.Dataset.from_list([dict(row) for row in rows]) for name, rows in splits.items()}

@@ -1,6 +1,6 @@
-"""Benchmarks of eval.py: every task of lm-evaluation-harness by name, over local files or the hub's.
+"""Benchmarks of eval.py: every task of lm-evaluation-harness by name, with documents from local files or the hub.
 
-A name is looked for in the folders of --tasks_dir, then (where there is local data) in configs/tasks, then among the
+A name is looked up in the folders of --tasks_dir, then (if there is local data) in configs/tasks, then among the
 harness's own tasks, which load their documents from the hub.
 """
 
@@ -26,19 +26,19 @@ from mtp_jax.evaluation.results import Benchmark, Metric
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.typing import JsonObject
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # an optional dependency
     from lm_eval.api.group import Group
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
-BOOTSTRAP = 1000  # resamples for the error of what is no mean
-OTHER_TASKS = ("loss", "acceptance", "speculative", "advice")  # of eval.py, which are no benchmarks
-MOST_SHOWN = 8  # tasks of a group that are listed on the screen
+BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
+OTHER_TASKS = ("loss", "acceptance", "speculative", "advice")  # tasks of eval.py that are not benchmarks
+MOST_SHOWN = 8  # tasks of a group that are printed
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Those of benchmarks."""
+    """Adds the flags of benchmarks."""
     group = flags.add_argument_group("benchmarks (--limit: documents of each task)")
     group.add_argument("--tasks_dir", action="append", default=[], help="a folder with yaml tasks; may be repeated")
     group.add_argument("--data_dir", help=f"local data of configs/tasks; default ${benchmark_data.VARIABLE}")
@@ -50,8 +50,12 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """Benchmarks that are known and allowed. tasks: the harness's objects, in the order asked for; manager: who knows
-    them, and no more than has to be read."""
+    """Benchmarks that exist and may run.
+
+    Attributes:
+      tasks: the harness's objects, in the requested order.
+      manager: the task manager that loaded them; it has the harness's own tasks only if needed.
+    """
 
     names: list[str]
     tasks: list["ConfigurableTask | Group"]
@@ -59,11 +63,11 @@ class Plan:
 
 
 def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
-    """Find the tasks and load their documents, before a model is loaded.
+    """Finds the tasks and loads their documents, before a model is loaded.
 
     Raises:
-      UserError: the harness is not installed; an unknown task (with the nearest), data that is not there, or what
-        could only fail after hours: see `_check`.
+      UserError: the harness is not installed, an unknown task (with the nearest), missing data, or a problem that would
+        otherwise appear only after hours: see `_check`.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
@@ -77,7 +81,7 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
     if args.samples and pathlib.Path(args.samples).is_dir():
         raise UserError(f"--samples={args.samples}: is a folder; give a .jsonl file")
     if args.data_dir:
-        os.environ[benchmark_data.VARIABLE] = args.data_dir  # tasks read it, in files of their own
+        os.environ[benchmark_data.VARIABLE] = args.data_dir  # read by the files of the tasks
     _quiet()
     manager = _manager(args.tasks_dir, names)
     tasks: list[ConfigurableTask | Group] = []
@@ -88,8 +92,12 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
 
 
 def _check(leaves: "list[ConfigurableTask]", args: argparse.Namespace) -> None:
-    """Raises UserError where a task is asked for twice, cannot have so many examples, says of generation what we do not
-    know, or runs programs without the permission to, or on a machine that cannot contain them."""
+    """Checks that the tasks can run with these flags.
+
+    Raises:
+      UserError: a task is requested twice, has too few examples for --num_fewshot, has unknown generation options, or
+        runs programs without permission or on a machine that cannot isolate them.
+    """
     from mtp_jax.evaluation.harness import generation_options
 
     found = [task.task_name for task in leaves]
@@ -112,8 +120,8 @@ def _check(leaves: "list[ConfigurableTask]", args: argparse.Namespace) -> None:
 
 
 def _check_examples(task: "ConfigurableTask", num: int) -> None:
-    """Raises UserError where the harness would not put `num` examples in front, or could not."""
-    if task.get_config("num_fewshot") == 0:  # the harness leaves it so, and says nothing that is seen here
+    """Raises UserError where the harness would not, or could not, prepend `num` examples."""
+    if task.get_config("num_fewshot") == 0:  # the harness then silently ignores the flag
         raise UserError(
             f"--num_fewshot={num}: {task.task_name} has num_fewshot: 0 in its file, which is not changed; leave it out"
         )
@@ -123,8 +131,8 @@ def _check_examples(task: "ConfigurableTask", num: int) -> None:
 
 
 def _quiet() -> None:
-    """The harness says much; what goes wrong is an exception. Its bootstrap forks: a running jax may not survive it."""
-    os.environ["TQDM_DISABLE"] = "1"  # a bar for each task's prompts; ours, of the model, says otherwise
+    """Silences the harness (its errors are exceptions) and disables its bootstrap's forks, which may crash jax."""
+    os.environ["TQDM_DISABLE"] = "1"  # one bar for each task's prompts; the model has its own bar
     import datasets
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -133,7 +141,7 @@ def _quiet() -> None:
 
 
 def _manager(folders: Sequence[str], names: Sequence[str]) -> "TaskManager":
-    """A task manager that knows all of `names`. The harness's own tasks are read (seconds) only where needed."""
+    """Returns a task manager that has all of `names`. The harness's own tasks are read (seconds) only if needed."""
     from lm_eval.tasks import TaskManager
 
     for folder in folders:
@@ -142,7 +150,7 @@ def _manager(folders: Sequence[str], names: Sequence[str]) -> "TaskManager":
     own = list(folders)
     if os.environ.get(benchmark_data.VARIABLE) and TASKS_FOLDER.is_dir():
         benchmark_data.folder()
-        own.insert(0, str(TASKS_FOLDER))  # later ones win
+        own.insert(0, str(TASKS_FOLDER))  # later folders take precedence
     manager = TaskManager(include_path=own, include_defaults=False)
     if all(name in manager.all_tasks for name in names):
         return manager
@@ -155,12 +163,12 @@ def _manager(folders: Sequence[str], names: Sequence[str]) -> "TaskManager":
 
 
 def _load(manager: "TaskManager", name: str) -> "list[ConfigurableTask | Group]":
-    """The task, the group, or the tasks of a tag."""
+    """Returns the task, the group, or the tasks of a tag."""
     try:
         loaded = manager.load([name])
     except UserError:
         raise
-    except Exception as error:  # whatever a task's own files and the hub raise
+    except Exception as error:  # any exception of a task's own files or the hub
         raise UserError(
             f"--tasks={name}: cannot be loaded ({type(error).__name__}: {first_line(error)}); "
             "for local files give --data_dir"
@@ -173,10 +181,10 @@ def _leaves(top: "ConfigurableTask | Group") -> "list[ConfigurableTask]":
 
 
 def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str, dict[str, Benchmark]]:
-    """Evaluate: a table, and values for JSON (see `values_of`).
+    """Runs the benchmarks; returns a table, and values for JSON (see `values_of`).
 
     Raises:
-      UserError: a task asks for what this model cannot do.
+      UserError: a task requires something that this model cannot do.
     """
     from lm_eval import simple_evaluate
 
@@ -189,16 +197,16 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
         num_speculative_tokens=args.num_speculative_tokens,
         seed=model.config.seed,
     )
-    with contextlib.redirect_stdout(sys.stderr):  # the tables alone are what is asked for
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the tables only
         results: JsonObject = simple_evaluate(
             model=answers,
             tasks=plan.tasks,
-            task_manager=plan.manager,  # or it would read the files of all its own tasks, for seconds
+            task_manager=plan.manager,  # otherwise it reads the files of all its own tasks, for seconds
             num_fewshot=args.num_fewshot,
             limit=args.limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=bool(args.samples),
-            torch_random_seed=None,  # it would import torch
+            torch_random_seed=None,  # a value would import torch
             confirm_run_unsafe_code=args.allow_code_execution,
         )
     if args.samples and jax.process_index() == 0:
@@ -218,18 +226,18 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
 
 
 def _num_fewshot(config: JsonObject, asked: int | None) -> int:
-    """Examples in a prompt: those the harness put in front, else those it has of its own, by the task's metadata."""
+    """Returns the number of examples in a prompt: those the harness added, else those in the task's metadata."""
     return asked or (config.get("metadata") or {}).get("num_fewshot", 0)
 
 
 def values_of(results: JsonObject) -> dict[str, Benchmark]:
-    """The results of the harness, by task and group."""
+    """Returns the results of the harness, by task and group."""
     parents = {child: group for group, each in results.get("group_subtasks", {}).items() for child in each}
     groups = results.get("groups", {})
     out: dict[str, Benchmark] = {}
     for name, found in {**groups, **results["results"]}.items():
         metrics = _metrics(found)
-        if not metrics:  # a group without a number of its own
+        if not metrics:  # a group without metrics of its own
             continue
         leaves = _members(name, results.get("group_subtasks", {}))
         config = results["configs"][leaves[0]]
@@ -248,7 +256,7 @@ def values_of(results: JsonObject) -> dict[str, Benchmark]:
 
 
 def _main_metric(config: JsonObject, metrics: dict[str, Metric]) -> str:
-    """The first that the task's file lists, after its first filter."""
+    """Returns the first metric that the task's file lists, after its first filter."""
     listed = [entry["metric"] for entry in config.get("metric_list") or []]
     by_place = {name: listed.index(name.split(",")[0]) for name in metrics if name.split(",")[0] in listed}
     return min(by_place, key=lambda name: by_place[name]) if by_place else next(iter(metrics))
@@ -267,12 +275,12 @@ def _metrics(found: JsonObject) -> dict[str, Metric]:
 
 
 def _members(name: str, subtasks: dict[str, list[str]]) -> list[str]:
-    """The tasks of a group, those of its groups included; a task is its own."""
+    """Returns the tasks of a group, including those of nested groups; for a task, the task itself."""
     return [leaf for child in subtasks[name] for leaf in _members(child, subtasks)] if subtasks.get(name) else [name]
 
 
 def table(values: dict[str, Benchmark]) -> str:
-    """A line a benchmark: shots, documents, every metric with its standard error. Groups before their tasks."""
+    """Returns a line per benchmark: shots, documents, every metric with its standard error; groups come first."""
     lines = [["benchmark", "shots", "docs", "result"]]
 
     def add(name: str, level: int) -> None:
@@ -296,7 +304,7 @@ def _number(metric: Metric) -> str:
 
 
 def write_samples(path: str, samples: dict[str, list[JsonObject]]) -> None:
-    """A JSON object a document: its task, prompt, what the model said, what was right, and the metrics."""
+    """Writes a JSON object per document: its task, prompt, model output, expected answer and metrics."""
     with open(path, "w", encoding="utf-8") as file:
         for task, each in samples.items():
             for sample in each:

@@ -1,7 +1,7 @@
-"""What the harness's code benchmarks share: all programs of a task run in one go, then scored problem by problem.
+"""Execution and scoring of code benchmarks: all programs of a task run at once, then each problem is scored.
 
-The harness hands a task's filter every response at once, and its metric one problem at a time. So the programs are run
-in the filter, on all cores, and what the metric (and a file of samples) sees is "passed" or why not.
+The harness passes all responses at once to a task's filter, and one problem at a time to its metric. So the filter runs
+the programs, on all cores, and the metric (and a file of samples) sees "passed" or the reason of the failure.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +16,17 @@ def run(
     docs: Sequence[Mapping[str, object]],
     program: Callable[[Mapping[str, object], str], Program],
 ) -> list[list[str]]:
-    """Run `program(doc, response)` for every response to every doc.
+    """Runs `program(doc, response)` for every response to every doc.
+
+    Args:
+      responses: the responses to each doc.
+      program: builds the program of a doc and a response.
 
     Returns:
       for each doc, for each response: "passed", or the reason and a detail.
 
     Raises:
-      UserError: this machine cannot contain programs.
+      UserError: this machine cannot isolate programs.
     """
     programs = [program(doc, text) for texts, doc in zip(responses, docs, strict=True) for text in texts]
     outcomes = iter(sandbox.run_programs(programs))
@@ -30,11 +34,11 @@ def run(
 
 
 def score(predictions: Sequence[Sequence[str]], k: int | Sequence[int]) -> dict[str, float]:
-    """{"pass@k": ...} of one problem, as the harness calls a metric.
+    """Returns {"pass@k": ...} of one problem, with the signature of the harness's metrics.
 
     Args:
       predictions: the problem's outcomes, in a list of their own.
-      k: one or more; each at most the task's `repeats`.
+      k: one value or several; each at most the task's `repeats`.
     """
     (outcomes,) = predictions
     passed = sum(text == "passed" for text in outcomes)

@@ -1,6 +1,6 @@
-"""Which conventions do these MTP weights follow? Every combination tried on a text (DESIGN: released layouts differ).
+"""Comparison of MTP conventions by their loss on a text: every combination is tried (DESIGN: released layouts differ).
 
-A wrong concatenation order or a missing norm is not seen in any shape; it shows as a loss near ln V.
+A wrong concatenation order or a missing norm does not show in any shape; it shows as a loss near ln V.
 
 Shape letters: B rows, N tokens, K depths.
 """
@@ -25,7 +25,7 @@ from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import kind_of
 from mtp_jax.training import workdir as workdirs
 
-ROWS, LENGTH = 8, 256  # of the text that is read
+ROWS, LENGTH = 8, 256  # of the text
 
 CHOICES = {
     "concat_order": ("embedding_first", "hidden_first"),
@@ -34,13 +34,13 @@ CHOICES = {
     "recycled_hidden": ("before_norm", "after_norm"),
     "chain": ("previous", "trunk"),
 }
-TOO_CLOSE = 0.01  # nats a token; with norms near 1 some conventions compute almost the same
-BEYOND_DEPTH_1 = ("recycled_hidden", "chain")  # at depth 1 nothing is handed on
+TOO_CLOSE = 0.01  # nats per token; with norms near 1 some conventions compute almost the same
+BEYOND_DEPTH_1 = ("recycled_hidden", "chain")  # at depth 1 no hidden state is passed on
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """ways: the conventions that were tried. losses: nats a token of depths 0..D."""
+    """Losses under one combination of conventions. `ways`: the conventions. `losses`: nats per token of depths 0..D."""
 
     ways: dict[str, str]
     losses: tuple[float, ...]
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
-    """Losses on `tokens_BN` under every combination of conventions, the configured one first.
+    """Returns losses on `tokens_BN` under every combination of conventions, the configured one first.
 
     Raises:
       UserError: a model without sequential MTP modules.
@@ -62,7 +62,7 @@ def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
         raise UserError("--check: the model has no MTP layers, so there are no conventions to compare")
     own = dataclasses.asdict(conventions(config.mtp))
     free = [name for name in CHOICES if kind.depth > 1 or name not in BEYOND_DEPTH_1]
-    if own["output_norm"] == "main":  # there are no weights for another
+    if own["output_norm"] == "main":  # there are no weights of other norms
         free.remove("output_norm")
     tried = [own | dict(zip(free, choice, strict=True)) for choice in itertools.product(*(CHOICES[n] for n in free))]
     tried.sort(key=lambda ways: ways != own)
@@ -83,7 +83,7 @@ def _losses(lm: LanguageModel, ways: dict[str, str], tokens_BN: np.ndarray) -> t
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(architecture: Architecture, params: Tree, biases: Tree, tokens_BN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(nll, positions), float32[K]."""
+    """Returns (nll, positions), float32[K]."""
     model, depth = abstract_model(architecture).merge(params, biases), kind_of(architecture).depth
     ones_BN = jnp.ones_like(tokens_BN)
     positions_BN = jnp.broadcast_to(jnp.arange(tokens_BN.shape[1]), tokens_BN.shape)
@@ -96,7 +96,7 @@ def _sums(architecture: Architecture, params: Tree, biases: Tree, tokens_BN: jax
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Lowest MTP loss first, and what follows from it."""
+    """Returns the outcomes as text, the lowest MTP loss first, with a conclusion."""
     configured, best = outcomes[0], min(outcomes, key=lambda o: o.mtp_loss)
     names = [name for name in configured.ways if len({o.ways[name] for o in outcomes}) > 1]
     head = "".join(f"{name:<18}" for name in names) + f"{'MTP loss':>9}"
@@ -124,22 +124,22 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def report(path: str, text_file: str) -> str:
-    """`table` for a workdir.
+    """Returns `table` for a workdir.
 
     Args:
-      text_file: what to read; empty: some of Python's own source.
+      text_file: the text to read; empty: some of Python's own source.
 
     Raises:
       UserError: no such file, or a text or tokenizer that cannot be used.
     """
-    # Weights over all devices where they can be; a row for each device, so that no device is without one.
+    # Weights sharded over all devices if possible; at least one row per device.
     fits = workdirs.read_config(path).model.embed_dim % jax.device_count() == 0 and jax.device_count() <= ROWS
     lm = language_model.load(path, mesh=MeshConfig(data=1, fsdp=-1) if fits else None)
     return table(compare(lm, _tokens(lm, text_file)))
 
 
 def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
-    """The beginning of the text as rows; int32[B, N]."""
+    """Returns the beginning of the text as rows, int32[B, N]."""
     if text_file:
         try:
             text = pathlib.Path(text_file).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The tasks of eval.py that write text: speculative (what self-speculation gains) and advice (how much to draft)."""
+"""The generation tasks of eval.py: speculative (the gain of self-speculation) and advice (how many tokens to draft)."""
 
 import argparse
 import dataclasses
@@ -21,13 +21,13 @@ from mtp_jax.training.workdir import read_config
 
 NUM_PROMPTS = 16
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-BEYOND_DEPTH = 2  # drafts more than trained depths that the advice looks at
+BEYOND_DEPTH = 2  # the advice tests up to this many drafts beyond the trained depths
 NUM_NEW, TEMPERATURE = 128, 0.0
-OWN_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # None where not given: others ignore them
+OWN_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # None if not given: other tasks ignore them
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """Those of both tasks; benchmarks share --num_speculative_tokens and --batch_size."""
+    """Adds the flags of both tasks; benchmarks share --num_speculative_tokens and --batch_size."""
     group = flags.add_argument_group(
         "speculative, advice",
         "Benchmarks take --num_speculative_tokens and --batch_size; task files have the rest (generation_kwargs).",
@@ -46,10 +46,10 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
-    """Refuse unusable flags before anything is loaded.
+    """Rejects unusable flags before anything is loaded.
 
     Raises:
-      UserError: a number outside its range, prompts that are not there, or flags that no task of `tasks` would read.
+      UserError: a number outside its range, missing prompts, or flags that no task of `tasks` reads.
     """
     given = [name for name in OWN_FLAGS if getattr(args, name) is not None]
     if given and not tasks:
@@ -76,15 +76,16 @@ def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
 
 
 def load_model(workdir: str) -> LanguageModel:
-    """The model of a workdir or a Hugging Face folder, on one device or on the mesh it was trained on."""
+    """Returns the model of a workdir or a Hugging Face folder, on one device or on the mesh it was trained on."""
     return language_model.load(workdir, mesh=_mesh(workdir))
 
 
 def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Each task's text and its values for JSON.
+    """Returns each task's text and its values for JSON.
 
     Args:
-      args: of `add_flags`, with limit (the number of prompts).
+      args: the flags of `add_flags`, with limit (the number of prompts).
+      tasks: speculative, advice or both.
 
     Raises:
       UserError: a model that cannot draft, or prompts that cannot be used.
@@ -115,13 +116,16 @@ def _sampler(args: argparse.Namespace) -> Sampler:
 
 
 def _mesh(workdir: str) -> MeshConfig | None:
-    """One device, but for weights that were trained in parts, where the mesh they were trained on is there."""
+    """Returns the mesh over which the weights were sharded, if these devices fit it; else None, one device.
+
+    Several processes always have a mesh: that of the training, or the data-parallel one over all devices.
+    """
     if is_hf_folder(workdir):
         return None
     mesh = read_config(workdir).mesh
     try:
         sizes = mesh_sizes(mesh, jax.device_count())
-    except UserError:  # trained on other devices than these
+    except UserError:  # trained on another number of devices
         return None if jax.process_count() == 1 else MeshConfig()
     is_cut = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"] > 1
     return mesh if is_cut or jax.process_count() > 1 else None

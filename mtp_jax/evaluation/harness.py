@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on our models: what its tasks ask for, answered by `LanguageModel`."""
+"""Adapter of `LanguageModel` to the model interface of lm-evaluation-harness."""
 
 import collections
 import contextlib
@@ -16,19 +16,19 @@ from mtp_jax.decoding.generator import check_drafts
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mtp import kind_of
 
-DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task says nothing
-# What tasks may say of generation. The second line says how to search, which greedy and sampled decoding need not know.
+DEFAULT_NEW_TOKENS = 256  # the harness's default
+# Generation options that tasks may set. IGNORED ones select a search, which neither greedy nor sampled decoding uses.
 OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "temperature", "top_p", "top_k")
 IGNORED = ("num_beams", "early_stopping", "num_return_sequences", "seed")
 
 
 class HarnessModel(LM):
-    """A `LanguageModel` as the harness knows models. Every process of a mesh answers the same requests.
+    """A `LanguageModel` with the harness's interface. Every process of a mesh answers the same requests.
 
     Attributes:
-      num_cut: contexts that were cut because the model's holds no more.
-      num_shortened: task name -> generated answers that the end of the model's context ended.
-      passes: task name -> [tokens written, forward passes of the main model] of generated answers.
+      num_cut: contexts that were truncated to fit the model's.
+      num_shortened: task name -> number of generated answers that the end of the model's context truncated.
+      passes: task name -> [generated tokens, forward passes of the main model] of generated answers.
     """
 
     def __init__(
@@ -40,10 +40,13 @@ class HarnessModel(LM):
         num_speculative_tokens: int | None = None,
         seed: int = 0,
     ):
-        """
+        """Adapter of one model.
+
         Args:
           batch_size: prompts continued at once.
           speculative: generated answers are drafted by the extra depths; the same text when greedy.
+          num_speculative_tokens: tokens drafted before each forward pass; None: the trained depth.
+          seed: of sampled answers.
 
         Raises:
           UserError: a model that cannot draft.
@@ -60,30 +63,30 @@ class HarnessModel(LM):
         self.passes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(log p in nats, is it greedy) of each request's (context, continuation)."""
+        """Returns (log p in nats, whether greedy decoding generates it) of each request's (context, continuation)."""
         texts, starts = self.model.pair_ids([request.args for request in requests])
         longest = self.model.config.data.sequence_length + 1  # the last token is only predicted
         cut = {request.args[0] for request, ids in zip(requests, texts, strict=True) if len(ids) > longest}
-        self.num_cut += len(cut)  # a context once, however many answers it has
+        self.num_cut += len(cut)  # each context once, however many answers it has
         with _bar("loglikelihood", len(texts)) as progress:
             return self.model.token_loglikelihood(texts, starts, progress)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """log p in nats of each request's whole text."""
+        """Returns log p in nats of each request's whole text."""
         texts = [request.args[0] for request in requests]
         with _bar("loglikelihood_rolling windows", None) as progress:
             return self.model.loglikelihood_rolling(texts, progress)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The text written after each request's context, up to the first of its stop strings.
+        """Returns the text generated after each request's context, up to the first of its stop strings.
 
-        An answer has the tokens that its task asks for, or as many as the model's context holds behind the prompt. A
-        prompt loses its beginning only where it would leave less than half of the context, and less than asked for.
-        Requests with the same options go together, the longest contexts first; the last batch is filled up with
-        repetitions, so that one program serves all.
+        An answer has the number of tokens that its task requests, or as many as fit the model's context after the
+        prompt. A prompt loses its beginning only where it would leave less than half of the context, and less than
+        requested. Requests with the same options are batched together, the longest contexts first; the last batch is
+        padded with repetitions, so that one compiled program serves all.
 
         Raises:
-          UserError: options that our decoding does not have.
+          UserError: options that the decoding does not support.
         """
         answers: list[str] = [""] * len(requests)
         with _bar("generate_until", len(requests)) as progress:
@@ -107,7 +110,7 @@ class HarnessModel(LM):
         return answers
 
     def _is_shortened(self, prompt: list[int], tokens: np.ndarray, num_new: int, stops: list[str]) -> bool:
-        """Whether an answer ended for no other reason than the end of the context."""
+        """Returns whether an answer ended only because the context was full."""
         if len(tokens) >= num_new or len(prompt) + len(tokens) < self.model.config.data.sequence_length:
             return False
         tokenizer = self.model.tokenizer
@@ -115,7 +118,7 @@ class HarnessModel(LM):
         return tokens[-1] not in self.model.end_tokens and not any(stop in text for stop in stops)
 
     def _prompt(self, text: str, num_new: int) -> list[int]:
-        """Token ids, the end of them where the context does not hold them and `num_new` more, or half of itself."""
+        """Returns token ids, truncated on the left to leave room for `num_new` tokens or half of the context."""
         tokenizer = self.model.tokenizer
         if text or tokenizer is None:
             ids = self.model.prompt_ids([text])[0].tolist()
@@ -131,7 +134,7 @@ class HarnessModel(LM):
 
 
 def _by_options(requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Options of `LanguageModel.generate`, with the numbers of the requests that have them."""
+    """Yields options of `LanguageModel.generate`, with the indices of the requests that have them."""
     groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
     for i, request in enumerate(requests):
         asked = request.args[1]
@@ -140,10 +143,10 @@ def _by_options(requests: Sequence[Instance]) -> Iterator[tuple[dict[str, Any], 
 
 
 def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `LanguageModel.generate` for a task's generation_kwargs.
+    """Returns the arguments of `LanguageModel.generate` for a task's generation_kwargs.
 
     Raises:
-      UserError: an option that is not known here.
+      UserError: an unknown option.
     """
     unknown = [name for name in asked if name not in OPTIONS + IGNORED]
     if unknown or asked.get("num_beams", 1) != 1:
@@ -162,6 +165,6 @@ def generation_options(asked: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _bar(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, of the first process only; inside it a function that counts up."""
+    """Shows a progress bar on stderr, on the first process only; yields a function that advances it."""
     with tqdm(total=total, desc=name, disable=jax.process_index() != 0 or None) as bar:
         yield lambda num: bar.update(num) and None

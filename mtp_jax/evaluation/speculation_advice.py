@@ -1,4 +1,4 @@
-"""How many tokens to draft: from measured acceptance and from what drafting and verifying cost on this machine.
+"""Number of tokens to draft, from measured acceptance and the measured costs of drafting and verifying on this machine.
 
 Shape letters: B rows, T tokens verified, K drafts, W window.
 """
@@ -29,7 +29,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """Milliseconds of one round at a batch size: K drafts, their verification, and a plain step."""
+    """Milliseconds of one speculative step at a batch size: K drafts, their verification, and a plain step."""
 
     batch_size: int
     num_speculative_tokens: int
@@ -40,7 +40,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Advice:
-    """The draft length with the largest speed-up at a batch size; 0 where plain decoding is fastest."""
+    """The number of drafts with the largest speed-up at a batch size; 0 where plain decoding is fastest."""
 
     batch_size: int
     num_speculative_tokens: int
@@ -48,13 +48,13 @@ class Advice:
 
 
 def speed_up(acceptance: Sequence[float], cost: Cost) -> float:
-    """Tokens per second of drafting beside plain decoding: expected tokens a round by what the round costs more."""
+    """Returns the speed-up over plain decoding: expected tokens per speculative step, divided by its relative cost."""
     rates = [0.0 if math.isnan(a) else a for a in acceptance[: cost.num_speculative_tokens]]
     return expected_tokens_per_pass(rates) * cost.plain_ms / (cost.draft_ms + cost.verify_ms)
 
 
 def advise(acceptance: Sequence[float], costs: Sequence[Cost]) -> list[Advice]:
-    """The best draft length of each batch size, smallest batch first."""
+    """Returns the best number of drafts for each batch size, smallest batch first."""
     best: dict[int, Advice] = {}
     for cost in sorted(costs, key=lambda c: (c.batch_size, c.num_speculative_tokens)):
         known = best.setdefault(cost.batch_size, Advice(cost.batch_size, 0, 1.0))
@@ -65,7 +65,7 @@ def advise(acceptance: Sequence[float], costs: Sequence[Cost]) -> list[Advice]:
 
 
 def stops_paying(advice: Sequence[Advice]) -> int | None:
-    """The smallest batch size from which on plain decoding is fastest, None if that was not reached."""
+    """Returns the smallest batch size from which on plain decoding is fastest; None if none was measured."""
     end = None
     for a in sorted(advice, key=lambda a: -a.batch_size):
         if a.num_speculative_tokens:
@@ -75,7 +75,7 @@ def stops_paying(advice: Sequence[Advice]) -> int | None:
 
 
 def measure_costs(decoder: Generator, batch_sizes: Sequence[int], max_drafts: int, prompt: np.ndarray) -> list[Cost]:
-    """Time each round's parts behind `prompt` in every row, the fastest of a few repeats."""
+    """Measures the parts of a speculative step after `prompt` in every row, the fastest of a few repeats."""
     costs = []
     for rows in batch_sizes:
         state = decoder.start([prompt] * rows, 1 + max_drafts, num_speculative_tokens=max_drafts)
@@ -92,7 +92,7 @@ def measure_costs(decoder: Generator, batch_sizes: Sequence[int], max_drafts: in
 def _time(
     run: Callable[[Architecture, int, Network, State], jax.Array], decoder: Generator, state: State, num: int
 ) -> float:
-    """Milliseconds of one iteration."""
+    """Returns the milliseconds of one iteration."""
     best = math.inf
     jax.block_until_ready(run(decoder.architecture, num, decoder.network, state))
     for _ in range(REPEATS):
@@ -104,7 +104,7 @@ def _time(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _verify(architecture: Architecture, num_tokens: int, network: Network, state: State) -> jax.Array:
-    """The main model on `num_tokens` a row, again and again."""
+    """Runs the main model on `num_tokens` per row, repeatedly."""
     slots = slots_at(state.length_B[:, None] - 1 + jnp.arange(num_tokens), state.tokens_BS.shape[1])
 
     def one(_, carry):
@@ -113,7 +113,7 @@ def _verify(architecture: Architecture, num_tokens: int, network: Network, state
         logits_BTV = network.logits(network.final_norm(main.hidden))
         return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32), caches
 
-    rows = len(state.length_B)  # different tokens in each, which choose different experts
+    rows = len(state.length_B)  # different tokens in each row, which select different experts
     tokens_BT = jnp.arange(rows * num_tokens, dtype=jnp.int32).reshape(rows, num_tokens) % network.vocab_size
     start = tokens_BT, state.caches
     return jax.lax.fori_loop(0, ITERATIONS, one, start)[0]
@@ -121,21 +121,21 @@ def _verify(architecture: Architecture, num_tokens: int, network: Network, state
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _draft(architecture: Architecture, num_speculative_tokens: int, network: Network, state: State) -> jax.Array:
-    """The depths on one window, again and again."""
+    """Runs the depths on one window, repeatedly."""
     keys = jnp.broadcast_to(state.keys_B[:, None], (len(state.keys_B), num_speculative_tokens))
 
     def one(_, carry):
         tokens_BS, caches = carry
         text = Text(tokens_BS, state.length_B - 1, state.recent_BWD)
         drafts = drafting.draft(architecture, network, GREEDY, num_speculative_tokens, text, caches, keys)
-        # What is drafted next depends on what was: no iteration can be left out.
+        # Each draft depends on the previous one, so that no iteration can be optimised away.
         return tokens_BS.at[:, 0].set(drafts.tokens_BK[:, -1]), drafts.caches
 
     return jax.lax.fori_loop(0, ITERATIONS, one, (state.tokens_BS, state.mtp_caches))[0]
 
 
 def text(acceptance: Sequence[float], costs: Sequence[Cost], advice: Sequence[Advice]) -> str:
-    """A row a batch size: milliseconds of a plain step, the speed-up of each draft length, the best of them."""
+    """Returns a row per batch size: milliseconds of a plain step, the speed-up of each number of drafts, the best."""
     lengths = sorted({c.num_speculative_tokens for c in costs})
     rates = ", ".join("-" if math.isnan(a) else f"{a:.0%}" for a in acceptance)
     head = f"{'batch':<7}{'plain ms':>10}" + "".join(f"{f'K={k}':>9}" for k in lengths) + f"{'best':>7}"

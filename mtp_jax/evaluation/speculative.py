@@ -1,4 +1,4 @@
-"""What self-speculation is worth on given texts: acceptance, tokens a forward pass, and time beside plain decoding."""
+"""Gain of self-speculation on given texts: acceptance, tokens per forward pass, and time relative to plain decoding."""
 
 import dataclasses
 import itertools
@@ -24,11 +24,10 @@ from mtp_jax.typing import JsonObject
 class SpeculativeResult:
     """Plain and self-speculated continuations of the same prompts.
 
-    acceptance: of draft k, how often it was kept where those before it were.
-    num_same: rows of the same tokens both ways (all of them, but for rounding in low precision); None where sampled.
-    tokens_per_second, plain_tokens_per_second: of whole batches, the reading of the prompts included.
-    cache_bytes, multi_head_bytes: what is kept of a token in the main model's caches, and what plain multi-head
-      attention would keep.
+    acceptance: of draft k, how often it was accepted where those before it were.
+    num_same: rows with the same tokens in both (all of them, up to rounding in low precision); None where sampled.
+    tokens_per_second, plain_tokens_per_second: of whole batches, including prefill.
+    cache_bytes, multi_head_bytes: cache of the main model per token, and that of plain multi-head attention.
     """
 
     num_speculative_tokens: int
@@ -46,7 +45,7 @@ class SpeculativeResult:
 
 
 def held_out_prompts(config: Config, num: int, num_tokens: int) -> list[np.ndarray]:
-    """The first tokens of validation documents that are longer; where those are too few, their later parts as well.
+    """Returns the first tokens of validation documents that are longer; if those are too few, also later parts.
 
     Raises:
       UserError: there is none.
@@ -68,7 +67,7 @@ def held_out_prompts(config: Config, num: int, num_tokens: int) -> list[np.ndarr
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: the field "prompt" of each line of a .jsonl, else every line that is not blank.
+    """Returns the prompts in a file: the field "prompt" of each line of a .jsonl, else every line that is not blank.
 
     Raises:
       UserError: no such file, a line without the field, or no prompt at all.
@@ -99,13 +98,13 @@ def _prompt_of(path: str, number: int, line: str) -> str:
 def write_all(
     decoder: Generator, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
 ) -> Generation:
-    """`Generator.generate` of all prompts, batch by batch, each batch with draws of its own."""
+    """`Generator.generate` of all prompts in batches, each with its own seed."""
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     return joined([decoder.generate(batch, seed=seed + n, **options) for n, batch in enumerate(batches)])
 
 
 def joined(parts: Sequence[Generation]) -> Generation:
-    """Several batches as one."""
+    """Returns several batches as one."""
     return Generation(
         tokens=[tokens for g in parts for tokens in g.tokens],
         rounds=np.concatenate([g.rounds for g in parts]),
@@ -126,8 +125,9 @@ def measure(
     stop_tokens: Sequence[int] = (),
     repeats: int = 1,
 ) -> SpeculativeResult:
-    """Continue every prompt plainly and self-speculated, batch by batch, one after the other. Programs are compiled
-    before the clock starts; of several `repeats` the fastest counts.
+    """Generates plain and self-speculated continuations of every prompt, alternating batch by batch.
+
+    Programs are compiled before the clock starts; the fastest of `repeats` is reported.
 
     Raises:
       UserError: as `Generator.generate`.
@@ -172,7 +172,7 @@ def measure(
 
 
 def text(result: SpeculativeResult) -> str:
-    """The result as a table, a few lines of words below."""
+    """Returns the result as a table, followed by a few lines of text."""
     r = result
     rates = " ".join("-" if math.isnan(a) else f"{a:.0%}" for a in r.acceptance)
     width = max(12, len(rates) + 1)
@@ -196,5 +196,5 @@ def text(result: SpeculativeResult) -> str:
 
 
 def as_json(result: SpeculativeResult) -> JsonObject:
-    """The fields; None for what was not measured."""
+    """Returns the fields; None for those not measured."""
     return without_nan(dataclasses.asdict(result))

@@ -1,4 +1,4 @@
-"""How well each depth predicts held-out documents: loss, bits per byte, accuracy, agreement, expected tokens."""
+"""Validation of each depth on held-out documents: loss, bits per byte, accuracy, agreement, expected tokens."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from mtp_jax.training.run import Run, global_batches, restore
 class DepthResult:
     """One depth on the validation split.
 
-    loss: nats a token, over this depth's own positions. bits_per_byte: of the target tokens' UTF-8 text.
-    accuracy: argmax is the token that follows. agreement: argmax is what the main head says k positions later.
-    expected_tokens: a forward pass, drafting with depths 1..k, if drafts are accepted as often as they agree.
+    loss: nats per token, over this depth's own positions. bits_per_byte: of the target tokens' UTF-8 text.
+    accuracy: argmax is the next token. agreement: argmax is the main head's k positions later.
+    expected_tokens: per forward pass, drafting with depths 1..k, if drafts are accepted as often as they agree.
     """
 
     depth: int
@@ -31,10 +31,10 @@ class DepthResult:
 
 
 def run(workdir: str, tasks: list[str], num_batches: int | None) -> tuple[str, dict[str, Any]]:
-    """The tasks loss and acceptance of a workdir: their table, and their values for JSON.
+    """Runs the tasks loss and acceptance on a workdir; returns their table, and their values for JSON.
 
     Raises:
-      UserError: no run there.
+      UserError: no run in `workdir`.
     """
     restored = restore(workdir)
     with jax.set_mesh(restored.mesh):
@@ -45,9 +45,9 @@ def run(workdir: str, tasks: list[str], num_batches: int | None) -> tuple[str, d
 
 
 def validate(run: Run, num_batches: int) -> list[DepthResult]:
-    """Evaluate depths 0..D on the first `num_batches` validation batches, or all there are.
+    """Evaluates depths 0..D on the first `num_batches` validation batches, or all if there are fewer.
 
-    Call under `jax.set_mesh(run.mesh)`.
+    Must be called under `jax.set_mesh(run.mesh)`.
     """
     token_bytes = np.zeros(run.config.model.vocab_size or 0, np.int32)
     known = run.corpus.tokenizer.token_bytes
@@ -83,12 +83,12 @@ def _results(totals: dict[str, np.ndarray]) -> list[DepthResult]:
 
 
 def _ratio(total: float, count: float) -> float:
-    """NaN where nothing was counted: a depth without targets is not a perfect one."""
+    """Returns NaN if nothing was counted, so that a depth without targets does not appear perfect."""
     return total / count if count else math.nan
 
 
 def table(results: list[DepthResult]) -> str:
-    """The results as text, a row a depth."""
+    """Returns the results as text, a row per depth."""
     head = f"{'depth':<8}{'loss':>8}{'bits/byte':>11}{'accuracy':>10}{'agreement':>11}{'tokens/forward':>16}"
     rows = [
         f"{'main' if r.depth == 0 else f'+{r.depth}':<8}{r.loss:>8.3f}{r.bits_per_byte:>11.3f}{r.accuracy:>10.1%}"
@@ -105,7 +105,7 @@ FIELDS = {
 
 
 def as_json(results: list[DepthResult], task: str) -> dict[str, Any]:
-    """The fields of a task: {"main": {...}, "mtp_1": {...}, ...}; None where a depth had no targets."""
+    """Returns the fields of a task: {"main": {...}, "mtp_1": {...}, ...}; None where a depth had no targets."""
     out: dict[str, Any] = {}
     for r in results:
         values = {name: getattr(r, name) for name in FIELDS[task]}
