@@ -225,9 +225,9 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
     return f"{title}\n{table(values)}", values
 
 
-def _num_fewshot(config: JsonObject, asked: int | None) -> int:
+def _num_fewshot(config: JsonObject, num_added: int | None) -> int:
     """Returns the number of examples in a prompt: those the harness added, else those in the task's metadata."""
-    return asked or (config.get("metadata") or {}).get("num_fewshot", 0)
+    return num_added or (config.get("metadata") or {}).get("num_fewshot", 0)
 
 
 def values_of(results: JsonObject) -> dict[str, Benchmark]:

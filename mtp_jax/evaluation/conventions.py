@@ -65,15 +65,15 @@ def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
     if own["output_norm"] == "main":  # there are no weights of other norms
         free.remove("output_norm")
     tried = [own | dict(zip(free, choice, strict=True)) for choice in itertools.product(*(CHOICES[n] for n in free))]
-    tried.sort(key=lambda ways: ways != own)
-    return [Outcome(ways, _losses(lm, ways, tokens_BN)) for ways in tried]
+    tried.sort(key=lambda choice: choice != own)
+    return [Outcome(choice, _losses(lm, choice, tokens_BN)) for choice in tried]
 
 
-def _losses(lm: LanguageModel, ways: dict[str, str], tokens_BN: np.ndarray) -> tuple[float, ...]:
-    changes: dict[str, Any] = dict(ways)
+def _losses(lm: LanguageModel, choice: dict[str, str], tokens_BN: np.ndarray) -> tuple[float, ...]:
+    changes: dict[str, Any] = dict(choice)
     architecture = Architecture(lm.config.model, dataclasses.replace(lm.config.mtp, **changes))
     params = lm.params
-    if ways["output_norm"] == "main":
+    if choice["output_norm"] == "main":
         module = {name: value for name, value in params["mtp"]["module"].items() if name != "output_norm"}
         params = {**params, "mtp": {"module": module}}
     with jax.set_mesh(lm.mesh):

@@ -127,8 +127,8 @@ def _mesh(workdir: str) -> MeshConfig | None:
         sizes = mesh_sizes(mesh, jax.device_count())
     except UserError:  # trained on another number of devices
         return None if jax.process_count() == 1 else MeshConfig()
-    is_cut = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"] > 1
-    return mesh if is_cut or jax.process_count() > 1 else None
+    is_sharded = sizes["fsdp"] * sizes["expert"] * sizes["context"] * sizes["tensor"] > 1
+    return mesh if is_sharded or jax.process_count() > 1 else None
 
 
 def _advice(decoder: Generator, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):

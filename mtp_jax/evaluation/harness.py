@@ -66,8 +66,8 @@ class HarnessModel(LM):
         """Returns (log p in nats, whether greedy decoding generates it) of each request's (context, continuation)."""
         texts, starts = self.model.pair_ids([request.args for request in requests])
         longest = self.model.config.data.sequence_length + 1  # the last token is only predicted
-        cut = {request.args[0] for request, ids in zip(requests, texts, strict=True) if len(ids) > longest}
-        self.num_cut += len(cut)  # each context once, however many answers it has
+        truncated = {request.args[0] for request, ids in zip(requests, texts, strict=True) if len(ids) > longest}
+        self.num_cut += len(truncated)  # each context once, however many answers it has
         with _bar("loglikelihood", len(texts)) as progress:
             return self.model.token_loglikelihood(texts, starts, progress)
 

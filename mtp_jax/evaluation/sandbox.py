@@ -184,10 +184,10 @@ def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
         stdin = stack.enter_context(open(os.memfd_create("job"), "w+b"))
         stdin.write(json.dumps(job).encode())
         stdin.seek(0)
-        (said, says), (info, informs), (waits, go) = (_pipe(stack) for _ in range(3))
-        command = [bwrap, *_options(packages, limits, change_user), "--info-fd", str(informs.fileno())]
-        command += ["--userns-block-fd" if change_user else "--block-fd", str(waits.fileno())]
-        command += [_interpreter(), "-P", "-s", "-S", "-X", "utf8", "/runner.py", str(says.fileno())]
+        (report, report_end), (info, info_end), (wait_end, go) = (_pipe(stack) for _ in range(3))
+        command = [bwrap, *_options(packages, limits, change_user), "--info-fd", str(info_end.fileno())]
+        command += ["--userns-block-fd" if change_user else "--block-fd", str(wait_end.fileno())]
+        command += [_interpreter(), "-P", "-s", "-S", "-X", "utf8", "/runner.py", str(report_end.fileno())]
         process = stack.enter_context(
             subprocess.Popen(
                 command,
@@ -197,11 +197,11 @@ def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
                 env=ENVIRONMENT | {name: os.environ[name] for name in INTERPRETERS_OWN if name in os.environ},
                 cwd="/",
                 start_new_session=True,
-                pass_fds=[file.fileno() for file in (says, informs, waits)],
+                pass_fds=[file.fileno() for file in (report_end, info_end, wait_end)],
             )
         )
         stack.callback(process.kill)
-        for file in (says, informs, waits):
+        for file in (report_end, info_end, wait_end):
             file.close()
         first = None
         if words := info.read():  # empty if bubblewrap failed at once
@@ -212,7 +212,7 @@ def _run(bwrap: str, program: Program, limits: Limits) -> Outcome:
                 if change_user:
                     _map_users(pid)
                 go.write(b"1")
-        return _outcome(_watch(process, said.fileno(), first, limits), token, limits)
+        return _outcome(_watch(process, report.fileno(), first, limits), token, limits)
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[io.FileIO, io.FileIO]:
@@ -269,21 +269,21 @@ def _map_users(pid: int) -> None:
 class _Seen:
     """Record of a program: its report and output, the exceeded limit, bwrap's exit code, elapsed seconds."""
 
-    said: bytearray = dataclasses.field(default_factory=bytearray)
+    report: bytearray = dataclasses.field(default_factory=bytearray)
     output: bytearray = dataclasses.field(default_factory=bytearray)
     over: str = ""
     code: int = 0
     seconds: float = 0.0
 
 
-def _watch(process: subprocess.Popen[bytes], said: int, first: int | None, limits: Limits) -> _Seen:
+def _watch(process: subprocess.Popen[bytes], report: int, first: int | None, limits: Limits) -> _Seen:
     """Reads both pipes until every process has ended, or kills them at the limit of time or output.
 
     first: pidfd of process 1 of the namespace, whose end makes the system end all others; None if there is none.
     """
     assert process.stdout is not None
     seen = _Seen()
-    streams = {process.stdout.fileno(): seen.output, said: seen.said}
+    streams = {process.stdout.fileno(): seen.output, report: seen.report}
     started, deadline = None, time.monotonic() + START_SECONDS
     poll = select.poll()
     for fd in streams:
@@ -296,10 +296,10 @@ def _watch(process: subprocess.Popen[bytes], said: int, first: int | None, limit
             if not data:
                 poll.unregister(fd)
                 del streams[fd]
-        if started is None and seen.said.startswith(READY):
+        if started is None and seen.report.startswith(READY):
             started = time.monotonic()
             deadline = started + limits.wall_seconds
-        elif len(seen.output) + len(seen.said) > limits.output_bytes:
+        elif len(seen.output) + len(seen.report) > limits.output_bytes:
             seen.over = "output"
         elif left <= 0:
             seen.over = "time"
@@ -317,7 +317,7 @@ def _watch(process: subprocess.Popen[bytes], said: int, first: int | None, limit
 def _outcome(seen: _Seen, token: str, limits: Limits) -> Outcome:
     """Returns the verdict: passed only with the token, the exit code 0 and within the limits."""
     output = seen.output[-KEPT_OUTPUT:].decode("utf-8", "replace")
-    if not seen.said.startswith(READY):
+    if not seen.report.startswith(READY):
         if seen.over:
             return Outcome(False, "lost", f"not started within {START_SECONDS} s", output)
         raise UserError(f"sandbox: {output.strip().split(chr(10))[-1]}; {REMEDY}")
@@ -325,7 +325,7 @@ def _outcome(seen: _Seen, token: str, limits: Limits) -> Outcome:
     def failed(reason: str, detail: str) -> Outcome:
         return Outcome(False, reason, detail, output)
 
-    said, code = bytes(seen.said[len(READY) :]), seen.code
+    report, code = bytes(seen.report[len(READY) :]), seen.code
     number = code - 128 if code > 128 else -code  # the signal of the program, as bwrap reports it, or of bwrap itself
     if seen.over == "output":
         return failed("output", f"more than {limits.output_bytes} bytes")
@@ -336,10 +336,10 @@ def _outcome(seen: _Seen, token: str, limits: Limits) -> Outcome:
         return failed("time", f"{limits.cpu_seconds} s of CPU time")
     if number > 0:
         return failed("signal", signal.Signals(number).name if number in set(signal.Signals) else str(number))
-    if said == token.encode() and code == 0:
+    if report == token.encode() and code == 0:
         return Outcome(True, output=output)
     try:
-        words = json.loads(said)
+        words = json.loads(report)
         return failed(str(words["kind"]), str(words["detail"])[:MAX_DETAIL])
     except (ValueError, TypeError, KeyError, RecursionError):
         return failed("exit", f"ended itself with code {code} before its check did")

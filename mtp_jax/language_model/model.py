@@ -75,9 +75,9 @@ class LanguageModel:
         tokens_BN = self._checked(tokens)
         num_rows, length = len(tokens_BN), tokens_BN.shape[1] - kind_of(self.config).depth
         with jax.set_mesh(self.mesh):
-            rows, cut = sharding.num_shards("batch"), sharding.num_shards("length")
+            row_shards, length_shards = sharding.num_shards("batch"), sharding.num_shards("length")
             # The mesh requires equal shards; the padding comes after every token that is read.
-            tokens_BN = np.pad(tokens_BN, ((0, -num_rows % rows), (0, -length % cut)))
+            tokens_BN = np.pad(tokens_BN, ((0, -num_rows % row_shards), (0, -length % length_shards)))
             logits_BTKV = _logits(self.config.architecture, self.params, self.biases, jnp.asarray(tokens_BN))
         return np.asarray(jax.device_get(logits_BTKV))[:num_rows, :length]
 
@@ -215,9 +215,9 @@ class LanguageModel:
         """Returns `loglikelihood` of token ids: for each text, of its tokens from its start >= 1 on."""
         pieces, owners = [], []
         for n, (ids, start) in enumerate(zip(texts, starts, strict=True)):
-            cut = texts_of.windows(ids, start, self.config.data.sequence_length)
-            pieces += cut
-            owners += [n] * len(cut)
+            windows = texts_of.windows(ids, start, self.config.data.sequence_length)
+            pieces += windows
+            owners += [n] * len(windows)
         out = [(0.0, True)] * len(texts)
         for n, (log_p, is_greedy) in zip(owners, self._scores(pieces, progress), strict=True):
             out[n] = out[n][0] + log_p, out[n][1] and is_greedy
@@ -298,9 +298,9 @@ class LanguageModel:
         texts = []
         for before, tokens in zip(befores, rows, strict=True):
             text = self.tokenizer.decode_after(before, tokens)
-            cuts = [text.index(s) for s in stops if s in text]
-            if cuts:
-                text = text[: min(cuts)]
+            ends = [text.index(s) for s in stops if s in text]
+            if ends:
+                text = text[: min(ends)]
             elif len(tokens) and tokens[-1] in list(stop_tokens):
                 text = self.tokenizer.decode_after(before, tokens[:-1])
             texts.append(text)

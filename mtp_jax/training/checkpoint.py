@@ -315,8 +315,8 @@ def write_streamed(
         checksums.write(directory, step, 0, 1)
     except (OSError, ValueError) as error:
         shutil.rmtree(directory / str(step), ignore_errors=True)
-        told = re.search(r"OS error \d+: \w+ ([^\]]+)", str(error))  # of the file system, at the end of a long line
-        reason = told[1] if told else _first_line(error)
+        found = re.search(r"OS error \d+: \w+ ([^\]]+)", str(error))  # of the file system, at the end of a long line
+        reason = found[1] if found else _first_line(error)
         raise CheckpointError(f"{directory}: cannot save step {step}: {reason}") from error
 
 

@@ -65,11 +65,11 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
             name: {p: abstract_state[name][p] for p in parts if p in abstract_state[name]} for name in MODEL_PARTS
         }
         name, loaded = source.read({name: tree for name, tree in wanted.items() if tree})
-        notes = _differences(source.config, config, takes_mtp)
+        differences = _differences(source.config, config, takes_mtp)
         taken = f"{' and '.join(parts)} of {name}"
     merged = {name: {**state[name], **loaded.get(name, {})} for name in MODEL_PARTS}
     fresh = "" if takes_mtp or "mtp" not in state["params"] else "; the MTP modules start fresh"
-    return {**state, **merged}, "\n         ".join([taken + fresh, *notes])
+    return {**state, **merged}, "\n         ".join([taken + fresh, *differences])
 
 
 def copy_sides(path: str, workdir: str) -> None:
