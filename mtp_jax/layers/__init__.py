@@ -1,1 +1,1 @@
-"""The building blocks: one layer a file, each against an oracle in tests/reference/."""
+"""Layers: one per file, each tested against an oracle in tests/reference/."""

@@ -1,4 +1,4 @@
-"""The transformer block of decoder and MTP modules alike: h + attention(norm(h)), then h + ffn(norm(h))."""
+"""Transformer block of the decoder and the MTP modules: h + attention(norm(h)), then h + ffn(norm(h))."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from mtp_jax.typing import Cache
 
 
 class Block(nnx.Module):
-    """Pre-norm block with a dense or a mixture-of-experts feed-forward."""
+    """Pre-norm transformer block with a dense or a mixture-of-experts feed-forward."""
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.embed_dim, config)
@@ -29,13 +29,13 @@ class Block(nnx.Module):
     def __call__(
         self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, RouterStats | None]:
-        """[B, T, D] -> [B, T, D] and the router's statistics (None for a dense block).
+        """Returns the output [B, T, D] and the router's statistics (None for a dense block).
 
         Args:
           h_BTD: the residual stream.
           positions_BT: int, for the rotary embedding.
-          segments_BT: int; 0 is padding, which is seen by no document and counted nowhere. None: every row is one
-            document.
+          segments_BT: int, document ids; 0 is padding, which no document attends to and no statistic counts. None:
+            every row is one document.
         """
         h_BTD = constrain(h_BTD, "batch", "length", None)
         with jax.named_scope("attention"):
@@ -46,14 +46,14 @@ class Block(nnx.Module):
     def decode(
         self, h_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
     ) -> tuple[jax.Array, Cache]:
-        """New tokens [B, T, D] -> [B, T, D], reading the tokens before them from the attention's cache.
+        """Runs new tokens [B, T, D], which attend to the tokens before them through the cache.
 
         Args:
-          num_wanted: the block's output is wanted for the last so many tokens only: the others are worth no more than
-            their entries. None: for all.
+          num_wanted: number of tokens, at the end of each row, whose output is returned; the others only get their
+            cache entries. None: all.
 
         Returns:
-          the residual stream of the tokens wanted, and the cache with the entries of all.
+          the residual stream [B, num_wanted, D], and the cache with the entries of all T tokens.
         """
         num_rows, length = h_BTD.shape[:2]
         first = 0 if num_wanted is None else length - num_wanted

@@ -1,4 +1,4 @@
-"""Identities that make the compiler keep less in memory around a scan over layers; none changes a value."""
+"""Identity functions that reduce the memory the compiler uses around a scan over layers."""
 
 import functools
 
@@ -12,11 +12,11 @@ from mtp_jax.typing import PyTree
 
 
 def taps(state: nnx.State, dtype: DTypeLike) -> nnx.State:
-    """Zeros that stand for the stacked weights where gradients are concerned, in the dtype the layers use each in.
+    """Returns zeros shaped like the stacked weights, in the dtypes in which layers use them, to differentiate by.
 
-    The gradient of a scanned stack is a stack, kept until the whole backward pass is done. Taken of the weights it has
-    their dtype: float32, twice the size of the compute dtype that every entry was computed in. So the layers
-    read the weights as constants, and the gradient is taken of a tap, and cast once it is used.
+    The gradient of scanned weights is a stack that is kept until the end of the backward pass, in the dtype of the
+    weights: float32, twice the size of the compute dtype that every entry was computed in. So layers read the weights
+    as constants, the gradient is taken with respect to the taps, and cast when it is used.
     """
 
     def one(variable: nnx.Variable) -> nnx.Variable:
@@ -28,7 +28,7 @@ def taps(state: nnx.State, dtype: DTypeLike) -> nnx.State:
 
 
 def cast_layer(weights: nnx.State, layer_taps: nnx.State) -> nnx.State:
-    """One layer's weights in their taps' dtypes, placed as they are stored: it is the cast ones that are collected."""
+    """Returns one layer's weights in their taps' dtypes, sharded as stored so that gathering follows the cast."""
 
     def one(variable: nnx.Variable, tap: nnx.Variable) -> nnx.Variable:
         weight = _tapped(variable[...], tap[...])
@@ -54,7 +54,7 @@ _tap.defvjp(
 
 @jax.custom_vjp
 def _tapped(weight: jax.Array, tap: jax.Array) -> jax.Array:
-    """The weight in the tap's dtype; its gradient is the tap's."""
+    """Returns the weight in the dtype of the tap; the gradient goes to the tap."""
     return weight.astype(tap.dtype)
 
 
@@ -66,11 +66,11 @@ _tapped.defvjp(
 
 @jax.custom_vjp
 def gradients_together(tree: PyTree) -> PyTree:
-    """`tree` itself; in the backward pass none of its gradients is used further before all of them are computed.
+    """Returns `tree`; in the backward pass all of its gradients are computed before any of them is used.
 
-    A scan over one layer is no loop once compiled, and the compiler may put off that layer's weight gradients, and keep
-    all they are made of, until the backward pass below it is done: one MTP module then adds its own activations to the
-    trunk's peak. Tied to the gradient that goes on down, they are made first.
+    A scan over one layer compiles to straight-line code, and the compiler may delay that layer's weight gradients, and
+    keep the activations they need, until the backward pass of the layers below is done: one MTP module then adds its
+    activations to the peak memory of the decoder. A barrier with the gradient passed to the layers below prevents it.
     """
     return tree
 
@@ -79,11 +79,11 @@ gradients_together.defvjp(lambda tree: (tree, None), lambda _, grads: (jax.lax.o
 
 
 def read_here(tree: PyTree) -> PyTree:
-    """`tree` itself, read here and as it is; not differentiable.
+    """Returns `tree`, read at this point in its own dtypes; not differentiable.
 
-    Without it the compiler sees that the loop over layers only uses a weight in the compute dtype, casts the whole
-    stack before the loop and keeps the copy from the start of the forward to the end of the backward pass. What is read
-    as bits it cannot narrow.
+    Without it the compiler moves the cast of a layer's weights out of the loop: it casts the whole stack before the
+    loop and keeps the copy from the start of the forward to the end of the backward pass. Weights read as bits cannot
+    be cast early.
     """
 
     def bits(w: jax.Array) -> jax.Array:

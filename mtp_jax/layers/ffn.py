@@ -1,4 +1,4 @@
-"""Gated feed-forward (2002.05202): (silu(x W_gate) * (x W_up)) W_down, or another gated linear unit."""
+"""Gated feed-forward (2002.05202): (silu(x W_gate) * (x W_up)) W_down, and variants of its gated linear unit."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from mtp_jax.sharding import constrain
 
 
 class SwiGLU(nnx.Module):
-    """A dense feed-forward of the given width; [..., D] -> [..., D]."""
+    """Dense feed-forward network of the given width; [..., D] -> [..., D]."""
 
     def __init__(self, width: int, config: ModelConfig, rngs: nnx.Rngs):
         dim, self.unit = config.embed_dim, config.gated_unit
@@ -25,7 +25,10 @@ class SwiGLU(nnx.Module):
 
 
 def gated_unit(gate: jax.Array, up: jax.Array, config: GatedUnitConfig) -> jax.Array:
-    """gate * sigmoid(alpha * gate) * (up + offset), both limited where the config says (gpt-oss, 2508.10925)."""
+    """gate * sigmoid(alpha * gate) * (up + offset).
+
+    With config.limit, gate is clipped from above and up to [-limit, limit] (gpt-oss, 2508.10925).
+    """
     if config.limit:
         gate, up = jnp.minimum(gate, config.limit), jnp.clip(up, -config.limit, config.limit)
     gate = jax.nn.silu(gate) if config.alpha == 1 else gate * jax.nn.sigmoid(config.alpha * gate)

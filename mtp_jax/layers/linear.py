@@ -1,7 +1,7 @@
 """The only place where activations are multiplied by weights.
 
-A weight is an `nnx.Param` made by `layers.param.matrix`: its declaration says which dims are summed. Weights that
-`shard_map` or a kernel takes as plain arrays go through `cast` first.
+A weight is an `nnx.Param` made by `layers.param.matrix`, whose declaration states which dims are contracted. Weights
+passed to `shard_map` or to a kernel as plain arrays are converted by `cast` first.
 """
 
 from collections.abc import Sequence
@@ -14,37 +14,40 @@ from mtp_jax.kernels.grouped_matmul import grouped_matmuls
 
 
 def cast(weight: nnx.Variable, dtype: DTypeLike) -> jax.Array:
-    """The value of a weight in the compute dtype."""
+    """Returns the value of a weight in the compute dtype."""
     return weight[...].astype(dtype)
 
 
 def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> jax.Array:
-    """`x` times a weight, cast to the dtype of x; the result has that dtype. model.matmul_precision says how exactly.
+    """Product of `x` and a weight cast to the dtype of x; the result has that dtype.
+
+    The precision is model.matmul_precision unless `precision` is given.
 
     Args:
-      x: [..., summed dims], as many as the weight sums and in their order: [B, T, D] by [D, F] gives [B, T, F], by
-        [D, H, Q] gives [B, T, H, Q]; [B, T, H, V] by [H, V, D] gives [B, T, D]. An "experts" dim of the weight is
-        produced like any other: [B, T, D] by [E, D, F] gives [B, T, E, F].
-      precision: as of `jax.lax.dot_general`, in place of the configured one.
+      x: [..., contracted dims], the last ones in the order of the weight's: [B, T, D] by [D, F] gives [B, T, F], by
+        [D, H, Q] gives [B, T, H, Q]; [B, T, H, V] by [H, V, D] gives [B, T, D]. An "experts" dim of the weight is an
+        output dim like any other: [B, T, D] by [E, D, F] gives [B, T, E, F].
+      precision: as in `jax.lax.dot_general`; overrides the configured one.
     """
     return _contract(x, weight, weight.get_metadata()["info"].in_dims, precision)
 
 
 def sum_over_experts(x_BTEF: jax.Array, weight: nnx.Variable) -> jax.Array:
-    """Every expert's activations by its own matrix [E, F, D], summed over experts: [B, T, D] in the dtype of x."""
+    """Product of each expert's activations and its matrix [E, F, D], summed over experts: [B, T, D], dtype of x."""
     info = weight.get_metadata()["info"]
     return _contract(x_BTEF, weight, (info.in_dims[0] - 1, *info.in_dims), None)
 
 
 def grouped(x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, kernel: str) -> list[jax.Array]:
-    """Rows sorted by expert, by each of several weights [E, D, F] of one shape, cast already: [N, F] each.
+    """Grouped matmuls of rows sorted by expert with several weights of one shape: [N, F] each.
 
     Args:
-      sizes_E: int32, rows of each expert.
-      kernel: as of `kernels.grouped_matmul.grouped_matmul`.
+      weights: [E, D, F] each, already in the dtype of x.
+      sizes_E: int32, number of rows per expert.
+      kernel: as in `kernels.grouped_matmul.grouped_matmul`.
 
     Raises:
-      UserError: the kernel asked for does not support the operands.
+      UserError: the requested kernel does not support the operands.
     """
     return grouped_matmuls(x_ND, weights, sizes_E, kernel)
 

@@ -1,6 +1,6 @@
-"""DeepSeekMoE (2401.06066): shared experts see every token, routed experts the tokens that chose them. Dropless.
+"""DeepSeekMoE (2401.06066): shared experts process every token, routed experts those that chose them; dropless.
 
-Shape letters: B rows, T positions, D model, E experts, F expert width, K experts a token, N = B * T tokens.
+Shape letters: B rows, T positions, D model, E experts, F expert width, K experts per token, N = B * T tokens.
 """
 
 import functools
@@ -21,7 +21,7 @@ from mtp_jax.sharding import LOGICAL_AXES, Axes, constrain, num_shards, spec
 
 
 class MixtureOfExperts(nnx.Module):
-    """y = shared(x) + sum over the chosen experts of gate * expert(x)."""
+    """Mixture of experts: y = shared(x) + sum over the chosen experts of gate * expert(x)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -38,7 +38,7 @@ class MixtureOfExperts(nnx.Module):
             self.shared = SwiGLU(config.num_shared_experts * width, config, rngs)
 
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
-        """[B, T, D] -> [B, T, D], and the router's statistics of valid positions."""
+        """Returns the output [B, T, D] and the router's statistics of valid positions."""
         with jax.named_scope("router"):
             gates_BTK, chosen_BTK, stats = self.router(x_BTD, valid_BT)
         run = self._ragged if uses_ragged(self.config) else self._dense
@@ -50,11 +50,13 @@ class MixtureOfExperts(nnx.Module):
         return out_BTD, stats
 
     def _dense(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
-        """Every expert runs on every token and the gate is zero where it was not chosen: E / K times the work, but
-        plain matmuls that any mesh can cut."""
+        """Runs every expert on every token, with gate 0 where the expert was not chosen.
+
+        E / K times the work of `_ragged`, but plain matmuls that can be sharded over any mesh.
+        """
         dtype = x_BTD.dtype
-        # The expert axis holds rows outside this layer and experts inside it: each device gathers its neighbours' rows,
-        # runs its own experts on them, and the sums over experts are scattered back.
+        # The expert axis shards rows outside this layer and experts inside it: each device gathers the rows of its
+        # group, runs its own experts on them, and the sums over experts are scattered back.
         gates_BTE = (jax.nn.one_hot(chosen_BTK, self.config.num_experts, dtype=dtype) * gates_BTK[..., None]).sum(-2)
         gates_BTE = constrain(gates_BTE, "moe_batch", "length", "experts")
         x_BTD = constrain(x_BTD, "moe_batch", "length", None)
@@ -68,11 +70,11 @@ class MixtureOfExperts(nnx.Module):
         return out_BTD + gates_BTE @ cast(self.down_bias, dtype) if self.config.expert_bias else out_BTD
 
     def _ragged(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
-        """Tokens sorted by expert, one grouped matmul over the groups as long as they are.
+        """Sorts tokens by expert and runs grouped matmuls over groups of unequal size.
 
-        On a mesh each device sorts its own tokens (a sort over all devices' tokens would gather every token on every
-        one of them). Where the expert axis is cut, tokens go to the owners of their experts and come back; the experts'
-        weights stay where they are, but for the model dim, which is collected over the fsdp axis.
+        On a mesh each device sorts its own tokens; a global sort would gather all tokens on every device. If the expert
+        axis is larger than 1, an all-to-all dispatches tokens to the devices that own their experts and returns the
+        outputs. Expert weights are not moved, except that their model dim is gathered over the fsdp axis.
         """
         named = {"gate": self.gate, "up": self.up, "down": self.down}
         if self.config.expert_bias:
@@ -84,7 +86,7 @@ class MixtureOfExperts(nnx.Module):
             return through_experts(x_BTD, gates_BTK, chosen_BTK, self.config.num_experts, here)
         owned = functools.partial(exchanged, experts=experts, per_token=self.config.num_experts_per_token)
         travel = owned if num_shards("experts") > 1 else experts
-        # All of a weight's model dim is on every device that has a part of it.
+        # The model dim of a weight is gathered before shard_map, so it is not sharded inside.
         kept: dict[str, Axes] = {"gate": (None, "ffn"), "up": (None, "ffn"), "down": ("ffn", None)}
         kept |= {"gate_bias": ("ffn",), "up_bias": ("ffn",), "down_bias": (None,)}
         tokens = spec(("batch", "length", None))
@@ -101,25 +103,27 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _experts(x_ND: jax.Array, sizes_E: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
-    """Feed-forward of every expert on its group of rows, inside or outside shard_map."""
+    """Runs the feed-forward of each expert on its group of rows, inside or outside shard_map."""
     with jax.named_scope("experts"):
         gate_NF, up_NF = grouped(x_ND, (weights["gate"], weights["up"]), sizes_E, config.expert_kernel)
         if config.expert_bias:
-            # Rows behind the last group take its biases; nobody reads them.
+            # Rows after the last group get its biases; they are never read.
             expert_N = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_ND)), side="right")
             gate_NF, up_NF = gate_NF + weights["gate_bias"][expert_N], up_NF + weights["up_bias"][expert_N]
         h_NF = gated_unit(gate_NF, up_NF, config.gated_unit)
         (out_ND,) = grouped(h_NF, (weights["down"],), sizes_E, config.expert_kernel)
         if config.expert_bias:
-            # Outputs are summed over the devices that share an expert's width: one of them adds its bias.
+            # Outputs are summed over the devices that share an expert's width, so only the first one adds the bias.
             is_first = jax.lax.axis_index(LOGICAL_AXES["ffn"]) == 0 if num_shards("ffn") > 1 else True
             out_ND = out_ND + jnp.where(is_first, weights["down_bias"], 0)[expert_N]
         return out_ND
 
 
 def uses_ragged(config: ModelConfig) -> bool:
-    """Whether tokens are dispatched by grouped matmuls. "auto": the exchange of tokens where experts live on several
-    devices, and otherwise grouped matmuls unless the device prefers dense ones."""
+    """Returns whether experts run as grouped matmuls on the tokens that chose them.
+
+    With model.moe_dispatch="auto": if experts are sharded, or the device does not prefer dense experts.
+    """
     if config.moe_dispatch == "auto":
         return num_shards("experts") > 1 or not device().prefers_dense_experts
     return config.moe_dispatch == "ragged"

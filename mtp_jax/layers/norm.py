@@ -9,7 +9,7 @@ from mtp_jax.layers.param import vector
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last dim; computed in float32, returned in the input's dtype."""
+    """Root-mean-square norm over the last dim, computed in float32 and returned in the input's dtype."""
 
     def __init__(self, dim: int, config: ModelConfig, axis: str | None = None, eps: float | None = None):
         self.scale = vector((dim,), (axis,), 1.0, config)

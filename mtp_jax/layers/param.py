@@ -1,4 +1,4 @@
-"""One declaration for one weight: shape, initializer, logical axes and which dims are summed over, together."""
+"""Declarations of weights: shape, initializer, logical axes and contracted dims in one place."""
 
 from dataclasses import dataclass, replace
 
@@ -11,12 +11,12 @@ from mtp_jax.config import ModelConfig
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """What placement and optimizer need to know of a weight, whatever module holds it.
+    """Metadata of a weight for sharding and the optimizer, independent of the module that holds it.
 
-    axes: one logical axis name (or None) per dim; those of a stacked weight begin with "layers".
-    precision: of products by the weight (model.matmul_precision).
-    in_dims, out_dims: negative dim numbers summed over by, and produced by, the matmul; both empty for vectors
-      (norm scales, biases) and for the embedding table, which is looked up and not multiplied.
+    axes: one logical axis name (or None) per dim; a stacked weight's first is "layers".
+    in_dims, out_dims: negative numbers of the dims that the matmul contracts and produces; both empty for vectors
+      (norm scales, biases) and for the embedding table, which is indexed and not multiplied.
+    precision: of matmuls with the weight (model.matmul_precision).
     """
 
     axes: tuple[str | None, ...]
@@ -29,28 +29,28 @@ class ParamInfo:
         return bool(self.in_dims)
 
     def stacked(self) -> "ParamInfo":
-        """The declaration of several such weights with a leading dim over them."""
+        """Returns the declaration of a stack of such weights along a new leading dim."""
         return replace(self, axes=("layers", *self.axes))
 
     def unstacked(self) -> "ParamInfo":
-        """The declaration of one weight of a stack."""
+        """Returns the declaration of one weight of a stack."""
         assert self.axes[0] == "layers", self.axes
         return replace(self, axes=self.axes[1:])
 
 
 class RouterBias(nnx.Variable):
-    """The load-balancing bias of a router: moved by a rule of its own, never by a gradient."""
+    """Load-balancing bias of a router, updated by `layers.router.moved_bias` and never by a gradient."""
 
 
 def matrix(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], in_dims: int, config: ModelConfig
 ) -> nnx.Param:
-    """A weight of N(0, init_std^2), fp32 or config.param_dtype.
+    """Returns a weight drawn from N(0, init_std^2) in float32, cast to config.param_dtype.
 
     Args:
-      shape, axes: an "experts" axis may lead; then `in_dims` dims that the matmul sums over; the rest is produced.
-      in_dims: how many.
-      config: `ModelConfig`.
+      shape, axes: sizes and logical axes of an optional leading "experts" dim, then of `in_dims` contracted dims, then
+        of the output dims.
+      in_dims: number of contracted dims.
     """
     first = 1 if axes[0] == "experts" else 0
     rank = len(shape)
@@ -61,5 +61,5 @@ def matrix(
 
 
 def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, config: ModelConfig) -> nnx.Param:
-    """A norm scale or a bias, constant at the start."""
+    """Returns a norm scale or a bias with every element initialized to `value`."""
     return nnx.Param(jnp.full(shape, value, config.param_dtype), info=ParamInfo(axes))

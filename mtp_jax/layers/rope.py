@@ -13,13 +13,13 @@ from mtp_jax.config import RopeConfig
 
 
 def inverse_frequencies(dim: int, rope: RopeConfig) -> np.ndarray:
-    """float64[dim / 2] of 1 / theta^(2i / dim), stretched as the config says.
+    """Returns the frequencies 1 / theta^(2i / dim), scaled for long contexts as configured; float64[dim / 2].
 
-    Linear (2306.15595): all slowed by linear_factor. Llama 3.1 (2407.21783, as released): wavelengths longer than
-    original / low_frequency are slowed by the factor, those shorter than original / high_frequency are kept, with a
-    ramp in the inverse wavelength between.
-    YaRN: dims that turn more than beta_fast times in the original length keep their frequency, those that turn less
-    than beta_slow times are slowed by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
+    Linear (2306.15595): all frequencies are divided by linear_factor.
+    Llama 3.1 (2407.21783, as released): wavelengths longer than original / low_frequency have their frequency divided
+    by the factor, those shorter than original / high_frequency keep it, with a ramp in the inverse wavelength between.
+    YaRN: dims that rotate more than beta_fast times within the original length keep their frequency, those that rotate
+    less than beta_slow times have it divided by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
     """
     llama3, yarn = rope.llama3, rope.yarn
     frequency = rope.theta ** -(np.arange(0, dim, 2) / dim) / rope.linear_factor
@@ -45,7 +45,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def rotation_scale(rope: RopeConfig) -> float:
-    """What YaRN multiplies cos and sin by."""
+    """Returns the factor by which YaRN multiplies cos and sin."""
     yarn = rope.yarn
     if yarn.mscale_all_dim:
         return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
@@ -53,16 +53,19 @@ def rotation_scale(rope: RopeConfig) -> float:
 
 
 def mla_softmax_scale(head_dim: int, rope: RopeConfig) -> float:
-    """1 / sqrt(head_dim), times mscale^2 where YaRN has mscale_all_dim. Other attentions have no such factor."""
+    """Returns the softmax scale of MLA: 1 / sqrt(head_dim), times mscale^2 where YaRN sets mscale_all_dim.
+
+    Other attention variants have no such factor.
+    """
     yarn = rope.yarn
     mscale = _mscale(yarn.factor, yarn.mscale_all_dim) if yarn.mscale_all_dim else 1.0
     return head_dim**-0.5 * mscale * mscale
 
 
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.Array:
-    """Rotate every dim of x by its position; float32 inside, the input's dtype out.
+    """Rotates all dims of x by their positions; computed in float32, returned in the dtype of x.
 
-    Pairs are (2i, 2i+1) where interleaved, else (i, i + R/2).
+    The rotated pairs are (2i, 2i + 1) if rope.interleaved, otherwise (i, i + R/2).
     """
     dim = x_BTHR.shape[-1]
     inverse = jnp.asarray(inverse_frequencies(dim, rope), jnp.float32)

@@ -1,6 +1,6 @@
-"""Which experts a token goes to, and how even the choice is (DeepSeek-V3, 2412.19437, eqs. 13-20).
+"""Expert routing and its load-balance statistics (DeepSeek-V3, 2412.19437, eqs. 13-20).
 
-Shape letters: B rows, T positions, D model, E experts, K experts a token, G groups.
+Shape letters: B rows, T positions, D model, E experts, K experts per token, G groups.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,11 @@ from mtp_jax.sharding import local
 
 
 class RouterStats(NamedTuple):
-    """Of valid positions only. Sums, so that devices and micro-batches add up.
+    """Router statistics of valid positions, as sums that can be added over devices and micro-batches.
 
-    load_E: float32, how many tokens chose each expert.
+    load_E: float32, number of tokens that chose each expert.
     balance: float32, sum over rows of sum_i f_i P_i (eqs. 17-20, without alpha).
-    num_rows: float32, rows with any valid position.
+    num_rows: float32, number of rows with at least one valid position.
     """
 
     load_E: jax.Array
@@ -29,7 +29,7 @@ class RouterStats(NamedTuple):
 
 
 class Router(nnx.Module):
-    """Top-k of score + bias, limited to the best groups; gates from the scores alone. All in float32."""
+    """Top-k router: selects by score + bias within the best groups, gates by the score alone; all in float32."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -47,7 +47,7 @@ class Router(nnx.Module):
             logits_BTE = logits_BTE + self.logit_bias[...].astype(jnp.float32)
         scores_BTE = jax.nn.sigmoid(logits_BTE) if config.router.score == "sigmoid" else jax.nn.softmax(logits_BTE)
         choice_BTE = jax.lax.stop_gradient(scores_BTE) + self.bias[...]
-        # Token by token, but the compiler does not cut a top-k on every platform: it would collect all devices' scores.
+        # Independent per token, but some compilers do not partition a top-k and would gather the scores of all devices.
         tokens = ("batch", "length", None)
         chosen_BTK = local(self._choose, (tokens,), tokens)(choice_BTE)
         gates_BTK = jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1)
@@ -59,7 +59,7 @@ class Router(nnx.Module):
         return jax.lax.top_k(self._keep_best_groups(choice_BTE), self.config.num_experts_per_token)[1]
 
     def _keep_best_groups(self, choice_BTE: jax.Array) -> jax.Array:
-        """-inf outside the groups a token may use ("node-limited routing", section 2.1.2)."""
+        """Returns the scores with -inf outside each token's best groups ("node-limited routing", section 2.1.2)."""
         config = self.config
         if config.router.groups_per_token == config.router.num_groups:
             return choice_BTE
@@ -71,9 +71,9 @@ class Router(nnx.Module):
         return jnp.where(keep_BTG[..., None], grouped_BTGE, -jnp.inf).reshape(choice_BTE.shape)
 
     def _stats(self, scores_BTE: jax.Array, chosen_BTK: jax.Array, valid_BT: jax.Array) -> RouterStats:
-        """f_i = E / (K T) * tokens that chose i; P_i = mean of s_i / sum_j s_j; T counts the row's valid tokens.
+        """f_i = E / (K T) * number of tokens that chose i; P_i = mean of s_i / sum_j s_j; T = valid tokens of the row.
 
-        f counts the experts really chosen, by score + bias within the kept groups.
+        f counts the experts selected by score + bias within the kept groups.
         """
         config = self.config
         valid_BT1 = valid_BT[..., None].astype(jnp.float32)
@@ -87,10 +87,12 @@ class Router(nnx.Module):
 
 
 def moved_bias(bias_E: jax.Array, load_E: jax.Array, rate: jax.Array) -> jax.Array:
-    """Auxiliary-loss-free balancing (2408.15664): b_i + gamma where expert i is below the mean load, - gamma above.
+    """Returns the bias after one step of auxiliary-loss-free balancing (2408.15664).
+
+    b_i + gamma where the load of expert i is below the mean, b_i - gamma where it is above.
 
     Args:
-      bias_E, load_E: float32[..., E]; load over the whole global batch.
+      bias_E, load_E: float32[..., E]; the load is that of the whole global batch.
       rate: gamma.
     """
     mean = load_E.mean(axis=-1, keepdims=True)

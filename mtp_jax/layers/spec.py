@@ -1,4 +1,4 @@
-"""Layers as values: what distinguishes one layer of a model from another, and the groups that a scan goes over."""
+"""Specifications of the layers of a model, and the groups of layers that are scanned over."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,13 +8,13 @@ from mtp_jax.config import ModelConfig, RopeConfig
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Attention of one layer, where layers of a model differ.
+    """Attention settings of one layer that may differ between layers of a model.
 
     Attributes:
-      rope: its rotary positions.
-      num_kv_heads: its key/value heads, for kinds of attention that have them.
-      window: number of keys that a query sees at most, itself included; 0: no limit.
-      has_sinks: whether every head has a learnt attention sink.
+      rope: rotary position embedding.
+      num_kv_heads: number of key/value heads, for attention variants that have them.
+      window: maximum number of keys that a query sees, its own included; 0: no limit.
+      has_sinks: whether every head has a learned attention sink.
     """
 
     rope: RopeConfig
@@ -23,14 +23,14 @@ class AttentionSpec:
     has_sinks: bool = False
 
     def pairs_per_query(self, length: int) -> float:
-        """Mean number of keys that a query of a document of `length` positions sees, its own counted as one half."""
+        """Returns the mean number of keys per query in a document of `length` positions, its own key counted as 1/2."""
         window = min(self.window or length, length)
         return window - window**2 / (2 * length)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One transformer block: its attention, and whether its feed-forward is a mixture of experts."""
+    """Specification of one transformer block: its attention, and whether its feed-forward is a mixture of experts."""
 
     attention: AttentionSpec
     is_moe: bool
@@ -38,11 +38,12 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """`count` repetitions of a period of layers; the layers at one place of the period are one stacked module.
+    """`count` repetitions of a period of layers; each position of the period is one stacked module.
 
     Attributes:
-      specs: the period.
-      names: of its stacked modules.
+      specs: layers of one period.
+      names: names of the stacked modules, one per layer of the period.
+      count: number of repetitions.
     """
 
     specs: tuple[LayerSpec, ...]
@@ -51,7 +52,7 @@ class LayerGroup:
 
 
 def layer_specs(model: ModelConfig, num_layers: int) -> list[LayerSpec]:
-    """The first `num_layers` layers, first to last."""
+    """Returns the specifications of the first `num_layers` layers, in order."""
     distant = AttentionSpec(model.rope, model.num_kv_heads, has_sinks=model.sinks)
     local, pattern = model.local, model.local.pattern if model.local.window else "G"
     rope = RopeConfig(theta=local.rope_theta, interleaved=model.rope.interleaved) if local.rope_theta else model.rope
@@ -66,17 +67,20 @@ def layer_specs(model: ModelConfig, num_layers: int) -> list[LayerSpec]:
 
 
 def with_window(spec: LayerSpec, model: ModelConfig, window: int) -> LayerSpec:
-    """A layer like this one whose attention sees `window` keys: one of the model's specs if it has such a layer."""
+    """Returns `spec` with the given attention window.
+
+    The attention is that of the model's last layer with this window, or `spec`'s own where the model has none.
+    """
     found = [s.attention for s in layer_specs(model, model.num_layers) if s.attention.window == window]
     return replace(spec, attention=found[-1] if found else replace(spec.attention, window=window))
 
 
 def layer_groups(model: ModelConfig, num_layers: int) -> list[LayerGroup]:
-    """The first `num_layers` layers in few periods, so that few are compiled: each time the one that repeats over
-    the most layers.
+    """Groups the first `num_layers` layers into few periods, so that few layers are compiled.
 
-    Stacked modules of layers with experts, and of every layer of a model without, are called "blocks", those of other
-    layers "dense_blocks"; further ones are numbered from 1.
+    The period chosen at each step is the one whose repetitions cover the most layers. Stacked modules of layers with
+    experts, and of all layers of a model without experts, are named "blocks", those of other layers "dense_blocks";
+    further ones are numbered from 1.
     """
     specs = layer_specs(model, num_layers)
     groups: list[LayerGroup] = []
@@ -95,7 +99,7 @@ def layer_groups(model: ModelConfig, num_layers: int) -> list[LayerGroup]:
 
 
 def _repetitions(specs: Sequence[LayerSpec]) -> list[tuple[int, int]]:
-    """(period, how often it repeats from the first layer on) for every period that fits."""
+    """Returns (period, number of repetitions from the first layer on) for every period that fits."""
     found = []
     for period in range(1, len(specs) // 2 + 1):
         count = 1
@@ -106,7 +110,7 @@ def _repetitions(specs: Sequence[LayerSpec]) -> list[tuple[int, int]]:
 
 
 def layer_places(model: ModelConfig, num_layers: int) -> list[tuple[str, int]]:
-    """(stacked module, index in it) of each of the first `num_layers` layers, first to last."""
+    """Returns (stacked module, index in it) of each of the first `num_layers` layers, in order."""
     return [
         (name, index)
         for group in layer_groups(model, num_layers)

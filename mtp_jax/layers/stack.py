@@ -1,4 +1,4 @@
-"""Modules stacked into one, and run one after another by a scan."""
+"""Stacking of modules along a leading dim, and scans over the stack."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,19 +19,19 @@ from mtp_jax.typing import PyTree
 
 
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], num: int, rngs: nnx.Rngs) -> Any:
-    """`num` modules as one, every weight with a leading dim of size `num` ("layers"), each from its own key."""
+    """Returns `num` modules, initialized from different keys, stacked along a leading dim ("layers") of all weights."""
     module = nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), num))
     return _each_info(ParamInfo.stacked, module)
 
 
 def unstacked(module: Any) -> list[Any]:
-    """The modules that were `stacked`."""
+    """Returns the modules of a stack; the inverse of `stacked`."""
     num = jax.tree.leaves(module)[0].shape[0]
     return [_each_info(ParamInfo.unstacked, jax.tree.map(lambda w, i=i: w[i], module)) for i in range(num)]
 
 
 def _each_info(change: Callable[[ParamInfo], ParamInfo], tree: Any) -> Any:
-    """`tree` with the declaration of every weight changed."""
+    """Returns `tree` with `change` applied to the declaration of every weight."""
 
     def one(variable: Any) -> Any:
         info = variable.get_metadata().get("info") if isinstance(variable, nnx.Variable) else None
@@ -48,14 +48,16 @@ def scan_over(
     config: ModelConfig,
     is_shared: bool = False,
 ) -> tuple[PyTree, PyTree]:
-    """`carry, y = body(one module, carry, x)` over the stack of `module` and the leading dim of `xs`.
+    """Scans `carry, y = body(layer, carry, x)` over the layers stacked in `module` and the leading dim of `xs`.
 
-    `unrolled` says how many layers are compiled, one in most cases. What config.remat does not keep of the body's
-    activations is recomputed in the backward pass. With is_shared the stack is of one module, which every x goes
-    through.
+    Activations of the body that config.remat does not save are recomputed in the backward pass. The loop is unrolled by
+    `unrolled`.
+
+    Args:
+      is_shared: the stack holds a single layer, which is applied to every x.
 
     Returns:
-      the last carry and the stacked y.
+      the final carry and the stacked y.
     """
     carry, (y,) = scan_over_periods([module], body, carry, xs, config, is_shared)
     return carry, y
@@ -69,10 +71,10 @@ def scan_over_periods(
     config: ModelConfig,
     is_shared: bool = False,
 ) -> tuple[PyTree, list[PyTree]]:
-    """`scan_over` with several stacks: the first module of every stack in turn, then the second of every stack ...
+    """`scan_over` for several stacks: runs the first layer of every stack in turn, then the second of every stack, ...
 
     Returns:
-      the last carry, and for each of `modules` the stacked y.
+      the final carry, and the stacked y of each of `modules`.
     """
     graphs, state = zip(*map(nnx.split, modules), strict=True)
     if is_shared:
@@ -86,7 +88,7 @@ def scan_over_periods(
 
     length = jax.tree.leaves((scanned, xs))[0].shape[0]
     unroll = unrolled(config, length)
-    # Without a loop there is nothing to keep the cast of the weights out of.
+    # `read_here` keeps the cast of the weights inside the loop; a fully unrolled scan has none.
     is_loop = unroll < length or not device().loops_copy_activations
 
     def run(graph, layer, carry, x):
@@ -108,12 +110,15 @@ def scan_over_periods(
     return jax.lax.scan(step, carry, (scanned, xs), unroll=unroll)
 
 
-MOST_UNROLLED = 16  # layers, without being asked: compilation takes its time
+MOST_UNROLLED = 16  # layers, with scan_unroll=0: limits compilation time
 
 
 def unrolled(config: ModelConfig, length: int) -> int:
-    """Number of a scan's layers that are compiled side by side: config.scan_unroll, or where that is 0 all of them
-    where a loop would copy the activations kept, and nothing is recomputed."""
+    """Returns the unroll factor of a scan over `length` layers.
+
+    config.scan_unroll if set. Otherwise all layers if a loop would copy the saved activations and nothing is
+    recomputed, else 1.
+    """
     if config.scan_unroll:
         return min(config.scan_unroll, length)
     is_free = device().loops_copy_activations and config.remat == "none" and length <= MOST_UNROLLED
@@ -121,12 +126,12 @@ def unrolled(config: ModelConfig, length: int) -> int:
 
 
 def _is_attention(primitive: Any, *_: Any, **params: Any) -> bool:
-    return primitive.name == cudnn.FORWARD  # output and normalisers alike: the backward pass reads both
+    return primitive.name == cudnn.FORWARD  # saves output and normalizers: the backward pass reads both
 
 
 _saved = jax.checkpoint_policies
 _any = _saved.save_from_both_policies
-# Kernels are matmuls too, though jax's own policies do not know them as such.
+# Kernels are matmuls too, but jax's policies do not recognize them as such.
 _kernels = _any(_is_attention, _saved.save_only_these_names(KERNEL))
 POLICIES = {
     "dots": _any(_saved.dots_with_no_batch_dims_saveable, _kernels),

@@ -1,4 +1,4 @@
-"""Attention variants, by the value of `model.attention`."""
+"""Attention variants by the value of `model.attention`."""
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers.attention.base import Attention
@@ -9,5 +9,5 @@ ATTENTIONS: dict[str, type[Attention]] = {"mla": MultiHeadLatentAttention, "gqa"
 
 
 def attention_of(config: ModelConfig) -> type[Attention]:
-    """The variant that a model uses."""
+    """Returns the attention variant of a model."""
     return ATTENTIONS[config.attention]

@@ -1,6 +1,6 @@
-"""The interface of an attention variant: all that the rest asks of attention without knowing its kind.
+"""Interface of the attention variants.
 
-A variant is a module class in a file of this package, listed in `ATTENTIONS` (docs/extending.md).
+A variant is a module class in its own file of this package, listed in `ATTENTIONS` (docs/extending.md).
 
 Shape letters: B rows, T positions, S slots of a cache, D model.
 """
@@ -18,49 +18,53 @@ from mtp_jax.typing import Cache
 
 
 class Attention(nnx.Module):
-    """Causal self-attention of one layer within documents."""
+    """Causal self-attention of one layer, within documents."""
 
     def __init__(self, config: ModelConfig, spec: AttentionSpec, rngs: nnx.Rngs):
         del rngs
         self.config, self.spec = config, spec
 
-    # Known from the config alone.
+    # Computed from the config alone.
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raises UserError where the fields of this variant do not fit each other, naming field, value and remedy."""
+        """Raises UserError, with field, value and remedy, if the fields of this variant contradict each other."""
         raise NotImplementedError
 
     @classmethod
     def sharded_sizes(cls, config: ModelConfig) -> list[tuple[str, str, int]]:
-        """(logical axis, field, value) of every size that the mesh axes of that logical axis must divide."""
+        """Returns (logical axis, field, value) of every size that the axis's number of shards must divide."""
         raise NotImplementedError
 
     @classmethod
     def multiplied_dims(cls, config: ModelConfig) -> int:
-        """Multiplications per head and pair of query and key: query dims for the score, value dims for the average."""
+        """Returns multiplications per head and query-key pair: query dims for the score, value dims for the average."""
         raise NotImplementedError
 
     @classmethod
     def cache_size(cls, config: ModelConfig, spec: AttentionSpec) -> int:
-        """Numbers per token in a layer's cache; also what crosses the context axis in training."""
+        """Returns the numbers per token in a layer's cache; training gathers the same over the context axis."""
         raise NotImplementedError
 
     @classmethod
     def value_dim(cls, config: ModelConfig) -> int:
-        """Value dims of one head."""
+        """Returns the value dim of one head."""
         raise NotImplementedError
 
     # The layer.
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-        """[B, T, D] -> [B, T, D]; see `kernels.attention.Mask` for which positions see which."""
+        """[B, T, D] -> [B, T, D]; `kernels.attention.Mask` defines which keys a query sees."""
         raise NotImplementedError
 
     def empty_cache(self, num_rows: int, num_positions: int, num_new: int, dtype: DTypeLike) -> Cache:
-        """Cache for rows of up to `num_positions` tokens, read `num_new` at a time; see `cache.num_slots`."""
+        """Returns a cache for rows of `num_positions` tokens, `num_new` per decode step; see `cache.num_slots`."""
         raise NotImplementedError
 
     def decode(self, x_BTD: jax.Array, slots: Slots, cache: Any, start: int = 0) -> tuple[jax.Array, Any]:
-        """New tokens [B, T, D] -> [B, T - start, D], without the first, and the cache with the entries of all."""
+        """Runs new tokens against a cache and adds their entries to it.
+
+        Returns:
+          outputs [B, T - start, D] of the tokens from `start` on, and the cache with the entries of all T.
+        """
         raise NotImplementedError

@@ -1,6 +1,6 @@
-"""Grouped-query attention (2305.13245) with optional query/key norm and biases: Llama, Qwen, GLM blocks.
+"""Grouped-query attention (2305.13245) with optional query/key norm and biases, as in Llama, Qwen and GLM.
 
-Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows; S slots of a cache), D model,
+Shape letters: B rows, T positions (queries of one device), S keys of whole rows or slots of a cache, D model,
 H query heads, G key/value heads, Q query/key dim, V value dim.
 """
 
@@ -24,14 +24,14 @@ from mtp_jax.sharding import first_position, local, whole_length
 
 
 class HeadCache(NamedTuple):
-    """Keys [B, S, G, Q] and values [B, S, G, V] of the G heads."""
+    """KV cache: keys [B, S, G, Q] and values [B, S, G, V]."""
 
     k_BSGQ: jax.Array
     v_BSGV: jax.Array
 
 
 class GroupedQueryAttention(Attention):
-    """H query heads share G key and value heads; the first rotary_fraction of each head is rotated."""
+    """Attention of H query heads over G key/value heads; the first rotary_fraction of a head's dims is rotated."""
 
     def __init__(self, config: ModelConfig, spec: AttentionSpec, rngs: nnx.Rngs):
         super().__init__(config, spec, rngs)
@@ -75,7 +75,7 @@ class GroupedQueryAttention(Attention):
 
     @classmethod
     def cache_size(cls, config: ModelConfig, spec: AttentionSpec) -> int:
-        """Keys and values of every key/value head."""
+        """Returns the number of elements of all keys and values of a token."""
         return spec.num_kv_heads * (config.head_dim + cls.value_dim(config))
 
     @classmethod
@@ -104,7 +104,7 @@ class GroupedQueryAttention(Attention):
         return self._output(out_BTHV), cache
 
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, Q], keys [B, T, G, Q] and values [B, T, G, V]; queries and keys normed and rotated."""
+        """Returns queries [B, T, H, Q], keys [B, T, G, Q], both normed and rotated, and values [B, T, G, V]."""
         config, dtype = self.config, x_BTD.dtype
         q_BTHQ, k_BTGQ, v_BTGV = (linear(x_BTD, weight) for weight in (self.q, self.k, self.v))
         if config.qkv_bias:
@@ -118,7 +118,7 @@ class GroupedQueryAttention(Attention):
         return self._rotate(q_BTHQ, positions_BT), self._rotate(k_BTGQ, positions_BT), v_BTGV
 
     def _attend(self, q_BTHQ, k_BTGQ, v_BTGV, segments_BS, sinks_H):
-        """One device's queries over whole rows: keys and values of its groups are collected over the context axis."""
+        """Attention of one device's queries over whole rows; keys and values are gathered over the context axis."""
         mask = Mask(segments_BS, first_position(q_BTHQ.shape[1]), self.spec.window)
         scale, kernel = self.config.head_dim**-0.5, self.config.attention_kernel
         return attend(q_BTHQ, whole_length(k_BTGQ), whole_length(v_BTGV), mask, scale, sinks_H, kernel)
@@ -134,7 +134,7 @@ class GroupedQueryAttention(Attention):
 
 
 def _kv_heads(config: ModelConfig) -> dict[str, int]:
-    """Key/value heads by the field that gives them."""
+    """Returns the number of key/value heads by the config field that sets it."""
     found = {"model.num_kv_heads": config.num_kv_heads}
     if config.local.window and config.local.num_kv_heads:
         found["model.local.num_kv_heads"] = config.local.num_kv_heads

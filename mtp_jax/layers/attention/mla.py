@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, 2405.04434, eqs. 9-19).
 
-Shape letters: B rows, T positions (one device's queries, S its keys: those of whole rows; S slots of a cache), D model,
+Shape letters: B rows, T positions (queries of one device), S keys of whole rows or slots of a cache, D model,
 H heads, N nope dim, R rotary dim, V value dim, X = N + V, C key/value latent, W = C + R numbers per token in a cache.
 """
 
@@ -23,7 +23,7 @@ from mtp_jax.sharding import constrain, first_position, local, whole_length
 
 
 class MultiHeadLatentAttention(Attention):
-    """Keys and values come from one latent of C dims and one rotary key of R dims per token, shared by all heads."""
+    """Attention whose keys and values derive from a latent of C dims and a rotary key of R dims shared by all heads."""
 
     def __init__(self, config: ModelConfig, spec: AttentionSpec, rngs: nnx.Rngs):
         super().__init__(config, spec, rngs)
@@ -51,7 +51,7 @@ class MultiHeadLatentAttention(Attention):
 
     @classmethod
     def sharded_sizes(cls, config: ModelConfig) -> list[tuple[str, str, int]]:
-        """Dims that latents are expanded from."""
+        """Returns the ranks of the latents, which are input dims of the up-projections."""
         return [
             ("embed", "model.q_lora_rank", config.q_lora_rank),
             ("embed", "model.kv_lora_rank", config.kv_lora_rank),
@@ -63,7 +63,7 @@ class MultiHeadLatentAttention(Attention):
 
     @classmethod
     def cache_size(cls, config: ModelConfig, spec: AttentionSpec) -> int:
-        """The latent and the rotary key, whatever the number of heads."""
+        """Returns C + R, independent of the number of heads."""
         return config.kv_lora_rank + config.qk_rope_head_dim
 
     @classmethod
@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(Attention):
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         q_BTHQ = self.queries(x_BTD, positions_BT)
         latent_BTC, rotary_BTR = self.latents(x_BTD, positions_BT)
-        # Each device expands the latents of whole rows to keys and values of its own heads.
+        # Each device expands the latents of whole rows to the keys and values of its own heads.
         attention = local(
             self._attend,
             (
@@ -94,10 +94,10 @@ class MultiHeadLatentAttention(Attention):
         return self.sinks[...] if self.spec.has_sinks else None
 
     def _attend(self, q_BTHQ, latent_BTC, rotary_BTR, kv_b_CHX, segments_BS, sinks_H):
-        """One device's queries over whole rows.
+        """Attention of one device's queries over whole rows.
 
-        The latent is what crosses the context axis, and its gradient what comes back: C + R numbers per token, where
-        keys and values are H (N + R + V). Left to the compiler the gradients of keys and values would cross.
+        Latents are gathered over the context axis and their gradients scattered back: C + R numbers per token, where
+        keys and values have H (N + R + V). Without shard_map, the compiler communicates gradients of keys and values.
         """
         k_BSHQ, v_BSHV = self._expand(whole_length(latent_BTC), whole_length(rotary_BTR), kv_b_CHX)
         mask = Mask(segments_BS, first_position(q_BTHQ.shape[1]), self.spec.window)
@@ -108,7 +108,7 @@ class MultiHeadLatentAttention(Attention):
         return rope.mla_softmax_scale(self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.spec.rope)
 
     def _expand(self, latent_BSC, rotary_BSR, kv_b_CHX):
-        """Keys [B, S, H, N + R] and values [B, S, H, V] of every head."""
+        """Returns the keys [B, S, H, N + R] and values [B, S, H, V] of every head."""
         nope = self.config.qk_nope_head_dim
         kv_BSHX = jnp.einsum("bsc,chx->bshx", latent_BSC, kv_b_CHX)
         k_nope_BSHN, v_BSHV = kv_BSHX[..., :nope], kv_BSHX[..., nope:]
@@ -116,7 +116,7 @@ class MultiHeadLatentAttention(Attention):
         return jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1), v_BSHV
 
     def empty_cache(self, num_rows: int, num_positions: int, num_new: int, dtype: DTypeLike) -> jax.Array:
-        """[B, S, C + R]: of each token its latent and its rotary key."""
+        """Returns zeros [B, S, C + R] for the latent and the rotary key of each token."""
         slots = num_slots(self.spec.window, num_positions, num_new)
         return jnp.zeros((num_rows, slots, self.cache_size(self.config, self.spec)), dtype)
 
@@ -133,18 +133,22 @@ class MultiHeadLatentAttention(Attention):
         return attend_cached(q_BTHQ, k_BSGQ, v_BSGV, last_BT, key_BS, self.spec.window, self._scale, self._sinks())
 
     def _absorbs(self, num_queries: int) -> bool:
-        """Which form takes fewer multiplications for each entry seen: absorbed, T H (2 C + R), or expanded,
-        H (C (N + V) + T (N + R + V))."""
+        """Returns whether the absorbed form needs no more multiplications per cache entry than the expanded one.
+
+        Absorbed: T H (2 C + R). Expanded: H (C (N + V) + T (N + R + V)).
+        """
         config = self.config
         rank, heads = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
         return num_queries * (2 * rank - heads) <= rank * heads
 
     def _absorbed(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT, key_BS):
-        """Queries and outputs go through the up-projections of keys and values, entries are read as they are: they are
-        the keys, and their first C numbers the values, of one head that all share (section 2.1.2)."""
+        """Attention with the up-projections of keys and values absorbed into queries and outputs (section 2.1.2).
+
+        Cache entries are the keys, and their first C numbers the values, of one head that all query heads share.
+        """
         nope, rank = self.config.qk_nope_head_dim, self.config.kv_lora_rank
         q_nope_BTHN, key_up_CHN, value_up_CHV = q_BTHQ[..., :nope], kv_b_CHX[..., :nope], kv_b_CHX[..., nope:]
-        if device().copies_sliced_weights:  # the whole weight serves both products, half of each on zeros or unused
+        if device().copies_sliced_weights:  # both products use the whole weight; half of each is zero or unused
             q_nope_BTHN = jnp.pad(q_nope_BTHN, ((0, 0),) * 3 + ((0, self.config.v_head_dim),))
             key_up_CHN = value_up_CHV = kv_b_CHX
         q_BTHC = jnp.einsum("bthn,chn->bthc", q_nope_BTHN, key_up_CHN)
@@ -155,13 +159,13 @@ class MultiHeadLatentAttention(Attention):
         return out_BTHV[..., -self.config.v_head_dim :]
 
     def _expanded(self, q_BTHQ, seen_BSW, kv_b_CHX, last_BT, key_BS):
-        """Keys and values of every head, as in training."""
+        """Attention over expanded keys and values of every head, as in training."""
         rank = self.config.kv_lora_rank
         k_BSHQ, v_BSHV = self._expand(seen_BSW[..., :rank], seen_BSW[..., rank:], kv_b_CHX)
         return self._attend_cached(q_BTHQ, k_BSHQ, v_BSHV, last_BT, key_BS)
 
     def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """[B, T, H, N + R], the last R dims rotated."""
+        """Returns the queries [B, T, H, N + R], the last R dims rotated."""
         nope = self.config.qk_nope_head_dim
         if self.config.q_lora_rank:
             q_BTHQ = linear(self.q_a_norm(linear(x_BTD, self.q_a)), self.q_b)
@@ -171,7 +175,7 @@ class MultiHeadLatentAttention(Attention):
         return constrain(jnp.concatenate([q_BTHQ[..., :nope], rotated_BTHR], -1), "batch", "length", "heads", None)
 
     def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What a cache holds: the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
+        """Returns the entries of a cache: the normalized latent [B, T, C] and the rotated shared key [B, T, R]."""
         kv_BTW = linear(x_BTD, self.kv_a)
         rank = self.config.kv_lora_rank
         rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.spec.rope)[:, :, 0]
