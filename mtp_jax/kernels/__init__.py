@@ -1,6 +1,6 @@
-"""Operations with several implementations: one folder per operation, one backend per file, one rule that selects.
+"""Operations with several backends: one folder per operation, one file per backend, one selection rule.
 
-`device.py` is the only place that asks what is compiled for.
+`device.py` is the only module that reads the platform.
 """
 
-KERNEL = "kernel"  # checkpoint name of what a Pallas kernel keeps for its backward pass
+KERNEL = "kernel"  # checkpoint name of the residuals of Pallas kernels

@@ -1,4 +1,4 @@
-"""The device that programs are compiled for, and the measured traits that code elsewhere decides by."""
+"""The device that programs are compiled for, and its measured traits, on which other modules base decisions."""
 
 import contextlib
 import contextvars
@@ -14,7 +14,7 @@ _PRETENDED: contextvars.ContextVar["Device | None"] = contextvars.ContextVar("pr
 class Device:
     """The kind of device a program is compiled for.
 
-    platform: "cpu", "tpu" or a GPU platform. compute_capability: "9.0" on Hopper; empty where no GPU is compiled for.
+    platform: "cpu", "tpu" or a GPU platform. compute_capability: "9.0" on Hopper; empty for other platforms.
     """
 
     platform: str
@@ -22,60 +22,71 @@ class Device:
 
     @property
     def family(self) -> str:
-        """ "cpu", "tpu" or "gpu", whatever the GPU platform is called."""
+        """ "cpu", "tpu" or "gpu"; the latter for every GPU platform."""
         return self.platform if self.platform in ("cpu", "tpu") else "gpu"
 
     @property
     def has_ragged_all_to_all(self) -> bool:
-        """`jax.lax.ragged_all_to_all` compiles; the CPU backend does not implement it."""
+        """Returns whether `jax.lax.ragged_all_to_all` compiles; the CPU backend does not implement it."""
         return self.family != "cpu"
 
     @property
     def gathers_are_fast(self) -> bool:
-        """Reading single elements or rows of an array in memory beats reducing or sorting it. The loss's target and
-        maximum logit gathered instead of reduced: 37.5 -> 36.1 ms (H200, 102,400 words); tokens sorted by expert and
-        back with gathers in both passes: 4 of a step's 294 ms (moe_4b, H200)."""
+        """Returns whether gathering elements or rows of an array is faster than reducing or sorting it.
+
+        Gathering the target and maximum logits in the loss instead of reducing: 37.5 -> 36.1 ms (H200, vocabulary of
+        102,400). Gathers in both passes of expert dispatch and combine save 4 of the 294 ms of a step (moe_4b, H200).
+        """
         return self.family == "gpu"
 
     @property
     def copies_sliced_weights(self) -> bool:
-        """A slice of a weight is copied before it is multiplied. Reading one token, that takes longer than twice the
-        multiplications on the whole weight; CPUs read slices in place."""
+        """Returns whether a slice of a weight is copied before a matmul; CPUs read slices in place.
+
+        For a single token the copy takes longer than a matmul with the whole weight, which has twice the FLOPs.
+        """
         return self.family != "cpu"
 
     @property
     def single_row_products_are_slow(self) -> bool:
-        """XLA compiles products of a single row to reductions, slower than products of two rows: 1.9 ms against 1.3 ms
-        per token (24 blocks of width 1024)."""
+        """Returns whether XLA compiles matmuls of a single row to reductions that are slower than matmuls of two rows.
+
+        1.9 ms against 1.3 ms per token (24 blocks of width 1024).
+        """
         return self.family == "gpu"
 
     @property
     def loops_copy_activations(self) -> bool:
-        """A scan copies every activation that is kept into a stack and out again: 70 of 302 ms of a training step
-        without recomputation (dense_1b, H100), 12 unrolled. Weights read as bits before a cast are copied too: 7.5 ms
-        of a step (moe_4b, H200)."""
+        """Returns whether a scan copies every saved activation into a stack and out again.
+
+        70 of the 302 ms of a training step without recomputation (dense_1b, H100), 12 ms if unrolled. Weights read as
+        bits before a cast are copied too: 7.5 ms of a step (moe_4b, H200).
+        """
         return self.family == "gpu"
 
     @property
     def prefers_dense_experts(self) -> bool:
-        """Every expert on every token takes no longer than a grouped matmul: the CPU's `ragged_dot` computes every
-        group densely (64 experts: 232 ms forward where equal groups take 5.8)."""
+        """Returns whether running every expert on every token is at least as fast as a grouped matmul.
+
+        On CPUs `ragged_dot` computes every group densely (64 experts: 232 ms forward, 5.8 ms for matmuls of equal
+        groups).
+        """
         return self.family == "cpu"
 
     def lacks_hopper(self) -> str:
-        """Why kernels for Hopper GPUs cannot run; empty where they can."""
+        """Returns why kernels for Hopper GPUs cannot run; empty if they can."""
         if self.compute_capability == "9.0":
             return ""
         found = self.compute_capability or self.platform
         return f"it is for GPUs of compute capability 9.0, and this is {found}"
 
     def lacks_tpu(self) -> str:
-        """Why kernels for TPUs cannot run; empty where they can."""
+        """Returns why kernels for TPUs cannot run; empty if they can."""
         return "" if self.platform == "tpu" else f"it is for TPUs, and this is {self.platform}"
 
 
 def device() -> Device:
-    """The device compiled for: that of the ambient mesh (`jax.set_mesh`), which need not be one of this machine's."""
+    """Returns the target device: that of the ambient mesh (`jax.set_mesh`), attached or not, or the default device."""
     pretended = _PRETENDED.get()
     if pretended is not None:
         return pretended
@@ -89,9 +100,9 @@ def device() -> Device:
 
 @contextlib.contextmanager
 def pretend(platform: str, compute_capability: str = "") -> Iterator[None]:
-    """`device()` is this one inside the context: the seam for tests, for code that traces but does not run elsewhere.
+    """Makes `device()` return the given device inside the context; for tests that trace code but do not run it.
 
-    jax reuses programs that it has traced already: clear their caches where the same function was traced before.
+    jax reuses traced programs: clear its caches if the same function was traced before.
     """
     token = _PRETENDED.set(Device(platform, compute_capability))
     try:

@@ -1,4 +1,4 @@
-"""The rule that selects a backend of an operation."""
+"""Selection of the backend of an operation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from mtp_jax.kernels.device import Device, device
 class Backend(NamedTuple):
     """One implementation of an operation.
 
-    name: the value of the config field that asks for it. run: the operation, or the module with its functions.
-    unsupported_reason: of the operands that are selected by, why it cannot take them; empty where it can.
-    native_to: the family of devices it is written for ("gpu", "tpu"), where falling back to another backend is slow;
-      empty if it runs everywhere.
-    device_lacks: why it cannot run on a device; empty where it can.
+    name: the value of the config field that selects it. run: the operation, or the module with its functions.
+    unsupported_reason: (operands) -> the reason why the backend does not support them; empty if it does.
+    native_to: the device family the backend is written for ("gpu", "tpu"), where other backends are slow; empty if it
+      runs everywhere.
+    device_lacks: (device) -> the reason why the backend cannot run on it; empty if it can.
     """
 
     name: str
@@ -24,20 +24,21 @@ class Backend(NamedTuple):
     device_lacks: Callable[[Device], str] = lambda _: ""
 
     def refuses(self, *operands: Any) -> str:
-        """Why it cannot run this on the device compiled for; empty where it can."""
+        """Returns why the backend cannot run the operands on the target device; empty if it can."""
         return self.device_lacks(device()) or self.unsupported_reason(*operands)
 
 
 def select(setting: str, asked: str, backends: Sequence[Backend], *operands: Any, warns: bool = True) -> Backend:
-    """The backend asked for by name, or for "auto" the first that supports the operands.
+    """Returns the backend of the requested name, or for "auto" the first one that supports the operands.
 
     Args:
       setting: the config field that names the backend.
+      asked: the value of that field.
       backends: in order of preference; the last one supports everything.
-      warns: whether to say, once on stderr, why "auto" refused all backends native to the device.
+      warns: whether to report, once on stderr, why "auto" refused all backends native to the device.
 
     Raises:
-      UserError: the backend asked for does not support the operands.
+      UserError: the requested backend does not support the operands.
     """
     if asked != "auto":
         backend = next(b for b in backends if b.name == asked)

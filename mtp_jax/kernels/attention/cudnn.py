@@ -1,10 +1,9 @@
-"""Causal attention within a document by cuDNN, through jax: forward and backward without the scores in memory.
+"""Causal attention within documents by cuDNN, called through jax; no scores in memory, forward or backward.
 
-Where rows hold one document each the kernel's own causal mask is all there is. Packed documents and windows need a mask
-that is added to the scores, a number in the compute dtype for every pair of positions of a row: exact for any segment
-ids, and B T S numbers of memory. It saves no computation.
+Rows of a single document use the kernel's own causal mask. Packed documents and windows need a mask that is added to
+the scores: exact for any segment ids, but B T S numbers in the compute dtype, and no computation is skipped.
 
-Shape letters: as in the package.
+Shape letters: as in `kernels.attention`.
 """
 
 from typing import Any
@@ -14,23 +13,25 @@ import jax.numpy as jnp
 
 from mtp_jax.kernels.attention.mask import Mask
 
-# Of packed rows' masks, a device: rows of 32,768 one at a time.
+# Limit of the masks of packed rows, per device: two rows of 32,768 positions.
 MASK_BYTES = 4 << 30
-FORWARD = "dot_product_attention_fwd_wrapper"  # its primitive, to policies of recomputation
-UNEQUAL = {(192, 128)}  # DeepSeek's (query/key, value) dims, which cuDNN has kernels for; equal dims: any
-MLA_VERSION = 91000  # the first cuDNN with them
+FORWARD = "dot_product_attention_fwd_wrapper"  # name of the primitive, for checkpoint policies
+UNEQUAL = {(192, 128)}  # supported unequal (query/key, value) dims: DeepSeek's
+MLA_VERSION = 91000  # first cuDNN version that supports UNEQUAL
 
 
 def _cudnn() -> Any:
-    """jax's own way to cuDNN; the public front to it, in jax.nn, refuses unequal head dims. Imported where it is used:
-    devices without cuDNN need not have it."""
+    """Returns jax's private cuDNN module; the public function in jax.nn refuses unequal head dims.
+
+    Imported on use, since installations without cuDNN may lack it.
+    """
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
 
 
 def attend(q_BTHQ, k_BTGQ, v_BTGV, mask: Mask, sinks_H, scale) -> jax.Array:
-    """As `kernels.attention.attend`, of whole rows (`mask.first` is 0) without sinks."""
+    """See `kernels.attention.attend`; whole rows (`mask.first` is 0) without sinks only."""
     cudnn, visible, length = _cudnn(), None, q_BTHQ.shape[1]
     if mask.window:
         visible = (jnp.tri(length, dtype=bool) & ~jnp.tri(length, k=-mask.window, dtype=bool))[None, None]
@@ -42,7 +43,7 @@ def attend(q_BTHQ, k_BTGQ, v_BTGV, mask: Mask, sinks_H, scale) -> jax.Array:
 
 
 def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
-    """Why cuDNN cannot take this attention; empty where it can."""
+    """Returns why cuDNN does not support the operands; empty if it does."""
     length, dims = q_BTHQ.shape[1], (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
@@ -60,5 +61,5 @@ def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
 
 
 def mask_bytes(mask: Mask, length: int) -> int:
-    """Bytes of the mask that tells packed documents apart and limits windows."""
+    """Returns the bytes of the mask for packed documents and windows."""
     return 2 * (1 if mask.segments_BS is None else mask.segments_BS.shape[0]) * length**2

@@ -1,4 +1,4 @@
-"""The mask of attention as a value.
+"""Attention mask.
 
 Shape letters: B rows, S keys.
 """
@@ -11,14 +11,16 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees: itself and those before it, of its own document, within a window. A pytree.
+    """Causal attention mask within documents and a window, as a pytree.
+
+    A query sees the keys at its own and earlier positions that are in its document and within the window.
 
     Attributes:
-      segments_BS: int, a document's id at each of its positions. A document is a run of equal ids, and so is padding
-        (0): its positions see only padding, and every query sees itself, so no row of the softmax is empty. None: every
-        row is one document.
-      first: the T queries are the positions first .. first + T - 1 of the S; 0 unless the row is sharded.
-      window: number of keys that a query sees at most, itself included; 0: no limit.
+      segments_BS: int, the document id of each position. A document is a run of equal ids, and so is padding (0), whose
+        positions see padding only. Every query sees itself, so no row of the softmax is empty. None: every row is one
+        document.
+      first: the T queries are the positions first .. first + T - 1 of the S keys; 0 unless the row is sharded.
+      window: maximum number of keys that a query sees, its own included; 0: no limit.
     """
 
     segments_BS: jax.Array | None = None

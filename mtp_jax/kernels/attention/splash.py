@@ -1,10 +1,10 @@
-"""Causal attention within a document on TPUs, by jax's splash attention: no scores in main memory, forward or backward.
+"""Causal attention within documents on TPUs by jax's splash attention; no scores in HBM, forward or backward.
 
-Blocks of scores above the diagonal are not computed. Inside the others causality and the borders of documents are a
-mask made from positions and segment ids where the scores are. Of a row that is cut over the context axis each device
-takes its own lines of the table of blocks.
+Blocks of scores above the diagonal are not computed. In the other blocks a mask for causality and document boundaries
+is computed from positions and segment ids inside the kernel. If a row is sharded over the context axis, each device
+takes its own rows of the block table.
 
-Shape letters: as in the package.
+Shape letters: as in `kernels.attention`.
 """
 
 import math
@@ -17,31 +17,31 @@ import jax.numpy as jnp
 from mtp_jax.kernels import KERNEL
 from mtp_jax.kernels.attention.mask import Mask
 
-LANES = 128  # of the vector unit: what blocks are multiples of
-# Queries and keys of a block, in all three kernels, and dq apart from dk and dv: MaxText's defaults (its
-# configs/types.py, sa_block_* and sa_use_fused_bwd_kernel). Larger blocks read keys and values less often and mask more
-# in vain; 2048, as some recipes for v5p have them, need more vector memory than a program gets by default.
+LANES = 128  # of the vector unit; block sizes are multiples
+# Queries and keys per block in all three kernels (forward, dq, dk and dv): MaxText's defaults (configs/types.py,
+# sa_block_* and sa_use_fused_bwd_kernel). Larger blocks read keys and values less often but compute more masked scores;
+# 2048, as in some recipes for v5p, needs more vector memory than a program gets by default.
 BLOCK = 512
-MOST_DIM = 256  # of a head: what compiles in blocks of 512 in both dtypes for v5e, v5p and v6e; 576 in float32 does not
+MOST_DIM = 256  # head dim; compiles in blocks of 512 in both dtypes for v5e, v5p and v6e; 576 in float32 does not
 
 
 def _splash() -> Any:
-    """jax's kernels, the same in 0.10 to 0.12. Imported where they are used: no other device needs them."""
+    """Returns jax's splash attention, unchanged from jax 0.10 to 0.12; imported on use, since only TPUs need it."""
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     return splash_attention
 
 
 def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale, interpret: bool = False) -> jax.Array:
-    """As `kernels.attention.attend`, of queries that are one of S / T equal parts of their rows.
+    """See `kernels.attention.attend`; the queries are one of S / T equal parts of their rows.
 
-    Head dims are taken as they are, 192 beside 128 too; nothing is padded.
+    Head dims are not padded, also if they differ (192 and 128).
 
     Args:
-      interpret: run the kernels as plain jax, on any device.
+      interpret: run the kernels in interpret mode, on any device.
     """
     length = q_BTHQ.shape[1]
-    # The kernels know no scale. Queries are scaled in float32 and rounded once more.
+    # The kernels have no scale argument: queries are scaled in float32 and rounded again.
     scaled_BTHQ = (q_BTHQ.astype(jnp.float32) * scale).astype(q_BTHQ.dtype)
     heads_first = (jnp.swapaxes(x, 1, 2) for x in (scaled_BTHQ, k_BSGQ, v_BSGV))
     segments = None
@@ -54,7 +54,7 @@ def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale, interpret: bool =
 
 
 def _rows(kernel: Any, q_BHTQ, k_BGSQ, v_BGSV, segments, sinks_H) -> jax.Array:
-    """The kernel row by row."""
+    """Applies the kernel to each row."""
     return jax.vmap(lambda *row: kernel(*row, sinks=sinks_H))(q_BHTQ, k_BGSQ, v_BGSV, segments)
 
 
@@ -67,10 +67,10 @@ def _run(
     segments: Any,
     sinks_H: jax.Array | None,
 ) -> jax.Array:
-    """The kernel row by row, [B, H, T, V]; its gradient is the kernel's own.
+    """Applies the kernel to each row, [B, H, T, V], with the kernel's own gradient.
 
-    The kernel writes each query's normaliser 128 times. The compiler would slice one of them out where it is read, in
-    the backward pass, and keep all 128 until then: the barrier has it done before the output is used.
+    The kernel writes 128 copies of each query's normalizer. The compiler would slice one out where it is read, in the
+    backward pass, and keep all 128 until then; the barrier in the forward pass moves the slice before the output.
     """
     return _rows(kernel, q_BHTQ, k_BGSQ, v_BGSV, segments, sinks_H)
 
@@ -91,15 +91,17 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _kernel(heads: tuple[int, ...], length: int, num_keys: int, mask: Mask, interpret: bool) -> Any:
-    """(q [H, T, Q], k [G, S, Q], v [G, S, V], segments) -> [H, T, V], with a gradient, of one row's part.
+    """Returns a differentiable function of one row: (q [H, T, Q], k [G, S, Q], v [G, S, V], segments) -> [H, T, V].
 
     Args:
       heads: H and Q.
+      length: T.
+      num_keys: S.
     """
     splash, num_parts, (num_heads, dim) = _splash(), num_keys // length, heads
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    # What has 192 numbers a head last takes the room of 256 in memory, and is kept for the backward pass so; positions
-    # last leave no gaps.
+    # With the head dim last, 192 dims are padded to 256 in memory, also while saved for the backward pass; with
+    # positions last there is no padding.
     layout = splash.QKVLayout.SEQ_MINOR if dim % LANES else splash.QKVLayout.HEAD_DIM_MINOR
     shape = (num_keys, num_keys)
     one = splash.LocalMask(shape, (mask.window - 1, 0), 0) if mask.window else splash.CausalMask(shape)
@@ -116,7 +118,7 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, mask: Mask, inte
     if num_parts == 1:
         return whole
 
-    def of_part(x):  # tables [heads, blocks of queries, blocks of keys], and the queries' positions
+    def of_part(x):  # tables [heads, blocks of queries, blocks of keys], and positions of the queries
         dim = {3: 1, 1: 0}[x.ndim]
         size = x.shape[dim] // num_parts
         return jax.lax.dynamic_slice_in_dim(x, mask.first // length * size, size, axis=dim)
@@ -125,7 +127,7 @@ def _kernel(heads: tuple[int, ...], length: int, num_keys: int, mask: Mask, inte
 
 
 def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, *_: Any) -> str:
-    """Why splash attention cannot take this attention; empty where it can."""
+    """Returns why splash attention does not support the operands; empty if it does."""
     dtypes, dims = {x.dtype for x in (q_BTHQ, k_BSGQ, v_BSGV)}, (q_BTHQ.shape[-1], v_BSGV.shape[-1])
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"it computes in bfloat16 or float32, and this is {', '.join(sorted(map(str, dtypes)))}"
@@ -139,22 +141,23 @@ def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, *_: Any) -> str:
 
 
 def block_of(length: int) -> int:
-    """The largest block that divides the length, itself a multiple of 128."""
+    """Returns the largest multiple of 128 that divides the length and is at most BLOCK."""
     return next(block for block in range(BLOCK, 0, -LANES) if length % block == 0)
 
 
 def computed_blocks(name: str, grid: Sequence[int]) -> float:
-    """How many of a grid's blocks a kernel computes, by its name: those on the diagonal and below. The mean of a row's
-    parts where it is sharded.
+    """Returns the number of blocks of a grid that a kernel computes: those on and below the diagonal.
 
-    With a window the kernel's grid has as many blocks of keys as the window reaches over, fewer than blocks of queries,
-    and the first queries reach over fewer. The kernel of dk and dv does not tell a window from a part of a row: there
-    about half of a window's blocks count.
+    For sharded rows, the mean over the parts of a row. With a window the grid has as many blocks of keys as the window
+    spans, fewer than blocks of queries, and the first queries see fewer. In the grid of the dk and dv kernel a window
+    cannot be distinguished from a part of a row, so about half of a window's blocks are counted.
 
     Args:
-      grid: [rows, heads, blocks of queries, blocks of keys]; for dk and dv [rows, blocks of keys, heads, of queries].
+      name: of the kernel.
+      grid: [rows, heads, blocks of queries, blocks of keys]; for dk and dv [rows, blocks of keys, heads, blocks of
+        queries].
     """
     if "_dkv" not in name and grid[-1] < grid[-2]:
         return math.prod(grid[:-2]) * (grid[-2] * grid[-1] - grid[-1] * (grid[-1] - 1) / 2)
-    num_blocks = grid[-3] if "_dkv" in name else grid[-1]  # of keys: a whole row's
+    num_blocks = grid[-3] if "_dkv" in name else grid[-1]  # of keys of a whole row
     return math.prod(grid) * (num_blocks + 1) / (2 * num_blocks)

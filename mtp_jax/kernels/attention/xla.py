@@ -1,6 +1,6 @@
-"""Attention by XLA, on every device, in blocks of queries that bound the memory of the scores.
+"""Attention in XLA operations for every device, in blocks of queries that bound the memory of the scores.
 
-Shape letters: as in the package.
+Shape letters: as in `kernels.attention`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.kernels.attention.mask import Mask
 
-ATTENTION = "attention"  # checkpoint name of its output
-# A device's queries are attended in equal blocks of at most this many, each recomputed in the backward pass; of fewer
-# where a block's float32 scores would take more than these bytes (128 heads, 4 rows of 4096: 8 MiB per query).
+ATTENTION = "attention"  # checkpoint name of the output
+# Limits of a block of a device's queries: number of queries, and bytes of the float32 scores (128 heads, 4 rows of
+# 4096: 8 MiB per query). Blocks are of equal size and recomputed in the backward pass.
 QUERY_BLOCK = 512
 SCORE_BYTES = 1 << 30
-MASKED = -1e30  # a score; finite, so that a query without a key gives a number
+MASKED = -1e30  # masked score; finite, so that a query without visible keys gives no NaN
 
 
 def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale) -> jax.Array:
-    """As `kernels.attention.attend`. A block of queries multiplies with the keys of its window only."""
+    """See `kernels.attention.attend`. A block of queries is multiplied only with the keys inside its window."""
     num_rows, length, num_heads, _ = q_BTHQ.shape
     num_keys, window = k_BSGQ.shape[1], mask.window
     num_blocks = _num_blocks(num_rows, length, num_heads, num_keys)
@@ -55,15 +55,15 @@ def attend_cached(
     scale: float,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(scale * q k^T + mask) v over the entries of a cache.
+    """Returns softmax(scale * q k^T + mask) v over the entries of a cache.
 
     Args:
-      query_BT: int, the queries' positions.
-      key_BS: int, the position of each slot's entry, [1 or B, S]; negative where there is none.
-      window: as in `Mask`.
+      query_BT: int, positions of the queries.
+      key_BS: int[1 or B, S], position of the entry in each slot; negative for empty slots.
+      window, sinks_H: as in `Mask` and `attend`.
 
     Returns:
-      [B, T, H, V] in the dtype of v. A query that sees no entry gives finite numbers of no meaning.
+      [B, T, H, V] in the dtype of v; finite but meaningless for a query that sees no entry.
     """
 
     def block(q_BTGMQ, query_BT):
@@ -75,13 +75,13 @@ def attend_cached(
 
 
 def _in_window(query_BT: jax.Array, key_BS: jax.Array, window: int) -> jax.Array:
-    """bool[B, T, S], whether a key is at most `window` - 1 positions before a query."""
+    """Returns whether each key is 0 to `window` - 1 positions before each query; bool[B, T, S]. window=0: causal."""
     visible_BTS = key_BS[:, None, :] <= query_BT[:, :, None]
     return visible_BTS & (key_BS[:, None, :] > query_BT[:, :, None] - window) if window else visible_BTS
 
 
 def _softmax_average(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, scale, sinks_H) -> jax.Array:
-    """[B, T, G, M, V], the values averaged by the softmax of the visible scores."""
+    """Returns the values averaged by the softmax of the visible scores; [B, T, G, M, V]."""
     scores_BGMTS = jnp.einsum("btgmq,bsgq->bgmts", q_BTGMQ, k_BSGQ, preferred_element_type=jnp.float32) * scale
     scores_BGMTS = jnp.where(visible_BTS[:, None, None], scores_BGMTS, MASKED)
     if sinks_H is None:
@@ -101,7 +101,7 @@ def _in_blocks(
     value_dim: int,
     places_BT: Sequence[jax.Array],
 ) -> jax.Array:
-    """`block(queries [B, t, G, M, Q], *places)` on equal blocks of queries, one after another; [B, T, H, V]."""
+    """Runs `block(queries [B, t, G, M, Q], *places)` on equal blocks of queries in sequence; [B, T, H, V]."""
     num_rows, length, num_heads, _ = q_BTHQ.shape
     q_BTGMQ = q_BTHQ.reshape(num_rows, length, num_groups, num_heads // num_groups, -1)
     if num_blocks == 1:
@@ -117,6 +117,6 @@ def _in_blocks(
 
 
 def _num_blocks(num_rows: int, length: int, num_heads: int, num_keys: int) -> int:
-    """The fewest equal blocks of a row's queries that keep to both limits."""
+    """Returns the smallest number of equal blocks of queries within QUERY_BLOCK and SCORE_BYTES."""
     most = max(1, min(QUERY_BLOCK, SCORE_BYTES // (4 * num_rows * num_heads * num_keys)))
     return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= most)

@@ -1,4 +1,4 @@
-"""The grouped matmul: rows sorted by group, and every group has a matrix of its own.
+"""Grouped matmul: rows sorted by group times one matrix per group.
 
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
@@ -12,24 +12,25 @@ from mtp_jax.kernels.device import Device
 from mtp_jax.kernels.grouped_matmul import hopper, megablox, xla
 from mtp_jax.kernels.selection import Backend, select
 
-# jax, on TPUs: libtpu 0.0.48 multiplies each row once in all three products of ragged_dot, 0.0.42 in two of them.
+# First jax whose ragged_dot multiplies each row once on TPUs in all three products (libtpu 0.0.48; 0.0.42: in two).
 NATIVE_SINCE = (0, 11)
 HOPPER = Backend("pallas_hopper", hopper.run, hopper.unsupported_reason, "gpu", Device.lacks_hopper)
 MEGABLOX = Backend("megablox", megablox.run, megablox.unsupported_reason, "tpu", Device.lacks_tpu)
 XLA = Backend("xla", xla.run)
-FEW_ROWS = 128  # fewer are those of decoding, where no kernel is faster
+FEW_ROWS = 128  # fewer rows occur in decoding, where no kernel is faster
 
 
 def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel: str = "auto") -> jax.Array:
-    """y[n] = x[n] @ w[e] for the sizes[e] rows of each group e in turn. [N, F] in the dtype of x.
+    """Returns y[n] = x[n] @ w[e] for each row n of group e; [N, F] in the dtype of x.
 
     Args:
-      sizes_E: int32, together at most N; rows after the last group are zero, here and in the result.
-      kernel: "xla", "pallas_hopper", "megablox" (Pallas on TPUs), or "auto": what is fast on the device,
-        wherever it can.
+      sizes_E: int32, number of consecutive rows of each group, in total at most N; rows after the last group must be
+        zero and are zero in the result.
+      kernel: "xla", "pallas_hopper", "megablox" (Pallas on TPUs), or "auto": the fastest one on the device that
+        supports the operands.
 
     Raises:
-      UserError: kernel is "pallas_hopper" or "megablox" where it cannot be.
+      UserError: kernel is "pallas_hopper" or "megablox" and does not support the operands or the device.
     """
     return _selected(x_ND, w_EDF, kernel).run(x_ND, w_EDF, sizes_E)
 
@@ -37,9 +38,9 @@ def grouped_matmul(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel
 def grouped_matmuls(
     x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, kernel: str = "auto"
 ) -> list[jax.Array]:
-    """`grouped_matmul` of the same rows by each of several weights [E, D, F] of one shape."""
+    """Returns the `grouped_matmul` of the same rows with each of several weights [E, D, F] of one shape."""
     backend = _selected(x_ND, weights[0], kernel)
-    # One wide product, whose gradient of the rows sums over all weights at once.
+    # One wide matmul, whose gradient of the rows sums over all weights at once.
     if backend is HOPPER and len(weights) > 1:
         wide_NF = backend.run(x_ND, jnp.concatenate(weights, axis=-1), sizes_E)
         return jnp.split(wide_NF, len(weights), axis=-1)

@@ -1,4 +1,4 @@
-"""A grouped matmul made of three products that kernels compute: its own, and those of both gradients.
+"""Differentiable grouped matmul from three kernels: the product and both of its gradients.
 
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
@@ -15,10 +15,10 @@ from mtp_jax.kernels import KERNEL
 
 
 class Kernels(NamedTuple):
-    """The three products of a grouped matmul.
+    """Kernels of the three products of a grouped matmul.
 
-    forward: (x [N, D], w [E, D, F], sizes [E]) -> [N, F]. rows: (y [N, F], w, sizes) -> [N, D], by each transposed
-    matrix. matrices: (x, y, sizes) -> [E, D, F], x^T y of each group.
+    forward: (x [N, D], w [E, D, F], sizes [E]) -> [N, F]. rows: (y [N, F], w, sizes) -> [N, D], the product with the
+    transposed matrices. matrices: (x, y, sizes) -> [E, D, F], x^T y of each group.
     """
 
     forward: Callable[..., jax.Array]
@@ -29,15 +29,15 @@ class Kernels(NamedTuple):
 def by_kernels(
     kernels: Kernels, x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, row_multiple: int = 1
 ) -> jax.Array:
-    """As `grouped_matmul`, by kernels that write no row outside the groups.
+    """See `grouped_matmul`; uses kernels that write only the rows inside the groups.
 
     Args:
-      row_multiple: what the kernels' number of rows is a multiple of; rows are padded to it.
+      row_multiple: the number of rows is padded to a multiple of this.
     """
     num_rows = x_ND.shape[0]
     if num_rows % row_multiple:
         x_ND = jnp.pad(x_ND, ((0, -num_rows % row_multiple), (0, 0)))
-    # Zero rows come out as zeros in any group: the last one takes those outside the groups.
+    # Rows outside the groups are zero and give zeros in any group, so the last group is extended by them.
     is_last_E = jnp.arange(len(sizes_E)) == len(sizes_E) - 1
     sizes_E = jnp.where(is_last_E, sizes_E + x_ND.shape[0] - sizes_E.sum(), sizes_E)
     return checkpoint_name(differentiable(kernels, x_ND, w_EDF, sizes_E)[:num_rows], KERNEL)
@@ -45,7 +45,7 @@ def by_kernels(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def differentiable(kernels: Kernels, x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The grouped matmul by `kernels`, and both gradients by them; every row is in a group."""
+    """Returns the grouped matmul, computed and differentiated by `kernels`; every row is in a group."""
     return kernels.forward(x_ND, w_EDF, sizes_E)
 
 

@@ -1,7 +1,7 @@
-"""Grouped matmul on Hopper GPUs by Pallas kernels of our own (`hopper_kernels`).
+"""Grouped matmul on Hopper GPUs by the Pallas kernels of `hopper_kernels`.
 
-XLA compiles `ragged_dot` there to a matmul of every row with every matrix, and its gradient to as much again: 98,304 x
-2048 x 2816 in 64 groups takes 99.6 ms on an H200 where 1.5 ms is the floor, and has no memory for the gradient.
+On GPUs XLA compiles `ragged_dot` to a matmul of every row with every matrix, and its gradient likewise: 98,304 x 2048 x
+2816 in 64 groups takes 99.6 ms on an H200, where the lower bound is 1.5 ms, and the gradient runs out of memory.
 """
 
 import functools
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 
 from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 
-BLOCK = 128  # rows at least; columns are a multiple
+BLOCK = 128  # minimum number of rows; numbers of columns are multiples
 
 
 def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """As `grouped_matmul`."""
+    """See `grouped_matmul`."""
     return by_kernels(kernels(), x_ND, w_EDF, sizes_E)
 
 
 def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
-    """Why the kernels cannot take this product; empty where they can."""
+    """Returns why the kernels do not support the operands; empty if they do."""
     dims = (*x_ND.shape[1:], w_EDF.shape[2])
     if x_ND.dtype != jnp.bfloat16 or w_EDF.dtype != jnp.bfloat16:
         return f"the kernels compute in bfloat16, and this is {x_ND.dtype} by {w_EDF.dtype}"
@@ -31,10 +31,9 @@ def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
 
 @functools.cache
 def kernels() -> Kernels:
-    """The Pallas kernels, with the tiles that were fastest on one H200 (docs/log.md). A batch of products is done one
-    after another.
+    """Returns the Pallas kernels, with the fastest tiles on one H200 (docs/log.md); vmap runs them in sequence.
 
-    Imported where they are used: they need what only a jax with CUDA has.
+    The kernels are imported on use, since they require a jax with CUDA.
     """
     from mtp_jax.kernels.grouped_matmul import hopper_kernels
     from mtp_jax.kernels.grouped_matmul.hopper_kernels import Tiles

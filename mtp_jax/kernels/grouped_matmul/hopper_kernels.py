@@ -1,8 +1,8 @@
-"""Grouped matmul for Hopper GPUs in Pallas: two warpgroups multiply while a third one fetches.
+"""Grouped matmul for Hopper GPUs in Pallas: two warpgroups multiply while a third one loads.
 
-A block of the result is computed by one block of threads, which goes on to the next one without waiting for its stores.
-Its two computing warpgroups share one operand's blocks and halve the other's. Groups begin and end anywhere: a block of
-rows that holds several groups is computed once for each, and only the group's own rows are stored.
+A block of the result is computed by one block of threads, which starts the next one without waiting for its stores. Its
+two compute warpgroups share the blocks of one operand and split those of the other. Groups are not aligned to blocks: a
+block of rows with several groups is computed once per group, and only the rows of that group are stored.
 
 Shape letters: N rows, D columns in, F columns out, E groups, S blocks of rows, each of one group.
 """
@@ -17,17 +17,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-NUM_WARPGROUPS = 2  # that compute
+NUM_WARPGROUPS = 2  # compute warpgroups
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
-SWIZZLE = 128  # bytes: 64 numbers of bfloat16
+SWIZZLE = 128  # bytes: 64 bfloat16 elements
 TRANSFORMS = (plgpu.TilingTransform((8, SWIZZLE // 2)), plgpu.SwizzleTransform(SWIZZLE))
 
 
 class Tiles(NamedTuple):
-    """How the work is cut.
+    """Tile sizes and order.
 
-    block_m, block_n: rows and columns of a result that one warpgroup computes. block_k: summed at a time. stages:
-    blocks of the operands in flight. turns: columns of blocks that take turns, so that operands are found in the cache.
+    block_m, block_n: rows and columns of the result per warpgroup. block_k: size of a pipeline step in the contracted
+    dim. stages: blocks of the operands in flight. turns: number of block columns traversed together, so that operands
+    are reused from the cache (`plgpu.planar_snake`).
     """
 
     block_m: int = 128
@@ -38,8 +39,11 @@ class Tiles(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The blocks of rows, int32[S]: the group of each, its first row, where in it the group begins, and how many rows
-    are the group's; no rows in blocks that are left over, whose number is not known before the groups are."""
+    """Blocks of rows, int32[S].
+
+    group: group of each block. row: its first row. begin: offset of the group's first row in the block. size: number of
+    rows of the group in the block; 0 in unused blocks, since S is an upper bound for any group sizes.
+    """
 
     group: jax.Array
     row: jax.Array
@@ -48,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of_rows(sizes_E: jax.Array, num_rows: int, block_m: int) -> Blocks:
-    """Blocks of block_m rows from multiples of block_m on, those that two groups share once for each."""
+    """Returns aligned blocks of block_m rows; a block shared by several groups is listed once per group."""
     num_groups = sizes_E.shape[0]
     ends_E = _running_sum(sizes_E)
     begins_E = ends_E - sizes_E
@@ -67,9 +71,10 @@ def blocks_of_rows(sizes_E: jax.Array, num_rows: int, block_m: int) -> Blocks:
 
 
 def product(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiles: Tiles, is_transposed: bool) -> jax.Array:
-    """x[n] @ w[e] for each row of each group: [N, F]; or x[n] @ w[e]^T of x [N, F]: [N, D]. Every row is in a group.
+    """Returns x[n] @ w[e] for the rows of each group, [N, F]; if is_transposed, x[n] @ w[e]^T with x [N, F]: [N, D].
 
-    block_k divides the columns of x. The two warpgroups compute neighbouring columns of the same rows.
+    Every row is in a group. block_k divides the columns of x. The two warpgroups compute adjacent columns of the same
+    rows.
     """
     num_rows, num_summed = x_ND.shape
     num_columns = w_EDF.shape[1 if is_transposed else 2]
@@ -108,7 +113,7 @@ def product(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiles: Tiles,
                 def store(total):
                     _stage(out_smem, mine, total)
                     at, num = begin, tiles.block_m
-                    # A copy's rows are fixed at compile time: one of each power of two, for those that add up to size.
+                    # The number of rows of a copy is static: one copy per power of two in the binary expansion of size.
                     while num:
 
                         @pl.when(size & num != 0)
@@ -133,9 +138,9 @@ def product(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiles: Tiles,
 
 
 def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles) -> jax.Array:
-    """x^T y of each group: [E, D, F]. Every row is in a group; block_n divides F.
+    """Returns x^T y of each group, [E, D, F]. Every row is in a group; block_n divides F.
 
-    The two warpgroups compute neighbouring rows of the same columns, D being cut in halves of twice block_m.
+    The two warpgroups compute the two halves, of block_m rows each, of a block of D, for the same columns.
     """
     num_rows, dim = x_ND.shape
     num_groups, num_columns = sizes_E.shape[0], y_NF.shape[1]
@@ -171,7 +176,7 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles)
                     x_own = x_smem.at[:, pl.ds(mine * tiles.block_m, tiles.block_m)]
 
                     @pl.when((step[0] == 0) | (step[0] == count - 1))
-                    def _():  # the first and the last block may hold other groups' rows
+                    def _():  # the first and the last block may contain rows of other groups
                         shape = tiles.block_k, tiles.block_m
                         at = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, shape, 0), plgpu.Layout.WGMMA)
                         at = at + step[0] * tiles.block_k
@@ -188,7 +193,7 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles)
 
                 @pl.when(count > 0)
                 def _():
-                    # No more than count blocks of these rows are read.
+                    # Only `count` blocks of these rows are read.
                     rows = pl.ds(pl.multiple_of(first_ref[group], tiles.block_k), num_rows)
                     pipeline(count, multiply, _accumulated(tiles, store))(
                         x_ref.at[rows, pl.ds(block * height, height)], y_ref.at[rows, columns], allocations=buffers
@@ -205,22 +210,22 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles)
 
 
 def _running_sum(x_E: jax.Array) -> jax.Array:
-    """jnp.cumsum of a few numbers in one step of a GPU, not in several that wait for each other."""
+    """Returns jnp.cumsum of a few numbers, computed in a single GPU kernel instead of several dependent ones."""
     return jnp.where(jnp.tri(x_E.shape[0], dtype=bool), x_E, 0).sum(axis=1)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """A pipeline's body where only its buffers are wanted."""
+    """Body of a pipeline of which only the buffers are allocated."""
 
 
 def _spec(block: tuple[int, int], place: Callable[..., Any]) -> plgpu.BlockSpec:
-    # A block is given back when its product is done (delay_release=0): a later release is not waited for at the end of
-    # a pipeline, and the next one would fetch over operands in use.
+    # A block is released when its product is done (delay_release=0): the end of a pipeline does not wait for a delayed
+    # release, so the next pipeline would overwrite operands in use.
     return plgpu.BlockSpec(block, place, transforms=TRANSFORMS, memory_space=plgpu.SMEM)
 
 
 def _pipeline(specs: list[Any], tiles: Tiles, num_steps: Any, multiply: Any, context: Any) -> Any:
-    """Over the summed dim: the last warpgroup fetches blocks of both operands, the others multiply them."""
+    """Returns a pipeline over the contracted dim: the last warpgroup loads both operands, the others multiply."""
     return plgpu.emit_pipeline_warp_specialized(
         multiply,
         grid=(num_steps,),
@@ -234,7 +239,7 @@ def _pipeline(specs: list[Any], tiles: Tiles, num_steps: Any, multiply: Any, con
 
 
 def _accumulated(tiles: Tiles, store: Callable[[jax.Array], None]) -> Callable[..., None]:
-    """What a computing warpgroup does around its pipeline: sums in registers, float32, then stored."""
+    """Returns the context of a compute warpgroup: accumulates in float32 registers over the pipeline, then stores."""
 
     def context(run_pipeline):
         @functools.partial(pl.run_scoped, total=plgpu.ACC((tiles.block_m, tiles.block_n), jnp.float32))
@@ -246,7 +251,7 @@ def _accumulated(tiles: Tiles, store: Callable[[jax.Array], None]) -> Callable[.
 
 
 def _stage(out_smem: Any, mine: jax.Array, total: jax.Array) -> None:
-    """A block of the result into shared memory, once the copy of the one before has been read from there."""
+    """Writes a block of the result to shared memory, after the previous block has been copied from there."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     out_smem[mine] = total.astype(out_smem.dtype)
     plgpu.commit_smem()

@@ -1,4 +1,4 @@
-"""Grouped matmul on TPUs by jax's megablox kernels, which multiply each tile of rows with the matrices it has rows of.
+"""Grouped matmul on TPUs by jax's megablox kernels, which multiply a tile of rows only with the matrices of its groups.
 
 For jax before 0.11, whose compiler has no such kernel for the gradient of the matrices (docs/log.md).
 
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 
 LANES = 128
-# Most rows and columns of a tile: MaxText's defaults (its configs/base.yml, wi_tile_* and wo_tile_*). Two of each
-# operand's tiles, two results and a sum in float32 take 12 MiB of vector memory, of the 16 that a kernel gets.
+# Maximum rows and columns of a tile: MaxText's defaults (configs/base.yml, wi_tile_* and wo_tile_*). Two tiles of each
+# operand, two of the result and a float32 accumulator take 12 of the 16 MiB of vector memory of a kernel.
 ROWS, COLUMNS = 512, 1024
 
 
 def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """As `grouped_matmul`."""
+    """See `grouped_matmul`."""
     return by_kernels(kernels(), x_ND, w_EDF, sizes_E, row_multiple=LANES)
 
 
 @functools.cache
 def kernels() -> Kernels:
-    """jax's Pallas kernels. A batch of products is done one after another."""
-    # Lambdas: of a function with defaults, sequential_vmap would trace these as arrays.
+    """Returns jax's Pallas kernels; vmap runs them in sequence."""
+    # Lambdas, because sequential_vmap would trace the default arguments of a function as arrays.
     three = (lambda x, w, sizes: product(x, w, sizes), lambda y, w, sizes: product(y, w, sizes, True))
     return Kernels(*map(jax.custom_batching.sequential_vmap, (*three, lambda x, y, sizes: matrices(x, y, sizes))))
 
@@ -35,11 +35,12 @@ def kernels() -> Kernels:
 def product(
     x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, is_transposed: bool = False, interpret: bool = False
 ) -> jax.Array:
-    """x[n] @ w[e] for the rows of each group, [N, F] in the dtype of x; is_transposed: by w[e]^T, with w [E, F, D].
+    """Returns x[n] @ w[e] for the rows of each group, [N, F] in the dtype of x.
 
     Args:
-      x_ND: a multiple of 128 rows, here and in `matrices`. sizes_E: int32, together N.
-      interpret: run the kernels as plain jax, on any device.
+      x_ND: N is a multiple of 128, here and in `matrices`. sizes_E: int32, in total N.
+      is_transposed: multiply by w[e]^T, with w [E, F, D].
+      interpret: run the kernels in interpret mode, on any device.
     """
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
@@ -49,7 +50,7 @@ def product(
 
 
 def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
-    """x^T y of each group's rows, [E, D, F] in the dtype of x; zeros of a group without rows."""
+    """Returns x^T y over the rows of each group, [E, D, F] in the dtype of x; zeros for groups without rows."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     (num_rows, dim), width = x_ND.shape, y_NF.shape[1]
@@ -58,7 +59,7 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, interpret: bo
 
 
 def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
-    """Why megablox cannot take this product; empty where it can."""
+    """Returns why megablox does not support the operands; empty if it does."""
     dtypes = {x_ND.dtype, w_EDF.dtype}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return f"the kernels compute in bfloat16 or float32, and this is {x_ND.dtype} by {w_EDF.dtype}"
@@ -68,7 +69,7 @@ def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
 
 
 def _tiles(num_rows: int, dim: int, width: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows that divide all rows, and columns in equal shares, which the last may not fill."""
+    """Returns tile sizes: rows that divide num_rows, and equal shares of dim and width; the last may be partial."""
     rows = next(rows for rows in range(ROWS, 0, -LANES) if num_rows % rows == 0)
     most = COLUMNS * 2 // itemsize
 

@@ -1,4 +1,4 @@
-"""Tokens dispatched to rows sorted by expert, and the experts' outputs combined per token.
+"""Dispatch of tokens to rows sorted by expert, and combination of the experts' outputs per token.
 
 Shape letters: B rows, T positions, D model, K experts per token, M = B * T tokens, N = M * K copies, E experts.
 """
@@ -24,11 +24,11 @@ def through_experts(
     num_experts: int,
     experts: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """sum_k gates[k] * expert_{chosen[k]}(x), [B, T, D] in the dtype of x, of tokens that are all on one device.
+    """Returns sum_k gates[k] * expert_{chosen[k]}(x) for tokens on one device; [B, T, D] in the dtype of x.
 
     Args:
       gates_BTK: in the dtype of x. chosen_BTK: int32, below num_experts.
-      experts: (rows [N, D] sorted by expert, int32[E] rows of each expert) -> outputs [N, D] of the rows.
+      experts: (rows [N, D] sorted by expert, int32[E] number of rows per expert) -> outputs [N, D].
     """
     backend = select("permute", "auto", BACKENDS).run
     expert_N, x_MD = chosen_BTK.reshape(-1), x_BTD.reshape(-1, x_BTD.shape[-1])

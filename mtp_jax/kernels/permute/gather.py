@@ -1,9 +1,9 @@
-"""Dispatch and combine where the gradients are gathers too.
+"""Dispatch and combine whose gradients are gathers too.
 
-Left to differentiation, the gradient of a gather is a scatter that adds row by row; here every row's place is known
-both ways, so it is a gather and a sum over a token's K rows.
+Automatic differentiation turns a gather into a scatter-add, row by row. Here the permutation and its inverse are both
+known, so the gradient is a gather and a sum over the K rows of a token.
 
-Shape letters: as in the package.
+Shape letters: as in `kernels.permute`.
 """
 
 import functools
@@ -11,25 +11,25 @@ import functools
 import jax
 import jax.numpy as jnp
 
-Order = tuple[jax.Array, jax.Array]  # int32[N] each: sorted row n is copy order[n]; its inverse
+Order = tuple[jax.Array, jax.Array]  # int32[N] each: the permutation (sorted row n is copy order[n]) and its inverse
 
 
 def dispatch(x_MD, expert_N, num_experts, num_chosen) -> tuple[jax.Array, jax.Array, Order]:
-    """As `sort.dispatch`."""
+    """See `sort.dispatch`."""
     order_N, place_N, sizes_E = sort_by_expert(expert_N, num_experts)
     return _dispatch(x_MD, order_N, place_N, num_chosen), sizes_E, (order_N, place_N)
 
 
 def combine(y_ND, gates, order) -> jax.Array:
-    """As `sort.combine`."""
+    """See `sort.combine`."""
     out_MD = _combine(y_ND, gates.reshape(-1, gates.shape[-1]), *order)
     return out_MD.reshape(*gates.shape[:-1], y_ND.shape[-1])
 
 
 def sort_by_expert(expert_N: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The order of copies sorted by expert, every copy's place in it, and how many each of E experts has; int32.
+    """Returns the order of copies sorted by expert, its inverse, and the number of copies per expert; all int32.
 
-    One sort: the inverse is written to its places, and the counts are of comparisons, not of additions one by one.
+    Needs a single sort: the inverse is a scatter, and counts are sums of comparisons instead of scatter-adds.
     """
     order_N = jnp.argsort(expert_N.astype(jnp.uint32), stable=True).astype(jnp.int32)
     index_N = jnp.arange(len(order_N), dtype=jnp.int32)
@@ -40,11 +40,11 @@ def sort_by_expert(expert_N: jax.Array, num_experts: int) -> tuple[jax.Array, ja
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dispatch(x_MD: jax.Array, order_N: jax.Array, place_N: jax.Array, num_chosen: int) -> jax.Array:
-    """Each token's K copies, sorted: [M, D] -> [N, D].
+    """Returns the K copies of each token sorted by expert: [M, D] -> [N, D].
 
     Args:
       order_N: int32; sorted row n is copy order[n] % K of token order[n] // K.
-      place_N: int32, its inverse.
+      place_N: int32, the inverse of order_N.
       num_chosen: K.
     """
     return _rows(x_MD, order_N // num_chosen)
@@ -67,7 +67,7 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @jax.custom_vjp
 def _combine(y_ND: jax.Array, gates_MK: jax.Array, order_N: jax.Array, place_N: jax.Array) -> jax.Array:
-    """sum_k gates[m, k] * y[the row of copy k of token m]: [N, D] -> [M, D]."""
+    """Returns sum_k gates[m, k] * y[row of copy k of token m]: [N, D] -> [M, D]."""
     return (_unsorted(y_ND, gates_MK, place_N) * gates_MK[..., None]).sum(axis=1)
 
 

@@ -1,6 +1,6 @@
-"""Dispatch and combine by plain indexing, with the gradients that jax derives: the backend of all devices.
+"""Dispatch and combine by plain indexing, differentiated by jax: the backend that runs on all devices.
 
-Shape letters: as in the package.
+Shape letters: as in `kernels.permute`.
 """
 
 import jax
@@ -10,14 +10,15 @@ import jax.numpy as jnp
 def dispatch(
     x_MD: jax.Array, expert_N: jax.Array, num_experts: int, num_chosen: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Every token's copies sorted by expert, [N, D].
+    """Sorts the copies of all tokens by expert.
 
     Args:
-      expert_N: int, the expert of each copy, a token's K copies in a run.
+      x_MD: the tokens.
+      expert_N: int, the expert of each copy; the K copies of a token are adjacent.
       num_chosen: K.
 
     Returns:
-      the rows, int32[E] rows of each expert, and the order for `combine`.
+      the rows [N, D], the number of rows per expert int32[E], and the order to pass to `combine`.
     """
     order_N = jnp.argsort(expert_N, stable=True)
     sizes_E = jnp.bincount(expert_N, length=num_experts).astype(jnp.int32)
@@ -25,6 +26,6 @@ def dispatch(
 
 
 def combine(y_ND: jax.Array, gates: jax.Array, order_N: jax.Array) -> jax.Array:
-    """sum_k gates[..., k] * y[the row of copy k]: [N, D] and gates [..., K] -> [..., D]."""
+    """Returns sum_k gates[..., k] * y[row of copy k]: [N, D] and gates [..., K] -> [..., D]."""
     y = y_ND[jnp.argsort(order_N)].reshape(*gates.shape, y_ND.shape[-1])
     return (y * gates[..., None]).sum(axis=-2)

@@ -1,12 +1,12 @@
-"""Attention within packed documents for Hopper GPUs in Pallas, which skips what lies in other documents.
+"""Attention for Hopper GPUs in Pallas that skips blocks of keys outside the documents of a block of queries.
 
-The online softmax of FlashAttention (2205.14135) with two computing warpgroups that take turns on the tensor cores and
-one that fetches (FlashAttention-3, 2407.08608). A document is a run of positions, so the keys that a block of queries
-sees are a range: from where the document, or the window, of its first query begins to its last query; and the queries
-that see a block of keys are a range too. Only blocks that reach over a range's end are masked element by element. The
-backward pass is two kernels, one for the queries and one for keys and values, which compute the probabilities anew.
+The online softmax of FlashAttention (2205.14135) with two compute warpgroups that alternate on the tensor cores and a
+third one that loads (FlashAttention-3, 2407.08608). A document is a run of positions, so the keys that a block of
+queries sees are a range, from the start of the first query's document or window to the last query; likewise the queries
+that see a block of keys. Only blocks across an end of a range are masked elementwise. The backward pass has two
+kernels, one for queries and one for keys and values, which recompute the probabilities.
 
-The kernels are imported where they are used: they need what only a jax with CUDA has.
+The kernels are imported on use, since they require a jax with CUDA.
 
 Shape letters: as in `kernels.attention`.
 """
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from mtp_jax.kernels.attention.mask import Mask
 
-BLOCK, DIMS = 128, 320  # positions that the kernels take together; head dims that registers hold
+BLOCK, DIMS = 128, 320  # positions per block; maximum sum of the head dims, limited by registers
 
 
 def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale) -> jax.Array:
-    """As `kernels.attention.attend`."""
+    """See `kernels.attention.attend`."""
     from mtp_jax.kernels.attention.hopper import blocks, kernel
 
     seen = blocks.ranges(mask, q_BTHQ.shape[0], k_BSGQ.shape[1], q_BTHQ.shape[1])
@@ -28,10 +28,10 @@ def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale) -> jax.Array:
 
 
 def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
-    """Why the kernels cannot take this attention; empty where they can."""
+    """Returns why the kernels do not support the operands; empty if they do."""
     lengths = (q_BTHQ.shape[1], k_BSGQ.shape[1])
     dims = q_BTHQ.shape[3], v_BSGV.shape[3]
-    if 12080 <= _cuda_version() < 12091:  # as jax's own causal kernel says, jax.experimental.pallas.ops.gpu
+    if 12080 <= _cuda_version() < 12091:  # as in jax's own causal kernel, jax.experimental.pallas.ops.gpu
         return f"CUDA 12.8 to 12.9.0 compiles its masks wrongly, and this is {_cuda_version()}"
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
@@ -43,7 +43,7 @@ def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
 
 
 def _cuda_version() -> int:
-    """12080 for CUDA 12.8; 0 where there is none."""
-    from jax._src.lib import cuda_versions  # jax has no public way to it
+    """Returns the version of the CUDA runtime, 12080 for CUDA 12.8; 0 without CUDA."""
+    from jax._src.lib import cuda_versions  # jax has no public API for it
 
     return cuda_versions.cuda_runtime_get_version() if cuda_versions else 0

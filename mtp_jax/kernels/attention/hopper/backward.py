@@ -1,4 +1,4 @@
-"""The backward pass: the probabilities are computed anew, once for the queries and once for keys and values.
+"""Backward pass: the probabilities are recomputed, once for queries and once for keys and values.
 
 Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
 """
@@ -12,7 +12,7 @@ from mtp_jax.kernels.attention.hopper import blocks
 
 
 def gradient_of_queries(seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delta_BHT, scale, tiles):
-    """The gradient of the queries, block of queries by block of queries."""
+    """Returns the gradient of the queries, computed per block of queries."""
     num_rows, length, heads, _ = q_BTHQ.shape
     dtype, (block, stages) = q_BTHQ.dtype, tiles
 
@@ -70,7 +70,7 @@ def gradient_of_queries(seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delt
 
 
 def gradient_of_keys(seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delta_BHT, scale, tiles):
-    """The gradients of keys and values, block of keys by block of keys; a block sums over its group's query heads."""
+    """Returns the gradients of keys and values, per block of keys and summed over the query heads of a group."""
     num_rows, num_keys, groups, _ = k_BSGQ.shape
     heads_per_group = q_BTHQ.shape[2] // groups
     num_queries, dtype, (block, stages) = q_BTHQ.shape[1], q_BTHQ.dtype, tiles

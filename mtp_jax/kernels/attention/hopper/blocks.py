@@ -1,4 +1,4 @@
-"""What the three attention kernels share: which block a warpgroup computes, ranges, masks, tiles, the pipeline.
+"""Shared parts of the three attention kernels: block assignment, ranges, masks, tiles and the pipeline.
 
 Shape letters: B rows, T queries, S keys.
 """
@@ -15,21 +15,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mtp_jax.kernels.attention.mask import Mask
 
-NUM_WARPGROUPS = 2  # that compute
-ROWS = 64  # of a block that one warpgroup computes: what one wgmma takes
-BLOCK = NUM_WARPGROUPS * ROWS  # the lengths are multiples of it
-SWIZZLE = 128  # bytes: 64 numbers of bfloat16
+NUM_WARPGROUPS = 2  # compute warpgroups
+ROWS = 64  # rows of a block per warpgroup, as many as one wgmma takes
+BLOCK = NUM_WARPGROUPS * ROWS  # sequence lengths are multiples of it
+SWIZZLE = 128  # bytes: 64 bfloat16 elements
 COLUMNS = SWIZZLE // 2
 TRANSFORMS = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(SWIZZLE))
 PARAMS = plgpu.CompilerParams(approx_math=True)
 LOG2E = math.log2(math.e)
-MASKED = -1e30  # a score; finite, so that a row without a key so far is a number, which its first key makes 0
+MASKED = -1e30  # masked score; finite, so that the sum of a row without keys so far is finite and scaled to 0 later
 AXES = ("heads", "blocks", "rows")
 TILE, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
 class Tiles(NamedTuple):
-    """Keys or queries taken in at a time by each kernel, and how many such blocks are in flight."""
+    """Tile sizes of each kernel: keys or queries per pipeline step, and number of such blocks in flight."""
 
     forward: tuple[int, int] = (128, 2)
     queries: tuple[int, int] = (64, 2)
@@ -37,10 +37,10 @@ class Tiles(NamedTuple):
 
 
 class Ranges(NamedTuple):
-    """Which queries see which keys, int32.
+    """Ranges of visible keys and of seeing queries, int32.
 
-    start_BT: the first key that each query sees. end_BS: one after the last query of the whole row that sees each key.
-    Neither decreases along a row. first_1: the position of the first query; keys begin at 0.
+    start_BT: first key that each query sees. end_BS: one past the last query, of the whole row, that sees each key.
+    Both are non-decreasing along a row. first_1: position of the first query; keys begin at position 0.
     """
 
     start_BT: jax.Array
@@ -49,7 +49,7 @@ class Ranges(NamedTuple):
 
 
 def ranges(mask: Mask, num_rows: int, num_keys: int, num_queries: int) -> Ranges:
-    """The ranges of a mask whose documents are runs of equal ids."""
+    """Returns the ranges of a mask whose documents are runs of equal ids."""
     index_S = jnp.arange(num_keys, dtype=jnp.int32)
     if mask.segments_BS is None:
         start_BS, end_BS = (jnp.full((num_rows, num_keys), x, jnp.int32) for x in (0, num_keys))
@@ -67,7 +67,7 @@ def ranges(mask: Mask, num_rows: int, num_keys: int, num_queries: int) -> Ranges
 
 
 class Place:
-    """Which part of the result this warpgroup computes: `own` are its positions in its row, from `begin` on."""
+    """Part of the result that this warpgroup computes: positions `own` of a row, from `begin` on."""
 
     def __init__(self, of_ref: Any, key_ref: Any, num_blocks: int, is_reversed: bool = False):
         self.row, self.head, self.warpgroup = (lax.axis_index(name) for name in ("rows", "heads", "warpgroup"))
@@ -79,17 +79,17 @@ class Place:
 
 
 class Seen:
-    """Which keys this warpgroup's queries see, in blocks of `block`: block `low` to before block `high` at most."""
+    """Range of keys that this warpgroup's queries see, in blocks of `block` keys: low <= block index < high."""
 
     def __init__(self, start_ref: Any, first_ref: Any, place: Place, block: int):
         first = first_ref[0]
         self.place, self.block, self.query = place, block, first + place.begin
-        self.latest = start_ref[place.row, place.begin + ROWS - 1]  # the last query's start
+        self.latest = start_ref[place.row, place.begin + ROWS - 1]  # start of the last query
         self.low = lax.div(start_ref[place.row, place.block * BLOCK], jnp.int32(block))
         self.high = pl.cdiv(first + (place.block + 1) * BLOCK, jnp.int32(block))
 
     def masked(self, scores: jax.Array, index: jax.Array, start: jax.Array) -> jax.Array:
-        """Scores of the queries by block `index` of those keys, without keys after a query or before its start."""
+        """Returns scores with block `index` of these keys, masked for keys after a query or before its start."""
         key = (self.low + index) * self.block
 
         def masked():
@@ -101,21 +101,21 @@ class Seen:
 
 
 class Seeing:
-    """Which queries see this warpgroup's keys, in blocks of `block`: block `low` to before block `high` at most.
+    """Range of queries that see this warpgroup's keys, in blocks of `block` queries: low <= block index < high.
 
-    A block of keys that no query here sees has one block of queries all the same, which is masked as a whole.
+    A block of keys that no local query sees still has one block of queries, which is fully masked.
     """
 
     def __init__(self, end_ref: Any, first_ref: Any, place: Place, block: int, num_queries: int):
         self.block, self.key, self.first = block, place.begin, first_ref[0]
-        self.earliest = end_ref[place.row, place.begin]  # the first key's end
+        self.earliest = end_ref[place.row, place.begin]  # end of the first key
         last = end_ref[place.row, place.block * BLOCK + BLOCK - 1]
         before = lax.div(jnp.maximum(place.block * BLOCK - self.first, 0), jnp.int32(block))
         self.low = jnp.clip(before, 0, num_queries // block - 1)
         self.high = jnp.clip(pl.cdiv(last - self.first, jnp.int32(block)), self.low + 1, num_queries // block)
 
     def masked(self, scores: jax.Array, index: jax.Array, end: jax.Array) -> jax.Array:
-        """Scores of the keys by block `index` of those queries, without queries before a key or at its end or later."""
+        """Returns scores with block `index` of these queries, masked for queries before a key or from its end on."""
         query = self.first + (self.low + index) * self.block
 
         def masked():
@@ -127,18 +127,18 @@ class Seeing:
 
 
 def across(x_M: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A number a row of a tile, for each of its columns."""
+    """Broadcasts one number per row of a tile over its columns."""
     return lax.broadcast_in_dim(x_M, shape, [0])
 
 
 def down(x_N: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A number a column of a tile, for each of its rows."""
+    """Broadcasts one number per column of a tile over its rows."""
     return lax.broadcast_in_dim(x_N, shape, [1])
 
 
 def load(ref: Any, layout: Any, is_shared: bool = False) -> jax.Array:
-    """A vector in the registers of those that compute with it; is_shared: from shared memory."""
-    index = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 wants one, later versions none
+    """Loads a vector into registers in the given layout; is_shared: from shared memory."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.10 requires an index, later versions take none
     return plgpu.load(ref, *index, layout=layout, optimized=is_shared)
 
 
@@ -151,7 +151,7 @@ def spec(block: tuple[int | None, ...], place: Callable[..., Any]) -> plgpu.Bloc
 
 
 def pipeline(step: Any, compute: Any, grid: tuple[Any, ...], stages: int, specs: list[Any]) -> Any:
-    """The last warpgroup fetches blocks; each other one runs `compute`, and there `step` on block after block."""
+    """Returns a pipeline: the last warpgroup loads blocks, the others run `compute`, and in it `step` per block."""
     return plgpu.emit_pipeline_warp_specialized(
         step,
         grid=grid,
@@ -166,7 +166,7 @@ def pipeline(step: Any, compute: Any, grid: tuple[Any, ...], stages: int, specs:
 
 
 def over_keys(step: Any, compute: Any, keys: Seen, stages: int, k_ref: Any, v_ref: Any) -> None:
-    """`pipeline` over the blocks of keys and values that a block of queries sees."""
+    """Runs `pipeline` over the blocks of keys and values that a block of queries sees."""
     specs = [spec((keys.block, ref.shape[-1]), lambda i: (keys.low + i, 0)) for ref in (k_ref, v_ref)]
     run = pipeline(step, compute, (keys.high - keys.low,), stages, specs)
     run(*(ref.at[keys.place.row, :, keys.place.key_head] for ref in (k_ref, v_ref)))

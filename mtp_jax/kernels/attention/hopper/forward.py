@@ -1,4 +1,4 @@
-"""The forward pass: online softmax over blocks of keys, the two warpgroups in turn on the tensor cores.
+"""Forward pass: online softmax over blocks of keys; the two warpgroups alternate on the tensor cores.
 
 Shape letters: B rows, T queries, S keys, H query heads, G key heads (H = G * M), Q query/key dim, V value dim.
 """
@@ -14,7 +14,7 @@ from mtp_jax.kernels.attention.hopper import blocks
 def forward(
     q_BTHQ: jax.Array, k_BSGQ: jax.Array, v_BSGV: jax.Array, seen: blocks.Ranges, scale: float, tiles: blocks.Tiles
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, T, H, V], and the logarithm to base 2 of the softmax's denominator, float32[B, H, T]."""
+    """Returns the output [B, T, H, V] and log2 of the denominator of the softmax, float32[B, H, T]."""
     num_rows, length, heads, query_dim = q_BTHQ.shape
     value_dim, dtype, (block, stages) = v_BSGV.shape[3], q_BTHQ.dtype, tiles.forward
 
@@ -87,7 +87,7 @@ def forward(
         ),
         (heads, length // blocks.BLOCK, num_rows),
         (
-            # The output takes the place of the queries: as many bytes a warpgroup, so that neither meets the other's.
+            # The output reuses the memory of the queries; equal bytes per warpgroup, so neither overwrites the other's.
             plgpu.RefUnion(
                 blocks.smem((blocks.NUM_WARPGROUPS, blocks.ROWS, query_dim), dtype),
                 blocks.smem((blocks.NUM_WARPGROUPS, query_dim // blocks.COLUMNS, blocks.ROWS, blocks.COLUMNS), dtype),

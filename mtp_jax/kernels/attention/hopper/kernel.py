@@ -1,4 +1,4 @@
-"""The operation with its gradient, made of the three kernels.
+"""Differentiable attention composed of the three kernels.
 
 Shape letters: as in `kernels.attention`.
 """
@@ -25,15 +25,15 @@ def attend(
     scale: float,
     tiles: Tiles,
 ) -> jax.Array:
-    """softmax(scale * q k^T + mask) v in float32; [B, T, H, V] in the dtype of q.
+    """Returns softmax(scale * q k^T + mask) v, computed in float32; [B, T, H, V] in the dtype of q.
 
-    bfloat16 or float16; T and S are multiples of 128, Q and V of 64, V <= Q, Q + V <= 320 (registers).
+    Operands are bfloat16 or float16. T and S are multiples of 128, Q and V of 64; V <= Q and Q + V <= 320 (registers).
     """
     return _with_sinks(*forward(q_BTHQ, k_BSGQ, v_BSGV, seen, scale, tiles), sinks_H)[0]
 
 
 def _with_sinks(out_BTHV, total_BHT, sinks_H):
-    """The output and the logarithm (base 2) of the softmax's denominator, with exp(sink) in the denominator too."""
+    """Adds exp(sink) to the denominator of the softmax; returns the output and log2 of the denominator."""
     if sinks_H is None:
         return out_BTHV, total_BHT
     with_sink_BHT = jnp.logaddexp2(total_BHT, sinks_H.astype(jnp.float32)[:, None] * LOG2E)
@@ -48,8 +48,11 @@ def _attend_forward(q_BTHQ, k_BSGQ, v_BSGV, seen, sinks_H, scale, tiles):
 
 
 def _attend_backward(scale, tiles, residuals, grad_BTHV):
-    """A sink is one more key whose value is 0: it changes the denominator, which the kernels are given, and nothing
-    else in the gradients of queries, keys and values."""
+    """Computes the gradients from the output and log2 of the denominator, sinks included.
+
+    A sink is an additional key with value 0, so it affects the gradients of queries, keys and values only through the
+    denominator.
+    """
     q_BTHQ, k_BSGQ, v_BSGV, seen, sinks_H, out_BTHV, total_BHT = residuals
     delta_BHT = jnp.einsum("bthv,bthv->bht", out_BTHV, grad_BTHV, preferred_element_type=jnp.float32)
     given = (seen, q_BTHQ, k_BSGQ, v_BSGV, grad_BTHV, total_BHT, delta_BHT)
