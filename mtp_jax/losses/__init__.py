@@ -1,8 +1,8 @@
-"""Losses as data: terms in, one chunked pass over their logits, sums and gradients out.
+"""Losses as data: `evaluate` maps loss terms to sums and gradients in one chunked pass over their logits.
 
-A `Term` holds hidden states, a head, targets, weights and a loss; `evaluate` applies the head chunk by chunk, so that
-neither the number of depths nor the length of a row adds to the peak of memory. To add a loss, subclass `Loss` in a new
-file and list it here.
+A `Term` holds hidden states, an output head, targets, weights and a loss. The head is applied chunk by chunk, so the
+memory of the logits depends neither on the number of depths nor on the length of a row. To add a loss, subclass `Loss`
+in a new file and list it here.
 """
 
 from mtp_jax.losses.cross_entropy import CrossEntropy

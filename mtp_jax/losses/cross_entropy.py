@@ -10,7 +10,7 @@ from mtp_jax.losses.term import Logits, Loss
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
-    """-log p(target) + z_weight * log^2 Z, nats; the z-loss of PaLM (2204.02311, section 5.1)."""
+    """-log p(target) + z_weight * log^2 Z, in nats; the z-loss is that of PaLM (2204.02311, section 5.1)."""
 
     z_weight: float = 0.0
 
@@ -19,7 +19,7 @@ class CrossEntropy(Loss):
         return nll + self.z_weight * jnp.square(chunk.log_z) if self.z_weight else nll
 
     def gradient(self, chunk: Logits, cotangent: jax.Array) -> jax.Array:
-        """(softmax * (1 + 2 z_weight log Z) - one_hot(target)) * cotangent."""
+        """Returns (softmax * (1 + 2 z_weight log Z) - one_hot(target)) * cotangent."""
         is_target = jnp.arange(chunk.logits.shape[-1]) == chunk.targets[..., None]
         probs = jnp.exp(chunk.logits - chunk.log_z[..., None])
         return (probs * (1.0 + 2.0 * self.z_weight * chunk.log_z[..., None]) - is_target) * cotangent[..., None]

@@ -1,4 +1,4 @@
-"""What the predictions of all depths are worth: sums per depth from the terms that predict tokens.
+"""Per-depth sums of likelihood, accuracy and agreement, from the terms that predict tokens.
 
 Shape letters: K depths (1 + extra), B rows, T positions.
 """
@@ -15,8 +15,9 @@ from mtp_jax.losses.term import HiddenTerm, Term, TermSums
 class DepthSums(NamedTuple):
     """Weighted sums over positions, per depth; float32[K].
 
-    nll: negative log likelihood, nats. correct: argmax equals the target. num: the weights.
-    agree: argmax equals the main head's at i + k; num_compared: positions where that head has a say.
+    nll: negative log-likelihood, nats. correct: weights where the argmax is the target. num: weights.
+    agree: number of positions i whose argmax equals that of the main head at i + k. num_compared: number of positions
+    where both predictions count.
     """
 
     nll: jax.Array
@@ -27,12 +28,12 @@ class DepthSums(NamedTuple):
 
 
 def token_terms(terms: Sequence[Term | HiddenTerm]) -> list[Term]:
-    """The terms whose rows are depths of token prediction."""
+    """Returns the terms whose leading dim runs over depths of token prediction."""
     return [t for t in terms if isinstance(t, Term) and t.first_depth is not None]
 
 
 def depth_sums(terms: Sequence[Term | HiddenTerm], sums: Sequence[TermSums]) -> DepthSums:
-    """The sums of depths 0 .. K - 1, from the terms that have a `first_depth` and `evaluate`'s sums of them."""
+    """Returns the sums of depths 0 .. K - 1, from the terms with a `first_depth` and their sums from `evaluate`."""
     found = [(t, s) for t, s in zip(terms, sums, strict=True) if isinstance(t, Term) and t.first_depth is not None]
     found.sort(key=lambda pair: pair[0].first_depth or 0)
     nll_K, correct_K, num_K, picks_KBT = (
@@ -43,9 +44,13 @@ def depth_sums(terms: Sequence[Term | HiddenTerm], sums: Sequence[TermSums]) -> 
 
 
 def agreement(picks_KBT: jax.Array, mask_KBT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How often depth k says at i what the main head says at i + k, once it has seen the tokens between.
+    """Counts positions where the prediction of depth k at i equals that of the main head at i + k.
 
-    Counted where i + k lies in the row and both predictions count.
+    The main head has seen the k tokens in between. Positions count if i + k is in the row and the mask holds for both.
+
+    Args:
+      picks_KBT: int32, the argmax of each depth.
+      mask_KBT: bool, positions that count.
 
     Returns:
       float32[K] agreements, and float32[K] positions compared (at depth 0 both are the number of positions).
@@ -61,7 +66,7 @@ def agreement(picks_KBT: jax.Array, mask_KBT: jax.Array) -> tuple[jax.Array, jax
 
 
 def expected_tokens_per_pass(agreement_rates: Sequence[float]) -> float:
-    """1 + sum_k prod_{j<=k} a_j: tokens per forward pass when depth k's draft is accepted at rate a_k."""
+    """Returns 1 + sum_k prod_{j<=k} a_j, tokens per forward pass if the draft of depth k is accepted at rate a_k."""
     expected, product = 1.0, 1.0
     for rate in agreement_rates:
         product *= rate

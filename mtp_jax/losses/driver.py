@@ -1,10 +1,10 @@
-"""The chunked pass over the logits of all terms.
+"""Chunked pass over the logits of all terms.
 
-Where a gradient is wanted it is formed chunk by chunk in the forward pass: the loss is linear in what it sums, so the
-gradient for a cotangent of 1 serves any other by scaling, and no chunk is multiplied with the head twice.
+Under differentiation the gradients are computed chunk by chunk in the forward pass. The loss is linear in the summed
+values, so the gradient for any cotangent is that for a cotangent of 1, scaled, and no chunk's logits are recomputed.
 
-Shape letters: K depths of a term, B rows, T positions, D model, V vocabulary, C positions of a chunk, N chunks of a
-row, S = K * N chunks in all (N where a loss is joint; each then holds K depths). `...` stands for [B, C] or [K, B, C].
+Shape letters: K depths of a term, B rows, T positions, D model, V vocabulary, C positions per chunk, N chunks per row,
+S = K * N chunks in total (S = N for a joint loss, whose chunks hold K depths). `...` stands for [B, C] or [K, B, C].
 """
 
 import functools
@@ -23,14 +23,14 @@ from mtp_jax.sharding import constrain
 
 
 def evaluate(terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096) -> tuple[jax.Array, list[TermSums]]:
-    """The loss of all terms, and the sums that it is made of.
+    """Returns the loss of all terms and the sums of each term.
 
     Args:
-      chunk_tokens: positions whose logits exist at one time, per device.
+      chunk_tokens: number of positions, per device, whose logits are in memory at a time.
 
     Returns:
-      float32, differentiable in hidden states, heads, weights and scales; and the sums of each term, which are
-      constants to differentiation.
+      the loss, float32, differentiable in hidden states, heads, weights and scales; and the sums of each term, which
+      are not differentiated.
     """
     total, sums = jnp.float32(0.0), []
     for term in terms:
@@ -43,10 +43,12 @@ def evaluate(terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096) -> tu
 def token_scores(
     hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """log p of each target, float32[B, T], and whether it is the most likely token, bool[B, T].
+    """Returns log p of each target, float32[B, T], and whether it is the most likely token, bool[B, T].
 
     Args:
       hidden_BTD: normed hidden states.
+      head_DV: output head.
+      targets_BT: int.
       chunk_tokens: as in `evaluate`.
     """
     ones = jnp.ones((1, *targets_BT.shape), jnp.float32)
@@ -56,7 +58,7 @@ def token_scores(
 
 
 class _Positions(NamedTuple):
-    """Per position: float32 value of the loss, float32 nll of the target, int32 argmax. [S, ...], or [K, B, T]."""
+    """Per position, [S, ...] or [K, B, T]: float32 loss and negative log-likelihood of the target, int32 argmax."""
 
     value: jax.Array
     nll: jax.Array
@@ -64,7 +66,7 @@ class _Positions(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """What is scanned over; leading dims [S] or, per position, [S, ...]. head_share: of the head's gradient."""
+    """Inputs of the scan; [S] or, per position, [S, ...]. head_share: share of the gradient that the head receives."""
 
     hidden: jax.Array
     targets: jax.Array
@@ -91,7 +93,7 @@ def _chunked_term(term: Term, chunk_tokens: int) -> tuple[jax.Array, TermSums]:
 
 
 def _positions(term: Term, chunk_tokens: int) -> tuple[jax.Array, _Positions]:
-    """The term's part of the loss, and [K, B, T] of what is known of each position."""
+    """Returns the term's part of the loss, and its values per position [K, B, T]."""
     depth, is_joint = term.hidden_KBTD.shape[0], term.loss.is_joint
     at_once = (depth if is_joint else 1) * (1 if term.teacher_KBTD is None else 2)
     num_chunks = _num_chunks(term.hidden_KBTD.shape, max(1, chunk_tokens // at_once))
@@ -116,7 +118,7 @@ def _positions(term: Term, chunk_tokens: int) -> tuple[jax.Array, _Positions]:
 
 
 def _num_chunks(shape: tuple[int, ...], chunk_tokens: int) -> int:
-    """The fewest equal chunks of a row that keep a device's share of a chunk within chunk_tokens."""
+    """Returns the smallest number of equal chunks of a row with at most chunk_tokens positions per device."""
     _, batch, length, _ = shape
     rows = -(-batch // sharding.num_shards("batch"))
     local = length // sharding.num_shards("length") if length % sharding.num_shards("length") == 0 else length
@@ -129,7 +131,7 @@ def _num_chunks(shape: tuple[int, ...], chunk_tokens: int) -> int:
 def _split(x_KBT: jax.Array, num_chunks: int, is_joint: bool) -> jax.Array:
     """[K, B, T, ...] -> [K * N, B, C, ...], or [N, K, B, C, ...] for a joint loss.
 
-    Chunk j takes the positions c * N + j, an equal share of every device's part of a row that is sharded over the
+    Chunk j takes the positions c * N + j: an equal share of every device's positions if rows are sharded over the
     context axis.
     """
     depth, batch, length, *rest = x_KBT.shape
@@ -140,7 +142,7 @@ def _split(x_KBT: jax.Array, num_chunks: int, is_joint: bool) -> jax.Array:
 
 
 def _joined(x: jax.Array, shape: tuple[int, ...], is_joint: bool) -> jax.Array:
-    """The inverse of `_split` for one number per position: -> [K, B, T]."""
+    """Inverse of `_split` for one number per position: -> [K, B, T]."""
     depth = shape[0]
     if is_joint:
         return jnp.moveaxis(x, 0, -1).reshape(shape)
@@ -148,29 +150,29 @@ def _joined(x: jax.Array, shape: tuple[int, ...], is_joint: bool) -> jax.Array:
 
 
 def _head(head_DV: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The head as the chunks use it: its vocabulary stays sharded, its model dim is collected once, before the loop."""
+    """Returns the head in the compute dtype, sharded by vocabulary only; the model dim is gathered before the scan."""
     return constrain(head_DV.astype(dtype), None, "vocab")
 
 
 def _product(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """float32[..., V]."""
+    """Returns the logits, float32[..., V]."""
     equation = "kbcd,dv->kbcv" if hidden.ndim == 4 else "bcd,dv->bcv"
     logits = jnp.einsum(equation, hidden, head_DV, preferred_element_type=jnp.float32)
     return constrain(logits, *(None for _ in range(hidden.ndim - 3)), "batch", "length", "vocab")
 
 
 def _logits(chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
-    """A chunk's logits as a loss sees them, and the argmax."""
+    """Returns the logits of a chunk and their argmax."""
     logits = _product(chunk.hidden, head_DV)
     picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     num_devices = math.prod(sharding.num_shards(name) for name in ("batch", "length", "vocab"))
     if not device().gathers_are_fast or num_devices > 1:
         log_z = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum and not a gather: of logits on several devices, a gather may collect them.
+        # A masked sum instead of a gather, which may gather sharded logits on every device.
         is_target = jnp.arange(logits.shape[-1]) == chunk.targets[..., None]
         target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     else:
-        # The same in two passes over the logits instead of four, which on a GPU are in memory by now.
+        # Two passes over the logits instead of four; on a GPU the logits are in memory at this point.
         chosen = jnp.take_along_axis(logits, jnp.stack([picks, chunk.targets], axis=-1), axis=-1)
         largest, target_logit = chosen[..., 0], chosen[..., 1]
         log_z = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
@@ -179,7 +181,7 @@ def _logits(chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
 
 
 def _values(loss: Loss, chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array, _Positions]:
-    """A chunk's logits, its part of the loss, and what is known of each position."""
+    """Returns the logits of a chunk, its part of the loss and its values per position."""
     seen, picks = _logits(chunk, head_DV)
     value = loss.value(seen)
     scale = chunk.scale[:, None, None] if loss.is_joint else chunk.scale
@@ -188,7 +190,7 @@ def _values(loss: Loss, chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(loss: Loss, chunks: _Chunks, head_DV: jax.Array) -> tuple[jax.Array, _Positions]:
-    """The part of the loss, and [S, ...] of what is known of each position; without gradients."""
+    """Returns the part of the loss and the values per position [S, ...], without gradients."""
     head = _head(head_DV, chunks.hidden.dtype)
 
     def body(total, chunk):
@@ -199,7 +201,7 @@ def _scan(loss: Loss, chunks: _Chunks, head_DV: jax.Array) -> tuple[jax.Array, _
 
 
 def _forward(loss: Loss, chunks: _Chunks, head_DV: jax.Array):
-    """The same, and the gradients for a cotangent of 1."""
+    """Forward rule of `_scan`; the residuals hold the gradients for a cotangent of 1."""
     head = _head(head_DV, chunks.hidden.dtype)
     hidden_grad, head_grad = ("kbcv,dv->kbcd", "kbcd,kbcv->dv") if loss.is_joint else ("bcv,dv->bcd", "bcd,bcv->dv")
 
@@ -211,7 +213,7 @@ def _forward(loss: Loss, chunks: _Chunks, head_DV: jax.Array):
         grad_hidden = jnp.einsum(hidden_grad, grad_logits, head)
         shared = chunk.hidden * (share[..., None] if loss.is_joint else share).astype(chunk.hidden.dtype)
         grad_chunk_DV = jnp.einsum(head_grad, shared, grad_logits, preferred_element_type=jnp.float32)
-        grad_head_DV += constrain(grad_chunk_DV, "embed", "vocab")  # scattered, not collected, chunk by chunk
+        grad_head_DV += constrain(grad_chunk_DV, "embed", "vocab")  # reduce-scattered per chunk, not gathered
         return (total + part, grad_head_DV), (positions, grad_hidden)
 
     zero_DV = constrain(jnp.zeros(head_DV.shape, jnp.float32), "embed", "vocab")

@@ -1,4 +1,4 @@
-"""Listwise ranking: the cross-entropy of a distribution over a few words with the softmax of the logits."""
+"""Listwise ranking loss: cross-entropy between a distribution over a few words and the softmax of the logits."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from mtp_jax.losses.term import Logits, Loss
 
 @dataclass(frozen=True)
 class ListNet(Loss):
-    """-sum_w p_w log q_w (ListNet, Cao et al. 2007), nats.
+    """-sum_w p_w log q_w (ListNet, Cao et al. 2007), in nats.
 
-    p is given by pairs (words, probs) that sum to 1 at each position; a word of probability 0 may be anything. So no
-    [T, V] array of scores exists.
+    p is given as pairs (words, probs), so that no [T, V] array of scores is needed; probs sum to 1 at each position.
+    Words of probability 0 are ignored.
     """
 
     def value(self, chunk: Logits) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A weighted sum of losses on the same logits."""
+"""Weighted sum of losses on the same logits."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from mtp_jax.losses.term import Logits, Loss
 class Mixture(Loss):
     """sum_j weight_j loss_j, such as 0.1 cross-entropy + 0.9 total variation for drafts (DSpark, 2607.05147).
 
-    The logits of a chunk are computed once for all parts.
+    The logits of a chunk are computed once and shared by all parts.
 
     Attributes:
       parts: (weight, loss) pairs.

@@ -1,7 +1,7 @@
-"""The data of the training loss: terms, the losses they name, and the sums that come back.
+"""Data types of the training loss: terms, losses, and the sums that `evaluate` returns.
 
 Shape letters: K depths of a term, B rows, T positions, D model, V vocabulary, C positions of a chunk, W words of a
-list. `...` stands for [B, C], or for [K, B, C] where a loss is joint over the depths.
+list. `...` stands for [B, C], or for [K, B, C] if a loss is joint over the depths.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 
 class Logits(NamedTuple):
-    """One chunk as a loss sees it.
+    """Inputs of a loss for one chunk.
 
-    logits: float32[..., V]. log_z: float32[...], their log normaliser. target_logit: float32[...], of the target token.
-    targets: int[...]. teacher: float32[..., V] of the term's teacher, detached; None without one.
-    words, probs: int and float32[..., W], the target distribution of a listwise loss; None elsewhere.
+    logits: float32[..., V]. log_z: float32[...], log normalizer. target_logit: float32[...], logit of the target.
+    targets: int[...]. teacher: float32[..., V], logits of the term's teacher, detached; None without a teacher.
+    words, probs: int and float32[..., W], target distribution of a listwise loss; None for other losses.
     """
 
     logits: jax.Array
@@ -29,22 +29,23 @@ class Logits(NamedTuple):
 
 
 class Loss:
-    """What a position costs, given its logits. Subclasses are frozen dataclasses, so that equal losses compile once.
+    """Loss of a position, given its logits. Subclasses are frozen dataclasses, so that equal losses compile once.
 
     Attributes:
-      is_joint: the value of a depth depends on the logits of others, so a chunk holds all depths of the term.
+      is_joint: whether the loss of a depth depends on the logits of other depths; chunks then hold all depths of the
+        term.
     """
 
     is_joint = False
 
     def value(self, chunk: Logits) -> jax.Array:
-        """Returns float32[...], the loss at each position. Must be differentiable in logits, log_z and target_logit."""
+        """Returns the loss at each position, float32[...]; must be differentiable in logits, log_z and target_logit."""
         raise NotImplementedError
 
     def gradient(self, chunk: Logits, cotangent: jax.Array) -> jax.Array:
-        """Returns the gradient of sum(cotangent * value) in the logits, float32[..., V].
+        """Returns the gradient of sum(cotangent * value) with respect to the logits, float32[..., V].
 
-        Derived from `value` by default. A loss that matters for speed writes it by hand.
+        Derived from `value` by default; performance-critical losses override it.
         """
 
         def value(logits: jax.Array) -> jax.Array:
@@ -60,18 +61,18 @@ class Term:
     """One term of the loss over a vocabulary: sum_k scale_k sum_bt weight_kbt loss(hidden_kbt @ head).
 
     Attributes:
-      loss: what a position costs.
+      loss: loss of a position.
       hidden_KBTD: normed hidden states, in the compute dtype.
-      head_DV: an output head, in its own dtype.
-      targets_KBT: int, the tokens predicted; of accuracies where the loss itself does not read them.
-      weight_KBT: float32 >= 0, the weight of each position: 0 where it does not count (DESIGN: validity times the
-        target token's own weight). Differentiable.
-      scale_K: float32, what multiplies each depth's sum: lambda, depth weights and the divisor.
-      name: of the metric `loss_<name>`; empty for a term that reports token depths only.
-      first_depth: the depth of row 0, where rows are depths of token prediction (0 is the main model); None for others.
-      teacher_KBTD: hidden states whose logits, through the same head and detached, the loss compares with.
-      words_KBTW, probs_KBTW: the target distribution of a listwise loss.
-      head_share_K: float32 in [0, 1], the share of each depth's gradient that the head receives; None: all of it.
+      head_DV: output head, in its own dtype.
+      targets_KBT: int, target tokens; used for accuracies also if the loss does not read them.
+      weight_KBT: float32 >= 0, weight of each position: validity times the weight of the target token. Differentiable.
+      scale_K: float32, factor of each depth's sum: lambda and the depth's weight over the divisor.
+      name: name of the metric `loss_<name>`; empty for a term that reports token depths only.
+      first_depth: depth of index 0 (0 is the main model) if the leading dim runs over depths of token prediction; else
+        None.
+      teacher_KBTD: hidden states of the teacher; the loss compares with their logits through the same head, detached.
+      words_KBTW, probs_KBTW: target distribution of a listwise loss.
+      head_share_K: float32 in [0, 1], share of each depth's gradient that the head receives; None: 1.
     """
 
     loss: Loss
@@ -90,11 +91,12 @@ class Term:
 
 @dataclass(frozen=True)
 class HiddenTerm:
-    """A term that needs no head: values that an MTP kind computed from hidden states.
+    """Term without a head: values that an MTP kind computes from hidden states.
 
     Attributes:
-      name: of the metric `loss_<name>`.
-      value_KBT: float32, differentiable. weight_KBT, scale_K: as in `Term`.
+      name: name of the metric `loss_<name>`.
+      value_KBT: float32, loss of each position; differentiable.
+      weight_KBT, scale_K: as in `Term`.
     """
 
     name: str
@@ -104,12 +106,12 @@ class HiddenTerm:
 
 
 class TermSums(NamedTuple):
-    """Sums over the positions of a term, per depth; constants to differentiation.
+    """Sums over the positions of a term, per depth; not differentiated.
 
     value: sum of weight * loss. num: sum of weights. Both float32[K].
-    nll: sum of weight * negative log likelihood of the target, nats. correct: sum of weight where the argmax is the
+    nll: sum of weight * negative log-likelihood of the target, nats. correct: sum of weights where the argmax is the
       target. Both float32[K]; None for a `HiddenTerm`.
-    picks: int32[K, B, T], the argmax; None for a `HiddenTerm`.
+    picks: argmax, int32[K, B, T]; None for a `HiddenTerm`.
     """
 
     value: jax.Array
@@ -120,9 +122,9 @@ class TermSums(NamedTuple):
 
 
 def weight_sum(weight_KBT: jax.Array) -> jax.Array:
-    """The sum of weights per depth, float32[K].
+    """Returns the sum of weights per depth, float32[K].
 
-    A row is summed before the rows are: one running float32 sum of ones would stop at 2^24.
+    Sums each row first, then over rows: a single running float32 sum of ones would stop at 2^24.
     """
     per_row_KB = jax.lax.optimization_barrier(weight_KBT.sum(axis=2))
     return per_row_KB.sum(axis=1)
