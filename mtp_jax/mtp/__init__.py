@@ -1,6 +1,6 @@
-"""Multi-token prediction: the registry of kinds. Nothing outside this package knows a kind by name.
+"""Multi-token prediction: the registry of kinds. No module outside this package refers to a kind by name.
 
-To add a kind: one file with a subclass of `Kind`, and its line in `KINDS`.
+To add a kind, subclass `Kind` in a new file and list it in `KINDS`.
 """
 
 import difflib
@@ -20,16 +20,16 @@ NONE = NoMTP.name
 
 
 def kind_of(config: Config | Architecture) -> Kind:
-    """The kind of `mtp.kind`, over the model's configuration.
+    """Returns the MTP kind named by `mtp.kind`, for the configured model.
 
     Raises:
-      UserError: no such kind.
+      UserError: the kind does not exist.
     """
     return _kind(config.architecture if isinstance(config, Config) else config)
 
 
 def reads(name: str, key: str) -> bool:
-    """Whether a run with mtp.kind=`name` reads the config key `section.key`."""
+    """Returns whether a run with mtp.kind=`name` reads the config key `key` ("section.field")."""
     section, _, rest = key.partition(".")
     if section != "mtp" or name not in KINDS:
         return True

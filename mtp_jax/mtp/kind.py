@@ -1,7 +1,7 @@
-"""The interface of an MTP kind: one object that owns all that multi-token prediction adds to a next-token model.
+"""Interface of an MTP kind: everything that multi-token prediction adds to a next-token model.
 
-Everything outside this package asks the object and knows no kind by name. To add a kind, subclass `Kind` in a new file
-and list it in `mtp_jax.mtp.KINDS` (docs/extending.md).
+Modules outside this package use this interface and do not refer to a kind by name. To add a kind, subclass `Kind` in a
+new file and list it in `mtp_jax.mtp.KINDS` (docs/extending.md).
 
 Shape letters: B rows, T positions, N extra depths (`Kind.depth`), K = 1 + N depths with the main model, D model, V
 vocabulary, S slots of a cache, W positions of the drafting window, n drafts proposed at once.
@@ -25,13 +25,13 @@ from mtp_jax.losses import CrossEntropy, HiddenTerm, Term
 from mtp_jax.targets import Rows
 from mtp_jax.typing import Cache, JsonObject, PyTree
 
-Caches = PyTree  # of a kind's own: what its drafting keeps of the tokens read
+Caches = PyTree  # KV caches of a kind's drafting modules
 Ready = Callable[[Any], Any]  # a module -> the same module with its weights cast and placed for inference
-Propose = Callable[[jax.Array], jax.Array]  # normed hidden states [B, n, D] of the next n drafts -> int32[B, n], drawn
+Propose = Callable[[jax.Array], jax.Array]  # normed hidden states [B, n, D] of the next n drafts -> drafts int32[B, n]
 
 
 class DecoderInputs(NamedTuple):
-    """What the decoder's blocks read: embeddings [B, T, D], positions int[B, T], segment ids int[B, T] or None."""
+    """Inputs of the decoder's blocks: embeddings [B, T, D], positions int[B, T], segment ids int[B, T] or None."""
 
     h_BTD: jax.Array
     positions_BT: jax.Array
@@ -39,10 +39,11 @@ class DecoderInputs(NamedTuple):
 
 
 class MainModel(NamedTuple):
-    """What a kind sees of the main model.
+    """Parts of the main model that an MTP kind uses.
 
-    hidden, branch: [B, T, D], the last block's output before the final norm, and that block's input.
-    final_norm: the main model's. embed: int[B, T] -> embeddings [B, T, D], by the main model's own table.
+    hidden: [B, T, D], output of the last block, before the final norm. branch: [B, T, D], the penultimate hidden state,
+    which is the input of that block.
+    final_norm: final norm of the main model. embed: int[B, T] -> embeddings [B, T, D], by the main model's table.
     """
 
     hidden: jax.Array
@@ -52,17 +53,21 @@ class MainModel(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """hidden: [N, B, T, D], normed: ready for the shared head. stats: of the kind's blocks, stacked, or None."""
+    """Output of the extra depths.
+
+    hidden: [N, B, T, D], normed, as the shared head reads it. stats: router statistics of the kind's blocks, stacked
+    over depths; None without experts.
+    """
 
     hidden: jax.Array
     stats: RouterStats | None
 
 
 class Scales(NamedTuple):
-    """What multiplies the sums of the loss terms, known before the forward pass.
+    """Factors of the sums of the loss terms, computed before the forward pass.
 
-    main: float32, one over the number of valid depth-0 targets of the global batch. depth_N: float32[N], lambda and the
-    depth's weight over its divisor; 0 for depths a curriculum has switched off. weight: float32, lambda.
+    main: float32, 1 / number of valid depth-0 targets of the global batch. depth_N: float32[N], lambda times the
+    depth's weight over its divisor; 0 for depths that a curriculum disables. weight: float32, lambda.
     """
 
     main: jax.Array
@@ -71,8 +76,11 @@ class Scales(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What drafting reads. tokens_BS: int32, known up to position `last_B`. hidden_BWD: `Kind.draft_hidden` at the
-    positions last - W .. last - 1; those before the row may be anything."""
+    """Inputs of drafting.
+
+    tokens_BS: int32, known up to and including position `last_B`. hidden_BWD: `Kind.draft_hidden` at the positions
+    last - W .. last - 1; undefined at negative positions.
+    """
 
     tokens_BS: jax.Array
     last_B: jax.Array
@@ -80,24 +88,24 @@ class Text(NamedTuple):
 
     @property
     def positions_BW(self) -> jax.Array:
-        """int32[B, W], the positions of hidden_BWD; negative before the row."""
+        """Returns the positions of hidden_BWD, int32[B, W]; negative before the start of a row."""
         window = self.hidden_BWD.shape[1]
         return self.last_B[:, None] - window + jnp.arange(window)
 
     def tokens_at(self, positions_BW: jax.Array) -> jax.Array:
-        """int32[B, W], the tokens at these positions; where the text does not reach, anything."""
+        """Returns the tokens at the given positions, int32[B, W]; undefined outside the text."""
         return jnp.take_along_axis(self.tokens_BS, jnp.clip(positions_BW, 0, self.tokens_BS.shape[1] - 1), axis=1)
 
 
 class Kind:
-    """Multi-token prediction of one kind. The defaults are those of a model that predicts the next token only.
+    """A kind of multi-token prediction. Defaults are those of a model that only predicts the next token.
 
     Attributes:
-      name: of `mtp.kind`.
+      name: value of `mtp.kind`.
       is_baseline: whether this is the next-token model that others are compared with.
-      has_conventions: whether released checkpoints of the kind differ by the conventions of the config.
+      has_conventions: whether released checkpoints of the kind differ in the conventions of the config.
       stacks_caches: whether `empty_caches` are stacked along a leading dim of depths.
-      released_path: where, below "mtp", the stacked modules lie that released layouts store; None where none do.
+      released_path: path below "mtp" of the stacked modules stored in released layouts; None if no layout stores them.
     """
 
     name: str
@@ -116,31 +124,31 @@ class Kind:
     def __hash__(self) -> int:
         return hash(self.architecture)
 
-    # What the kind is.
+    # Properties of the kind.
 
     @property
     def depth(self) -> int:
-        """N: tokens predicted at each position beside the next one."""
+        """N, the number of tokens predicted at each position in addition to the next one."""
         return 0
 
     @property
     def lookahead(self) -> int:
-        """Tokens that a row needs beyond its positions and the next token."""
+        """Number of tokens that a row needs beyond its positions and the next token."""
         return self.depth
 
     @property
     def num_main_layers(self) -> int:
-        """Blocks on the path to the next token."""
+        """Number of blocks of the main model."""
         return self.model.num_layers
 
     @property
     def num_blocks(self) -> int:
-        """Transformer blocks that a token passes beside the main ones."""
+        """Number of transformer blocks applied to a token in addition to those of the main model."""
         return 0
 
     @property
     def layer_spec(self) -> LayerSpec:
-        """The kind's blocks: like the main model's last layer, but for `mtp.window` and `mtp.dense_ffn`."""
+        """Specification of the kind's blocks: the main model's last layer, with `mtp.window` and `mtp.dense_ffn`."""
         spec = layer_specs(self.model, self.model.num_layers)[-1]
         if self.mtp.dense_ffn:
             spec = replace(spec, is_moe=False)
@@ -148,37 +156,37 @@ class Kind:
 
     @property
     def times_applied(self) -> int:
-        """How often a token is multiplied with each of the kind's weights."""
+        """Number of times that each of the kind's weights is applied to a token."""
         return 1
 
     @property
     def head_products(self) -> float:
-        """Output heads that a token passes forward and backward; a forward pass alone counts 1 / 3."""
+        """Number of output heads applied to a token, forward and backward; a forward pass alone counts 1/3."""
         return 1 + self.depth
 
     @property
     def default_weight(self) -> float:
-        """lambda where `mtp.weight` is not set."""
+        """lambda if `mtp.weight` is not set."""
         return 1.0
 
     def describe(self) -> str:
-        """The kind in a few words, for the first lines of a run."""
+        """Returns a short description for the first lines of a run."""
         return f"{self.name} MTP, depth {self.depth}"
 
     @classmethod
     def reads(cls, key: str) -> bool:
-        """Whether the kind reads `mtp.<key>`; for reports and sweeps."""
+        """Returns whether the kind reads `mtp.<key>`; for reports and sweeps."""
         del key
         return True
 
     @classmethod
     def heading(cls, settings: Sequence[JsonObject]) -> str:
-        """The kind in the title of a table of runs with these settings (`section.key` -> value)."""
+        """Returns the description in the title of a table of runs with these settings (`section.key` -> value)."""
         del settings
         return f"{cls.name}, on top of the main model"
 
     def check(self, config: Config) -> None:
-        """Refuse settings that the kind cannot use.
+        """Checks that the kind supports the settings.
 
         Raises:
           UserError: on the first problem, naming field, value and remedy.
@@ -186,7 +194,7 @@ class Kind:
         check_weights(config)
 
     def check_export(self) -> None:
-        """Raises UserError where no released layout holds the kind's weights."""
+        """Raises UserError if no released layout stores the kind's weights."""
         if self.released_path is None:
             raise UserError(
                 f"mtp.kind={self.name!r}: no released layout holds its weights; export the main model alone, with "
@@ -196,26 +204,27 @@ class Kind:
     # Training and evaluation.
 
     def make_module(self, rngs: nnx.Rngs) -> nnx.Module | None:
-        """The kind's parameters, or None where it has none."""
+        """Returns a module with the kind's parameters, or None if it has none."""
         del rngs
         return None
 
     def decoder_inputs(self, module: Any, inputs: DecoderInputs) -> DecoderInputs:
-        """What the decoder reads in place of the embedded tokens; for masked positions, say.
+        """Returns the inputs of the decoder, for example to replace embeddings at masked positions.
 
-        Called wherever the decoder runs. In decoding `module` is what `unstack` returned, and the sequence is only the
-        new tokens, so `positions_BT` is what tells them apart.
+        Called whenever the decoder runs. In decoding `module` is the result of `unstack`, and the inputs are the new
+        tokens only, at `positions_BT`.
         """
         del module
         return inputs
 
     def hidden_states(self, module: Any, main: MainModel, rows: Rows) -> Extra:
-        """Hidden states of depths 1 .. N.
+        """Returns the hidden states of depths 1 .. N.
 
         Args:
-          module: of `make_module`.
-          rows: depth k reads `inputs_KBT[k]`; segment 0 at depth k marks a position that does not count there: nobody
-            attends to it and no router counts it.
+          module: from `make_module`.
+          main: outputs of the main model.
+          rows: depth k reads `inputs_KBT[k]`. Segment 0 at depth k marks a position that does not count: no
+            position that counts attends to it, and no router counts it.
         """
         del module, rows
         return Extra(jnp.zeros((0, *main.hidden.shape), main.hidden.dtype), None)
@@ -223,11 +232,15 @@ class Kind:
     def terms(
         self, module: Any, hidden_KBTD: jax.Array, head_DV: jax.Array, rows: Rows, scales: Scales, z_weight: float
     ) -> list[Term | HiddenTerm]:
-        """The loss as data; by default the cross-entropy of every depth through the shared head.
+        """Returns the terms of the loss; by default the cross-entropy of every depth through the shared head.
 
         Args:
-          hidden_KBTD: the main model's hidden states and those of `hidden_states`.
-          z_weight: of the z-loss.
+          module: from `make_module`.
+          hidden_KBTD: hidden states of the main model, then those of `hidden_states`.
+          head_DV: the shared output head.
+          rows: targets and weights of every depth.
+          scales: factors of the terms.
+          z_weight: weight of the z-loss.
         """
         del module
         scale_K = jnp.concatenate([scales.main[None], scales.depth_N])
@@ -249,32 +262,38 @@ class Kind:
 
     @property
     def max_drafts(self) -> int | None:
-        """Tokens that can be drafted per forward pass; None: any number."""
+        """Maximum number of tokens drafted per forward pass; None: no limit."""
         return 0
 
     def unstack(self, module: Any, ready: Ready) -> PyTree:
-        """The kind's modules as drafting runs them, a pytree."""
+        """Returns the kind's modules in the form that drafting uses, as a pytree."""
         del module, ready
         return ()
 
     def empty_caches(self, parts: PyTree, empty: Callable[[Block], Cache], num_speculative_tokens: int) -> Caches:
-        """Caches for drafting with `parts`, of `unstack`; `empty(block)` makes that of one block."""
+        """Returns caches for drafting with `parts` from `unstack`; `empty(block)` returns the cache of one block."""
         del parts, empty, num_speculative_tokens
         return []
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
-        """[B, T, D] of the main model that drafting starts from."""
+        """Returns the hidden states of the main model that drafting starts from, [B, T, D]."""
         return main.hidden
 
     def read_prompt(
         self, parts: PyTree, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
     ) -> Caches:
-        """The caches with the entries of a run of prompt tokens.
+        """Prefills the caches with a chunk of prompt tokens.
 
         Args:
-          parts: of `unstack`.
-          hidden_BTD: `draft_hidden` at the run's positions.
-          tokens_NBT: for depth k = 1 .. the tokens at i + k.
+          parts: from `unstack`.
+          main: outputs of the main model for the chunk.
+          hidden_BTD: `draft_hidden` at the positions of the chunk.
+          tokens_NBT: tokens at i + k, for depths k = 1, 2, ...
+          slots: positions and cache slots of the chunk.
+          caches: caches to extend.
+
+        Returns:
+          the caches with the entries of the chunk.
         """
         del parts, main, hidden_BTD, tokens_NBT, slots
         return caches
@@ -282,20 +301,26 @@ class Kind:
     def draft(
         self, parts: PyTree, main: MainModel, text: Text, num_speculative_tokens: int, caches: Caches, propose: Propose
     ) -> Caches:
-        """Propose `num_speculative_tokens` tokens after position `text.last_B`.
+        """Drafts the `num_speculative_tokens` tokens after position `text.last_B`.
 
         Args:
-          main: its `embed` and `final_norm`; the hidden states are those of the text.
-          propose: draws the next drafts from hidden states; to be called until `num_speculative_tokens` are proposed.
+          parts: from `unstack`.
+          main: the main model; only `embed` and `final_norm` are current, hidden states are those of `text`.
+          text: tokens and hidden states so far.
+          caches: caches to extend.
+          propose: draws the next drafts from hidden states; must be called until all drafts are proposed.
+
+        Returns:
+          the caches with the entries of this step.
         """
         raise NotImplementedError(f"{self.name} does not draft")
 
 
 def check_weights(config: Config) -> None:
-    """Refuse a depth or loss weights that cannot be used.
+    """Checks depth and loss weights.
 
     Raises:
-      UserError: on the first problem.
+      UserError: on the first problem, naming field, value and remedy.
     """
     mtp = config.mtp
     if not 1 <= mtp.depth <= MAX_DEPTH:

@@ -1,11 +1,11 @@
-"""No multi-token prediction: the next token only, the baseline of every table."""
+"""Next-token prediction without MTP: the baseline of every comparison."""
 
 from mtp_jax.config import Config, UserError
 from mtp_jax.mtp.kind import Kind
 
 
 class NoMTP(Kind):
-    """mtp.kind = none."""
+    """MTP kind "none"."""
 
     name = "none"
     is_baseline = True

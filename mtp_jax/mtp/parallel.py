@@ -1,4 +1,4 @@
-"""Parallel heads (Gloeckle et al. 2024, 2404.19737): h_k = Block_k(z) on one decoder output z, one unembedding.
+"""Parallel heads (Gloeckle et al. 2024, 2404.19737): h_k = Block_k(z) on a common hidden state z, one unembedding.
 
 Shape letters: B rows, T positions, D model, N extra depths, K drafts.
 """
@@ -21,16 +21,18 @@ from mtp_jax.typing import Cache, JsonObject
 
 
 class ParallelHeads(nnx.Module):
-    """One block per depth, stacked. The head of depth 0 is the main model's last block, so z is that block's input, and
-    a trained next-token model takes extra heads without touching its own weights. All heads share the main final
-    norm."""
+    """Stacked blocks, one per extra depth.
+
+    The head of depth 0 is the main model's last block, so z is the penultimate hidden state, and heads can be added to
+    a trained next-token model without changing its weights. All heads share the main model's final norm.
+    """
 
     def __init__(self, model: ModelConfig, spec: LayerSpec, depth: int, rngs: nnx.Rngs):
         self.block = stacked(functools.partial(Block, model, spec), depth, rngs)
 
 
 class Parallel(Kind):
-    """mtp.kind = parallel."""
+    """MTP kind "parallel"."""
 
     name = "parallel"
     stacks_caches = True
@@ -41,7 +43,7 @@ class Parallel(Kind):
 
     @property
     def num_main_layers(self) -> int:
-        """Matched heads take their blocks from model.num_layers."""
+        """model.num_layers, minus N with mtp.parameter_matched."""
         return self.model.num_layers - (self.depth if self.mtp.parameter_matched else 0)
 
     @property
@@ -50,7 +52,7 @@ class Parallel(Kind):
 
     @property
     def default_weight(self) -> float:
-        """D: with the division by the sum of w_k this is the plain sum of the paper."""
+        """N, so that after division by sum_k w_k the loss is the plain sum over heads of the paper."""
         return float(self.depth)
 
     @classmethod
@@ -61,7 +63,7 @@ class Parallel(Kind):
         return f"parallel heads{', on top of the main model' if matched == {False} else ''}"
 
     def check(self, config: Config) -> None:
-        """Heads start at the input of the main model's last block, and a block must come before it."""
+        """Checks that the main model keeps at least two blocks: heads start at the input of the last one."""
         super().check(config)
         mtp, model = config.mtp, config.model
         if mtp.shared_depths:
@@ -89,7 +91,7 @@ class Parallel(Kind):
         return ParallelHeads(self.model, self.layer_spec, self.depth, rngs)
 
     def hidden_states(self, module: ParallelHeads, main: MainModel, rows: Rows) -> Extra:
-        """Depth k sees z alone; its segments only mark the positions that count."""
+        """Runs all heads on z; segments of depth k only mark the positions that count."""
 
         def body(block, branch_BTD, segments_BT):
             h_BTD, stats = block(branch_BTD, rows.positions_BT, segments_BT)
@@ -101,11 +103,11 @@ class Parallel(Kind):
 
     @property
     def max_drafts(self) -> int:
-        """One token per head."""
+        """N: one token per head."""
         return self.depth
 
     def unstack(self, module: ParallelHeads, ready: Ready) -> Block:
-        """The heads' blocks as one module with stacked weights, since they run side by side."""
+        """Returns the blocks of all heads as one module with stacked weights, which run in parallel under vmap."""
         return ready(module.block)
 
     def empty_caches(self, parts: Block, empty: Callable[[Block], Cache], num_speculative_tokens: int) -> Caches:
@@ -114,7 +116,7 @@ class Parallel(Kind):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_speculative_tokens, *x.shape)), empty(parts))
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
-        """z."""
+        """Returns z, the penultimate hidden state."""
         return main.branch
 
     def read_prompt(
@@ -125,7 +127,7 @@ class Parallel(Kind):
     def draft(
         self, parts: Block, main: MainModel, text: Text, num_speculative_tokens: int, caches: Caches, propose: Propose
     ) -> Caches:
-        """Each head proposes its token from z alone."""
+        """Drafts one token per head, all from z."""
         slots = slots_at(text.positions_BW, text.tokens_BS.shape[1])
         h_KB1D, caches = _run(parts, num_speculative_tokens, text.hidden_BWD, slots, caches)
         propose(jnp.moveaxis(main.final_norm(h_KB1D[:, :, 0]), 0, 1))
@@ -133,6 +135,6 @@ class Parallel(Kind):
 
 
 def _run(blocks: Block, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:
-    """The first `num` heads' blocks on the same z, side by side: [K, B, 1, D] of the last position, and caches."""
+    """Runs the first `num` heads on the same z; returns the last position's outputs [K, B, 1, D] and the caches."""
     heads = jax.tree.map(lambda w: w[:num], blocks)
     return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache, 1))(heads, caches)

@@ -2,9 +2,9 @@
 
     h_k = Block_k( M_k [ norm_e(Emb(x_{i+k})) ; norm_h(h_{k-1}) ] ),   p_k = softmax(Head(norm_k(h_k)))
 
-Drafting runs the chain that was trained: depth k at position i reads the hidden state of depth k - 1 at i and the token
-at i + k, and sees its own entries at 0 .. i. Entries that were made from drafts are made again each time, from the
-tokens that were kept and the newest drafts: a window of the last positions runs through every depth.
+Drafting runs the same chain as training: depth k at position i reads the hidden state of depth k - 1 at i and the token
+at i + k, and attends to its own cache entries 0 .. i. Every step recomputes the entries that were computed from drafts,
+with the accepted tokens and the newest drafts, by running a window of the last positions through every depth.
 
 Shape letters: B rows, T positions, W positions of the window, D model, N extra depths.
 """
@@ -31,7 +31,7 @@ from mtp_jax.typing import Cache, JsonObject
 
 
 class SequentialModule(nnx.Module):
-    """One depth: two norms, the projection of both halves, a block like the main model's last, the output norm."""
+    """Module of one depth: two input norms, the projection, a transformer block, and optionally an output norm."""
 
     def __init__(self, architecture: Architecture, spec: LayerSpec, rngs: nnx.Rngs):
         model, ways = architecture.model, conventions(architecture.mtp)
@@ -47,15 +47,15 @@ class SequentialModule(nnx.Module):
     def __call__(
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None
     ) -> tuple[jax.Array, RouterStats | None]:
-        """h_k [B, T, D] before the output norm, and the router's statistics."""
-        # What the projection reads is twice as wide as the rest of a block, and made of what is kept anyway.
+        """Returns h_k [B, T, D] before the output norm, and the router's statistics."""
+        # Recomputed: the input of the projection has 2 D dims and depends only on activations that are saved anyway.
         join = jax.checkpoint(self._join) if self.recomputes_nothing else self._join
         return self.block(join(embedding_BTD, hidden_BTD), positions_BT, segments_BT)
 
     def decode(
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
     ) -> tuple[jax.Array, Cache]:
-        """h_k of new tokens, as `Block.decode`, and this depth's cache with their entries."""
+        """Returns h_k of new tokens and this depth's cache with their entries; see `Block.decode`."""
         return self.block.decode(self._join(embedding_BTD, hidden_BTD), slots, cache, num_wanted)
 
     def _join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
@@ -65,18 +65,18 @@ class SequentialModule(nnx.Module):
 
 
 class SequentialModules(nnx.Module):
-    """Depths 1..N, stacked; with shared_depths one module."""
+    """Stacked modules of depths 1 .. N, or a single one with mtp.shared_depths."""
 
     def __init__(self, architecture: Architecture, spec: LayerSpec, num_modules: int, rngs: nnx.Rngs):
         self.module = stacked(functools.partial(SequentialModule, architecture, spec), num_modules, rngs)
 
 
 class Sequential(Kind):
-    """mtp.kind = sequential."""
+    """MTP kind "sequential"."""
 
     name = "sequential"
     default_weight = 0.3  # DeepSeek-V3
-    max_drafts = None  # drafts beyond the trained depth run the last module again
+    max_drafts = None  # drafts beyond the trained depth reuse the last module
     released_path = ("module",)
     has_conventions = True
 
@@ -99,14 +99,14 @@ class Sequential(Kind):
 
     @property
     def times_applied(self) -> int:
-        """One shared module runs at every depth."""
+        """N if one module is shared by all depths, else 1."""
         return self.depth if self.is_shared else 1
 
     def make_module(self, rngs: nnx.Rngs) -> SequentialModules:
         return SequentialModules(self.architecture, self.layer_spec, 1 if self.is_shared else self.depth, rngs)
 
     def hidden_states(self, module: SequentialModules, main: MainModel, rows: Rows) -> Extra:
-        """Depth k reads the token at i + k; positions whose token is of another document are padding to its block."""
+        """Runs the chain of depths; positions whose token i + k is in another document are padding at depth k."""
         h_0 = self.draft_hidden(main)
 
         def body(module, previous_BTD, scanned):
@@ -120,17 +120,17 @@ class Sequential(Kind):
         return Extra(hidden_NBTD, stats)
 
     def unstack(self, module: SequentialModules, ready: Ready) -> list[SequentialModule]:
-        """One module per depth; a single one where depths share it."""
+        """Returns one module per depth, or a single shared one."""
         return [ready(one) for one in unstacked(module.module)]
 
     def empty_caches(
         self, parts: list[SequentialModule], empty: Callable[[Block], Cache], num_speculative_tokens: int
     ) -> list[Cache]:
-        """One per trained depth in use: drafts beyond them share the last one's."""
+        """Returns one cache per trained depth in use; drafts beyond the trained depth share the last one."""
         return [empty(parts[0].block) for _ in range(min(num_speculative_tokens, self.depth))]
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
-        """h_0, what the chain of depths begins with."""
+        """Returns h_0, the first hidden state of the chain."""
         return main.final_norm(main.hidden) if self.conventions.trunk_hidden == "after_norm" else main.hidden
 
     def read_prompt(
@@ -145,7 +145,7 @@ class Sequential(Kind):
         written = []
         onward_BTD = hidden_BTD
         for k, cache in enumerate(caches):
-            num_wanted = None if k + 1 < len(caches) else 1  # nobody reads what the last depth says of a prompt
+            num_wanted = None if k + 1 < len(caches) else 1  # the outputs of the last depth are not used
             module = parts[min(k, len(parts) - 1)]
             h_BTD, cache = module.decode(main.embed(tokens_NBT[k]), onward_BTD, slots, cache, num_wanted)
             _, onward_BTD = self._outputs(module, h_BTD, hidden_BTD, main)
@@ -161,25 +161,25 @@ class Sequential(Kind):
         caches: list[Cache],
         propose: Propose,
     ) -> list[Cache]:
-        """Each depth is fed with the draft before; the last of them as often again as there are drafts left."""
+        """Runs the depths in turn, each on the previous draft, then the last depth again for each remaining draft."""
         num_slots, caches = text.tokens_BS.shape[1], list(caches)
         slots = slots_at(text.positions_BW, num_slots)
         drafts: list[jax.Array] = []
         onward_BTD, again_BTD = text.hidden_BWD, text.hidden_BWD
-        # Depth 1 has learnt to read the decoder's hidden state, later ones what the depth before hands on.
+        # Depth 1 was trained on the hidden state of the decoder, later depths on that of the previous depth.
         starts_normed = self.conventions.trunk_hidden == "after_norm"
         for k in range(num_speculative_tokens):
             depth = min(k, len(caches) - 1)
             if k < len(caches):
                 inputs_BT = _text_with_drafts(text, text.positions_BW + k + 1, drafts)
             else:
-                # One position further with the newest draft: as if this depth's hidden state were what would have been
-                # read there. Both foretell the same token.
+                # One position later, on the newest draft: this depth's hidden state replaces the input that it has at
+                # that position in training. Both predict the same token.
                 positions_B1 = jnp.maximum(text.positions_BW[:, -1:] + k - depth, 0)
                 slots, inputs_BT = slots_at(positions_B1, num_slots), drafts[-1]
                 onward_BTD = again_BTD[:, -1:]
             module = parts[min(depth, len(parts) - 1)]
-            num_wanted = None if k + 1 < len(caches) else 1  # of all positions where another trained depth reads them
+            num_wanted = None if k + 1 < len(caches) else 1  # None: all, which the next trained depth reads
             h_BTD, caches[depth] = module.decode(main.embed(inputs_BT), onward_BTD, slots, caches[depth], num_wanted)
             normed_BTD, onward_BTD = self._outputs(module, h_BTD, text.hidden_BWD, main)
             again_BTD = onward_BTD if depth else (normed_BTD if starts_normed else h_BTD)
@@ -189,7 +189,7 @@ class Sequential(Kind):
     def _outputs(
         self, module: SequentialModule, h_BTD: jax.Array, h_0_BTD: jax.Array, main: MainModel
     ) -> tuple[jax.Array, jax.Array]:
-        """From a module's output: what the head reads, and what the next depth receives."""
+        """Returns the inputs of the output head and of the next depth, given the output of a module."""
         ways = self.conventions
         normed_BTD = (module.output_norm if ways.output_norm == "own" else main.final_norm)(h_BTD)
         onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
@@ -197,7 +197,7 @@ class Sequential(Kind):
 
 
 def _text_with_drafts(text: Text, at_BW: jax.Array, drafts: list[jax.Array]) -> jax.Array:
-    """int32[B, W]: the text at these positions, of which the last ones are drafts (int32[B, 1] each)."""
+    """Returns the tokens at the given positions, int32[B, W], the last ones replaced by drafts (int32[B, 1] each)."""
     known_BW = text.tokens_at(at_BW)
     if not drafts:
         return known_BW

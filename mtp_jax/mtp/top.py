@@ -1,16 +1,17 @@
-"""Token order prediction (TOP, 2508.19228): learning in which order the next words come, in training only.
+"""Token order prediction (TOP, 2508.19228): an auxiliary training loss that ranks upcoming words by their order.
 
-For position i and window W, word v scores W - d where d is the distance to v's nearest occurrence among the W tokens
-after i (the next token has distance 0); words that do not occur score -inf. The loss is the cross-entropy of
-softmax(scores) with the softmax of a second unembedding on the hidden state that the main head reads (ListNet), added
-to the next-token loss with weight 1. The second unembedding is not used in decoding, so the model drafts nothing.
+For position i and window W, the score of word v is W - d, where d is the distance to the nearest occurrence of v among
+the W tokens after i (the next token has distance 0), and -inf for words that do not occur. The loss is the
+cross-entropy between softmax(scores) and the softmax of a second unembedding of the hidden state that the main head
+reads (ListNet), added to the next-token loss with weight 1. The second unembedding is not used in decoding, so the
+model cannot draft.
 
-The loss was read in the authors' repository; that code was not run beside this one. It has no mask between packed
-documents: here only tokens of position i's own document score. Initialization of the second unembedding and its
-learning rate are this project's, since no source for them was at hand.
+The loss follows the authors' repository; results were not compared by running that code. It does not mask between
+packed documents: here only tokens of the document of position i have a score. The initialization and the learning rate
+of the second unembedding are this project's, because no source for them was found.
 
-softmax(scores) is proportional to exp(-d) whatever W is, so in float32 no word further than 103 tokens weighs anything:
-larger windows compute the same, and rows carry no more lookahead than that.
+softmax(scores) is proportional to exp(-d) for any W, so in float32 words at a distance above 103 have weight 0: larger
+windows give the same loss, and the lookahead of rows is limited accordingly.
 
 Shape letters: B rows, N tokens of a row, T positions, K = 1, D model, V vocabulary, W window.
 """
@@ -29,7 +30,7 @@ FURTHEST = 104  # exp(-104) is 0 in float32
 
 
 class OrderHead(nnx.Module):
-    """The second unembedding [D, V]."""
+    """Second unembedding [D, V]."""
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         assert model.vocab_size is not None
@@ -37,13 +38,13 @@ class OrderHead(nnx.Module):
 
 
 class TokenOrder(Kind):
-    """mtp.kind = top."""
+    """MTP kind "top"."""
 
     name = "top"
 
     @property
     def window(self) -> int:
-        """W, as far as it changes the loss."""
+        """W, at most the distance beyond which words have weight 0 in float32."""
         return min(self.mtp.top.window, FURTHEST)
 
     @property
@@ -52,7 +53,7 @@ class TokenOrder(Kind):
 
     @property
     def head_products(self) -> float:
-        """The main head and the second unembedding."""
+        """2: the main head and the second unembedding."""
         return 2
 
     @classmethod
@@ -84,25 +85,25 @@ class TokenOrder(Kind):
 
 
 def order_targets(tokens_BN: jax.Array, segment_ids_BN: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    """The target distribution of every position, as pairs of words and probabilities.
+    """Returns the target distribution of every position, as pairs of words and probabilities.
 
     Returns:
-      int[B, T, W] words, T = N - W, and float32[B, T, W] probabilities: softmax of the scores at each word's nearest
-      occurrence, 0 elsewhere, and 0 throughout where the next token lies in another document.
+      words int[B, T, W], T = N - W, and probabilities float32[B, T, W]: the softmax of the scores at the nearest
+      occurrence of each word, 0 elsewhere, and all 0 if the next token is in another document.
     """
     length = tokens_BN.shape[1] - window
     at_TW = jnp.arange(length)[:, None] + 1 + jnp.arange(window)
     words_BTW = tokens_BN[:, at_TW]
     here_BT1 = segment_ids_BN[:, :length, None]
     is_ours_BTW = (segment_ids_BN[:, at_TW] == here_BT1) & (here_BT1 != PADDING)
-    # A token is its word's nearest occurrence iff the one before it stands at i or earlier.
+    # A token is the nearest occurrence of its word iff the previous occurrence is at or before i.
     is_nearest_BTW = _previous_occurrence(tokens_BN)[:, at_TW] <= jnp.arange(length)[:, None]
     weight_BTW = jnp.where(is_ours_BTW & is_nearest_BTW, jnp.exp(-jnp.arange(window, dtype=jnp.float32)), 0.0)
     return words_BTW, weight_BTW / jnp.maximum(weight_BTW.sum(-1, keepdims=True), 1e-30)
 
 
 def _previous_occurrence(tokens_BN: jax.Array) -> jax.Array:
-    """int[B, N]: where the same token stood last before each position; -1 where it did not."""
+    """Returns the position of the previous occurrence of each token, int[B, N]; -1 if there is none."""
 
     def row(tokens_N: jax.Array) -> jax.Array:
         order_N = jnp.argsort(tokens_N, stable=True)
