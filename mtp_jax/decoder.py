@@ -21,8 +21,12 @@ from mtp_jax.sharding import constrain
 
 
 class DecoderOutput(NamedTuple):
-    """hidden: the last block's output, before the final norm. branch: that block's input, where the parallel heads of
-    2404.19737 start (z). Both [B, T, D]. stats: of each stacked module with experts, by its name."""
+    """Outputs of the decoder's blocks.
+
+    hidden: [B, T, D], output of the last block, before the final norm.
+    branch: [B, T, D], input of that block: the penultimate hidden state, z of the parallel heads of 2404.19737.
+    stats: router statistics of each stacked module with experts, by its name.
+    """
 
     hidden: jax.Array
     branch: jax.Array
@@ -30,9 +34,10 @@ class DecoderOutput(NamedTuple):
 
 
 class TransformerDecoder(nnx.Module):
-    """`num_layers` blocks in the groups of `layer_groups`: stacked modules under the names given there, scanned.
+    """Embedding, `num_layers` scanned blocks, final norm and unembedding.
 
-    A leading dim of every weight runs over the repetitions of its group.
+    Blocks are stacked modules in the groups, and with the names, of `layer_groups`. The leading dim of their weights
+    runs over the repetitions of the group.
     """
 
     def __init__(self, model: ModelConfig, num_layers: int, rngs: nnx.Rngs):
@@ -49,16 +54,16 @@ class TransformerDecoder(nnx.Module):
             self.unembed = matrix(rngs, (model.embed_dim, model.vocab_size), ("embed", "vocab"), 1, model)
 
     def embed_tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embeddings [B, T, D] of int[B, T], in the compute dtype."""
+        """Returns the embeddings [B, T, D] of int[B, T], in the compute dtype."""
         h_BTD = jnp.take(self.embed[...], tokens_BT, axis=0).astype(self.config.compute_dtype)
         return constrain(h_BTD, "batch", "length", None)
 
     def output_head(self) -> jax.Array:
-        """The unembedding [D, V] that all depths share."""
+        """Returns the unembedding [D, V] that all depths share."""
         return self.embed[...].T if self.config.tie_embeddings else self.unembed[...]
 
     def layers(self) -> list[Block]:
-        """Every block, first to last, with weights of its own."""
+        """Returns the unstacked blocks in order."""
         out = []
         for group in self.groups:
             periods = zip(*(unstacked(getattr(self, name)) for name in group.names), strict=True)
@@ -66,7 +71,7 @@ class TransformerDecoder(nnx.Module):
         return out
 
     def __call__(self, h_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> DecoderOutput:
-        """Runs every block on embeddings [B, T, D]; for the other arguments see `Block`."""
+        """Runs all blocks on embeddings [B, T, D]; for the other arguments see `Block`."""
 
         def body(block, carry, _):
             hidden_BTD, _ = carry

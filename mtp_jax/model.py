@@ -1,7 +1,7 @@
 """Decoder and MTP kind as one model, and its weights as plain nested dicts.
 
-Outside this file weights are dicts (what optax, orbax and the conversion tables take); `AbstractModel.merge` makes the
-module. Everything that depends on what weights compute takes an `Architecture`, not a whole `Config`.
+Outside this file weights are dicts, as optax, orbax and the conversion tables expect; `AbstractModel.merge` builds the
+module. Functions that depend only on the computation of the weights take an `Architecture`, not a whole `Config`.
 
 Shape letters: B rows, T positions, D model, K depths (1 + extra), L main mixture-of-experts layers, N extra depths.
 """
@@ -28,7 +28,7 @@ Tree = dict[str, Any]
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
-    """Refuse what cannot run: what `config.validate`, the attention and the MTP kind refuse.
+    """Checks a config by `config.validate`, the attention variant, the mesh and the MTP kind.
 
     Raises:
       UserError: on the first problem, naming field, value and remedy.
@@ -41,10 +41,11 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
 
 
 class ModelOutput(NamedTuple):
-    """hidden: [K, B, T, D], normed and ready for the shared head; depth 0 is the main model.
+    """Outputs of the model.
 
-    decoder_stats: router statistics of each stacked module of the decoder that has experts, by its name.
-    mtp_stats: the same of the MTP kind's blocks, stacked over depths; None without experts.
+    hidden: [K, B, T, D], normed, as the shared head reads it; depth 0 is the main model.
+    decoder_stats: router statistics of each stacked module of the decoder with experts, by its name.
+    mtp_stats: router statistics of the MTP kind's blocks, stacked over depths; None without experts.
     """
 
     hidden: jax.Array
@@ -53,7 +54,7 @@ class ModelOutput(NamedTuple):
 
 
 class MTPModel(nnx.Module):
-    """The one forward pass: from rows to the hidden states of every depth, and from those to the terms of the loss."""
+    """Decoder and MTP modules: from rows to the hidden states of every depth, and from these to the loss terms."""
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         self.kind = kind_of(architecture)
@@ -62,11 +63,11 @@ class MTPModel(nnx.Module):
         self.mtp = self.kind.make_module(rngs)
 
     def __call__(self, rows: Rows) -> ModelOutput:
-        """Hidden states of every depth.
+        """Returns the hidden states of every depth.
 
         Args:
-          rows: of `targets.rows`, with the kind's depth and lookahead; `segments_KBT` may be None, then every row is
-            one document and all of it counts.
+          rows: from `targets.rows`, with the kind's depth and lookahead. If `segments_KBT` is None, every row is one
+            document and all of its positions count.
         """
         out = self._decoded(rows)
         main = MainModel(out.hidden, out.branch, self.trunk.final_norm, self.trunk.embed_tokens)
@@ -76,7 +77,7 @@ class MTPModel(nnx.Module):
         return ModelOutput(hidden_KBTD, out.stats, extra.stats)
 
     def main(self, rows: Rows) -> jax.Array:
-        """Depth 0 of `__call__` alone, [B, T, D]."""
+        """Returns the hidden states of depth 0 only, [B, T, D]."""
         return self.trunk.final_norm(self._decoded(rows).hidden)
 
     def _decoded(self, rows: Rows) -> DecoderOutput:
@@ -85,16 +86,16 @@ class MTPModel(nnx.Module):
         return self.trunk(*self.kind.decoder_inputs(self.mtp, inputs))
 
     def terms(self, hidden_KBTD: jax.Array, rows: Rows, scales: Scales, z_weight: float) -> list[Term | HiddenTerm]:
-        """The loss as data; see `Kind.terms`."""
+        """Returns the terms of the loss; see `Kind.terms`."""
         return self.kind.terms(self.mtp, hidden_KBTD, self.head(), rows, scales, z_weight)
 
     def head(self) -> jax.Array:
-        """The shared output head [D, V]."""
+        """Returns the shared output head [D, V]."""
         return self.trunk.output_head()
 
 
 def _detached(main: MainModel) -> MainModel:
-    """The same values with no way back to the main model's weights."""
+    """Returns `main` with gradients to the main model's weights stopped."""
     graph, weights = nnx.split(main.final_norm)
     stop = jax.lax.stop_gradient
     norm = nnx.merge(graph, stop(weights))
@@ -102,10 +103,10 @@ def _detached(main: MainModel) -> MainModel:
 
 
 class AbstractModel(NamedTuple):
-    """A model without its weights.
+    """Model without weights.
 
-    params, biases: nested dicts of ShapeDtypeStruct: trained weights, and router biases, which a rule of their own
-      moves. infos: the `ParamInfo` of every trained weight, in a dict like params.
+    params: trained weights, a nested dict of ShapeDtypeStruct. biases: the same for router biases, which are updated
+      by their own rule. infos: `ParamInfo` of every trained weight, in the structure of params.
     """
 
     graph: nnx.GraphDef
@@ -115,7 +116,7 @@ class AbstractModel(NamedTuple):
     infos: Tree
 
     def merge(self, params: Tree, biases: Tree) -> MTPModel:
-        """The module over these weights; cheap, for use inside jit."""
+        """Returns the module with the given weights; cheap, for use inside jit."""
         filled = [
             jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(values))
             for state, values in zip(self.states, (params, biases), strict=True)
@@ -123,7 +124,7 @@ class AbstractModel(NamedTuple):
         return nnx.merge(self.graph, *filled)
 
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
-        """Where params and biases live."""
+        """Returns the shardings of params and biases."""
         is_info = lambda x: isinstance(x, ParamInfo)  # noqa: E731
         params = jax.tree.map(lambda info: sharding.named(mesh, info.axes), self.infos, is_leaf=is_info)
         return params, jax.tree.map(lambda _: sharding.named(mesh, ()), self.biases)
@@ -131,7 +132,7 @@ class AbstractModel(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def abstract_model(architecture: Architecture) -> AbstractModel:
-    """Shapes, dtypes and declarations of a model; allocates nothing. `model.vocab_size` must be set."""
+    """Returns the structure, shapes and declarations of a model, without allocation; `model.vocab_size` must be set."""
     model = nnx.eval_shape(lambda: MTPModel(architecture, nnx.Rngs(params=jax.random.key(0))))
     graph, (params, biases) = _split(model)
     infos = jax.tree.map(lambda v: v.get_metadata()["info"], params, is_leaf=lambda x: isinstance(x, nnx.Param))
@@ -141,22 +142,22 @@ def abstract_model(architecture: Architecture) -> AbstractModel:
 
 
 def _split(model: MTPModel) -> tuple[nnx.GraphDef, tuple[nnx.State, nnx.State]]:
-    """(structure, (trained weights, router biases))."""
+    """Returns (structure, (trained weights, router biases))."""
     parts: Any = nnx.split(model, nnx.Param, RouterBias)
     return parts[0], (parts[1], parts[2])
 
 
 def init(architecture: Architecture, seed: int) -> tuple[Tree, Tree]:
-    """Fresh params and biases as nested dicts; a pure function of its arguments, whatever the mesh. Use inside jit."""
+    """Returns initial params and biases as nested dicts; independent of the mesh, for use inside jit."""
     _, (params, biases) = _split(MTPModel(architecture, nnx.Rngs(params=jax.random.key(seed))))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
 
 
 class ParameterCounts(NamedTuple):
-    """Weights of the main model, and of the MTP modules or heads on top of it. Router biases are not counted.
+    """Numbers of weights of the main model, and of the MTP modules or heads; router biases are not counted.
 
-    active: what a token is multiplied with: without the routed experts it did not choose, and without the embedding
-      table it only reads a row of (unless that is the output head too). DeepSeek counts so: V3 is 671 B and 37 B,
+    active: weights that a token is multiplied with, without routed experts that it did not choose and without the
+      embedding table (unless that is also the output head). This is DeepSeek's convention: V3 has 671 B and 37 B,
       V2-Lite 15.7 B and 2.4 B.
     """
 
@@ -167,7 +168,7 @@ class ParameterCounts(NamedTuple):
 
 
 def count_parameters(architecture: Architecture) -> ParameterCounts:
-    """Counts from shapes alone; nothing is allocated."""
+    """Returns the counts, computed from shapes without allocation."""
     total, active = {"trunk": 0, "mtp": 0}, {"trunk": 0, "mtp": 0}
     for part, info, leaf in weights(architecture):
         total[part] += leaf.size
@@ -177,13 +178,13 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
 
 
 def weights(architecture: Architecture) -> list[tuple[str, ParamInfo, jax.ShapeDtypeStruct]]:
-    """("trunk" or "mtp", declaration, shape) of every trained weight."""
+    """Returns ("trunk" or "mtp", declaration, shape) of every trained weight."""
     built = abstract_model(architecture)
     infos = jax.tree_util.tree_leaves_with_path(built.infos, is_leaf=lambda x: isinstance(x, ParamInfo))
     return [(p[0].key, info, leaf) for (p, info), leaf in zip(infos, jax.tree.leaves(built.params), strict=True)]
 
 
 def active_size(architecture: Architecture, info: ParamInfo, leaf: jax.ShapeDtypeStruct) -> int:
-    """Elements of a weight that a token uses: of routed experts its num_experts_per_token, of others all."""
+    """Returns the elements of a weight that a token uses: num_experts_per_token experts of routed ones, else all."""
     model = architecture.model
     return leaf.size * model.num_experts_per_token // model.num_experts if "experts" in info.axes else leaf.size

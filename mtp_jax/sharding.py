@@ -1,4 +1,4 @@
-"""The mesh and the one table from logical axes to mesh axes. Layers name logical axes and know of no mesh."""
+"""The device mesh and the table from logical axes to mesh axes; layers refer to logical axes only."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,31 +13,31 @@ from mtp_jax.config import MeshConfig, UserError, mesh_sizes
 
 Axes = tuple[str | None, ...]
 
-# Weights: "embed" is cut by fsdp whatever the weight, and by expert too unless that cuts the experts themselves: else
-# every weight outside the experts would be there once for each of them. Activations: rows over every axis that holds
-# whole examples (the expert axis too: outside the experts it is one more data axis), positions over context.
+# Weights: "embed" is sharded over fsdp, and over expert unless the weight has an "experts" dim; otherwise every device
+# of the expert axis would hold a copy of the weights outside the experts. Activations: rows are sharded over data, fsdp
+# and expert (outside the experts the latter is another data axis), positions over context.
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
-    "moe_batch": ("data", "fsdp"),  # inside the experts, where the expert axis holds experts and not rows
+    "moe_batch": ("data", "fsdp"),  # inside the experts, where the expert axis shards experts instead of rows
     "embed": ("fsdp", "expert"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
-    "layers": (),  # the leading dim of stacked weights
+    "layers": (),  # leading dim of stacked weights
 }
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh over `devices` (all of them by default), with -1 filled in.
+    """Returns the mesh over `devices` (all by default), with a size of -1 inferred.
 
-    Several TPU slices are joined along the data axis alone, the one that can wait for the slow network between them:
-    each slice holds an equal run of it.
+    Several TPU slices are joined along the data axis, which tolerates the slow network between them; each slice has an
+    equal contiguous part of it.
 
     Raises:
-      UserError: the axes' product is not the number of devices, or data is no multiple of the slices.
+      UserError: the product of the axes is not the number of devices, or data is not a multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
@@ -52,20 +52,20 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.shard
         within = (shape[0] // num_slices, *shape[1:])
         placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     else:
-        # A torus dim may be split between axes: 16 x 16 on 8 x 8 x 4.
+        # A torus dim may be split between mesh axes, such as 16 x 16 on 8 x 8 x 4.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     auto = (jax.sharding.AxisType.Auto,) * len(sizes)
     return jax.sharding.Mesh(placed, tuple(sizes), axis_types=auto)
 
 
 def check_divides(mesh: MeshConfig, num_devices: int, sharded: Iterable[tuple[str, str, int]]) -> None:
-    """Refuse a mesh whose axes do not divide what they shard.
+    """Checks that the mesh axes divide the sizes that they shard.
 
     Args:
       sharded: (logical axis, field, value) of each size.
 
     Raises:
-      UserError: on the first size that is no multiple, naming the mesh axes and the field.
+      UserError: on the first size that is not a multiple, naming the mesh axes and the field.
     """
     sizes = mesh_sizes(mesh, num_devices)
     for name, key, value in sharded:
@@ -76,10 +76,10 @@ def check_divides(mesh: MeshConfig, num_devices: int, sharded: Iterable[tuple[st
 
 
 def spec(axes: Axes) -> PartitionSpec:
-    """The PartitionSpec of logical axes; names outside the table are not cut.
+    """Returns the PartitionSpec of logical axes; dims with names outside the table are not sharded.
 
-    A mesh axis cuts one dim of an array, the first that asks for it: expert cuts the experts where there are any, and
-    the model dim of all other weights.
+    A mesh axis shards only the first dim of an array that maps to it: expert shards the "experts" dim of expert
+    weights, and the model dim of all other weights.
     """
     cuts: list[tuple[str, ...] | None] = []
     for name in axes:
@@ -89,12 +89,12 @@ def spec(axes: Axes) -> PartitionSpec:
 
 
 def named(mesh: jax.sharding.Mesh, axes: Axes) -> NamedSharding:
-    """The sharding of logical axes on a mesh."""
+    """Returns the sharding of logical axes on a mesh."""
     return NamedSharding(mesh, spec(axes))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` placed by logical axes on the ambient mesh (`jax.set_mesh`); unchanged where there is none."""
+    """Constrains the sharding of `x` by logical axes on the ambient mesh (`jax.set_mesh`); no-op without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -102,13 +102,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def local(fn: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable[..., Any]:
-    """`fn` run by each device of the ambient mesh on its own part of the arguments; `fn` itself where there is none.
+    """Maps `fn` over the shards of its arguments on the ambient mesh; returns `fn` itself without a mesh.
 
-    For what the compiler would not cut by itself, or would cut worse. Inside, collectives name mesh axes; the gradient
-    of an argument is summed over the axes its own do not name.
+    For operations that the compiler does not partition, or partitions less efficiently. Inside, collectives use mesh
+    axes. The gradient of an argument is summed over the mesh axes that do not shard it.
 
     Args:
-      in_axes: the logical axes of each argument. out_axes: of the one result; it must differ over no other axis.
+      in_axes: logical axes of each argument.
+      out_axes: logical axes of the result, which must be equal along all other mesh axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -117,17 +118,17 @@ def local(fn: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: Axes) -> 
 
 
 def whole_length(x: jax.Array) -> jax.Array:
-    """Inside `local`: all positions (dim 1) of an array cut by "length". The gradient is scattered back."""
+    """Inside `local`: gathers all positions (dim 1) of an array sharded by "length"; the gradient is scattered back."""
     return jax.lax.all_gather(x, LOGICAL_AXES["length"], axis=1, tiled=True) if num_shards("length") > 1 else x
 
 
 def first_position(length: int) -> jax.Array | int:
-    """Inside `local`: where in the row this device's `length` positions begin."""
+    """Inside `local`: returns the position in the row of the first of this device's `length` positions."""
     return jax.lax.axis_index(LOGICAL_AXES["length"]) * length if num_shards("length") > 1 else 0
 
 
 def num_shards(name: str) -> int:
-    """Over how many devices of the ambient mesh a logical axis is cut."""
+    """Returns the number of shards of a logical axis on the ambient mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1

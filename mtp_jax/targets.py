@@ -1,4 +1,4 @@
-"""Rows of data as the model and the losses read them: depth-k inputs, targets, validity and weights, sliced once.
+"""Depth-k inputs, targets, validity and weights of rows of data, each sliced once from the original tokens.
 
 Shape letters: B rows, N tokens of a row, T positions, D extra depths, K = D + 1 depths with the main model as depth 0.
 """
@@ -8,14 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-PADDING = 0  # the segment id of positions that hold no document
+PADDING = 0  # segment id of positions without a document
 
 
 class Targets(NamedTuple):
-    """Per depth k = 0..D, from rows x, s of T + 1 + D tokens; all int32[K, B, T] or bool[K, B, T].
+    """Inputs, targets and validity of depths k = 0 .. D of rows of T + 1 + D tokens x with segment ids s.
 
     inputs[k, b, i] = x[b, i + k]; targets[k, b, i] = x[b, i + 1 + k];
     valid[k, b, i] = s[b, i] == s[b, i + 1 + k] and s[b, i] is not padding.
+    int32[K, B, T], int32[K, B, T] and bool[K, B, T].
     """
 
     inputs: jax.Array
@@ -24,16 +25,15 @@ class Targets(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of tokens with everything that training, validation and scoring read of them.
+    """Rows of tokens and the arrays derived from them for training, validation and scoring.
 
     inputs_KBT, targets_KBT: int, x[i + k] and x[i + 1 + k].
-    segments_KBT: int, the segment id of position i where depth k counts at i, else `PADDING`: one array tells the
-      attention mask, the router's statistics and the loss, so the three cannot disagree. None: every row is one
-      document, and all of it counts.
-    weight_KBT: float32, the weight of position i at depth k: 0 where it does not count, else its target token's own
-      weight.
+    segments_KBT: int, segment id of position i if depth k counts at i, else `PADDING`. Attention mask, router
+      statistics and loss all use this array, so they cannot disagree. None: every row is one document and all
+      positions count.
+    weight_KBT: float32, weight of position i at depth k: that of its target token, or 0 where it does not count.
     positions_BT: int, for the rotary embedding.
-    tokens_BN, segment_ids_BN: the rows themselves, N = T + 1 + lookahead.
+    tokens_BN, segment_ids_BN: the original rows, N = T + 1 + lookahead.
     """
 
     inputs_KBT: jax.Array
@@ -45,8 +45,10 @@ class Rows(NamedTuple):
     segment_ids_BN: jax.Array
 
     def micro_batches(self, num: int) -> "Rows":
-        """The rows in `num` equal parts, along a new leading dim. Part m takes rows r with r % num == m from each
-        device, so no row moves."""
+        """Splits the rows into `num` equal parts along a new leading dim.
+
+        Part m has the rows r with r % num == m of each device, so no row is moved between devices.
+        """
 
         def split(x: jax.Array) -> jax.Array:
             axis = x.ndim - 2
@@ -64,16 +66,16 @@ def rows(
     lookahead: int | None = None,
     loss_mask_BN: jax.Array | None = None,
 ) -> Rows:
-    """The rows of a batch, each array sliced from the original tokens.
+    """Returns the `Rows` of a batch, with each array sliced from the original tokens.
 
     Args:
       tokens_BN, segment_ids_BN, positions_BN: int[B, N], N = T + 1 + lookahead.
-      depth: D, extra depths.
-      lookahead: tokens beyond the next one, at least D; D by default.
-      loss_mask_BN: float, the weight of each token as a target; None: 1.
+      depth: D, number of extra depths.
+      lookahead: number of tokens beyond the next one, at least D; None: D.
+      loss_mask_BN: float, weight of each token as a target; None: 1.
 
     Raises:
-      ValueError: as `build`.
+      ValueError: see `build`.
     """
     spare = 0 if lookahead is None else lookahead - depth
     end = tokens_BN.shape[1] - spare
@@ -96,9 +98,9 @@ def rows(
 
 
 def one_document_rows(tokens_BN: jax.Array, depth: int) -> Rows:
-    """Rows that each hold one document from its start: T = N - D positions, the last target of each depth unknown.
+    """Returns `Rows` that each hold one document from its start, with T = N - D positions.
 
-    The target that would lie behind the row is 0; nothing but a loss reads it.
+    The last target of each depth, which is outside the row, is set to 0; only a loss would read it.
     """
     padded_BN = jnp.pad(tokens_BN, ((0, 0), (0, 1)))
     positions_BN = jnp.broadcast_to(jnp.arange(padded_BN.shape[1]), padded_BN.shape)
@@ -106,21 +108,21 @@ def one_document_rows(tokens_BN: jax.Array, depth: int) -> Rows:
 
 
 def build(tokens: jax.Array, segment_ids: jax.Array, depth: int) -> Targets:
-    """Depth-k inputs, targets and validity, each sliced at its absolute offset from the original row.
+    """Returns depth-k inputs, targets and validity, each sliced at its absolute offset from the original rows.
 
-    Nothing is rolled or padded, and no already shifted array is shifted again: at depth 2 and more that would
-    compare a token with the segment of its neighbour and let packed documents leak into each other.
+    Arrays are neither rolled nor padded, and a shifted array is never shifted again: at depths >= 2 that would compare
+    a token with the segment id of its neighbor, and packed documents would leak into each other.
 
     Args:
       tokens: int[B, T + 1 + D].
-      segment_ids: int[B, T + 1 + D]; 0 is padding, equal ids are one document.
+      segment_ids: int[B, T + 1 + D]; 0 is padding, equal ids are the same document.
       depth: D >= 0.
 
     Returns:
       `Targets`, each field [D + 1, B, T].
 
     Raises:
-      ValueError: shapes that differ, or rows too short to leave a position.
+      ValueError: the shapes differ, or the rows are too short to leave a position.
     """
     if tokens.shape != segment_ids.shape or tokens.ndim != 2:
         raise ValueError(f"tokens {tokens.shape} and segment_ids {segment_ids.shape} must both be [B, T + 1 + D]")
@@ -137,10 +139,10 @@ def build(tokens: jax.Array, segment_ids: jax.Array, depth: int) -> Targets:
 
 
 def input_segments(segment_ids: jax.Array, depth: int) -> jax.Array:
-    """Segment ids of the depth-k inputs: s[i] where the input x[i + k] is of the same document, else padding.
+    """Returns the segment ids of the depth-k inputs: s[i] if x[i + k] is in the same document, else `PADDING`.
 
     Args:
-      segment_ids: int[B, T + D], a row without its last target.
+      segment_ids: int[B, T + D], rows without their last target.
       depth: D.
 
     Returns:

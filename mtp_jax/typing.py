@@ -1,19 +1,19 @@
-"""Type aliases that several packages share."""
+"""Type aliases shared by several packages."""
 
 from types import EllipsisType
 from typing import Any, Protocol
 
 import numpy as np
 
-PyTree = Any  # of arrays, or of what describes them
-Tree = dict[str, Any]  # nested dicts: what a PyTree of parameters is here
-Cache = Any  # what decoding keeps of the tokens read; of one block, in the form its attention chooses
-JsonObject = dict[str, Any]  # parsed, or about to be written
-Index = int | slice | EllipsisType | tuple[int | slice, ...]  # of an array, basic indexing only
+PyTree = Any  # of arrays or of their descriptions
+Tree = dict[str, Any]  # nested dicts; the form of parameter trees
+Cache = Any  # KV cache of one block; its structure depends on the attention variant
+JsonObject = dict[str, Any]  # a parsed JSON object, or one to write
+Index = int | slice | EllipsisType | tuple[int | slice, ...]  # index of an array; basic indexing only
 
 
 class ReadableArray(Protocol):
-    """What has a shape and a dtype and is read by indexing: a numpy or jax array, a lazy one."""
+    """Array with shape and dtype that is read by indexing: a numpy, jax or lazy array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
