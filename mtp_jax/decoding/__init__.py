@@ -1,1 +1,1 @@
-"""From a model to text."""
+"""Text generation and scoring with a trained model."""

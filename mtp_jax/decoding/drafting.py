@@ -1,6 +1,6 @@
-"""Drawing of drafts from the hidden states that an MTP kind proposes (`Kind.draft`).
+"""Sampling of drafts from the hidden states that an MTP kind computes (`Kind.draft`).
 
-Shape letters: B rows, n drafts proposed at once, K drafts per step, D model, V vocabulary.
+Shape letters: B rows, n drafts sampled at once, K drafts per step, D model, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from mtp_jax.mtp import Caches, MainModel, Text, kind_of
 
 
 class Drafts(NamedTuple):
-    """tokens_BK: int32. logits_BKV: float32, filtered: what they were drawn from. caches: with the new entries."""
+    """tokens_BK: int32. logits_BKV: float32, filtered, from which they were sampled. caches: with the new entries."""
 
     tokens_BK: jax.Array
     logits_BKV: jax.Array
@@ -31,9 +31,12 @@ def draft(
     caches: Caches,
     keys_BK: jax.Array,
 ) -> Drafts:
-    """Drafts, at least one, proposed after position `text.last_B`.
+    """Returns drafts of the tokens after position `text.last_B`.
 
     Args:
+      num_speculative_tokens: K >= 1.
+      text: tokens and hidden states so far.
+      caches: caches of the MTP kind.
       keys_BK: random keys, one per draft.
     """
     proposer = _Proposer(network, sampler, keys_BK)
@@ -43,16 +46,16 @@ def draft(
 
 
 def window_size(num_speculative_tokens: int) -> int:
-    """Positions that each step runs through the depths.
+    """Returns the number of positions that each step runs through the depths.
 
-    A step keeps a <= K drafts and one token more, so K + 1 positions may be new. Depth k's entries before them were
-    made from drafts that were kept, but for the last k <= K, which read the token after those.
+    A step accepts a <= K drafts and adds one token, so up to K + 1 positions are new. The entries of depth k before
+    them were computed from accepted drafts, except the last k <= K, which read the token after those drafts.
     """
     return num_speculative_tokens + 1 if num_speculative_tokens else 0
 
 
 class _Proposer:
-    """Draws drafts from hidden states, one after another, and keeps what they were drawn from."""
+    """Samples drafts from hidden states one after another, and stores the tokens and logits."""
 
     def __init__(self, network: Network, sampler: Sampler, keys_BK: jax.Array):
         self._network, self._sampler, self._keys_BK = network, sampler, keys_BK
@@ -60,7 +63,7 @@ class _Proposer:
         self.logits: list[jax.Array] = []  # float32[B, n, V] each
 
     def __call__(self, hidden_BnD: jax.Array) -> jax.Array:
-        """int32[B, n], the next n drafts, drawn from normed hidden states."""
+        """Returns the next n drafts int32[B, n], sampled from normed hidden states."""
         logits_BnV = filtered(self._sampler, self._network.logits(hidden_BnD))
         self.logits.append(logits_BnV)
         first, num = len(self.tokens), logits_BnV.shape[1]

@@ -1,8 +1,8 @@
-"""A batch of texts being generated, and the two programs that move it: prefill, and speculative steps.
+"""State of a batch of texts during generation, and the programs that advance it: prefill and speculative steps.
 
-Plain decoding is a step without drafts. Every array keeps its shape from the first token to the last.
+Plain decoding is a speculative step without drafts. The shapes of all arrays are constant during generation.
 
-Shape letters: B rows, S slots (room for the longest text), T tokens run at once, W window of the drafting depths,
+Shape letters: B rows, S slots (for the longest text), T tokens run at once, W window of the drafting depths,
 D model, K drafts per step, N extra depths.
 """
 
@@ -23,12 +23,15 @@ from mtp_jax.mtp import Caches, Text, kind_of
 from mtp_jax.sharding import constrain
 from mtp_jax.typing import Cache
 
-PROMPT_CHUNK = 512  # prompt tokens run at once, at most
+PROMPT_CHUNK = 512  # maximum number of prompt tokens run at once
 
 
 class Counts(NamedTuple):
-    """Since the prompt, int32. rounds_B: forward passes of the main model. tested_BK, accepted_BK: drafts that the main
-    model judged (those before were all kept) and kept."""
+    """Counts since the prompt, int32.
+
+    rounds_B: forward passes of the main model. tested_BK: number of times that draft k was verified, which requires all
+    drafts before it to be accepted. accepted_BK: number of times that it was accepted.
+    """
 
     rounds_B: jax.Array
     tested_BK: jax.Array
@@ -36,13 +39,14 @@ class Counts(NamedTuple):
 
 
 class State(NamedTuple):
-    """A pytree.
+    """State of the generation of a batch, a pytree.
 
-    tokens_BS: int32, the text; known up to length_B (prompt included), 0 from there on.
-    limit_B: int32, the length a row may reach. is_done_B: bool, it has, or it came to a stop token.
-    keys_B: one random key a row: what it draws does not depend on the rows beside it.
-    recent_BWD: `Kind.draft_hidden` at the last W positions the main model has read, length - 1 - W onward.
+    tokens_BS: int32, tokens of the text, prompt included; 0 from length_B on. length_B: int32, number of tokens.
+    limit_B: int32, maximum length of a row. is_done_B: bool, whether the row has reached it or a stop token.
+    keys_B: random keys, one per row, so that samples do not depend on the other rows.
+    recent_BWD: `Kind.draft_hidden` at the last W positions that the main model has read, from length - 1 - W on.
     caches, mtp_caches: entries of positions 0 .. length - 2.
+    counts: statistics of speculative decoding.
     """
 
     tokens_BS: jax.Array
@@ -71,7 +75,7 @@ def begin(
     limit_B: jax.Array,
     seed: jax.typing.ArrayLike,
 ) -> State:
-    """Prompts laid in their rows, nothing read yet."""
+    """Returns the state of a batch of prompts, before prefill."""
     num_rows, num_slots = tokens_BS.shape
     model = architecture.model
     caches, mtp_caches = empty_caches(architecture, network, num_speculative_tokens, num_rows, num_slots)
@@ -95,12 +99,12 @@ def begin(
 def prefill(
     architecture: Architecture, num_tokens: int, num_visible: int, network: Network, state: State, start: jax.Array
 ) -> State:
-    """Run `num_tokens` positions of every prompt from `start` on. The last known token is left to the first round.
+    """Runs the positions start .. start + num_tokens - 1 of every prompt, except the last token of each prompt.
 
-    What a row has beyond its prompt is read too, and leaves no entry.
+    The last token is run by the first speculative step. Positions beyond a prompt are computed but write no entry.
 
     Args:
-      num_visible: slots that hold an entry afterwards; `start + num_tokens` at least.
+      num_visible: number of slots that may hold an entry afterwards; at least start + num_tokens.
     """
     num_rows, num_slots = state.tokens_BS.shape
     index_T = start + jnp.arange(num_tokens)
@@ -123,7 +127,7 @@ def prefill(
 
 
 def prefill_all(architecture: Architecture, network: Network, state: State, num_tokens: int) -> State:
-    """Run the first `num_tokens` positions of every prompt, in pieces of few sizes. The state given is used up."""
+    """Runs the first `num_tokens` positions of every prompt in chunks of few different sizes; donates `state`."""
     if not num_tokens:
         return state
     chunk = min(PROMPT_CHUNK, max(16, 1 << (num_tokens - 1).bit_length()))
@@ -134,8 +138,10 @@ def prefill_all(architecture: Architecture, network: Network, state: State, num_
 
 
 def bucket(length: int) -> int:
-    """Room for at least `length` tokens, in few different sizes: multiples of 128 and of a quarter of the next power
-    of two."""
+    """Returns a size of at least `length`, out of few different ones.
+
+    The sizes are multiples of 128 and of a quarter of the next power of two.
+    """
     step = max(128, (1 << (length - 1).bit_length()) // 4)
     return -(-length // step) * step
 
@@ -149,10 +155,10 @@ def generate(
     state: State,
     num_rounds: jax.Array,
 ) -> State:
-    """Up to `num_rounds` speculative steps: fewer once every row is done.
+    """Runs at most `num_rounds` speculative steps, until all rows are done; donates `state`.
 
     Args:
-      stop_tokens: int[N]; a row ends with the first of them.
+      stop_tokens: int[N]; a row ends with the first of these tokens.
     """
 
     def is_going(carry):
@@ -164,7 +170,7 @@ def generate(
         return done_rounds + 1, _step(architecture, sampler, network, stop_tokens, state)
 
     state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
-    # Every process can read what was written, and the next call finds all where this one did.
+    # Replicated outputs can be read by every process; the other arrays keep the sharding that the next call expects.
     return state._replace(
         recent_BWD=constrain(state.recent_BWD, "batch", None, None),
         caches=placed(state.caches),
@@ -179,7 +185,7 @@ def generate(
 def _step(
     architecture: Architecture, sampler: Sampler, network: Network, stop_tokens: jax.Array, state: State
 ) -> State:
-    """Draft, verify in one forward pass of the main model, keep what it agrees with and one token more."""
+    """One speculative step: draft, verify in one forward pass of the main model, append accepted drafts and a token."""
     num_slots, num_speculative_tokens, kind = (
         state.tokens_BS.shape[1],
         state.num_speculative_tokens,
@@ -207,7 +213,7 @@ def _step(
 
 
 def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> State:
-    """The text with the kept drafts and the token after them, truncated at the limit and behind a stop token."""
+    """Appends the accepted drafts and the token after them, truncated at the limit and after a stop token."""
     num_slots, num_speculative_tokens = state.tokens_BS.shape[1], state.num_speculative_tokens
     index_T = jnp.arange(1 + num_speculative_tokens)
     accepted_B1 = verdict.num_accepted_B[:, None]
@@ -223,7 +229,7 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
     length_B = state.length_B + num_B
     is_done_B = state.is_done_B | is_stop_BT.any(1) | (length_B >= state.limit_B)
     draft_K = jnp.arange(num_speculative_tokens)
-    # The k-th draft was judged if those before were kept, and counts if the text goes as far.
+    # Draft k was verified if all before it were accepted, and counts if the text was not truncated before it.
     tested_BK = (draft_K <= accepted_B1) & (draft_K < num_B[:, None])
     accepted_BK = tested_BK & (draft_K < accepted_B1)
     counts = Counts(
@@ -235,7 +241,7 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
 
 
 def _step_keys(state: State, num_speculative_tokens: int) -> jax.Array:
-    """[B, 1 + K] keys of this step: for the verdict, and for each draft. A function of the row and its length."""
+    """Returns keys [B, 1 + K] for verification and each draft of a step; a function of the row's key and length."""
 
     def row(key, length):
         return jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, length)))(
@@ -246,7 +252,7 @@ def _step_keys(state: State, num_speculative_tokens: int) -> jax.Array:
 
 
 def _moved(recent_BWD: jax.Array, new_BTD: jax.Array, num_B: jax.Array) -> jax.Array:
-    """The window moved on by num_B of the new positions."""
+    """Returns the window advanced by num_B of the new positions."""
     joined = jnp.concatenate([recent_BWD, new_BTD], axis=1)
     window = recent_BWD.shape[1]
     return jax.vmap(lambda row, n: jax.lax.dynamic_slice_in_dim(row, n, window))(joined, num_B)

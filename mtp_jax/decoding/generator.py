@@ -1,6 +1,6 @@
-"""From prompts to continuations, plain or self-speculated: the same text, in fewer forward passes.
+"""Plain and speculative generation from prompts; the latter needs fewer forward passes for the same text.
 
-Shape letters: B rows, S slots, K drafts a round.
+Shape letters: B rows, S slots, K drafts per speculative step.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ from mtp_jax.decoding.samplers import GREEDY, Sampler
 from mtp_jax.model import Tree
 from mtp_jax.mtp import kind_of
 
-ROUNDS_A_CALL = 64  # between two looks at what was written
-ROUNDS_A_CALL_WATCHED = 16  # the same where somebody looks for the end of the text
+ROUNDS_A_CALL = 64  # speculative steps per call, between checks on the host
+ROUNDS_A_CALL_WATCHED = 16  # the same with `ends`, which is evaluated on the host
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What was written after each prompt.
+    """Generated tokens and statistics.
 
-    tokens: int32, without the prompt, the stop token included.
-    rounds: int[B], forward passes of the main model that the row took, the prompt's own not counted. Where `ends` cut
-      the row, those until that was seen, up to 16 more than needed.
-    tested, accepted: int[B, K], drafts judged and kept, by their place in the round.
+    tokens: int32, tokens of each row without the prompt, including the stop token.
+    rounds: int[B], forward passes of the main model per row, without prefill. For rows ended by `ends` it includes the
+      passes until the next check, up to 16 more than needed.
+    tested, accepted: int[B, K], number of drafts verified and accepted, by their index in the step.
     """
 
     tokens: list[np.ndarray]
@@ -39,23 +39,23 @@ class Generation:
 
     @property
     def num_forward_passes(self) -> int:
-        """Of the batch: as many as its slowest row took."""
+        """Number of forward passes of the batch: that of the row with the most."""
         return int(self.rounds.max(initial=0))
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens of all rows by forward passes of all rows."""
+        """Generated tokens per forward pass, both summed over rows."""
         return sum(map(len, self.tokens)) / max(1, int(self.rounds.sum()))
 
     @property
     def acceptance(self) -> list[float]:
-        """Of the k-th draft, how often it was kept where those before it were; NaN where none was judged."""
+        """Acceptance rate of each draft k, given that all before it were accepted; NaN if it was never verified."""
         tested, accepted = self.tested.sum(axis=0), self.accepted.sum(axis=0)
         return [float(a / t) if t else float("nan") for a, t in zip(accepted, tested, strict=True)]
 
 
 class Generator:
-    """A model ready to write. Its weights are a copy in the compute dtype; see `Network`."""
+    """Text generator of a model; holds a copy of the weights in the compute dtype, see `Network`."""
 
     def __init__(self, config: Config, params: Tree, biases: Tree, mesh: jax.sharding.Mesh):
         self.architecture = config.architecture
@@ -75,18 +75,19 @@ class Generator:
         stop_tokens: Sequence[int] = (),
         ends: Callable[[int, np.ndarray], int | None] | None = None,
     ) -> Generation:
-        """Continue every prompt until `max_new_tokens`, the model's context or a stop.
+        """Continues every prompt until `max_new_tokens`, the model's context length or a stop.
 
         Args:
           prompts: token ids, at least one each; lengths may differ.
-          num_speculative_tokens: K tokens drafted before each forward pass of the main model; 0 is plain decoding.
-          seed: of the draws. What a row draws depends on its place in the batch, not on the rows beside it.
+          max_new_tokens: maximum number of generated tokens per row.
+          sampler: see `make_sampler`.
+          num_speculative_tokens: K, tokens drafted before each forward pass of the main model; 0 is plain decoding.
+          seed: random seed. The samples of a row depend on its index in the batch, but not on the other rows.
           stop_tokens: ids that end a row.
-          ends: given a row's number and what it has written so far, how many tokens of it to keep if it has come to
-            its end.
+          ends: (row index, tokens generated so far) -> number of tokens to keep if the row has ended, else None.
 
         Raises:
-          UserError: prompts or numbers that cannot be used; see `start`.
+          UserError: prompts or numbers are invalid; see `start`.
         """
         state = self.start(prompts, max_new_tokens, num_speculative_tokens=num_speculative_tokens, seed=seed)
         starts = [len(p) for p in prompts]
@@ -104,7 +105,7 @@ class Generator:
                 state = state._replace(is_done_B=jax.device_put(is_done, state.is_done_B.sharding))
         counts = jax.device_get(state.counts)
         rows = [row[: kept.get(b, len(row))] for b, row in enumerate(rows)]
-        num_rounds = np.minimum(counts.rounds_B[: len(prompts)], [len(row) for row in rows])  # each writes a token
+        num_rounds = np.minimum(counts.rounds_B[: len(prompts)], [len(row) for row in rows])  # a pass gives >= 1 token
         return Generation(rows, num_rounds, counts.tested_BK[: len(prompts)], counts.accepted_BK[: len(prompts)])
 
     def start(
@@ -115,19 +116,19 @@ class Generator:
         num_speculative_tokens: int = 0,
         seed: int = 0,
     ) -> State:
-        """The prompts, read.
+        """Returns the state after prefill of the prompts.
 
         Raises:
-          UserError: no prompt, an empty one, one that leaves no room in the context, a token outside the vocabulary,
-            max_new_tokens < 1, or drafts that the model cannot make.
+          UserError: there is no prompt, a prompt is empty or fills the context, a token is outside the vocabulary,
+            max_new_tokens < 1, or the model cannot draft this many tokens.
         """
         self.check(prompts, max_new_tokens, num_speculative_tokens, seed)
         with jax.set_mesh(self.mesh):
-            num_more = -len(prompts) % sharding.num_shards("batch")  # rows of no interest, done from the start
+            num_more = -len(prompts) % sharding.num_shards("batch")  # padding rows, done from the start
             lengths = np.array([len(p) for p in prompts] + [1] * num_more, np.int32)
             limits = lengths + np.minimum(min(max_new_tokens, self.context), self.context - lengths)
             limits[len(prompts) :] = 1
-            # Drafts beyond a row's limit find no slot: what they would have led to is not kept either.
+            # Drafts beyond a row's limit have no slot; tokens beyond the limit are discarded in any case.
             tokens = np.zeros((len(lengths), bucket(int(limits.max()))), np.int32)
             for row, prompt in zip(tokens, prompts, strict=False):
                 row[: len(prompt)] = prompt
@@ -139,8 +140,8 @@ class Generator:
     def write(
         self, state: State, num_rounds: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
     ) -> State:
-        """The state after so many rounds more, or fewer where every row is done. The one given is used up."""
-        stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes: few programs
+        """Returns the state after at most `num_rounds` further steps, fewer if all rows are done; donates `state`."""
+        stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes, so few programs
         stops[: len(stop_tokens)] = stop_tokens
         with jax.set_mesh(self.mesh):
             return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_rounds))
@@ -152,7 +153,7 @@ class Generator:
         num_speculative_tokens: int,
         seed: int = 0,
     ) -> None:
-        """Raises UserError where `start` cannot use these."""
+        """Raises UserError if `start` does not accept the arguments."""
         if not len(prompts):
             raise UserError("prompts: there are none; give at least one")
         check_integer("max_new_tokens", max_new_tokens, 1)
@@ -174,7 +175,7 @@ class Generator:
 
 
 def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
-    """Raises UserError where `value` is no integer from `least` to `most`."""
+    """Raises UserError if `value` is not an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise UserError(f"{name}={value!r}: must be an integer")
     if value < least:
@@ -184,7 +185,7 @@ def check_integer(name: str, value: object, least: int, most: int | None = None)
 
 
 def check_drafts(architecture: Architecture, num_speculative_tokens: int) -> None:
-    """Raises UserError where the model cannot draft so many tokens."""
+    """Raises UserError if the model cannot draft `num_speculative_tokens` tokens."""
     check_integer("num_speculative_tokens", num_speculative_tokens, 0)
     kind = kind_of(architecture)
     if num_speculative_tokens and kind.max_drafts == 0:
@@ -200,6 +201,6 @@ def check_drafts(architecture: Architecture, num_speculative_tokens: int) -> Non
 
 
 def _written(state: State, starts: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """What each row has written so far, and which rows are done."""
+    """Returns the generated tokens of each row, and which rows are done."""
     tokens, lengths, is_done = jax.device_get((state.tokens_BS, state.length_B, state.is_done_B))
     return [tokens[b, start : lengths[b]] for b, start in enumerate(starts)], np.array(is_done)

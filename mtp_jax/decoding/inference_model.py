@@ -1,6 +1,6 @@
-"""A model unstacked for inference: one module per layer, its weights in the compute dtype, run over caches.
+"""Model unstacked for inference: one module per layer with weights in the compute dtype, run with KV caches.
 
-A loop over stacked weights would copy each layer's out of the stack, and cast it, for every token.
+A scan over stacked weights would copy each layer's weights out of the stack, and cast them, for every token.
 
 Shape letters: B rows, T new tokens, D model, V vocabulary, S slots, N extra depths.
 """
@@ -26,8 +26,10 @@ from mtp_jax.typing import Cache, PyTree
 
 
 class Parts(NamedTuple):
-    """blocks: of the main model, first to last.
-    mtp: what drafts, as the MTP kind unstacks it.
+    """Weights and modules of the model.
+
+    blocks: blocks of the main model, in order.
+    mtp: drafting modules, as returned by `Kind.unstack`.
     """
 
     embed_VD: jax.Array
@@ -38,7 +40,7 @@ class Parts(NamedTuple):
 
 
 class _Structure:
-    """A tree's structure and the MTP kind, compared by identity first."""
+    """Pytree structure and MTP kind, compared by identity first."""
 
     def __init__(self, tree: jax.tree_util.PyTreeDef, kind: Kind):
         self.tree, self.kind, self.hash = tree, kind, hash((tree, kind))
@@ -52,7 +54,7 @@ class _Structure:
 
 @jax.tree_util.register_pytree_node_class
 class Network:
-    """`Parts` as a pytree of plain arrays: modules are walked through in Python, 0.25 ms at each call of a program."""
+    """`Parts` as a pytree of plain arrays: flattening nnx modules would take 0.25 ms per call of a program."""
 
     def __init__(self, parts: Parts, kind: Kind):
         leaves, tree = jax.tree.flatten(parts)
@@ -92,17 +94,17 @@ class Network:
         return self.parts.final_norm
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embeddings [B, T, D]."""
+        """Returns the embeddings [B, T, D]."""
         return constrain(jnp.take(self.parts.embed_VD, tokens_BT, axis=0), "batch", None, None)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """float32[B, T, V] of normed hidden states."""
+        """Returns the logits of normed hidden states, float32[B, T, V]."""
         return jnp.einsum("btd,dv->btv", hidden_BTD, self.parts.head_DV, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
-    """The network of a model's weights: a copy of them, in the compute dtype but for norms, biases and routers."""
+    """Returns the network of a model: a copy of its weights, in the compute dtype except norms, biases and routers."""
     model = abstract_model(architecture).merge(params, biases)
     dtype = jnp.dtype(architecture.model.compute_dtype)
 
@@ -131,7 +133,7 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
 def run_main(
     network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Cache]
 ) -> tuple[MainModel, list[Cache]]:
-    """New tokens through the main model: what drafting sees of it, and the caches with the new tokens' entries."""
+    """Runs new tokens through the main model; returns its outputs and the caches with the entries of the new tokens."""
     inputs = DecoderInputs(network.embed(tokens_BT), slots.positions_BT, None)
     h_BTD = branch_BTD = network.kind.decoder_inputs(network.mtp, inputs).h_BTD
     written = []
@@ -145,7 +147,7 @@ def run_main(
 def empty_caches(
     architecture: Architecture, network: Network, num_speculative_tokens: int, num_rows: int, num_slots: int
 ) -> tuple[list[Cache], Caches]:
-    """Caches of every main block, and of what drafts `num_speculative_tokens` tokens."""
+    """Returns empty caches of all main blocks, and those for drafting `num_speculative_tokens` tokens."""
     dtype, kind = jnp.dtype(architecture.model.compute_dtype), kind_of(architecture)
 
     def empty(block: Block) -> Cache:
@@ -156,7 +158,7 @@ def empty_caches(
 
 
 def placed(caches: Caches, is_stacked: bool = False) -> Caches:
-    """Caches sharded by rows and, where heads have their own entries, by heads; latents are shared by all."""
+    """Shards caches by rows and, if entries are per head, by heads; latents are shared by all heads."""
 
     def one(x: jax.Array) -> jax.Array:
         leading = (None,) * is_stacked
@@ -167,11 +169,11 @@ def placed(caches: Caches, is_stacked: bool = False) -> Caches:
 
 
 def cache_bytes_per_token(architecture: Architecture) -> dict[str, int]:
-    """Bytes that decoding keeps of one token in the main model, in layers with a window while it is within.
+    """Returns the cache bytes per token of the main model; in layers with a window, of a token inside the window.
 
     Returns:
-      "kept": of this model. "multi_head": plain multi-head attention with as many heads of the same value size, keys
-      and values of every head, which is what the DeepSeek-V2 report compares with (2405.04434, table 1).
+      "kept": bytes of this model. "multi_head": bytes of plain multi-head attention with the same number of heads and
+      value dim, the comparison of the DeepSeek-V2 report (2405.04434, table 1).
     """
     model = architecture.model
     itemsize, attention = jnp.dtype(model.compute_dtype).itemsize, attention_of(model)

@@ -1,7 +1,7 @@
-"""How the next token is drawn: small steps that each rule out or reweigh tokens, applied in order.
+"""Samplers: tuples of logit filters that are applied in order before sampling.
 
-(Temperature(0.8), TopK(50), TopP(0.95)) draws from the softmax of what the three make of the logits; (Greedy(),) takes
-the likeliest token. The numbers are leaves of a pytree: another temperature is not another program.
+(Temperature(0.8), TopK(50), TopP(0.95)) samples from the softmax of the logits after the three filters; (Greedy(),)
+selects the most likely token. Parameters are leaves of a pytree, so changing them does not trigger recompilation.
 
 Shape letters: B rows, V vocabulary.
 """
@@ -17,7 +17,7 @@ from mtp_jax.config import UserError
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Greedy:
-    """Only the likeliest token, the first of several."""
+    """Keeps only the most likely token, the first one of several."""
 
     def filter(self, logits: jax.Array) -> jax.Array:
         best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
@@ -27,7 +27,7 @@ class Greedy:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Temperature:
-    """Logits divided by `value` > 0."""
+    """Divides logits by `value` > 0."""
 
     value: float
 
@@ -38,7 +38,7 @@ class Temperature:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TopK:
-    """The `num` likeliest tokens, with those as likely as the last of them (1805.04833)."""
+    """Keeps the `num` most likely tokens, and those tied with the last of them (1805.04833)."""
 
     num: int
 
@@ -51,15 +51,15 @@ class TopK:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TopP:
-    """The fewest likeliest tokens whose probabilities reach `mass`, with those as likely as the last (1904.09751)."""
+    """Keeps the smallest set of most likely tokens of probability >= `mass`, and ties with the last (1904.09751)."""
 
     mass: float
 
     def filter(self, logits: jax.Array) -> jax.Array:
         ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # the mass of those that are likelier
-        # A sum of all probabilities may round to 1 before the last of them.
+        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the more likely tokens
+        # The cumulative sum may round to 1 before the last token.
         last = jnp.where((before <= 0) | (before < self.mass) | (self.mass >= 1), ordered, jnp.inf).min(
             axis=-1, keepdims=True
         )
@@ -68,14 +68,15 @@ class TopP:
 
 Sampler = tuple[Greedy | Temperature | TopK | TopP, ...]
 GREEDY: Sampler = (Greedy(),)
-LEAST_TEMPERATURE = 1e-4  # logits divided by less may overflow
+LEAST_TEMPERATURE = 1e-4  # smaller values may overflow the logits
 
 
 def make_sampler(temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> Sampler:
-    """The steps that the usual three numbers stand for, in the usual order; temperature 0 is greedy.
+    """Returns the sampler for temperature, top-k and top-p, applied in this order; temperature 0 is greedy.
 
     Raises:
-      UserError: temperature < 0 or not finite, top_k < 1, top_p outside (0, 1], or a limit beside temperature 0.
+      UserError: temperature is negative, not finite or between 0 and LEAST_TEMPERATURE, top_k < 1, top_p is outside
+        (0, 1], or top_k or top_p is given with temperature 0.
     """
     if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
         raise UserError(f"temperature={temperature}: must be 0 (greedy) or a positive number")
@@ -97,18 +98,18 @@ def make_sampler(temperature: float = 0.0, top_k: int | None = None, top_p: floa
 
 
 def is_greedy(sampler: Sampler) -> bool:
-    """Whether nothing is left to chance."""
+    """Returns whether the sampler is deterministic."""
     return any(isinstance(step, Greedy) for step in sampler)
 
 
 def filtered(sampler: Sampler, logits: jax.Array) -> jax.Array:
-    """float32[..., V]: the logits that are drawn from; -inf where a token is ruled out."""
+    """Returns the logits to sample from, float32[..., V]; -inf for excluded tokens."""
     for step in sampler:
         logits = step.filter(logits)
     return logits
 
 
 def draw(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """int32[B], one token a row from softmax(logits): argmax(logits + Gumbel noise). Each row has its own key."""
+    """Samples one token per row from softmax(logits), with one key per row: argmax(logits + Gumbel noise); int32[B]."""
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
     return jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""How likely given texts are: log-probabilities of a model's next tokens, in batches of few shapes.
+"""Log-likelihoods of texts, computed in batches of few shapes.
 
 Shape letters: B rows, T positions, C positions of a chunk, D model, V vocabulary.
 """
@@ -17,7 +17,7 @@ from mtp_jax.model import Tree, abstract_model
 from mtp_jax.sharding import constrain
 
 TOKENS_PER_BATCH = 16_384
-LOGIT_BYTES = 1 << 28  # of the logits that exist at one time
+LOGIT_BYTES = 1 << 28  # limit of the logits in memory at a time
 
 
 def score(
@@ -28,12 +28,14 @@ def score(
     starts: Sequence[int],
     progress: Callable[[int], None] = lambda num: None,
 ) -> list[tuple[float, bool]]:
-    """For each text the sum of log p (nats) of its tokens from `start` >= 1 on, and whether they are the greedy ones.
+    """Returns the sum of log p (nats) of each text's tokens from `start` on, and whether they are the greedy ones.
 
-    Texts of about one length go together. Call under `jax.set_mesh`.
+    Texts of similar length are batched together. Call under `jax.set_mesh`.
 
     Args:
-      progress: called with the number of texts done since the last call.
+      texts: token ids.
+      starts: index >= 1 of the first scored token of each text.
+      progress: called with the number of texts scored since the last call.
     """
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     results: list[tuple[float, bool]] = [(0.0, True)] * len(texts)
@@ -70,7 +72,7 @@ def _batch(
 def _log_probs(
     architecture: Architecture, params: Tree, biases: Tree, inputs_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """log p(target_i | inputs up to i), float32[B, T], and whether the target is the most likely token."""
+    """Returns log p(target_i | inputs up to i), float32[B, T], and whether the target is the most likely token."""
     model = abstract_model(architecture).merge(params, biases)
     hidden_BTD = model.main(targets.one_document_rows(inputs_BT, depth=0))
     head_DV = model.head().astype(hidden_BTD.dtype)
@@ -79,5 +81,5 @@ def _log_probs(
 
 
 def chunk_tokens(head_DV: jax.Array) -> int:
-    """Positions whose logits fit into LOGIT_BYTES."""
+    """Returns the number of positions whose logits fit in LOGIT_BYTES."""
     return max(1, LOGIT_BYTES // (4 * head_DV.shape[1]))

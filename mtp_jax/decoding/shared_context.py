@@ -1,4 +1,4 @@
-"""How likely several continuations of one context are: the context is read once, and all go on from its caches.
+"""Log-likelihoods of several continuations of one context, which is prefilled once and whose caches they share.
 
 Shape letters: G contexts, J continuations of each, B = G * J rows, C tokens of a continuation, S slots, V vocabulary.
 """
@@ -19,8 +19,8 @@ from mtp_jax.losses import token_scores
 from mtp_jax.sharding import constrain
 from mtp_jax.typing import Cache
 
-CACHE_BYTES = 1 << 30  # of the caches of a batch, those of its continuations included
-FEWEST = 4  # continuations scored together, whatever their caches take
+CACHE_BYTES = 1 << 30  # limit of the caches of a batch, including those of the continuations
+FEWEST = 4  # minimum number of continuations scored together, for any cache size
 
 Scores = list[tuple[float, bool]]
 
@@ -31,13 +31,13 @@ def score(
     continuations: Sequence[Sequence[np.ndarray]],
     progress: Callable[[int], None] = lambda num: None,
 ) -> list[Scores]:
-    """For each continuation the sum of log p (nats) of its tokens, and whether they are the greedy ones.
+    """Returns the sum of log p (nats) of the tokens of each continuation, and whether they are the greedy ones.
 
     Args:
-      contexts: token ids, at least one each. With a continuation they have one token more than the model's context at
-        most: the last token is only predicted.
-      continuations: of each context at least one, with at least one token each.
-      progress: called with the number of continuations done since the last call.
+      contexts: token ids, at least one each. Context and continuation have at most one token more than the model's
+        context length, since the last token is only predicted.
+      continuations: for each context at least one continuation, of at least one token each.
+      progress: called with the number of continuations scored since the last call.
     """
     parts = [(i, part) for i, each in enumerate(continuations) for part in _parts(decoder, contexts[i], each)]
     sizes = [_num_tokens(contexts[i], part) for i, part in parts]
@@ -59,29 +59,29 @@ def score(
 
 
 def _num_tokens(context: np.ndarray, continuations: Sequence[np.ndarray]) -> int:
-    """That go into the model: the last one is only predicted."""
+    """Returns the number of tokens that the model reads; the last one is only predicted."""
     return len(context) - 1 + max(map(len, continuations))
 
 
 def _parts(decoder: Generator, context: np.ndarray, continuations: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
-    """The continuations in as many parts as the memory of their caches asks for; each part reads the context anew."""
+    """Splits the continuations into parts whose caches fit in memory; each part prefills the context again."""
     row_bytes = bucket(_num_tokens(context, continuations)) * cache_bytes_per_token(decoder.architecture)["kept"]
-    most = max(FEWEST, CACHE_BYTES // row_bytes - 1)  # one row is the context's own
+    most = max(FEWEST, CACHE_BYTES // row_bytes - 1)  # one row is that of the context
     return [continuations[at : at + most] for at in range(0, len(continuations), most)]
 
 
 def _rows(decoder: Generator, num_slots: int, num_choices: int) -> int:
-    """Contexts of a batch: few enough for the memory of their caches, a power of two."""
+    """Returns the number of contexts per batch, a power of two whose caches fit in memory."""
     row_bytes = num_slots * cache_bytes_per_token(decoder.architecture)["kept"] * (1 + num_choices)
     most = max(1, min(TOKENS_PER_BATCH // num_slots, CACHE_BYTES // row_bytes))
     return 1 << (most.bit_length() - 1)
 
 
 def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows: int) -> list[Scores]:
-    """The scores of one batch. Rows and continuations that are missing are made up and not read."""
+    """Returns the scores of one batch, padded with rows and continuations that are not read."""
     num_choices = max(map(len, continuations))
     longest = max(len(c) for each in continuations for c in each)
-    size = 1 << (longest - 1).bit_length()  # few sizes: few programs
+    size = 1 << (longest - 1).bit_length()  # few sizes, so few programs
     with jax.set_mesh(decoder.mesh):
         shards = sharding.num_shards("batch")
         num_rows = -(-min(num_rows, 1 << (len(contexts) - 1).bit_length()) // shards) * shards
@@ -90,7 +90,7 @@ def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows
         inputs_GJC, targets_GJC = np.zeros((2, num_rows, num_choices, size), np.int32)
         for g, (context, each) in enumerate(zip(contexts, continuations, strict=True)):
             lengths_G[g] = len(context)
-            tokens_GS[g, : len(context) - 1] = context[:-1]  # the last one is read with what follows
+            tokens_GS[g, : len(context) - 1] = context[:-1]  # the last token is run with the continuation
             for j, tokens in enumerate(each):
                 inputs_GJC[g, j, : len(tokens)] = [context[-1], *tokens[:-1]]
                 targets_GJC[g, j, : len(tokens)] = tokens
@@ -112,11 +112,14 @@ def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows
 def _continued(
     network: Network, caches: list[Cache], lengths_G: jax.Array, inputs_GJC: jax.Array, targets_GJC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """log p of the targets, float32[G, J, C], and whether each is the likeliest token.
+    """Returns log p of the targets, float32[G, J, C], and whether each is the most likely token.
 
     Args:
-      caches: of G rows, with the entries of positions 0 .. length - 2; what is behind is overwritten before it is seen.
-      inputs_GJC: the context's last token and the continuation without its own.
+      caches: caches of G rows with the entries of positions 0 .. length - 2; later slots are overwritten before they
+        are read.
+      lengths_G: int, lengths of the contexts.
+      inputs_GJC: the last token of the context, then the continuation without its last token.
+      targets_GJC: the continuation.
     """
     shape = inputs_GJC.shape
     num_choices, num_slots = shape[1], jax.tree.leaves(caches)[0].shape[1]

@@ -1,8 +1,8 @@
-"""Which drafts the main model keeps, so that the text is distributed as if it had been written without them.
+"""Verification of drafts by speculative sampling, which preserves the distribution of the main model.
 
-Speculative sampling (2211.17192, algorithm 1; 2302.01318): draft x ~ q is kept with probability min(1, p(x) / q(x));
-where it is not, the token is drawn from max(p - q, 0), normalised. Where all are kept, one more comes from p itself.
-With a greedy p a draft is kept iff it is the main model's own choice.
+Speculative sampling (2211.17192, algorithm 1; 2302.01318): draft x ~ q is accepted with probability
+min(1, p(x) / q(x)). After a rejection the token is sampled from max(p - q, 0), normalized. If all drafts are accepted,
+one more token is sampled from p. With a greedy sampler a draft is accepted iff it is the argmax of the main model.
 
 Shape letters: B rows, K drafts, T = K + 1 tokens verified, V vocabulary.
 """
@@ -16,7 +16,7 @@ from mtp_jax.decoding.samplers import Sampler, draw, filtered, is_greedy
 
 
 class Verdict(NamedTuple):
-    """num_accepted_B: int32, how many of the leading drafts are kept. next_B: int32, the token after them."""
+    """num_accepted_B: int32, number of leading drafts accepted. next_B: int32, the token after them."""
 
     num_accepted_B: jax.Array
     next_B: jax.Array
@@ -25,15 +25,14 @@ class Verdict(NamedTuple):
 def verify(
     sampler: Sampler, logits_BTV: jax.Array, drafts_BK: jax.Array, draft_logits_BKV: jax.Array | None, keys_B: jax.Array
 ) -> Verdict:
-    """Judge the drafts of each row.
+    """Verifies the drafts of each row.
 
     Args:
-      sampler: what the text is drawn with.
-      logits_BTV: float32, the main model's; [:, k] after the first k drafts.
-      drafts_BK: int, drawn from softmax(draft_logits).
-      draft_logits_BKV: float32, already `filtered`: what the drafts were really drawn from. Not read when greedy, or
-        without drafts.
-      keys_B: one random key a row.
+      sampler: sampler of the text.
+      logits_BTV: float32, logits of the main model; [:, k] after the first k drafts.
+      drafts_BK: int, sampled from softmax(draft_logits).
+      draft_logits_BKV: float32, already `filtered`. Not read by a greedy sampler; None without drafts.
+      keys_B: random keys, one per row.
     """
     num_speculative_tokens = drafts_BK.shape[1]
     if is_greedy(sampler):
@@ -49,16 +48,16 @@ def verify(
     q_BK = jnp.take_along_axis(q_BKV, drafts_BK[..., None], axis=-1)[..., 0]
     u_BK = jax.vmap(lambda key: jax.random.uniform(key, (num_speculative_tokens,)))(accept_keys)
     num_B = _leading(u_BK * q_BK < p_BK)
-    # Where all drafts are kept nothing is taken off: q is zero after the last.
+    # If all drafts are accepted nothing is subtracted: q is zero after the last one.
     left_BTV = jnp.maximum(p_BTV - jnp.pad(q_BKV, ((0, 0), (0, 1), (0, 0))), 0)
     left_BV, p_BV = _at(left_BTV, num_B), _at(p_BTV, num_B)
-    # A rejection means p < q somewhere, so p > q elsewhere; only rounding can leave nothing.
+    # After a rejection p < q somewhere, so p > q elsewhere; the sum can be 0 only by rounding.
     left_BV = jnp.where(left_BV.sum(-1, keepdims=True) > 0, left_BV, p_BV)
     return Verdict(num_B, draw(jnp.log(left_BV), draw_keys))
 
 
 def _leading(kept_BK: jax.Array) -> jax.Array:
-    """How many come before the first False."""
+    """Returns the number of leading True values; int32[B]."""
     return jnp.cumprod(kept_BK.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)
 
 
