@@ -81,11 +81,11 @@ def spec(axes: Axes) -> PartitionSpec:
     A mesh axis shards only the first dim of an array that maps to it: expert shards the "experts" dim of expert
     weights, and the model dim of all other weights.
     """
-    cuts: list[tuple[str, ...] | None] = []
+    dims: list[tuple[str, ...] | None] = []
     for name in axes:
-        taken = {axis for cut in cuts if cut for axis in cut}
-        cuts.append(tuple(a for a in LOGICAL_AXES.get(name or "", ()) if a not in taken) or None)
-    return PartitionSpec(*cuts)
+        used = {axis for dim in dims if dim for axis in dim}
+        dims.append(tuple(a for a in LOGICAL_AXES.get(name or "", ()) if a not in used) or None)
+    return PartitionSpec(*dims)
 
 
 def named(mesh: jax.sharding.Mesh, axes: Axes) -> NamedSharding:

@@ -18,8 +18,8 @@ from mtp_jax.decoding.samplers import GREEDY, Sampler
 from mtp_jax.model import Tree
 from mtp_jax.mtp import kind_of
 
-ROUNDS_A_CALL = 64  # speculative steps per call, between checks on the host
-ROUNDS_A_CALL_WATCHED = 16  # the same with `ends`, which is evaluated on the host
+STEPS_PER_CALL = 64  # speculative steps per call, between checks on the host
+STEPS_PER_CALL_WITH_ENDS = 16  # the same with `ends`, which is evaluated on the host
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Generator:
         starts = [len(p) for p in prompts]
         kept: dict[int, int] = {}
         while True:
-            rounds = ROUNDS_A_CALL if ends is None else ROUNDS_A_CALL_WATCHED
+            rounds = STEPS_PER_CALL if ends is None else STEPS_PER_CALL_WITH_ENDS
             state = self.write(state, rounds, sampler=sampler, stop_tokens=stop_tokens)
             rows, is_done = _written(state, starts)
             found = {} if ends is None else {b: ends(b, row) for b, row in enumerate(rows) if b not in kept}

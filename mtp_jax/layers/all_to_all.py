@@ -187,12 +187,12 @@ def sum_of_rounds(
 
 def _add_rounds(one_round, count, constants, inputs, first):
     def add_round(r, total):
-        return total + one_round(r, constants, _in_the_loop(r, inputs))
+        return total + one_round(r, constants, _tied_to_round(r, inputs))
 
     return jax.lax.fori_loop(1, count, add_round, first)
 
 
-def _in_the_loop(r: jax.Array, inputs: PyTree) -> PyTree:
+def _tied_to_round(r: jax.Array, inputs: PyTree) -> PyTree:
     """Returns `inputs` with a dependency on the round number.
 
     Without it the compiler converts the rows to their layout in the all-to-all before the loop, and keeps that copy
@@ -210,7 +210,7 @@ def _rounds_backward(one_round, residuals, cotangent):
     first_back, count, constants, inputs = residuals
 
     def add_round(r, grads):
-        here, cotangent_here = _in_the_loop(r, (inputs, cotangent))
+        here, cotangent_here = _tied_to_round(r, (inputs, cotangent))
         back = jax.vjp(lambda inputs: one_round(r, constants, inputs), here)[1]
         return jax.tree.map(jnp.add, grads, back(cotangent_here)[0])
 

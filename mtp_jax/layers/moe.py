@@ -85,7 +85,7 @@ class MixtureOfExperts(nnx.Module):
             here = functools.partial(experts, weights=weights)
             return through_experts(x_BTD, gates_BTK, chosen_BTK, self.config.num_experts, here)
         owned = functools.partial(exchanged, experts=experts, per_token=self.config.num_experts_per_token)
-        travel = owned if num_shards("experts") > 1 else experts
+        run_experts = owned if num_shards("experts") > 1 else experts
         # The model dim of a weight is gathered before shard_map, so it is not sharded inside.
         kept: dict[str, Axes] = {"gate": (None, "ffn"), "up": (None, "ffn"), "down": ("ffn", None)}
         kept |= {"gate_bias": ("ffn",), "up_bias": ("ffn",), "down_bias": (None,)}
@@ -93,7 +93,7 @@ class MixtureOfExperts(nnx.Module):
         specs = (tokens, tokens, tokens, {name: spec(("experts", *kept[name])) for name in weights})
 
         def run(x_BTD, gates_BTK, chosen_BTK, weights):
-            here = functools.partial(travel, weights=weights)
+            here = functools.partial(run_experts, weights=weights)
             out_BTD = through_experts(x_BTD, gates_BTK, chosen_BTK, self.config.num_experts, here)
             return jax.lax.psum(out_BTD, LOGICAL_AXES["ffn"])
 

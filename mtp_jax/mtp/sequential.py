@@ -34,14 +34,14 @@ class SequentialModule(nnx.Module):
     """Module of one depth: two input norms, the projection, a transformer block, and optionally an output norm."""
 
     def __init__(self, architecture: Architecture, spec: LayerSpec, rngs: nnx.Rngs):
-        model, ways = architecture.model, conventions(architecture.mtp)
+        model, convention = architecture.model, conventions(architecture.mtp)
         self.recomputes_nothing = model.remat == "none"
-        self.is_embedding_first = ways.concat_order == "embedding_first"
+        self.is_embedding_first = convention.concat_order == "embedding_first"
         self.embed_norm = RMSNorm(model.embed_dim, model)
         self.hidden_norm = RMSNorm(model.embed_dim, model)
         self.projection = matrix(rngs, (2 * model.embed_dim, model.embed_dim), ("embed", None), 1, model)
         self.block = Block(model, spec, rngs)
-        if ways.output_norm == "own":
+        if convention.output_norm == "own":
             self.output_norm = RMSNorm(model.embed_dim, model)
 
     def __call__(
@@ -190,10 +190,10 @@ class Sequential(Kind):
         self, module: SequentialModule, h_BTD: jax.Array, h_0_BTD: jax.Array, main: MainModel
     ) -> tuple[jax.Array, jax.Array]:
         """Returns the inputs of the output head and of the next depth, given the output of a module."""
-        ways = self.conventions
-        normed_BTD = (module.output_norm if ways.output_norm == "own" else main.final_norm)(h_BTD)
-        onward_BTD = normed_BTD if ways.recycled_hidden == "after_norm" else h_BTD
-        return normed_BTD, h_0_BTD if ways.chain == "trunk" else onward_BTD
+        convention = self.conventions
+        normed_BTD = (module.output_norm if convention.output_norm == "own" else main.final_norm)(h_BTD)
+        onward_BTD = normed_BTD if convention.recycled_hidden == "after_norm" else h_BTD
+        return normed_BTD, h_0_BTD if convention.chain == "trunk" else onward_BTD
 
 
 def _text_with_drafts(text: Text, at_BW: jax.Array, drafts: list[jax.Array]) -> jax.Array:
