@@ -1,1 +1,1 @@
-"""Command lines beside train.py and eval.py."""
+"""Command lines in addition to train.py and eval.py."""

@@ -1,12 +1,12 @@
-"""Hugging Face weights in and out.
+"""Import and export of Hugging Face weights.
 
     python -m mtp_jax.tools.convert import --hf=DIR --workdir=DIR [--family=NAME] [--check[=TEXTFILE]]
     python -m mtp_jax.tools.convert export --workdir=DIR --hf=DIR [--family=NAME] [--dtype=bfloat16]
 
-Until it is complete the result is beside its name, as .NAME.partial-XXXXXXXX; a kill -9 leaves that behind.
-import makes a workdir that eval.py measures, mtp_jax.load opens and a training run starts from:
+import writes a workdir for eval.py, mtp_jax.load and training:
     python train.py --config=DIR/config.json --config.init_from=DIR --workdir=OTHER --config.data.source=...
-export writes the newest checkpoint. Both appear complete or not at all, and keep in memory no more than one layer.
+export writes the newest checkpoint. Both hold at most one layer in memory. Until it is complete, the result is in the
+same parent folder as .NAME.partial-XXXXXXXX, which remains after a kill -9; NAME is complete or does not exist.
 Exit codes: 0 done, 1 failed, 2 unusable arguments or files.
 """
 
@@ -59,7 +59,7 @@ def _export_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def import_(args: argparse.Namespace) -> None:
-    """A Hugging Face folder as a workdir with one checkpoint, step 0, of weights alone."""
+    """Converts a Hugging Face folder into a workdir with one checkpoint, step 0, of weights only."""
     from flax.traverse_util import flatten_dict
 
     from mtp_jax.interop import checkpoint_folder as folder
@@ -81,7 +81,7 @@ def import_(args: argparse.Namespace) -> None:
             write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, bar.update)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
-        # Where the folder had no tokenizer, a run says so instead of reading bytes.
+        # Set even if the folder has no tokenizer, so that a run fails instead of reading bytes.
         tokenizer = pathlib.Path(args.workdir).absolute() / "hf" / "tokenizer.json"
         config = with_values(model.config, {"data.tokenizer": str(tokenizer)})
         text = json.dumps(to_dict(config), indent=2) + "\n"
@@ -96,7 +96,7 @@ def import_(args: argparse.Namespace) -> None:
 
 
 def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) -> None:
-    """What --check would stumble over, said before a long import."""
+    """Refuses a --check that cannot work, before a long import."""
     if not has_tokenizer:
         raise UserError(f"--check: {hf} has no tokenizer.json, so no text can be read; leave --check out")
     if not kind_of(config).depth:
@@ -106,7 +106,7 @@ def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) 
 
 
 def export(args: argparse.Namespace) -> None:
-    """The newest sound checkpoint as a Hugging Face folder."""
+    """Writes the newest valid checkpoint as a Hugging Face folder."""
     from flax.traverse_util import flatten_dict
 
     from mtp_jax.interop import checkpoint_folder as folder
@@ -121,7 +121,7 @@ def export(args: argparse.Namespace) -> None:
             raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
         step, arrays = saved.open_part(MODEL_PARTS)
         if args.depth == 0 and "mtp" in arrays["params"]:
-            # A matched parallel model keeps the blocks its trunk has.
+            # A parameter-matched parallel model has fewer main blocks than model.num_layers.
             config = with_values(config, {"model.num_layers": kind_of(config).num_main_layers, "mtp.kind": NONE})
             arrays = {name: {k: v for k, v in tree.items() if k != "mtp"} for name, tree in arrays.items()}
         sides = workdir / folder.SIDE_FOLDER
@@ -135,7 +135,7 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _tokenizer_file(config: Config) -> pathlib.Path | None:
-    """The tokenizer.json that the model was trained with; None for bytes, or where an import came without one."""
+    """Returns the tokenizer.json of the model's training; None for bytes, or if an import had none."""
     if config.data.tokenizer == "bytes":
         return None
     path = pathlib.Path(config.data.tokenizer).expanduser()
@@ -144,7 +144,7 @@ def _tokenizer_file(config: Config) -> pathlib.Path | None:
 
 
 def notes(config: Config, layout: str) -> list[str]:
-    """What somebody who serves the export should know."""
+    """Returns remarks for serving the export."""
     from mtp_jax.config import conventions
     from mtp_jax.interop.families import FAMILIES
 
@@ -163,7 +163,7 @@ def notes(config: Config, layout: str) -> list[str]:
 
 
 def describe(config: Config) -> str:
-    """The model in a few words."""
+    """Returns the model's size in one line."""
     from mtp_jax.model import count_parameters
 
     counts, depth = count_parameters(config.architecture), kind_of(config).depth
@@ -172,7 +172,7 @@ def describe(config: Config) -> str:
 
 
 def _bar(leaves: Iterable[ReadableArray], what: str) -> tqdm.tqdm:
-    """Progress over weights; nothing is shown before the first of them, so that a refusal stays one line."""
+    """Progress bar over weights; nothing is shown before the first of them, so that a refusal stays one line."""
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     return tqdm.tqdm(total=total, desc=what, unit=" weights", unit_scale=True, delay=1e-3)
 
@@ -182,5 +182,5 @@ def _stop(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # what is half-written is removed, as for Ctrl-C
+    signal.signal(signal.SIGTERM, _stop)  # removes partial results, as Ctrl-C does
     cli.run(main)

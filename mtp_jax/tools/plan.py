@@ -1,11 +1,11 @@
-"""What a config needs on a TPU slice, and how fast it can be, without the slice: the real step, compiled on a CPU.
+"""Memory and speed of a config on a TPU slice, without the slice: the real training step is compiled on a CPU.
 
     python -m mtp_jax.tools.plan --config=configs/NAME.py --topology=v5p:4x4x4 [--slices=N] [--json=FILE]
         [--search] [--config.section.key=VALUE ...]
 
-Prints memory against the chip's, the largest buffers by source line, collectives, and a roofline. With --search it
-tries meshes, recomputation and micro-batches and prints the best. Needs libtpu (the extra tpu). Exit codes: 0 it fits,
-1 it does not ("needs X of Y GiB"), 2 unusable arguments or config.
+Prints the memory in use and that of the chip, the largest buffers by source line, collectives, and a roofline. With
+--search, tries meshes, recomputation and micro-batches, and prints the best. Requires libtpu (the extra tpu). Exit
+codes: 0 the step fits, 1 it does not ("needs X of Y GiB"), 2 unusable arguments or config.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def _flags() -> argparse.ArgumentParser:
 
 
 def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | None) -> JsonObject:
-    from mtp_jax.tools.planning import estimate, plan_text  # jax starts here
+    from mtp_jax.tools.planning import estimate, plan_text  # imports jax
     from mtp_jax.tools.planning.compile import resolve
 
     plan = estimate.make_plan(resolve(resolved, topology), topology)

@@ -1,14 +1,14 @@
-"""Tables of runs, and their curves in a PNG.
+"""Tables of runs, and a PNG of their curves.
 
     python -m mtp_jax.tools.report --workdir=runs/a [--workdir=runs/b ...] [--output=report.png]
     python -m mtp_jax.tools.report --sweep=DIR [--sweep=DIR2 ...] [--markdown=FILE] [--json=FILE]
 
-Runs that differ by nothing but their seed are one variant, with mean and spread. Besides the newest numbers of every
-run: what the variants have learnt and what they cost (runs), the search over n, and benchmarks beside the baseline,
-each where there is something to compare. What was measured on held-out documents comes from the eval.json in a run's
-folder (eval.py --output=DIR/eval.json; tools.sweep writes it). Benchmarks get a PNG of their own, NAME_benchmarks.png.
+Runs that differ only in their seed are one variant, with mean and standard deviation. Besides the newest values of
+every run, the tables show losses and costs of the variants (runs), the search over n, and benchmarks beside the
+baseline, each if there is something to compare. Values on held-out documents come from the eval.json in a run's folder
+(eval.py --output=DIR/eval.json; tools.sweep writes it). Benchmarks have a separate PNG, NAME_benchmarks.png.
 
-Exit code 2 with one line where a workdir has no metrics, or a sweep no runs.
+Exit code 2 with one line if a workdir has no metrics, or a sweep no runs.
 """
 
 import json
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output={output}: must end in .png")
     runs = load_runs(args.workdir, args.sweep)
 
-    from mtp_jax.tools.reporting import variants as grouping  # jax and matplotlib start here
+    from mtp_jax.tools.reporting import variants as grouping  # imports jax
 
     variants, source = grouping.variants_of(runs), grouping.best_source(runs)
     tables = make_tables(runs, variants, source)
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_tables(runs: list[Run], variants: list, source: str) -> list[Table]:
-    """Those that say something about these runs."""
+    """Returns the tables that apply to these runs."""
     from mtp_jax.tools.reporting import tables
 
     out = [tables.newest(runs)]

@@ -1,17 +1,17 @@
-"""Train and evaluate every combination of some settings, each run a process and a folder of its own.
+"""Trains and evaluates every combination of some settings, each run in a separate process and folder.
 
     python -m mtp_jax.tools.sweep --config=configs/NAME.py --workdir=DIR \\
         --over='mtp.kind,mtp.depth=(none,1),(parallel,3),(sequential,1)' --over='seed=0,1' \\
         [--tasks=loss,acceptance,speculative] [--eval.limit=8] [--config.section.key=VALUE ...]
 
---over is KEY=VALUE,VALUE..., or KEY,KEY=(VALUE,VALUE),(VALUE,VALUE)... for keys that move together; several multiply.
---config.* holds for every run, --eval.NAME=VALUE is --NAME=VALUE of eval.py. A run is trained in DIR/NAME, NAME as in
-kind=parallel,depth=3,seed=0, with log.txt, and evaluated into eval.json there, with eval_log.txt.
+--over is KEY=VALUE,VALUE..., or KEY,KEY=(VALUE,VALUE),(VALUE,VALUE)... for keys that vary together; the runs are the
+product of all --over flags. --config.* applies to every run, --eval.NAME=VALUE is --NAME=VALUE of eval.py. A run is
+trained in DIR/NAME, with NAME as kind=parallel,depth=3,seed=0, and writes log.txt, eval.json and eval_log.txt there.
 
-The same command again does what is missing: it passes over runs that are done and goes on with those that were
-interrupted. Several sweeps may work in one DIR at a time; none takes a run that another is at. Then:
-python -m mtp_jax.tools.report --sweep=DIR. Exit codes: 0 all runs done, 1 some failed (the others were still run) or
-stopped, 2 unusable arguments, found before the first run starts.
+The same command again does what is missing: it skips runs that are done and continues those that were interrupted.
+Several sweeps may run in one DIR at the same time; a run that one of them has locked is not started by another. For
+tables: python -m mtp_jax.tools.report --sweep=DIR. Exit codes: 0 all runs done, 1 some runs failed (the others were
+run) or the sweep was stopped, 2 unusable arguments, found before the first run starts.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mtp_jax.tools.sweeping.grid import Planned, plan
 from mtp_jax.tools.sweeping.runner import Commands, Runner
 from mtp_jax.training.workdir import CONFIG_FILE, changes, read_config
 
-OF_THE_SWEEP = ("workdir", "output", "tasks", "check_only")  # flags of eval.py that are not --eval's
+OF_THE_SWEEP = ("workdir", "output", "tasks", "check_only")  # flags of eval.py that the sweep sets
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """(flags, --config.* overrides, flags of eval.py)."""
+    """Returns (flags, --config.* overrides, flags of eval.py)."""
     flags = cli.parser(__doc__)
     flags.add_argument("--config", required=True, help="as of train.py")
     flags.add_argument("--workdir", required=True, help="the runs' folders go into this one")
@@ -77,7 +77,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
 
 
 def _share(text: str | None) -> tuple[int, int]:
-    """(I, N) of I/N; of the SLURM array's task where nothing is said; else (0, 1)."""
+    """Parses I/N into (I, N); the default is the share of the SLURM array's task, else (0, 1)."""
     env, source = os.environ, f"--share={text}"
     if text is None and "SLURM_ARRAY_TASK_ID" in env:
         first, step = (int(env.get(f"SLURM_ARRAY_TASK_{name}", d)) for name, d in (("MIN", 0), ("STEP", 1)))
@@ -91,7 +91,12 @@ def _share(text: str | None) -> tuple[int, int]:
 
 
 def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[Planned], eval_flags: list[str]) -> None:
-    """Refuse what could only fail later. First what costs nothing to find out."""
+    """Refuses a sweep that would fail later; the cheapest checks come first.
+
+    Raises:
+      UserError: the arguments or the config of a run are unusable.
+      CheckFailed: a check cannot be made.
+    """
     if root.exists() and not root.is_dir():
         raise UserError(f"--workdir={root}: is a file; give a folder")
     children.check_scripts()
@@ -113,11 +118,11 @@ def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[Planned], ev
 
 
 def _check_folder(path: pathlib.Path, run: Planned) -> None:
-    """A folder of that name belongs to that run."""
+    """Checks that an existing folder belongs to this run."""
     if not (path / CONFIG_FILE).is_file():
         return
     config = run.config
-    if config.model.vocab_size is None:  # the run has taken the tokenizer's
+    if config.model.vocab_size is None:  # the run has set the tokenizer's
         config = replace(config, model=replace(config.model, vocab_size=read_config(path).model.vocab_size))
     changes(config, path)
 

@@ -1,1 +1,1 @@
-"""The parts of the planner: chips and topologies, compiling, reading what was compiled, rooflines, search, tables."""
+"""Modules of the planner: chips and topologies, compilation, parsing of compiled programs, rooflines, search, text."""

@@ -1,9 +1,9 @@
-"""What a chip's memory holds: from the compiler's buffer assignment and live ranges.
+"""Contents of a chip's memory, from the compiler's buffer assignment and live ranges.
 
-The assignment is a list of allocations: arguments (the state and the batch), outputs that take no argument's place,
-constants, and one heap for everything else. Each value of the program has a size and an offset in its allocation;
-values whose times do not overlap share bytes. What the chip must have free is the sum of the allocations in its main
-memory, gaps in the heap included: the sum that the compiler compares with the chip's.
+The assignment is a list of allocations: arguments (the state and the batch), outputs that do not reuse an argument's
+memory, constants, and one heap for everything else. Each value of the program has a size and an offset in its
+allocation; values with disjoint live ranges share bytes. The chip must have free the sum of the allocations in its main
+memory, including gaps in the heap; the compiler compares this sum with the chip's memory.
 """
 
 import re
@@ -14,12 +14,12 @@ from mtp_jax.tools.planning.hlo import Module
 _ALLOCATION = re.compile(r"allocation (\d+): size (\d+), (.*)")
 _VALUE = re.compile(r" value: <\d+ (\S+?)(\{[\d,]*\})?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)")
 _RANGE = re.compile(r"\s+(\S+?)(\{[\d,]*\})(?: \(phi\))?:(\d+)-(\d+)")
-SMALL = 1 << 16  # bytes; flags and counters, in no table
+SMALL = 1 << 16  # bytes; smaller values (flags, counters) are in no table
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """A value of the heap. start, end: first and last instruction, in the program's order, that need it."""
+    """A value of the heap. start, end: first and last instruction of its live range, in the program's order."""
 
     name: str
     shape: str
@@ -31,8 +31,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Largest:
-    """A line of the table of large buffers: `count` of the same shape from the same line, live at the peak. bytes: of
-    all of them. source: "file:line" or the compiler's name for it."""
+    """A row of the table of large buffers: `count` buffers of one shape and source line, live at the peak. bytes: of
+    all of them. source: "file:line" or the compiler's name."""
 
     bytes: int
     count: int
@@ -42,8 +42,8 @@ class Largest:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a device. total: what the program needs. arguments: the state and the batch. heap: everything in between,
-    `live` of it in use at the fullest moment, the rest gaps."""
+    """Bytes per device. total: the program's requirement. arguments: the state and the batch. heap: temporaries, of
+    which `live` are in use at the peak and the rest are gaps. largest: the values that are live at the peak."""
 
     total: int
     arguments: int
@@ -53,7 +53,7 @@ class Memory:
 
 
 def read_memory(assignment: str, live_ranges: str, module: Module) -> Memory:
-    """Sizes and the table of large buffers; arguments count as one line each kind of shape."""
+    """Reads sizes and the table of large buffers from the compiler's texts."""
     ranges = _ranges(live_ranges)
     total, arguments, heap = 0, 0, 0
     buffers: list[Buffer] = []
@@ -75,7 +75,7 @@ def read_memory(assignment: str, live_ranges: str, module: Module) -> Memory:
 
 
 def _ranges(text: str) -> dict[str, tuple[int, int]]:
-    """Value -> first and last instruction of its life; of several ranges (loops join them) the whole span."""
+    """Maps values to the first and last instruction of their live ranges; several ranges (from loops) are joined."""
     out: dict[str, tuple[int, int]] = {}
     for line in text.partition("BufferLiveRange:")[2].splitlines()[1:]:
         found = _RANGE.match(line)
@@ -89,7 +89,7 @@ def _ranges(text: str) -> dict[str, tuple[int, int]]:
 
 
 def peak(buffers: list[Buffer]) -> tuple[int, list[Buffer]]:
-    """Most bytes in use at one instruction, and the values that use them, each byte counted once."""
+    """Returns the most bytes in use at one instruction and the values that use them; each byte is counted once."""
     best, at_best = 0, []
     for moment in sorted({b.start for b in buffers}):
         alive = [b for b in buffers if b.start <= moment <= b.end]
@@ -101,7 +101,7 @@ def peak(buffers: list[Buffer]) -> tuple[int, list[Buffer]]:
 
 
 def _apart(buffers: list[Buffer]) -> list[Buffer]:
-    """Without those that lie in the bytes of a larger one: an input updated in place is one buffer with its output."""
+    """Drops buffers that overlap a larger one: an input that is updated in place shares its buffer with the output."""
     kept: list[Buffer] = []
     for one in sorted(buffers, key=lambda b: -b.size):
         if all(one.offset >= b.offset + b.size or b.offset >= one.offset + one.size for b in kept):
@@ -110,7 +110,7 @@ def _apart(buffers: list[Buffer]) -> list[Buffer]:
 
 
 def largest(buffers: list[Buffer], module: Module) -> list[Largest]:
-    """Buffers of one shape and source line added up, largest first."""
+    """Sums up the buffers of each shape and source line, largest first."""
     instructions = {i.name: i for computation in module.computations.values() for i in computation}
     groups: dict[tuple[str, str], list[int]] = {}
     for buffer in buffers:

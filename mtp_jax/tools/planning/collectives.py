@@ -1,4 +1,4 @@
-"""What a program sends between devices: kind, bytes a step, and the mesh axes that each exchange runs along."""
+"""Collectives of a compiled program: kind, bytes per step and mesh axes."""
 
 import re
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import numpy as np
 from mtp_jax.tools.planning.hlo import Instruction, Module, num_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_IOTA = r"\[?([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"  # devices counted, transposed and reshaped
+_IOTA = r"\[?([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"  # device numbers as an iota, transposed and reshaped
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange of the program, as often as it runs in a step.
+    """A collective instruction, with all of its runs in a step.
 
-    axes: mesh axes it runs along, in the mesh's order. group: devices that take part together.
-    bytes: what a device sends a step. payload: bytes a device holds of it, its own part or the collected whole,
-    whichever is larger, times runs. times: runs a step. source: "file:line", or "".
+    axes: mesh axes along which it runs, in the mesh's order. group: number of devices that take part together.
+    bytes: sent per device and step. payload: bytes held per device, the larger of its own part and the gathered whole,
+    times runs. times: runs per step. source: "file:line", or "".
     """
 
     kind: str
@@ -30,7 +30,7 @@ class Collective:
 
 
 def collectives(module: Module, mesh_shape: dict[str, int]) -> list[Collective]:
-    """Every exchange of the program between more than one device."""
+    """Returns every collective of the program that has more than one device."""
     out = []
     for name, instructions in module.computations.items():
         times = module.times.get(name, 0.0)
@@ -40,7 +40,7 @@ def collectives(module: Module, mesh_shape: dict[str, int]) -> list[Collective]:
             if kind not in KINDS:
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # on TPUs a fusion: an all-reduce of which each device keeps its slice
+                kind = "reduce-scatter"  # on TPUs: a fused all-reduce and slice
             group, axes = participants(instruction, mesh_shape)
             if group > 1:
                 payload, sent = _sizes(kind, instruction, shapes, group)
@@ -50,8 +50,8 @@ def collectives(module: Module, mesh_shape: dict[str, int]) -> list[Collective]:
 
 
 def _sizes(kind: str, instruction: Instruction, shapes: dict[str, str], group: int) -> tuple[float, float]:
-    """(payload, bytes a device sends) of one run: a ring's all-gather passes on every part but one, a reduction does
-    so twice, an exchange keeps its own part, a permute sends all it has."""
+    """Returns (payload, bytes sent) per device of one run. In a ring, an all-gather sends every part but one and an
+    all-reduce twice as much; an all-to-all keeps its own part; a permute sends the whole operand."""
     held = float(sum(num_bytes(shapes.get(o, "")) for o in instruction.operands))
     if kind == "all-gather":
         return held * group, held * (group - 1)
@@ -59,16 +59,16 @@ def _sizes(kind: str, instruction: Instruction, shapes: dict[str, str], group: i
         return held, 2 * held * (group - 1) / group
     if kind in ("reduce-scatter", "all-to-all"):
         return held, held * (group - 1) / group
-    if kind == "ragged-all-to-all":  # operands: what is sent, where it goes to, and four small arrays of sizes
+    if kind == "ragged-all-to-all":  # operands: data, output buffer, four small arrays of offsets and sizes
         held = float(num_bytes(shapes.get(instruction.operands[0], "")))
         return held, held * (group - 1) / group
     return held, held
 
 
 def participants(instruction: Instruction, mesh_shape: dict[str, int]) -> tuple[int, tuple[str, ...]]:
-    """How many devices take part together, and the mesh axes along which they differ.
+    """Returns the number of devices that take part together and the mesh axes along which they differ.
 
-    Device numbers are places in the mesh, row by row, as the program's device assignment has them.
+    Device numbers are row-major positions in the mesh, as in the program's device assignment.
     """
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest)
     if pairs:
@@ -89,10 +89,10 @@ def _axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[str, ...
 
 
 def replica_groups(rest: str, num_devices: int) -> list[list[int]]:
-    """The groups of a collective, in any of the three ways the text writes them.
+    """Returns the device groups of a collective, from any of the three notations of HLO text.
 
-    {{0,1},{2,3}}; [2,2]<=[4] or [2,2]<=[2,2]T(1,0), an iota reshaped, transposed and cut; and
-    mesh['a'=2,'b'=2] {'a'}, groups along the named axes of a mesh of its own, whose axes may be split: 'a':(1)2.
+    {{0,1},{2,3}}; [2,2]<=[4] or [2,2]<=[2,2]T(1,0), an iota reshaped, transposed and split into rows; and
+    mesh['a'=2,'b'=2] {'a'}, groups along the named axes of a mesh in the text, whose axes may be split: 'a':(1)2.
     """
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if listed:
@@ -110,7 +110,7 @@ def _mesh_groups(axes: str, device_ids: str, used: str, num_devices: int) -> lis
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     order = re.search(_IOTA, device_ids)
     places = _places(order, num_devices) if order else np.arange(num_devices)
-    # Split each axis where a part of it is used: 'a':(pre)size is the part of `size` after `pre` on the major side.
+    # An axis of which a part is used is split: 'a':(pre)size is the part of `size` after `pre` on the major side.
     dims: list[tuple[str, int, bool]] = []
     parts = {m[0]: (int(m[1]), int(m[2])) for m in re.findall(r"'([^']+)':\((\d+)\)(\d+)", used)}
     whole = set(re.findall(r"'([^']+)'(?!:)", used))

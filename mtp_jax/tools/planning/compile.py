@@ -1,8 +1,8 @@
-"""One training step, compiled for a topology: the program's text, its buffers, and what the compiler says of memory.
+"""Compilation of one training step for a topology: the program's text, buffers and live ranges.
 
-The compiler's own dump is where buffers are read from (`xla_dump_to`, a temporary folder): the buffer assignment lists
-every value with its size and its place in the heap, the live ranges say when it is in use. Both are written before an
-over-full program is refused, so such a program is reported like any other.
+Buffers are read from the compiler's dump (`xla_dump_to`, a temporary folder): the buffer assignment lists every value
+with its size and its offset in the heap, the live ranges state when it is in use. Both are written before the compiler
+refuses a program that does not fit, so such a program is reported like any other.
 """
 
 import pathlib
@@ -26,17 +26,17 @@ from mtp_jax.training.step import Trainer, make_trainer
 
 
 class CompilerError(RuntimeError):
-    """The compiler failed for another reason than memory. Exit code 1."""
+    """Raised if the compiler fails for a reason other than memory. Exit code 1."""
 
 
 @dataclass(frozen=True)
 class Program:
     """A compiled step.
 
-    hlo, buffers, live: the compiler's texts: scheduled program, buffer assignment, live ranges.
-    is_over_full: it needs more memory than the chip has.
-    flops: of matrix products as executed, recomputation included, FLOP a device and step.
-    lower_seconds, compile_seconds: wall clock.
+    hlo, buffers, live: the compiler's texts of the scheduled program, the buffer assignment and the live ranges.
+    is_over_full: True if it needs more memory than the chip has.
+    flops: of the executed matrix products, including recomputation, FLOP per device and step.
+    lower_seconds, compile_seconds: elapsed time.
     """
 
     mesh: jax.sharding.Mesh
@@ -51,10 +51,11 @@ class Program:
 
 
 def resolve(config: Config, topology: Topology) -> Config:
-    """`config` as it would run on the topology: vocabulary known, "auto" decided for TPUs, checked against the devices.
+    """Returns `config` as it would run on the topology: vocabulary size set, "auto" resolved for TPUs, validated
+    against the devices.
 
     Raises:
-      UserError: what cannot run there.
+      UserError: the config cannot run there.
     """
     num_devices = len(topology.devices)
     if config.model.vocab_size is None:
@@ -66,13 +67,13 @@ def resolve(config: Config, topology: Topology) -> Config:
 
 
 def compile_step(config: Config, topology: Topology) -> Program:
-    """Lower and compile the step that train.py would run; nothing is allocated.
+    """Lowers and compiles the step that train.py would run; allocates nothing.
 
     Args:
       config: from `resolve`.
 
     Raises:
-      CompilerError: the compiler failed, memory excepted.
+      CompilerError: the compiler failed for a reason other than memory.
     """
     started = time.perf_counter()
     mesh = sharding.make_mesh(config.mesh, topology.devices)
@@ -98,18 +99,18 @@ def compile_step(config: Config, topology: Topology) -> Program:
 
 
 def abstract_batch(config: Config, trainer: Trainer) -> Tree:
-    """A step's batch as shapes."""
+    """Returns the shapes of a step's batch."""
     shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).lookahead)
     one = jax.ShapeDtypeStruct(shape, "int32", sharding=trainer.batch_sharding)
     return {"tokens": one, "segment_ids": one, "positions": one}
 
 
 def _compile(lowered: jax.stages.Lowered, folder: str) -> bool:
-    """Compile and leave the dump in `folder`; True where the program does not fit."""
+    """Compiles and leaves the dump in `folder`; returns True if the program does not fit."""
     options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
         lowered.compile(compiler_options=options)
-    except Exception as error:  # one type for every reason
+    except Exception as error:  # the compiler raises one type for every reason
         text = str(error)
         if "RESOURCE_EXHAUSTED" in text and "hbm" in text.lower():
             return True
@@ -118,7 +119,7 @@ def _compile(lowered: jax.stages.Lowered, folder: str) -> bool:
 
 
 def _dumped(folder: str, part: str) -> str:
-    """The text of the training step's dump that ends in `part`."""
+    """Returns the text of the training step's dump whose name ends in `part`."""
     found = [p for p in pathlib.Path(folder).glob(f"*{part}.txt") if ".jit_step." in p.name]
     if not found:
         raise CompilerError(f"the compiler left no {part} text; this libtpu is not known to work, use the one jax pins")

@@ -1,4 +1,4 @@
-"""A plan: everything that is known of one config on one topology once its step is compiled."""
+"""Plan of one config on one topology: the measurements of its compiled step."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -23,14 +23,14 @@ TABLE_ROWS = 10
 
 
 class OverFull(RuntimeError):
-    """The step needs more memory than a chip has; the message is the whole report. Exit code 1."""
+    """Raised if the step needs more memory than a chip has; the message is the whole report. Exit code 1."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Per device and step unless said otherwise; bytes, FLOP, seconds.
+    """Measurements per device and step unless stated otherwise, in bytes, FLOP and seconds.
 
-    roofline: None for a program that does not fit: the compiler then leaves one it has not finished.
+    roofline: None if the program does not fit, because the compiler then writes an unfinished program.
     """
 
     config: Config
@@ -51,12 +51,12 @@ class Plan:
 
     @property
     def needs_gib(self) -> float:
-        """What a chip must have free, GiB."""
+        """Memory that a chip must have free, GiB."""
         return self.memory.total / GIB
 
 
 def make_plan(config: Config, topology: Topology) -> Plan:
-    """Compile and measure.
+    """Compiles the step and measures it.
 
     Args:
       config: from `compile.resolve`.
@@ -99,7 +99,7 @@ def _bytes_a_device(tree: PyTree) -> int:
 
 
 def over_full_message(plan: Plan) -> str:
-    """ "needs X of Y GiB, largest: ..." """
+    """Returns the error line "mesh (...): needs X of Y GiB, largest: ..."."""
     rows = [f"{row.bytes / GIB:.1f} GiB {row.shape} {row.source}" for row in plan.memory.largest[:3]]
     shown = ", ".join(f"{n}={s}" for n, s in plan.mesh.items())
     return (
@@ -109,7 +109,7 @@ def over_full_message(plan: Plan) -> str:
 
 
 def by_kind(sent: list[Collective]) -> list[JsonObject]:
-    """One line a kind and set of axes: runs a step, and bytes that a device sends and holds."""
+    """Returns one row per kind and set of axes: runs per step, and bytes that a device sends and holds."""
     groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
     for one in sent:
         groups.setdefault((one.kind, one.axes), []).append(one)
@@ -128,7 +128,7 @@ def by_kind(sent: list[Collective]) -> list[JsonObject]:
 
 
 def to_json(plan: Plan) -> JsonObject:
-    """Everything that is printed, and more digits of it."""
+    """Returns the printed values at full precision as a JSON object."""
     counted = count_parameters(plan.config.architecture)
     memory, chip, bounds = plan.memory, plan.topology.chip, plan.roofline
     return {

@@ -1,8 +1,8 @@
-"""Reading a compiled program's text: instructions, how often each runs, where it comes from, what it moves.
+"""Parser of a compiled program's text: instructions, number of runs, source lines and bytes.
 
-A loop's body is in the text once. Its trip count is the constant that the loop's condition compares its counter with:
-jax's scans and the compiler's own loops (a product and the gather of its operand, interleaved) count from 0 by 1. A
-loop whose bound is known at run time only counts as not run at all: those are the further rounds of an exchange of
+A loop's body is in the text once. Its trip count is the constant with which the loop's condition compares its counter:
+jax's scans and the compiler's own loops (a product interleaved with the gather of its operand) count from 0 by 1. A
+loop whose bound is known only at run time counts as not run: these are the additional rounds of the all-to-all of
 tokens between experts, which an even load does not need.
 """
 
@@ -26,7 +26,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(?:
 
 @dataclass(frozen=True)
 class Instruction:
-    """shape: as text, tuples and layouts included. rest: everything after the opening bracket."""
+    """An instruction. shape: as text, including tuples and layouts. rest: the text after the opening bracket."""
 
     name: str
     shape: str
@@ -41,8 +41,11 @@ class Instruction:
 
 @dataclass
 class Module:
-    """computations: name -> its instructions, in the order they run. times: how often a computation runs a step.
-    sources: stack frame number -> "file:line" of ours, where there is one."""
+    """A compiled program.
+
+    computations: name -> instructions in the order they run. times: runs of a computation per step.
+    sources: stack frame number -> "file:line" in this package, if any. fused: computations inside fusions.
+    """
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
@@ -50,13 +53,13 @@ class Module:
     fused: set[str] = field(default_factory=set)
 
     def source(self, instruction: Instruction) -> str:
-        """ "file:line" that asked for it, the innermost frame in this package; "" where the compiler did."""
+        """Returns "file:line" of the innermost frame in this package; "" for instructions that the compiler added."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
         return self.sources.get(int(found[1]), "") if found else ""
 
 
 def parse(text: str) -> Module:
-    """The module of a compiled program's text."""
+    """Parses the text of a compiled program."""
     module, entry, current = Module(), "", None
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
@@ -69,7 +72,7 @@ def parse(text: str) -> Module:
             found = _INSTRUCTION.match(line)
             if found:
                 current.append(Instruction(*found.groups()))
-            elif current:  # an attribute of several lines, as Pallas kernels have: the last begins with "}}"
+            elif current:  # an attribute of several lines, as in Pallas kernels; the last begins with "}}"
                 current[-1] = replace(current[-1], rest=f"{current[-1].rest} {line}")
     module.sources = _sources(text)
     _count(module, entry)
@@ -77,7 +80,7 @@ def parse(text: str) -> Module:
 
 
 def _count(module: Module, entry: str) -> None:
-    """Fill times and fused, walking down from the entry; a computation called from several places adds up."""
+    """Fills `times` and `fused` from the entry down; calls of a computation from several places are added up."""
     pending = [(entry, 1.0)]
     while pending:
         name, times = pending.pop()
@@ -101,7 +104,7 @@ def _called(rest: str) -> list[str]:
 
 
 def trip_count(condition: list[Instruction], rest: str = "") -> int:
-    """How often a loop runs: what the compiler wrote down, else the constant of its condition, else 0."""
+    """Returns a loop's number of iterations: the compiler's annotation, else the constant of its condition, else 0."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
     if known:
         return int(known[1])
@@ -110,10 +113,10 @@ def trip_count(condition: list[Instruction], rest: str = "") -> int:
 
 
 def num_bytes(shape: str, space: str | None = None) -> int:
-    """Bytes of a shape's text, tuples added up, without the padding of its tiles.
+    """Bytes of the arrays in a shape's text, without the padding of tiles.
 
     Args:
-      space: count only arrays in this memory space of the layout ("0" is HBM, "1" the chip's vector memory).
+      space: counts only arrays in this memory space of the layout ("0" is HBM, "1" the chip's vector memory).
     """
     total = 0
     for dtype, dims, layout in _SHAPE.findall(shape):
@@ -126,7 +129,7 @@ def num_bytes(shape: str, space: str | None = None) -> int:
 
 
 def _sources(text: str) -> dict[int, str]:
-    """Stack frame -> the innermost frame in this package, from the tables at the head of the text."""
+    """Maps stack frames to the innermost frame in this package, from the tables at the head of the text."""
     files, places, frames, table = {}, {}, {}, ""
     for line in text.splitlines():
         if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):

@@ -1,4 +1,4 @@
-"""Matrix products of a step as it was traced, before the compiler: recomputation is in it, fusions are not."""
+"""FLOPs of a traced step's matrix products, before compilation: with recomputation, without fusion."""
 
 import math
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ from mtp_jax.kernels.attention import splash
 
 
 def matmul_flops(jaxpr: jax.extend.core.Jaxpr, num_devices: int) -> float:
-    """FLOPs of the matrix products of a traced program, over all devices: 2 x rows x columns x summed.
+    """FLOPs of the matrix products of a traced program, over all devices: 2 x rows x columns x contracted size.
 
-    A scan's body counts as often as it runs, a shard_map's on every device, a grouped product once a row; a loop whose
-    bound is known at run time only counts as not run, as in `hlo`. What the compiler would drop as unused counts. Of a
-    Pallas kernel the body counts once for each block that it computes, unless the kernel says itself what it takes, as
-    those do whose blocks only the run knows.
+    A scan's body counts once per iteration, a shard_map's body once per device, a grouped product once per row. A loop
+    whose bound is known only at run time counts as not run, as in `hlo`. Products that the compiler would remove as
+    unused are counted. The body of a Pallas kernel counts once per computed block, unless the kernel has a cost
+    estimate; kernels whose number of blocks is known only at run time have one.
     """
     total = 0.0
     times: float
@@ -42,7 +42,7 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr, num_devices: int) -> float:
 
 
 def _inner(eqn: jax.extend.core.JaxprEqn) -> list[jax.extend.core.Jaxpr]:
-    """The programs among an equation's parameters, without their constants."""
+    """Returns the programs among an equation's parameters, without their constants."""
     out: list[jax.extend.core.Jaxpr] = []
     for value in eqn.params.values():
         for one in value if isinstance(value, (tuple, list)) else (value,):
@@ -53,13 +53,14 @@ def _inner(eqn: jax.extend.core.JaxprEqn) -> list[jax.extend.core.Jaxpr]:
 
 
 def _blocks(eqn: jax.extend.core.JaxprEqn) -> float:
-    """How often a Pallas kernel's body computes: once a point of its grid, where the kernel does not skip some."""
+    """Number of blocks that a Pallas kernel computes: the points of its grid, less those splash attention skips."""
     name, grid = eqn.params["name"], eqn.params["grid_mapping"].grid
     return splash.computed_blocks(name, grid) if name.startswith("splash_") else _product(grid)
 
 
 def _ragged_flops(eqn: jax.extend.core.JaxprEqn) -> float:
-    """Each row meets one group only: rows x what is summed x what is produced, whichever of them is ragged."""
+    """FLOPs of a grouped product, which multiplies each row by one group: 2 x rows x contracted size x output size, for
+    any of these dimensions ragged."""
     (lhs, rhs), dims = map(_shape, eqn.invars[:2]), eqn.params["ragged_dot_dimension_numbers"]
     (_, rhs_summed), (_, rhs_batch) = dims.dot_dimension_numbers
     kept = [n for d, n in enumerate(rhs) if d not in (*rhs_summed, *rhs_batch, *dims.rhs_group_dimensions)]

@@ -1,4 +1,4 @@
-"""A plan as text: what plan.py prints."""
+"""Plan as text, as tools.plan prints it."""
 
 from mtp_jax.model import count_parameters
 from mtp_jax.mtp import kind_of
@@ -6,7 +6,7 @@ from mtp_jax.tools.planning.estimate import GIB, TABLE_ROWS, TERA, Plan, by_kind
 
 
 def report(plan: Plan) -> str:
-    """Memory, large buffers, work, collectives, bounds."""
+    """Returns memory, large buffers, collectives, work and bounds as text."""
     return "\n\n".join([_head(plan), _memory(plan), _buffers(plan), _collectives(plan), _bounds(plan)])
 
 
@@ -74,7 +74,7 @@ def _bounds(plan: Plan) -> str:
 
 
 def _gib(size: float) -> str:
-    """Bytes in GiB: two decimals, or two digits where that would show none."""
+    """Formats bytes as GiB with two decimals, or with two digits below 0.1."""
     gib = size / GIB
     return f"{gib:.2f}" if gib >= 0.1 or not gib else f"{gib:.2g}"
 

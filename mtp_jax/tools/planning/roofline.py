@@ -1,7 +1,7 @@
-"""How fast a step can be: the time each part of the machine needs for its share, and which one needs the most.
+"""Lower bounds of the step time: the time that each part of the machine needs for its share of the work.
 
-Each figure is a bound: perfect overlap, every matrix unit at its peak, every link full. A real step is slower; what is
-compared is one plan with another. MFU is the model's own FLOPs (recomputation does not count) over the bound's time.
+Each figure assumes perfect overlap, every matrix unit at its peak and every link full. A real step is slower; the
+figures compare one plan with another. MFU is the model's own FLOPs (without recomputation) over the bound's time.
 """
 
 import math
@@ -15,19 +15,19 @@ from mtp_jax.tools.planning.topology import Chip, Topology
 
 @dataclass(frozen=True)
 class Roofline:
-    """parts: seconds a step that each part is busy. mfu: at the slowest part's time."""
+    """Bounds of a step. parts: busy seconds per step of each part. mfu: at the slowest part's time."""
 
     parts: dict[str, float]
     mfu: float
 
     @property
     def seconds(self) -> float:
-        """The predicted step time: the slowest part's."""
+        """Predicted step time: that of the slowest part."""
         return max(self.parts.values())
 
     @property
     def bound(self) -> str:
-        """Which part that is."""
+        """Name of the slowest part."""
         return max(self.parts, key=lambda name: self.parts[name])
 
 
@@ -40,12 +40,12 @@ def roofline(
     hbm_bytes: float,
     sent: list[Collective],
 ) -> Roofline:
-    """The bounds of one step.
+    """Returns the bounds of one step.
 
     Args:
       mesh: the mesh's array of devices; names: its axes.
-      model_flops, executed_flops: FLOP a device and step, without and with recomputation.
-      hbm_bytes: read and written, a device and step.
+      model_flops, executed_flops: FLOP per device and step, without and with recomputation.
+      hbm_bytes: bytes read and written, per device and step.
       sent: the program's collectives.
     """
     chip = topology.chip
@@ -62,7 +62,7 @@ def roofline(
 
 
 def dims_used(mesh: np.ndarray, names: tuple[str, ...], axes: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(physical dim, chips met along it) for the torus dims that some mesh axes run along."""
+    """Returns (physical dim, number of chips along it) for the torus dims that the mesh axes run along."""
     index = tuple(slice(None) if name in axes else 0 for name in names)
     coords = np.array([device.coords for device in np.asarray(mesh[index]).flat])
     lengths = [len(set(coords[:, d].tolist())) for d in range(coords.shape[1])]
@@ -70,19 +70,19 @@ def dims_used(mesh: np.ndarray, names: tuple[str, ...], axes: tuple[str, ...]) -
 
 
 def slices_crossed(mesh: np.ndarray, names: tuple[str, ...], axes: tuple[str, ...]) -> int:
-    """How many slices the devices along some mesh axes lie in."""
+    """Returns the number of slices that the devices along the mesh axes belong to."""
     index = tuple(slice(None) if name in axes else 0 for name in names)
     return len({getattr(device, "slice_index", 0) for device in np.asarray(mesh[index]).flat})
 
 
 def link_seconds(one: Collective, chip: Chip, dims: list[tuple[int, int]], shape: tuple[int, ...]) -> float:
-    """Seconds that a collective keeps the links busy.
+    """Seconds that a collective occupies the links.
 
-    Gathers and reductions run around every dim at once, in both directions where the dim closes to a ring and all of it
-    takes part. In an exchange each byte travels a quarter of the ring on average, a third of a line. A permute uses one
-    link in one direction.
+    Gathers and reductions use every dim at once, in both directions if the dim is a ring and all of it takes part. In
+    an all-to-all each byte crosses on average a quarter of a ring or a third of a line. A permute uses one link in one
+    direction.
     """
-    if not dims:  # the two cores of a chip
+    if not dims:  # between the two cores of a chip
         return one.bytes / (2 * chip.link_bandwidth)
     if one.kind == "collective-permute":
         return one.bytes / chip.link_bandwidth
@@ -96,6 +96,6 @@ def link_seconds(one: Collective, chip: Chip, dims: list[tuple[int, int]], shape
 
 
 def network_seconds(one: Collective, chip: Chip, num_slices: int) -> float:
-    """Seconds on the network between slices. The chips of a slice share the work, so a chip sends its part only."""
+    """Seconds on the network between slices. The chips of a slice share the transfer, so each sends only its part."""
     within = max(one.group // num_slices, 1)
     return one.bytes / within / chip.network_bandwidth

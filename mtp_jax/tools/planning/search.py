@@ -1,8 +1,8 @@
-"""Trying meshes, recomputation and batch sizes: pruned by arithmetic, then compiled, then ranked.
+"""Search over meshes, recomputation and micro-batches: candidates are pruned by estimates, compiled and ranked.
 
-What is fixed is the topology, the model and the tokens a step: where a batch is too large for the chips, it is cut into
-more micro-batches, and never changed. Every candidate's memory and time are first estimated from sizes alone; the
-estimate leaves out what the compiler adds, so only what is hopeless is dropped, and the most promising are compiled.
+The topology, the model and the tokens per step are fixed: a batch that is too large for the chips is split into more
+micro-batches. Memory and time of every candidate are first estimated from sizes alone. The estimate leaves out what the
+compiler adds, so it only rejects candidates that cannot fit; the most promising of the others are compiled.
 """
 
 import itertools
@@ -26,13 +26,13 @@ from mtp_jax.tools.planning.topology import Topology
 from mtp_jax.training.flops import train_flops_per_token
 from mtp_jax.typing import JsonObject
 
-EXECUTED = {"none": 1.0, "dots": 1.1, "full": 4 / 3}  # work over the model's own: all of the forward pass again at most
-KEPT = {"none": 34, "dots": 12, "full": 1}  # saved numbers a token and layer, in units of the model dim; 2205.05198
+EXECUTED = {"none": 1.0, "dots": 1.1, "full": 4 / 3}  # executed / model FLOPs; "full" repeats the forward pass
+KEPT = {"none": 34, "dots": 12, "full": 1}  # saved values per token and layer, in units of the model dim; 2205.05198
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config to try, and what arithmetic says of it: GiB a device, seconds a step."""
+    """A config to try, with its estimates. gib: GiB per device. seconds: per step."""
 
     config: Config
     gib: float
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """A compiled candidate; plan is None where the compiler refused it, for the reason in `why`."""
+    """A compiled candidate. plan: None if the compiler refused it, for the reason in `why`."""
 
     candidate: Candidate
     plan: Plan | None
@@ -49,15 +49,15 @@ class Found:
 
     @property
     def seconds(self) -> float:
-        """A step's bound; infinite where it does not fit."""
+        """Lower bound of the step time; infinite if the step does not fit."""
         return self.plan.roofline.seconds if self.plan and self.plan.fits and self.plan.roofline else math.inf
 
 
 def search(config: Config, topology: Topology, num_tries: int) -> list[Found]:
-    """Compile the `num_tries` most promising candidates; the fastest first.
+    """Compiles the `num_tries` most promising candidates and returns them, fastest first.
 
     Raises:
-      UserError: nothing can run there, or nothing comes near to fitting.
+      UserError: no mesh of the topology divides the config, or no candidate fits by its estimate.
     """
     everything = list(candidates(config, topology))
     if not everything:
@@ -81,7 +81,7 @@ def search(config: Config, topology: Topology, num_tries: int) -> list[Found]:
 
 
 def _promise(candidate: Candidate) -> tuple[float, int, float]:
-    """Fast first; what is as fast to two digits by fewer micro-batches, then by less memory."""
+    """Sort key: estimated time to two digits, then fewer micro-batches, then less memory."""
     return float(f"{candidate.seconds:.2g}"), candidate.config.training.grad_accum_steps, candidate.gib
 
 
@@ -93,8 +93,8 @@ def _try(candidate: Candidate, topology: Topology) -> Found:
 
 
 def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
-    """Every mesh whose axes multiply to the devices and divide the config, with every remat policy, in as few
-    micro-batches as arithmetic allows and in twice and four times as many."""
+    """Yields every mesh whose axes multiply to the devices and divide the config, with every remat policy and with 1 to
+    32 micro-batches, in powers of two."""
     for sizes in meshes(len(topology.devices), topology.num_slices):
         for remat, accumulate in itertools.product(EXECUTED, (1, 2, 4, 8, 16, 32)):
             changes = {"mesh": MeshConfig(**sizes), "model.remat": remat, "training.grad_accum_steps": accumulate}
@@ -107,8 +107,9 @@ def candidates(config: Config, topology: Topology) -> Iterator[Candidate]:
 
 
 def meshes(num_devices: int, num_slices: int) -> Iterator[dict[str, int]]:
-    """Axis sizes that multiply to the devices. data joins slices only: within one, fsdp does all that data does with
-    less memory. Heads, experts and positions are cut 16 ways at most, beyond which their exchanges rule the step."""
+    """Yields axis sizes that multiply to the devices. data only joins slices: within one, fsdp does the same with less
+    memory. Heads and positions are split into at most 16 parts, experts into at most 64; beyond these sizes their
+    collectives dominate the step."""
     for expert, context, tensor in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
         cut = num_slices * expert * context * tensor
         if num_devices % cut == 0:
@@ -117,7 +118,7 @@ def meshes(num_devices: int, num_slices: int) -> Iterator[dict[str, int]]:
 
 
 def memory_gib(config: Config, sizes: dict[str, int]) -> float:
-    """State, gradients and saved activations of a device, GiB; what a layer needs while it runs is left out."""
+    """Estimates state, gradients and saved activations per device, GiB; temporaries of a running layer are left out."""
     model, moments = config.model, 2 if config.optimizer.moment_dtype == "bfloat16" else 4
     param_bytes = 4 if model.param_dtype == "float32" else 2
     moment_count = 2 if config.optimizer.name == "adamw" else 1
@@ -134,13 +135,14 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
 
 
 def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
+    """Returns the mesh axes of one entry of a PartitionSpec."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def step_seconds(config: Config, sizes: dict[str, int], topology: Topology) -> float:
-    """The slower of matrix units and links, seconds: weights collected over fsdp three times a micro-batch, activations
-    over tensor, tokens over expert, what attention reads of other positions over context."""
+    """Estimates the step time, seconds, as the larger of matrix units and links. The links carry weights gathered over
+    fsdp three times per micro-batch, activations over tensor, tokens over expert, and over context what attention reads
+    of other positions."""
     model, chip = config.model, topology.chip
     num_devices = math.prod(sizes.values())
     tokens = config.data.batch_size * config.data.sequence_length
@@ -166,7 +168,7 @@ def step_seconds(config: Config, sizes: dict[str, int], topology: Topology) -> f
 
 
 def table(found: list[Found], config_path: str, topology: Topology) -> str:
-    """Ranked lines, and the command of the best."""
+    """Returns the ranked candidates as text, with the command of the best."""
     lines = ["rank  " + HEADER]
     lines += [f"{rank:4d}  {_line(one)}" for rank, one in enumerate(found, 1)]
     best = found[0]
@@ -193,13 +195,13 @@ def _line(found: Found) -> str:
 
 
 def overrides(config: Config) -> list[str]:
-    """What makes the config file's config this one."""
+    """Returns the flags that turn the config file's config into this one."""
     mesh = [f"--config.mesh.{name}={size}" for name, size in asdict(config.mesh).items()]
     steps = config.training.grad_accum_steps
     return [*mesh, f"--config.model.remat={config.model.remat}", f"--config.training.grad_accum_steps={steps}"]
 
 
 def to_json(found: Found) -> JsonObject:
-    """One candidate's line, and its whole plan where there is one."""
+    """Returns a candidate's overrides, the reason if it was refused, and its plan if it has one."""
     plan = estimate.to_json(found.plan) if found.plan else None
     return {"overrides": overrides(found.candidate.config), "refused": found.why, "plan": plan}

@@ -1,4 +1,4 @@
-"""TPU slices without a TPU: the chips' numbers, and the devices of a topology as a compiler sees them."""
+"""TPU slices without a TPU: figures of the chips, and the devices of a topology for the compiler."""
 
 import difflib
 import os
@@ -9,36 +9,36 @@ from typing import TYPE_CHECKING
 from mtp_jax.config import UserError
 from mtp_jax.errors import first_line
 
-if TYPE_CHECKING:  # `prepare_environment` comes before jax
+if TYPE_CHECKING:  # `prepare_environment` must run before jax is imported
     import jax
 
-# Read by libtpu and by jax when they start. Without the first, a second process fails on /tmp/libtpu_lockfile; without
-# the second, libtpu waits for a cloud's metadata server; the rest says: one host, which is this one, and it is a CPU.
+# Read by libtpu and jax when they start. Without the first, a second process fails on /tmp/libtpu_lockfile; without the
+# second, libtpu waits for a cloud's metadata server; the others state that there is one host, this one, with a CPU.
 ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any known one: it is of the machine that compiles, not of what is compiled for
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any known type: it describes the compiling machine, not the target
     "JAX_PLATFORMS": "cpu",
 }
 
 
 def prepare_environment() -> None:
-    """Set what libtpu and jax read; call before jax is imported."""
+    """Sets the variables that libtpu and jax read; must be called before jax is imported."""
     os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # libtpu's remarks on a machine that has no TPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides libtpu's warnings that there is no TPU
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What one jax device of a TPU generation can do.
+    """Figures of one jax device of a TPU generation.
 
-    hbm_gib: HBM a program may use, GiB: the limit in the compiler's out-of-memory message.
+    hbm_gib: HBM that a program may use, GiB: the limit in the compiler's out-of-memory message.
     flops: dense bfloat16, FLOP/s. hbm_bandwidth: bytes/s. link_bandwidth: bytes/s of one inter-chip link in one
-    direction; a chip has two links a torus dim. network_bandwidth: bytes/s to other slices. wraps_from: chips along a
-    dim from which the slice closes it to a ring.
-    devices: jax devices a chip, which share the chip's figures evenly.
+    direction; a chip has two links per torus dim. network_bandwidth: bytes/s to other slices. wraps_from: smallest
+    number of chips along a dim at which the dim is a ring.
+    devices: jax devices per chip, which share the chip's figures evenly.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Chip:
 
 
 # Per jax device. docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, read 2026-11: "peak compute per chip (BF16)",
-# "HBM bandwidth per chip", "bidirectional ICI bandwidth per chip" (both directions of all links: 4 links a chip on the
-# 2D generations, 6 on the 3D ones, so 400, 1200, 800 and 1200 GB/s are 50, 100, 100 and 100 a link and direction),
-# "data center network bandwidth" (per chip where the page has it, else the pod's divided by its chips).
+# "HBM bandwidth per chip", "bidirectional ICI bandwidth per chip" (both directions of all links: 4 links per chip on
+# the 2D generations, 6 on the 3D ones; 400, 1200, 800 and 1200 GB/s are 50, 100, 100 and 100 per link and direction),
+# "data center network bandwidth" (per chip if the page states it, else that of the pod divided by its chips).
 # Rings: v5e and v6e have wraparound links on 16-chip dims only, the 3D generations on dims of 4 chips and more.
 # hbm_gib: from out-of-memory messages of libtpu 0.0.42.
 CHIPS = {
@@ -68,7 +68,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """name: as given. chip: one device's numbers. shape: chips along each physical dim. devices: of all slices."""
+    """A topology. chip: figures of one device. shape: chips along each physical dim. devices: those of all slices."""
 
     name: str
     chip: Chip
@@ -78,10 +78,10 @@ class Topology:
 
 
 def open_topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of `num_slices` slices of "generation:AxB" or "generation:AxBxC".
+    """Returns the topology of `num_slices` slices of "generation:AxB" or "generation:AxBxC".
 
     Raises:
-      UserError: no such generation, a shape libtpu refuses, or no libtpu.
+      UserError: the generation is unknown, libtpu refuses the shape, or libtpu is not installed.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if not match or match[1] not in CHIPS:
@@ -101,12 +101,12 @@ def _devices(name: str, num_slices: int) -> "list[jax.Device]":
     from jax.experimental import topologies
 
     try:
-        import libtpu  # noqa: F401  (found here, so that its absence has its own message)
+        import libtpu  # noqa: F401  (imported here for a message of its own)
     except ImportError as error:
         raise UserError("libtpu is not installed; it comes with the extra tpu: pip install 'jax[tpu]'") from error
     slices = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices)
-    except Exception as error:  # jax's RuntimeError, whose kinds are not told apart
+    except Exception as error:  # jax raises a RuntimeError for every reason
         reason = first_line(error).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology={name}: {reason}") from error

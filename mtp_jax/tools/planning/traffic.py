@@ -1,16 +1,16 @@
-"""Bytes that a program moves between a chip's main memory and its cores in one step.
+"""Bytes moved per step between a chip's main memory and its cores.
 
-Every instruction that runs by itself reads its operands and writes its result; inside a fusion nothing is written.
-Arrays in the chip's vector memory (space 1 of the layout) cost nothing. A fusion that cuts a slice out of an operand
-reads the slice, and one that updates a slice in place writes the slice: how loops touch stacked weights. An upper bound
-where a large operand is read in part in another way.
+Every instruction outside a fusion reads its operands and writes its result; inside a fusion nothing is written. Arrays
+in the chip's vector memory (space 1 of the layout) are not counted. A fusion that slices an operand reads the slice
+only, and one that updates a slice in place writes the slice only; loops access stacked weights in this form. The result
+is an upper bound where a large operand is read in part in another form.
 """
 
 import re
 
 from mtp_jax.tools.planning.hlo import Instruction, Module, num_bytes
 
-# They name or regroup what is there already, or are counted in the computation that they run.
+# These name or regroup existing data, or are counted in the computation that they call.
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota")
     + ("after-all", "partition-id", "replica-id", "opt-barrier", "custom-call-start", "custom-call-done")
@@ -19,7 +19,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def memory_bytes(module: Module) -> float:
-    """Bytes read and written in main memory, a device and step."""
+    """Bytes read and written in main memory, per device and step."""
     total = 0.0
     for name, instructions in module.computations.items():
         times = module.times.get(name, 0.0)
@@ -35,7 +35,7 @@ def _touched(instruction: Instruction, shapes: dict[str, str], module: Module) -
         return 0.0
     operands = [shapes.get(o, "") for o in instruction.operands]
     result = num_bytes(instruction.shape, "0")
-    if opcode == "copy-start":  # its result names the source and the copy
+    if opcode == "copy-start":  # the result is a tuple of source and copy
         return sum(num_bytes(o, "0") for o in operands)
     if opcode == "fusion":
         return _fusion(instruction, operands, module)
@@ -47,7 +47,7 @@ def _touched(instruction: Instruction, shapes: dict[str, str], module: Module) -
 
 
 def _fusion(instruction: Instruction, operands: list[str], module: Module) -> float:
-    """Operands as far as the fused computation reads them, and its result as far as it writes it."""
+    """Bytes of the operands that a fusion reads and of the result that it writes."""
     called = re.search(r"calls=%?([^, ]+)", instruction.rest)
     body = module.computations.get(called[1], []) if called else []
     parameters = {i.name: int(i.rest.partition(")")[0]) for i in body if i.opcode == "parameter"}

@@ -1,1 +1,1 @@
-"""What tools.report is made of: runs as they lie in their folders, variants of several seeds, tables, pictures."""
+"""Modules of tools.report: loading runs, grouping them into variants, tables, figures."""

@@ -19,7 +19,7 @@ from mtp_jax.tools.reporting.runs import Rows, Run
 from mtp_jax.tools.reporting.variants import Variant, shown_benchmarks
 from mtp_jax.training.metrics import METRICS_FILE
 
-# panel title, the metrics it shows: a name, or a prefix ending in _ for one curve a depth
+# (panel title, metrics): a metric is a name, or a prefix ending in _ for one curve per depth
 LOSS, ACCURACY, AGREEMENT = "loss", "label accuracy", "agreement with the main head"
 OF_ONE_RUN = (
     (LOSS, ("loss_main", "loss_mtp_")),
@@ -31,14 +31,14 @@ OF_THE_STEP = (
     ("gradient norm", ("grad_norm",)),
     ("largest expert load / mean", ("moe_load_max_over_mean",)),
 )
-PEAKED = (LOSS, "gradient norm")  # panels whose first steps would squeeze the rest
+PEAKED = (LOSS, "gradient norm")  # panels scaled to the later steps; the first values are far larger
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
-STYLES: tuple[LineStyleType, ...] = ("solid", "dashed", "dotted", "dashdot")  # once the colours are used up
+STYLES: tuple[LineStyleType, ...] = ("solid", "dashed", "dotted", "dashdot")  # for more variants than colours
 RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "axes.prop_cycle": cycler(color=COLORS),  # "C0", "C1", ... by number
+    "axes.prop_cycle": cycler(color=COLORS),  # numbered "C0", "C1", ...
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#999999",
@@ -55,13 +55,13 @@ LegendEntry = tuple[str, str, LineStyleType]  # label, colour, line
 
 @matplotlib.rc_context(RC)
 def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
-    """Curves over steps, one panel for each group of metrics that any run has.
+    """Draws curves over steps, one panel per group of metrics that any run has.
 
-    A single run: a colour a depth. Several: a panel a depth and a colour a variant, its seeds as thin lines and the
-    mean of those that are finished (or of all, where none is) as a bold one.
+    A single run has one colour per depth. Several runs have one panel per depth and one colour per variant: the seeds
+    are thin lines, the mean of the finished ones (of all, if none is finished) is a bold line.
 
     Raises:
-      UserError: there is nothing to draw.
+      UserError: no run has a metric to draw.
       OSError: the file cannot be written.
     """
     logged = [run for v in variants for run in v.runs if run.rows]
@@ -91,8 +91,9 @@ def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
 
 @matplotlib.rc_context(RC)
 def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
-    """Bars, a panel a benchmark with a scale of its own, a colour a variant. An error bar is the sample standard
-    deviation over seeds, or the task's standard error where there is one seed. False where no run has a benchmark.
+    """Draws bars: one panel per benchmark, each with its own scale, and one colour per variant. Error bars are the
+    sample standard deviation over seeds, or the task's standard error for a single seed. Returns False if no run has a
+    benchmark.
 
     Raises:
       OSError: the file cannot be written.
@@ -118,7 +119,7 @@ def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
         axis.set_xticks([])
         axis.set_xlim(-0.75, len(variants) - 0.25)
         if axis.get_ylim()[0] < 0 <= min(v for variant in variants for v in _values(variant, task)):
-            axis.set_ylim(bottom=0)  # where all are 0 the axis would go below
+            axis.set_ylim(bottom=0)  # matplotlib's limits go below 0 if all values are 0
     labels: list[LegendEntry] = [(_legend_label(v), f"C{i}", "solid") for i, v in enumerate(variants)]
     _legend(figure, labels, "error bars: standard deviation over seeds, or standard error of the task for one seed")
     _save(figure, output)
@@ -131,7 +132,7 @@ def _values(variant: Variant, task: str) -> tuple[float, ...]:
 
 
 def curves(rows: Rows, names: tuple[str, ...]) -> dict[int, Curve]:
-    """Depth -> (step, value) pairs."""
+    """Returns the (step, value) pairs of the named metrics by depth."""
     out: dict[int, Curve] = {}
     for row in rows:
         for key, value in row.items():
@@ -143,14 +144,14 @@ def curves(rows: Rows, names: tuple[str, ...]) -> dict[int, Curve]:
 
 
 def mean_curve(every: Sequence[Curve]) -> Curve:
-    """The mean at the steps that all curves have."""
+    """Returns the mean at the steps that all curves have."""
     tables = [dict(curve) for curve in every]
     shared = [step for step, _ in every[0] if all(step in table for table in tables)]
     return [(step, statistics.fmean(table[step] for table in tables)) for step in shared]
 
 
 def _panels(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
-    """A panel a depth: losses, then agreement, then what belongs to the step."""
+    """Returns (title, metrics) of the panels: losses and agreement per depth, then the metrics of the step."""
     depth = max((max(curves(run.rows, ("loss_mtp_",)), default=0) for run in runs), default=0)
     panels = [(f"{LOSS}, main", ("loss_main",))]
     panels += [(f"{LOSS}, depth {k}", (f"loss_mtp_{k}",)) for k in range(1, depth + 1)]
@@ -179,7 +180,7 @@ def _line(axis: Axes, curve: Curve, **style: Any) -> None:
 def _grid(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
     num_columns = min(num_columns, num_panels)
     num_rows = -(-num_panels // num_columns)
-    size = (max(6.4, 4.6 * num_columns), 3.2 * num_rows)  # the legend's widest line
+    size = (max(6.4, 4.6 * num_columns), 3.2 * num_rows)  # at least as wide as the legend's longest line
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False)
     for axis in axes.flat[num_panels:]:
@@ -198,7 +199,7 @@ def _dress(axis: Axes, title: str) -> None:
 
 
 def _cut_off_the_start(axis: Axes) -> None:
-    """The scale is that of the last three quarters of the steps."""
+    """Sets the y limits to the values of the last three quarters of the steps."""
     curves = [np.asarray(line.get_xydata()) for line in axis.get_lines()]
     long = [points for points in curves if len(points) > 20]
     last = max((points[-1, 0] for points in long), default=0)
@@ -226,7 +227,7 @@ def _legend_label(variant: Variant) -> str:
 
 def _save(figure: Figure, output: pathlib.Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130 if len(figure.axes) <= 12 else 90)  # many panels: a megabyte less
+    figure.savefig(output, dpi=130 if len(figure.axes) <= 12 else 90)  # saves a megabyte if there are many panels
 
 
 def _style(index: int) -> LineStyleType:

@@ -1,4 +1,4 @@
-"""Runs as they lie in their folders: config.json, metrics.jsonl, eval.json, and what a sweep wrote of them."""
+"""Runs loaded from their folders: config.json, metrics.jsonl, eval.json and a sweep's record."""
 
 import functools
 import os
@@ -19,12 +19,12 @@ Rows = list[JsonObject]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run.
+    """A run.
 
-    rows: the lines of metrics.jsonl, none before the first logged step.
-    config: nested values of config.json, or those a sweep means to run; None where neither is there.
-    evaluation: what eval.py wrote to eval.json.
-    error: the line it failed with in a sweep.
+    rows: the lines of metrics.jsonl; empty before the first logged step.
+    config: nested values of config.json, or else of the sweep's record; None if neither exists.
+    evaluation: the contents of eval.json.
+    error: the line with which the run failed in a sweep; "" if it did not.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Run:
 
     @functools.cached_property
     def settings(self) -> JsonObject:
-        """The config's keys that mean something for this run: those of an MTP kind that is not in use do not."""
+        """Config keys that apply to this run, with their values; those of unused MTP kinds are left out."""
         if self.config is None:
             return {}
         values = {k: v for k, v in flat(renamed(self.config)).items() if (k, v) != ("model.vocab_size", None)}
@@ -48,13 +48,13 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the config's last step was logged; a run without a config is taken as it is."""
+        """True if the config's last step was logged; for a run without a config, if any step was."""
         num_steps = self.settings.get("training.num_steps", 0)
         return bool(self.rows) and self.rows[-1]["step"] >= num_steps
 
     @property
     def state(self) -> str:
-        """`done`, or how far it has come."""
+        """`done`, `not started`, `at step N of M` or `failed: ERROR`."""
         if self.error:
             return f"failed: {self.error}"
         if not self.rows:
@@ -64,14 +64,14 @@ class Run:
         return "done"
 
     def results(self) -> JsonObject:
-        """The evaluation, if it is of the run's last step."""
+        """Returns the evaluation if it is of the run's last step, else {}."""
         if not self.is_finished or self.evaluation.get("step", self.rows[-1]["step"]) != self.rows[-1]["step"]:
             return {}
         return self.evaluation
 
     def resolved(self) -> Config | None:
-        """The config, for what can be counted from it; None where it is unknown, not complete yet, or one that another
-        version of this program wrote."""
+        """Returns the resolved config; None if it is missing, not yet complete, or refused by this version of the
+        package."""
         if self.settings.get("model.vocab_size") is None:
             return None
         try:
@@ -81,14 +81,14 @@ class Run:
 
 
 def load_runs(workdirs: Iterable[str], sweeps: Iterable[str] = ()) -> list[Run]:
-    """The runs in `workdirs`, each with metrics, and all below `sweeps`, whatever has become of them.
+    """Loads the runs in `workdirs`, each of which must have metrics, and all runs below `sweeps`, in any state.
 
-    A name is as much of the path's end as tells the runs apart.
+    Names are the shortest unique ends of the paths (`short_names`).
 
     Raises:
-      UserError: a workdir that does not exist or has no metrics, a sweep without runs, a file that cannot be read.
+      UserError: a workdir does not exist or has no metrics, a sweep has no runs, or a file cannot be read.
     """
-    paths: dict[pathlib.Path, tuple[pathlib.Path, str]] = {}  # each folder once, under the path it was given by
+    paths: dict[pathlib.Path, tuple[pathlib.Path, str]] = {}  # resolved folder -> (path, flag) as given
     for workdir in workdirs:
         _check_workdir(workdir)
         paths.setdefault(pathlib.Path(workdir).resolve(), (pathlib.Path(workdir), f"--workdir={workdir}"))
@@ -103,10 +103,10 @@ def load_runs(workdirs: Iterable[str], sweeps: Iterable[str] = ()) -> list[Run]:
 
 
 def find_runs(root: str) -> list[pathlib.Path]:
-    """The folders of runs in and below `root`, in the order of their names; in the folder of a run none is looked for.
+    """Returns the folders of runs in and below `root`, sorted by name; folders inside a run are not searched.
 
     Raises:
-      UserError: no such folder.
+      UserError: `root` does not exist.
     """
     if not pathlib.Path(root).is_dir():
         raise UserError(f"--sweep={root}: no such folder")
@@ -148,7 +148,7 @@ def _read_json(path: pathlib.Path) -> JsonObject | None:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """As much of each path's end as tells them all apart."""
+    """Returns the shortest ends of the paths, all with the same number of parts, that are unique."""
     parts = [pathlib.Path(p).resolve().parts for p in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]

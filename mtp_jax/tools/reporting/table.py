@@ -1,4 +1,4 @@
-"""A table as text for a terminal and as Markdown, and how its numbers are written."""
+"""Tables as terminal text and as Markdown, and the format of their numbers."""
 
 import textwrap
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ MARK = "*"
 
 @dataclass(frozen=True)
 class Table:
-    """A title, what its numbers mean, a header and rows of text. A row of one cell is a heading inside the table.
+    """A table of text cells. A row of one cell is a heading inside the table.
 
-    has_title: whether the terminal shows the title.
+    notes: explanations of the numbers, below the title.
+    has_title: whether `text` includes the title.
     """
 
     title: str
@@ -24,7 +25,7 @@ class Table:
     has_title: bool = True
 
     def text(self) -> str:
-        """Columns padded to their widest cell, numbers to the right."""
+        """Returns the table with columns padded to their widest cell and numbers right-aligned."""
         full = [self.header, *(row for row in self.rows if len(row) > 1)]
         widths = [max(len(row[i]) for row in full) for i in range(len(self.header))]
         lines = [self.title] if self.has_title else []
@@ -36,7 +37,7 @@ class Table:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """A heading, the notes, the table."""
+        """Returns a heading, the notes and the table."""
         num_blank = len(self.header) - 1
         lines = [_line([_escaped(name) for name in self.header]), _line(["---", *["---:"] * num_blank])]
         for row in self.rows:
@@ -46,13 +47,13 @@ class Table:
 
 
 def number(value: float | None, digits: int) -> str:
-    """With thousands separated; `-` where there is none."""
+    """Formats a number with thousands separators; `-` for None."""
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
 def spread(sample: Sample | None, digits: int, num_expected: int | None = None) -> str:
-    """`1.327 ± 0.012`, mean and sample standard deviation; `1.327` of a single run. Where fewer runs have it than
-    expected, their number stands behind it in brackets."""
+    """Formats a sample as `1.327 ± 0.012`, mean and sample standard deviation, or `1.327` for a single run. If fewer
+    runs than `num_expected` have it, their number follows in brackets."""
     if sample is None:
         return MISSING
     text = number(sample.mean, digits)
@@ -63,7 +64,7 @@ def spread(sample: Sample | None, digits: int, num_expected: int | None = None) 
 
 
 def depths(row: Mapping[str, float | None], kind: str, digits: int) -> str:
-    """Main and every depth's value of one kind; agreement has no main."""
+    """Formats the values of one metric, of the main head and of every depth; agreement has no main value."""
     values = [row[f"{kind}_main"]] if f"{kind}_main" in row else []
     depth = 1
     while f"{kind}_mtp_{depth}" in row:

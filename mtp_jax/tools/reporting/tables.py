@@ -1,4 +1,4 @@
-"""The tables of tools.report: runs, variants, the search over n, benchmarks."""
+"""Tables of tools.report: runs, variants, the search over n, benchmarks."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ SOURCES = {"validation": "held-out documents, eval.json", "training": "last logg
 
 
 def newest(runs: Sequence[Run]) -> Table:
-    """One line a run: the newest values, depths 0 (main), 1, 2 ... side by side; tokens/s is the median of the run."""
+    """Table of the newest values, one row per run, depths 0 (main), 1, 2 ... side by side; tokens/s is the median."""
     has_states = any(run.state != "done" for run in runs)
     has_memory = any("peak_memory_gib" in row for run in runs for row in run.rows[-1:])
     header = ["run", "step", "loss", "by depth", "accuracy", "agreement", "tokens/s"]
@@ -45,7 +45,7 @@ def newest(runs: Sequence[Run]) -> Table:
 
 
 def learnt(variants: Sequence[Variant], source: str) -> Table:
-    """What the variants have learnt: losses, bits per byte, agreement."""
+    """Table of losses, bits per byte and agreement per variant."""
     keys = _keys(variants)
     header = [*_short(keys), "runs", "main loss", "bits/byte", "loss by depth", "agreement by depth"]
     rows = []
@@ -61,7 +61,7 @@ def learnt(variants: Sequence[Variant], source: str) -> Table:
 
 
 def costs(variants: Sequence[Variant], source: str) -> Table:
-    """What the variants take and yield: parameters, memory, speed, tokens a forward pass."""
+    """Table of parameters, memory, speed and tokens per forward pass of each variant."""
     keys = _keys(variants)
     header = [*_short(keys), "runs", "params M", "with MTP", "tokens/s", "peak GiB"]
     header += ["tokens/forward expected", "measured", "speed-up"]
@@ -80,8 +80,8 @@ def costs(variants: Sequence[Variant], source: str) -> Table:
 
 
 def searches(variants: Sequence[Variant], source: str) -> list[Table]:
-    """The search over n of Gloeckle et al. 2024 (2404.19737, table 1), one table for each kind and each setting of
-    what else differs; only where there is more than one n."""
+    """Tables of the search over n of Gloeckle et al. 2024 (2404.19737, table 1): one per kind and combination of other
+    settings that has more than one n."""
     groups: dict[tuple[str, str], list[Variant]] = {}
     for v in variants:
         if v.kind and not v.is_baseline:
@@ -116,14 +116,14 @@ def _search(kind: str, others: str, variants: list[Variant], baseline: Variant |
 
 
 def _heads(kind: str, variants: Sequence[Variant]) -> str:
-    """What the depths are, and where their blocks come from."""
+    """Returns a description of a kind's depths and of the origin of their blocks."""
     settings = [v.runs[0].settings for v in variants if v.kind == kind]
     return KINDS[kind].heading(settings) if kind in KINDS else f"{kind} heads"
 
 
 def benchmarks(variants: Sequence[Variant]) -> list[Table]:
-    """Every variant beside the baseline (mtp.kind=none) in the layout of table 4 of DeepSeek-V3 (2412.19437), one table
-    for each setting of what differs besides multi-token prediction."""
+    """Tables of every variant beside the baseline (mtp.kind=none), as table 4 of DeepSeek-V3 (2412.19437): one per
+    combination of the settings outside mtp.*."""
     groups: dict[str, list[Variant]] = {}
     for v in variants:
         groups.setdefault(v.label(v.others()), []).append(v)
@@ -164,7 +164,8 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, Jso
 
 
 def each_seed(variants: Sequence[Variant]) -> Table | None:
-    """Benchmarks run by run, where a variant has several: a mean hides runs that fall into two groups."""
+    """Table of benchmarks per seed: a mean hides runs that fall into two groups. None if there are no benchmarks or
+    fewer than two seeds."""
     tasks = shown_benchmarks(variants)
     seeds = sorted({run.seed for v in variants for run in v.finished if run.seed is not None})
     if not tasks or len(seeds) < 2:
@@ -179,7 +180,7 @@ def each_seed(variants: Sequence[Variant]) -> Table | None:
 
 
 def score(sample: Sample | None, num_expected: int) -> str:
-    """A benchmark's mean and spread, or a single value and its standard error."""
+    """Formats a benchmark's mean and deviation, or a single value and its standard error."""
     text = spread(sample, 3, num_expected)
     is_single = sample is not None and len(sample.values) == 1 and sample.error is not None
     return f"{text} ({number(sample.error, 3)})" if is_single and sample else text
@@ -203,7 +204,7 @@ def _task_label(task: tuple[str, JsonObject]) -> str:
 
 
 def _num_blocks(variant: Variant) -> str:
-    """`3 + 2`: of the main model, and of the depths."""
+    """Returns the number of blocks of the main model and of the depths, as `3 + 2`."""
     config = variant.runs[0].resolved()
     if config is None:
         return MISSING
@@ -212,7 +213,7 @@ def _num_blocks(variant: Variant) -> str:
 
 
 def _depth(variant: Variant, source: str) -> int:
-    """The deepest depth with a loss."""
+    """Returns the largest depth that has a loss."""
     found = [name for run in variant.finished for name in measures(run, source) if name.startswith("loss_mtp_")]
     return max((int(name.removeprefix("loss_mtp_")) for name in found), default=0)
 

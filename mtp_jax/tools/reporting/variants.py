@@ -1,4 +1,4 @@
-"""Runs that differ by nothing but their seed as one variant, with means and spreads of what was measured."""
+"""Variants: groups of runs that differ only in their seed, with means and deviations of their measurements."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ ABSENT = "-"
 
 @dataclass(frozen=True)
 class Sample:
-    """One number measured on several runs. errors: the standard error that each run's measurement has by itself."""
+    """One quantity measured on several runs. errors: standard error of each run's measurement, None if unknown."""
 
     values: tuple[float, ...]
     errors: tuple[float | None, ...] = ()
@@ -31,12 +31,12 @@ class Sample:
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation over the runs; None of a single one."""
+        """Sample standard deviation over the runs; None for a single run."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def error(self) -> float | None:
-        """Root mean square of the measurements' own standard errors; None where one is not known."""
+        """Root mean square of the measurements' standard errors; None if one is unknown."""
         known = [e for e in self.errors if e is not None]
         if not self.errors or len(known) < len(self.values):
             return None
@@ -45,19 +45,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs of the same settings. settings: value of each key that not all runs share, but for the seed."""
+    """Runs with the same settings. settings: values of the keys, except the seed, that differ among all runs."""
 
     settings: JsonObject
     runs: tuple[Run, ...]
 
     @property
     def kind(self) -> str:
-        """mtp.kind; "" where it is unknown."""
+        """mtp.kind; "" if unknown."""
         return self.runs[0].settings.get("mtp.kind", "")
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the runs are of the next-token model."""
+        """True if the runs are of the next-token model."""
         return self.kind in KINDS and KINDS[self.kind].is_baseline
 
     @property
@@ -66,34 +66,35 @@ class Variant:
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that count."""
+        """The finished runs; only these enter the samples."""
         return [run for run in self.runs if run.is_finished]
 
     @property
     def num_runs(self) -> str:
-        """`3`, or `2 of 3` where not all are finished."""
+        """`3`, or `2 of 3` if not all are finished."""
         done, total = len(self.finished), len(self.runs)
         return str(total) if done == total else f"{done} of {total}"
 
     def label(self, keys: Sequence[str] | None = None) -> str:
-        """`parallel, depth 3`: the values of `keys`, which may be none; of all settings, or the run's name, if None."""
+        """Returns a label as `parallel, depth 3`, of the settings in `keys`, which may be empty; if None, of all
+        settings, or the run's name if there are none."""
         shown = {k: v for k, v in self.settings.items() if (keys is None or k in keys) and v != ABSENT}
         text = ", ".join(str(v) if k == "mtp.kind" else f"{k.split('.')[-1]} {spelled(v)}" for k, v in shown.items())
         name = self.runs[0].name if len(self.runs) == 1 else "all runs"
         return text or (name if keys is None else "")
 
     def others(self, but: Sequence[str] = ()) -> list[str]:
-        """The settings that are not `but`; with none given, those that are not of the MTP."""
+        """Returns the keys of the settings except `but`; if `but` is empty, those outside mtp.*."""
         return [key for key in self.settings if (key not in but if but else not key.startswith("mtp."))]
 
     def sample(self, name: str, source: str) -> Sample | None:
-        """A measure of the finished runs that have it. source: as of `measures`."""
+        """Returns a measurement over the finished runs that have it, None if none has. source: see `measures`."""
         found = [measures(run, source).get(name) for run in self.finished]
         values = tuple(v for v in found if v is not None)
         return Sample(values) if values else None
 
     def benchmark(self, task: str) -> Sample | None:
-        """The main metric of a benchmark."""
+        """Returns the main metric of a benchmark over the finished runs that have it, None if none has."""
         found = [run.results().get("benchmarks", {}).get(task) for run in self.finished]
         metrics = [f["metrics"][f["main_metric"]] for f in found if f]
         metrics = [m for m in metrics if m["value"] is not None]
@@ -103,7 +104,7 @@ class Variant:
 
 
 def variants_of(runs: Sequence[Run]) -> list[Variant]:
-    """The runs grouped, in the order of their first; a run without a config is a variant of its own."""
+    """Groups runs into variants, in the order of their first runs; a run without a config is a variant by itself."""
     keys = differing_keys(runs)
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
@@ -117,25 +118,25 @@ def variants_of(runs: Sequence[Run]) -> list[Variant]:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """The config keys, other than the seed, that have more than one value among the runs that have them."""
+    """Returns the config keys, except the seed, that have more than one value among the runs that have them."""
     values: dict[str, set[str]] = {}
     for run in runs:
         for key, value in run.settings.items():
             values.setdefault(key, set()).add(spelled(value))
     keys = [key for key, found in values.items() if len(found) > 1 and key != SEED]
     if "mtp.kind" in keys and "mtp.depth" in values and "mtp.depth" not in keys:
-        keys.insert(keys.index("mtp.kind") + 1, "mtp.depth")  # the baseline has none
+        keys.insert(keys.index("mtp.kind") + 1, "mtp.depth")  # not applicable to the baseline, so it has one value
     return sorted(keys, key=lambda key: key not in ("mtp.kind", "mtp.depth"))
 
 
 def baseline_of(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
-    """The one without multi-token prediction and otherwise of the same settings."""
+    """Returns the variant without multi-token prediction and with the same other settings; None if there is none."""
     same = [v for v in variants if v.is_baseline and v.label(v.others()) == variant.label(variant.others())]
     return same[0] if same else None
 
 
 def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, JsonObject]]:
-    """(task, what eval.json says of it) of every benchmark that any finished run has, in order, groups together."""
+    """Returns (task, its entry in eval.json) of every benchmark of any finished run, in order, groups together."""
     found: dict[str, JsonObject] = {}
     for v in variants:
         for run in v.finished:
@@ -146,28 +147,28 @@ def benchmark_names(variants: Sequence[Variant]) -> list[tuple[str, JsonObject]]
 
 
 def shown_benchmarks(variants: Sequence[Variant]) -> list[tuple[str, JsonObject]]:
-    """`benchmark_names` without the tasks of a group that has a number of its own: MMLU is one row, not 57."""
+    """Returns `benchmark_names` without the tasks of a group that has its own score: MMLU is one row, not 57."""
     tasks = benchmark_names(variants)
     names = {name for name, _ in tasks}
     return [(name, facts) for name, facts in tasks if facts.get("group") not in names]
 
 
 def spelled(value: object) -> str:
-    """A config value as text; equal for equal values."""
+    """Returns a config value as text; equal values have equal texts."""
     return ", ".join(map(spelled, value)) or "()" if isinstance(value, (list, tuple)) else str(value)
 
 
 def best_source(runs: Sequence[Run]) -> str:
-    """`validation` where any run has been evaluated, so that no column mixes the two; else `training`."""
+    """Returns `validation` if any run has been evaluated, so that no column mixes the two sources; else `training`."""
     return "validation" if any(run.results().get("loss") for run in runs) else "training"
 
 
 @functools.cache
 def measures(run: Run, source: str) -> dict[str, float]:
-    """What was measured on a finished run, by name; what was not is missing.
+    """Returns the measurements of a finished run by name; those that are missing are left out.
 
-    source: `validation`: losses and agreement on held-out documents, from eval.json; `training`: of the last logged
-    step. tokens_per_second is the median of the logged steps, peak_memory_gib the largest.
+    source: `validation` for losses and agreement on held-out documents, from eval.json; `training` for those of the
+    last logged step. tokens_per_second is the median over the logged steps, peak_memory_gib the maximum.
     """
     last, results = run.rows[-1], run.results()
     out: dict[str, float | None] = {}
@@ -176,7 +177,7 @@ def measures(run: Run, source: str) -> dict[str, float]:
     for depth, found in results.get("loss", {}).items() if source == "validation" else ():
         out |= {f"{name}_{depth}": found.get(name) for name in ("loss", "bits_per_byte", "accuracy")}
     for depth, found in results.get("acceptance", {}).items():
-        out["expected_tokens"] = found.get("expected_tokens")  # of the deepest, which comes last
+        out["expected_tokens"] = found.get("expected_tokens")  # of the largest depth, which comes last
         if source == "validation" and depth != "main":
             out[f"agreement_{depth}"] = found.get("agreement")
     speculative = results.get("speculative", {})
@@ -192,19 +193,19 @@ def measures(run: Run, source: str) -> dict[str, float]:
 
 
 def beyond_noise(one: Sample, other: Sample) -> bool | None:
-    """Whether two means differ by more than chance explains; None where nothing is known about chance.
+    """Returns whether two means differ by more than chance explains; None if neither test below can be computed.
 
-    Both must hold, where they can be computed:
-      * over seeds (at least two on one side): Welch's t-test, two-sided, at 95 %; a single run is taken to spread as
-        the other side does, whose degrees of freedom then count alone;
-      * over documents (a standard error of each measurement is known): the difference exceeds 1.96 standard errors. All
-        seeds see the same documents, so more seeds do not shrink these; that both variants see the same ones would,
-        and is left out: rather too few marks than too many.
+    Each test that can be computed must pass:
+      * over seeds (at least two on one side): Welch's t-test, two-sided, at 95 %; a single run is assumed to have the
+        other side's deviation, with the other side's degrees of freedom alone;
+      * over documents (the standard error of each measurement is known): the difference exceeds 1.96 standard errors.
+        All seeds are evaluated on the same documents, so more seeds do not reduce these errors. The two variants share
+        their documents too; a paired test would reduce the errors, so this one marks rather too few than too many.
     """
     checks, counts = [], [len(s.values) for s in (one, other)]
     if max(counts) > 1:
         sides = [x for s in (one, other) for x in (s.mean, s.deviation or 0.0, len(s.values))]
-        # Beside a single run, the pooled deviation and its degrees of freedom are the other side's.
+        # With a single run on one side, the pooled deviation and its degrees of freedom are those of the other side.
         found = stats.ttest_ind_from_stats(*sides, equal_var=1 in counts)
         checks.append(bool(found.pvalue < 1 - CONFIDENCE))
     if one.error is not None and other.error is not None:
@@ -214,7 +215,7 @@ def beyond_noise(one: Sample, other: Sample) -> bool | None:
 
 
 def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> JsonObject:
-    """Everything that the tables are made of: {"source", "runs": [...], "variants": [...]}."""
+    """Returns the data of the tables: {"source", "runs": [...], "variants": [...]}."""
     found = [_json(variant, variants, source) for variant in variants]
     return {"source": source, "runs": [_run_json(run) for run in runs], "variants": found}
 

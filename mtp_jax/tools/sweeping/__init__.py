@@ -1,1 +1,1 @@
-"""What tools.sweep is made of: the runs asked for, their folders, their processes."""
+"""Modules of tools.sweep: the grid of runs, their folders, their processes."""

@@ -1,4 +1,4 @@
-"""The commands a sweep runs, each a process of its own that cannot outlive the sweep."""
+"""Commands of a sweep, each in a separate process that cannot outlive the sweep."""
 
 import ctypes
 import os
@@ -10,23 +10,25 @@ from collections.abc import Sequence
 
 from mtp_jax.config import UserError
 
-ROOT = pathlib.Path(__file__).parents[3]  # of the project: train.py and eval.py lie beside the package
+ROOT = pathlib.Path(__file__).parents[3]  # of the project, with train.py, eval.py and the package
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class CheckFailed(RuntimeError):
-    """What has to be known before the first run could not be found out. Exit code 1."""
+    """Raised if a check before the first run cannot be made. Exit code 1."""
 
 
 def command(script: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of train.py or eval.py."""
+    """Returns the command line of train.py or eval.py."""
     return [sys.executable, str(ROOT / script), *arguments]
 
 
 def check_scripts() -> None:
-    """Raises:
-    UserError: the package was installed without the scripts beside it.
+    """Checks that train.py and eval.py are beside the package.
+
+    Raises:
+      UserError: the package was installed without them.
     """
     missing = [script for script in ("train.py", "eval.py") if not (ROOT / script).is_file()]
     if missing:
@@ -37,8 +39,12 @@ def check_scripts() -> None:
 
 
 def devices() -> tuple[str, int]:
-    """(platform, number of devices) that a run will find. Asked by a process of its own: an accelerator that this one
-    has opened, no child could."""
+    """Returns (platform, number of devices) for a run, from a separate process: a child cannot open an accelerator that
+    this process has opened.
+
+    Raises:
+      CheckFailed: jax finds no devices.
+    """
     code = "import jax; print(jax.default_backend(), jax.device_count())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -48,10 +54,11 @@ def devices() -> tuple[str, int]:
 
 
 def check_evaluation(arguments: Sequence[str], workdir: pathlib.Path) -> None:
-    """Let eval.py look at its arguments, before hours are spent on what it cannot measure.
+    """Lets eval.py check its arguments before the first run starts.
 
     Raises:
-      UserError: as eval.py says it.
+      UserError: eval.py refuses them; the message is its own.
+      CheckFailed: eval.py fails for another reason.
     """
     checked = command("eval.py", [f"--workdir={workdir}", *arguments, "--check_only"])
     done = subprocess.run(checked, capture_output=True, text=True, check=False)
@@ -62,10 +69,10 @@ def check_evaluation(arguments: Sequence[str], workdir: pathlib.Path) -> None:
 
 
 def shares_of_cores(num_jobs: int) -> list[frozenset[int] | None]:
-    """The cores of each of the runs that go at a time; None: all there are.
+    """Returns the cores of each of the runs that run at the same time; None stands for all cores.
 
     Raises:
-      UserError: fewer cores than jobs, or a system that cannot keep a process to its cores.
+      UserError: there are fewer cores than jobs, or the system has no CPU affinity.
     """
     if num_jobs == 1:
         return [None]
@@ -79,16 +86,16 @@ def shares_of_cores(num_jobs: int) -> list[frozenset[int] | None]:
 
 
 def start(arguments: list[str], log: pathlib.Path, cores: frozenset[int] | None, lock: int) -> subprocess.Popen:
-    """Start a command whose output goes to the end of `log`, on `cores`, holding `lock` as long as it lives.
+    """Starts a command on `cores`, with its output appended to `log` and the descriptor `lock` open until it ends.
 
-    Its session is its own: Ctrl-C reaches the sweep alone, which then asks its children once to end.
+    It runs in a new session: Ctrl-C reaches only the sweep, which terminates its children once.
     """
     parent = os.getpid()
 
     def before_exec() -> None:
         if _LIBC is not None:
-            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a sweep that is killed leaves no run behind
-            if os.getppid() != parent:  # it was killed just now
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # ends the run if the sweep is killed
+            if os.getppid() != parent:  # the sweep was killed before prctl
                 os._exit(1)
         if cores is not None:
             os.sched_setaffinity(0, cores)
@@ -107,7 +114,7 @@ def start(arguments: list[str], log: pathlib.Path, cores: frozenset[int] | None,
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a command and what it started, at once."""
+    """Kills a command and the processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -115,7 +122,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def how_it_ended(code: int) -> str:
-    """Of a process that left with `code`, what its output may not say."""
+    """Returns "killed by NAME: " for the exit code of a process that a signal ended, else ""."""
     return f"killed by {signal.Signals(-code).name}: " if code < 0 else ""
 
 

@@ -1,9 +1,9 @@
-"""Which runs a sweep asks for: the product of its --over flags, each run with a name and a resolved config.
+"""Grid of a sweep's runs: the product of its --over flags, each run with a name and a resolved config.
 
 --over='mtp.kind=none,parallel,sequential'                     one key
---over='mtp.kind,mtp.depth=(none,1),(parallel,1),(parallel,3)' keys that move together
+--over='mtp.kind,mtp.depth=(none,1),(parallel,1),(parallel,3)' keys that vary together
 --over='mtp.weight_values=(0.3,0.1),(0.3,0.3)'                 values that are tuples
---over='data.files="a/*.txt,b/*.txt","c/*.txt"'                a text with a comma, in quotes of its own
+--over='data.files="a/*.txt,b/*.txt","c/*.txt"'                a text with a comma, quoted
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from mtp_jax.mtp import reads
 from mtp_jax.training.workdir import flat
 
 FORMS = "write KEY=VALUE,VALUE or KEY,KEY=(VALUE,VALUE),(VALUE,VALUE)"
-MAX_VALUE, MAX_NAME = 40, 200  # characters; a file's name may have 255
+MAX_VALUE, MAX_NAME = 40, 200  # characters; file names may have 255
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run: the name of its folder, what the command line of train.py says, and the config this makes."""
+    """A run: the name of its folder, its overrides for train.py, and the resulting config."""
 
     name: str
     overrides: tuple[str, ...]
@@ -29,18 +29,18 @@ class Planned:
 
 
 def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
-    """The runs of a sweep in order; the last --over varies fastest.
+    """Returns the runs of a sweep in order; the last --over varies fastest.
+
+    A run without multi-token prediction ignores the other mtp keys: they are in neither its overrides nor its name, and
+    the run occurs once for any number of their values.
 
     Args:
-      config_file: as of train.py.
+      config_file: as for train.py.
       fixed: `--config.section.key=value` for every run.
       overs: the --over flags.
 
-    A run without multi-token prediction ignores the other mtp keys: it has them neither in its overrides nor in its
-    name, and is asked for once however many values they have.
-
     Raises:
-      UserError: a flag that cannot be read, a config that cannot be resolved, a run asked for twice.
+      UserError: a flag cannot be parsed, a config cannot be resolved, or a run occurs twice.
     """
     swept = [parse_over(text) for text in overs]
     keys = [key for over in swept for key in over[0]]
@@ -59,10 +59,10 @@ def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
 
 
 def parse_over(text: str) -> list[dict[str, str]]:
-    """The settings one --over goes through, each a value for each of its keys.
+    """Parses one --over flag into its settings, each a mapping from keys to values.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the flag cannot be parsed.
     """
     left, equals, right = text.partition("=")
     keys = [current_key(key.strip()) for key in left.split(",")]
@@ -80,8 +80,8 @@ def parse_over(text: str) -> list[dict[str, str]]:
 
 
 def run_name(keys: list[str], all_keys: list[str], config: Config) -> str:
-    """`kind=parallel,depth=3,seed=0`: the run's own values of `keys`, by the last part of each key where no other of
-    `all_keys` has the same. It depends on no other run, so a sweep that grows finds its old folders."""
+    """Returns a name as `kind=parallel,depth=3,seed=0`: the run's values of `keys`, each with the last part of its key
+    if that is unique in `all_keys`. The name does not depend on other runs, so an extended sweep finds its folders."""
     last = [key.split(".")[-1] for key in all_keys]
     short = {key: name if last.count(name) == 1 else key for key, name in zip(all_keys, last, strict=True)}
     values = flat(to_dict(config))
@@ -103,7 +103,7 @@ def _flags(chosen: dict[str, str]) -> list[str]:
 
 
 def _split(text: str, flag: str) -> list[str]:
-    """The parts between commas that are neither in parentheses, brackets nor quotes."""
+    """Splits at commas outside parentheses, brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for char in text:
         at_start = not parts[-1].strip() or parts[-1].rstrip()[-1] in "([,"
@@ -135,7 +135,7 @@ def _unquoted(value: str) -> str:
 
 
 def _spelled(value: object) -> str:
-    """A value as part of a folder's name; what had to be changed or cut for it is told apart by a digest."""
+    """Returns a value as part of a folder's name; values that had to be changed or shortened get a digest."""
     if isinstance(value, tuple):
         return "_".join(map(_spelled, value)) or "empty"
     text = str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,8 +1,8 @@
-"""What a sweep keeps in the folder of a run: sweep.json, the logs of its commands, and a lock.
+"""Files that a sweep keeps in the folder of a run: sweep.json, the logs of its commands, and a lock.
 
-sweep.json: {"overrides": [...], "config": {...}} and, once there was such an end, "trained": the last step,
-"evaluated": [flags of eval.py], "error": the line a command failed with. It is there from the start of the sweep on: a
-run that fails before it writes anything, or was not yet begun, is still one of the sweep's.
+sweep.json: {"overrides": [...], "config": {...}} and, after a command has ended, "trained": the last step, "evaluated":
+[flags of eval.py], "error": the line with which a command failed. It is written when the sweep starts, so that a run
+that has written nothing else, or has not started, still belongs to the sweep.
 """
 
 import fcntl
@@ -21,9 +21,9 @@ LOGS = {"train.py": "log.txt", "eval.py": "eval_log.txt"}
 
 
 def try_lock(folder: pathlib.Path) -> int | None:
-    """A descriptor that holds the run, or None while a process of another sweep does.
+    """Locks a run and returns the descriptor; None if a process of another sweep holds the lock.
 
-    The lock lasts until each process that has the descriptor has closed it or died: one passed to a child covers it.
+    The lock lasts until every process that has the descriptor has closed it or ended, children included.
     """
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -35,10 +35,10 @@ def try_lock(folder: pathlib.Path) -> int | None:
 
 
 def prepare(root: pathlib.Path, runs: list[Planned]) -> None:
-    """A folder with a sweep.json for each run that has none.
+    """Creates the folder of each run and writes its settings to sweep.json.
 
     Raises:
-      UserError: a folder cannot be made.
+      UserError: a folder cannot be written.
     """
     for run in runs:
         folder = root / run.name
@@ -47,32 +47,32 @@ def prepare(root: pathlib.Path, runs: list[Planned]) -> None:
             lock = try_lock(folder)
         except OSError as error:
             raise UserError(f"--workdir={root}: {folder} cannot be written ({error.strerror})") from error
-        if lock is None:  # whoever holds it writes it
+        if lock is None:  # the process that holds the lock writes it
             continue
         write_record(folder, read_record(folder) | {"overrides": run.overrides, "config": to_dict(run.config)})
         os.close(lock)
 
 
 def read_record(folder: pathlib.Path) -> JsonObject:
-    """What sweep.json says; nothing where there is none."""
+    """Returns the contents of sweep.json; {} if there is none."""
     path = folder / SWEEP_FILE
     return read_json(path, "remove it") if path.is_file() else {}
 
 
 def write_record(folder: pathlib.Path, record: JsonObject) -> None:
-    """Replace sweep.json as a whole."""
+    """Replaces sweep.json as a whole."""
     write_text(folder / SWEEP_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def start_of_log(path: pathlib.Path, command: list[str]) -> int:
-    """Write the command to the log, behind what earlier attempts left; where its own output will begin, in bytes."""
+    """Appends the command to the log and returns the offset at which its output will begin, in bytes."""
     with path.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
     return path.stat().st_size
 
 
 def last_line(path: pathlib.Path, start: int) -> str:
-    """The error that a command left in its log behind `start`; else its last line."""
+    """Returns the last error of a command in its log after `start`; without an error, its last line."""
     with path.open("rb") as log:
         log.seek(start)
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]

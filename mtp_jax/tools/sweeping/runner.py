@@ -1,4 +1,4 @@
-"""Works off the runs of a sweep: what is missing of each, some at a time, one line each when it starts and ends."""
+"""Runner of a sweep: trains and evaluates what is missing of each run, with one line at each start and end."""
 
 import os
 import pathlib
@@ -14,22 +14,22 @@ from mtp_jax.tools.sweeping import children, run_folder
 from mtp_jax.tools.sweeping.grid import Planned
 from mtp_jax.training.metrics import clock
 
-DRAFTING = ("speculative", "advice")  # tasks of eval.py that a model without extra depths cannot do
+DRAFTING = ("speculative", "advice")  # tasks of eval.py that require a model with extra depths
 POLL_SECONDS = 0.2
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RunsFailed(RuntimeError):
-    """Some runs failed; the others are done. Exit code 1."""
+    """Raised if some runs failed; the others are done. Exit code 1."""
 
 
 class Stopped(RuntimeError):
-    """The sweep was told to end, and its runs have ended. Exit code 1."""
+    """Raised if a signal stopped the sweep, after its runs have ended. Exit code 1."""
 
 
 @dataclass(frozen=True)
 class Commands:
-    """What has to be called for a run, and whether it was."""
+    """Commands of each run, and the record of those that are done."""
 
     config_file: str
     root: pathlib.Path
@@ -40,27 +40,27 @@ class Commands:
         return self.root / run.name
 
     def evaluation(self, run: Planned) -> list[str]:
-        """The flags of eval.py; none where there is nothing to measure."""
+        """Returns the flags of eval.py; empty if there is nothing to measure."""
         tasks = [task for task in self.tasks if kind_of(run.config).max_drafts != 0 or task not in DRAFTING]
         flags = self.eval_flags
         if not any(task in DRAFTING for task in tasks):
-            # which eval.py refuses without them
+            # eval.py refuses these flags without a drafting task
             theirs = OWN_FLAGS if "--speculative" in flags else (*OWN_FLAGS, "num_speculative_tokens")
             flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in theirs]
         return [f"--tasks={','.join(tasks)}", *flags] if tasks else []
 
     def is_trained(self, run: Planned) -> bool:
-        """Whether train.py ended well after the config's last step."""
+        """Returns whether train.py completed the config's last step."""
         return run_folder.read_record(self.folder(run)).get("trained") == run.config.training.num_steps
 
     def is_complete(self, run: Planned) -> bool:
-        """Whether the run is trained, and what was trained is evaluated as asked for now."""
+        """Returns whether the run is trained, and evaluated with the current flags."""
         wanted, path = self.evaluation(run), self.folder(run)
         evaluated = run_folder.read_record(path).get("evaluated") == wanted and (path / run_folder.EVAL_FILE).is_file()
         return self.is_trained(run) and (evaluated or not wanted)
 
     def line(self, script: str, run: Planned) -> list[str]:
-        """The command line of a script for this run."""
+        """Returns the command line of a script for this run."""
         workdir = f"--workdir={self.folder(run)}"
         if script == "train.py":
             return children.command(script, [f"--config={self.config_file}", workdir, *run.overrides])
@@ -70,7 +70,7 @@ class Commands:
 
 @dataclass
 class Task:
-    """A run that is being worked on: by which command, since when, on which cores."""
+    """A run in progress: its command, start time and cores."""
 
     run: Planned
     number: int
@@ -80,11 +80,12 @@ class Task:
     process: subprocess.Popen
     log_start: int
     began: float = field(default_factory=time.monotonic)
-    num_told: int = 0  # how often it was told to end
+    num_told: int = 0  # signals passed on to its process
 
 
 class Runner:
-    """Everything happens in the thread that calls `run`: Linux ends a child with the *thread* that started it."""
+    """Runner of the commands, all in the thread that calls `run`: Linux ends a child with the *thread* that started
+    it."""
 
     def __init__(self, commands: Commands, runs: list[Planned], cores: list[frozenset[int] | None]):
         self.commands = commands
@@ -93,19 +94,19 @@ class Runner:
         self.free_cores = list(cores)
         self.active: list[Task] = []
         self.failed: list[Planned] = []
-        self.told_of: set[str] = set()  # runs of which it was said that another sweep is at them
+        self.told_of: set[str] = set()  # runs already reported as locked by another sweep
         self.num_done = self.num_before = self.num_signals = 0
 
     def run(self) -> None:
-        """Do what is missing of every run.
+        """Runs the missing commands of every run.
 
         Raises:
-          RunsFailed: some failed.
-          Stopped: a signal came.
+          RunsFailed: some runs failed.
+          Stopped: a signal arrived.
         """
         previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number, handler in previous.items():
-            if handler is not signal.SIG_IGN:  # as nohup, or a shell's &, has it
+            if handler is not signal.SIG_IGN:  # ignored under nohup or a shell's &
                 signal.signal(number, self._count_signal)
         try:
             while self.active or (self.waiting and not self.num_signals):
@@ -114,7 +115,7 @@ class Runner:
                 for task in list(self.active):
                     self._look_at(task)
         finally:
-            for task in self.active:  # after a fault of our own
+            for task in self.active:  # after an exception in this loop
                 children.kill(task.process)
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -124,7 +125,7 @@ class Runner:
         self.num_signals += 1
 
     def _start_some(self) -> None:
-        """Start runs while there are cores; those that another sweep is at go to the end of the line."""
+        """Starts runs while cores are free; runs that another sweep has locked go to the end of the queue."""
         for _ in range(len(self.waiting)):
             if not self.free_cores or self.num_signals:
                 return
@@ -148,7 +149,7 @@ class Runner:
         if not self.commands.is_trained(run):
             script = "train.py"
             record.pop("trained", None)
-        (path / run_folder.EVAL_FILE).unlink(missing_ok=True)  # of fewer steps, or other tasks
+        (path / run_folder.EVAL_FILE).unlink(missing_ok=True)  # it is of fewer steps, or of other tasks
         run_folder.write_record(path, record)
         self._say(number, run, f"{script} started")
         cores = self.free_cores.pop(0)
@@ -158,18 +159,18 @@ class Runner:
     def _start(
         self, script: str, run: Planned, cores: frozenset[int] | None, lock: int
     ) -> tuple[subprocess.Popen, int]:
-        """(process, where its output begins in its log)."""
+        """Returns (process, offset of its output in its log)."""
         line, log = self.commands.line(script, run), self.commands.folder(run) / run_folder.LOGS[script]
         log_start = run_folder.start_of_log(log, line)
         return children.start(line, log, cores, lock), log_start
 
     def _look_at(self, task: Task) -> None:
-        """Go on with a run whose command has ended; tell it to end where the sweep has been told."""
+        """Passes signals on to a running command; after it has ended, starts the next one or closes the run."""
         code = task.process.poll()
         if code is None:
             self._tell(task)
             return
-        children.kill(task.process)  # what the command may have left of its own
+        children.kill(task.process)  # ends processes that the command has left running
         if code == 0:
             self._note_done(task)
             next_one = self.commands.evaluation(task.run) and task.script == "train.py"
@@ -189,7 +190,7 @@ class Runner:
         os.close(task.lock)
 
     def _tell(self, task: Task) -> None:
-        """Once: to save its state and end. Twice: to end."""
+        """Passes signals on: the first lets the command save its state and end, the second kills it."""
         if task.num_told == 0 and self.num_signals:
             task.process.terminate()
         elif task.num_told == 1 and self.num_signals > 1:
@@ -216,7 +217,11 @@ class Runner:
         print(f"[{number}/{self.num_runs}] {run.name}: {text}", flush=True)
 
     def _conclude(self) -> None:
-        """The closing line."""
+        """Prints the closing lines.
+
+        Raises:
+          RunsFailed, Stopped: see `run`.
+        """
         before = f" ({self.num_before} before)" if self.num_before else ""
         left = self.num_runs - self.num_done - self.num_before - len(self.failed)
         counts = [f"{self.num_done + self.num_before} done{before}", f"{len(self.failed)} failed", f"{left} left"]
