@@ -1,10 +1,10 @@
-"""A 400 M parameter byte-level model of Python code, to measure what self-speculation gains (benchmarks/decode.py).
+"""A 400 M parameter byte-level model of Python code, for measuring self-speculation (benchmarks/decode.py).
 
     python train.py --config=configs/code_400m.py --workdir=runs/code_400m
     python train.py --config=configs/code_400m.py --workdir=runs/code_400m_heads \
         --config.mtp.kind=parallel --config.mtp.depth=3
 
-Hardware: one GPU of 80 GB or more, 0.33 s a step on an H100. Expected: 1.1 bits a byte of the main head after 700
+Hardware: one GPU of 80 GB or more, 0.33 s per step on an H100. Expected: 1.1 bits per byte of the main head after 700
 steps; for decoding see benchmarks/results/decode.jsonl.
 """
 

@@ -1,10 +1,10 @@
-"""DeepSeek-V2-Lite (2405.04434, appendix B): 15.7 B parameters, 2.4 B active a token; here with one MTP module on top.
+"""DeepSeek-V2-Lite (2405.04434, appendix B): 15.7 B parameters, 2.4 B active per token; here with one MTP module.
 
     python train.py --config=configs/deepseek_v2_lite_16b.py --workdir=DIR --config.data.tokenizer=tokenizer.json
 
-The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
+The tokenizer is that of the released model; the text is TFDS's c4/en, or the data.source that is set.
 
-Hardware: 16 or more chips of 95 GB. Expected: the report trains 5.7 T tokens; nobody has run this config to its end
+Hardware: 16 or more chips of 95 GB. Expected: the report trains 5.7 T tokens; this config has not been run to its end
 here. `--config.mtp.kind=none` is the model as released.
 """
 
@@ -31,7 +31,7 @@ def get_config():
     model.num_dense_layers = 1
     model.router.score = "softmax"
     model.router.renormalize = False
-    model.router.bias_rate = 0.0  # balanced by losses alone
+    model.router.bias_rate = 0.0  # balanced by losses only
     model.balance_loss_weight = 1e-3
     model.init_std = 0.006
     model.compute_dtype = "bfloat16"

@@ -1,13 +1,13 @@
-"""DeepSeek-V3 (2412.19437) with its one MTP module: 671 B parameters, 37 B active a token, without the module.
+"""DeepSeek-V3 (2412.19437) with its one MTP module: 671 B parameters, 37 B active per token, without the module.
 
     python train.py --config=configs/deepseek_v3_671b.py --workdir=DIR --config.data.tokenizer=tokenizer.json
 
-The tokenizer is the released model's; the text is TFDS's c4/en, or whatever data.source names.
+The tokenizer is that of the released model; the text is TFDS's c4/en, or the data.source that is set.
 
-Hardware: 256 v5p chips or more (`python -m mtp_jax.tools.plan --topology=v5p:8x8x4 --config=...` shows what it needs);
-every number below is the paper's or of the released config.json, mesh and micro-batches excepted, which belong to the
-pod. Expected: the paper reports 14.8 T tokens and 2.664 M H800 hours of pretraining; nobody has run this config to its
-end here.
+Hardware: 256 v5p chips or more (`python -m mtp_jax.tools.plan --topology=v5p:8x8x4 --config=...` shows the memory).
+Every number below is from the paper or the released config.json, except mesh and micro-batches, which depend on the
+pod. Expected: the paper reports 14.8 T tokens and 2.664 M H800 hours of pretraining; this config has not been run to
+its end here.
 """
 
 from mtp_jax.config import default_config
@@ -67,7 +67,7 @@ def get_config():
     model.router.bias_until = 227_000
 
     config.checkpoint.every = 500
-    # 256 chips, 2 rows per chip at a time; 4 (grad_accum_steps = 15) took 80.6 GiB without kernels
+    # 256 chips, 2 rows per chip and micro-batch; 4 (grad_accum_steps = 15) took 80.6 GiB without kernels
     config.training.grad_accum_steps = 30
     config.mesh.data = 1
     config.mesh.fsdp = -1

@@ -1,9 +1,9 @@
-"""The dense benchmark model: 1.19 B parameters, multi-head latent attention, no experts.
+"""Dense benchmark model: 1.19 B parameters, multi-head latent attention, no experts.
 
     python train.py --config=configs/dense_1b.py --workdir=/tmp/dense_1b
 
 Hardware: one GPU of 80 GB or more; it takes 38 GiB. Expected: on an H200, 70 k tokens/s with rows of one document
-(--config.data.packing=contiguous). A peer (transformers 5.17) was measured at 47.3 k.
+(--config.data.packing=contiguous). transformers 5.17 was measured at 47.3 k.
 """
 
 from mtp_jax.config import default_config

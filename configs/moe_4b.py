@@ -1,10 +1,10 @@
-"""The mixture-of-experts benchmark model: 4.6 B parameters, DeepSeek-V3's blocks at a width one large GPU trains.
+"""Mixture-of-experts benchmark model: 4.6 B parameters, DeepSeek-V3's blocks at a width for training on one large GPU.
 
     python train.py --config=configs/moe_4b.py --workdir=/tmp/moe_4b
 
 Hardware: one GPU of 140 GB; it takes 82 GiB. Expected: on an H200, 74 k tokens/s with packed documents of 1,024 tokens
-on average, 71 k with rows of one document (--config.data.packing=contiguous), 55 k with one sequential MTP layer more.
-A peer (transformers 5.17, no MTP, weights in bfloat16) was measured at 51.2 k.
+on average, 71 k with rows of one document (--config.data.packing=contiguous), 55 k with one sequential MTP layer added.
+transformers 5.17 (no MTP, weights in bfloat16) was measured at 51.2 k.
 """
 
 from mtp_jax.config import default_config

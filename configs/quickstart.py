@@ -1,10 +1,10 @@
-"""The quickstart: a miniature DeepSeek-V3 with two sequential MTP depths, on the Python standard library's own source.
+"""Quickstart: a miniature DeepSeek-V3 with two sequential MTP depths, on the source of the Python standard library.
 
     make train
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: 2 CPU cores, about 5 minutes with the installation. Expected: validation bits per byte of the main head below
-2.0, and more than 2 tokens to expect from a forward pass that drafts with both depths. `--config.mtp.kind=none` or
+Hardware: 2 CPU cores, about 5 minutes including the installation. Expected: validation bits per byte of the main head
+below 2.0, and more than 2 expected tokens per forward pass with drafts of both depths. `--config.mtp.kind=none` or
 `parallel` trains on the same batches.
 """
 
@@ -27,7 +27,7 @@ def get_config():
     config.model.num_shared_experts = 1
     config.model.expert_dim = 64
     config.model.num_dense_layers = 1
-    config.model.router.bias_rate = 1e-2  # the paper's 1e-3 balances over many thousand steps; here there are 600
+    config.model.router.bias_rate = 1e-2  # the paper's 1e-3 balances over many thousand steps, not over 600
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 2

@@ -1,4 +1,4 @@
-"""The test model: small and general enough for any mesh of 8 devices; every feature of the quickstart in miniature.
+"""Test model: divisible by any mesh of 8 devices, with every feature of the quickstart in miniature.
 
     python train.py --config=configs/tiny.py --workdir=/tmp/tiny
 

@@ -1,4 +1,4 @@
-"""MBPP for the harness: its problems from a local file, its programs in the sandbox."""
+"""MBPP for lm-evaluation-harness: problems from a local file, programs in the sandbox."""
 
 from mtp_jax.config import UserError
 from mtp_jax.evaluation import benchmark_data, code_tasks
@@ -10,15 +10,15 @@ TEST_IDS, FEWSHOT_IDS = range(11, 511), (2, 3, 4)
 
 
 def dataset(**_):
-    """The 500 test problems as split `test`; the harness passes the task's metadata."""
+    """Returns the 500 test problems as split `test`; the harness passes the task's metadata, which is not used."""
     return benchmark_data.dataset(test=[{name: row[name] for name in FIELDS} for row in rows(TEST_IDS)])
 
 
 def rows(ids):
-    """Problems by task_id.
+    """Returns the problems with these task_ids.
 
     Raises:
-      UserError: the file lacks one of them.
+      UserError: one of them is not in the file.
     """
     known = {row["task_id"]: row for row in benchmark_data.read_jsonl(FILE, FIELDS)}
     missing = [i for i in ids if i not in known]
@@ -29,20 +29,20 @@ def rows(ids):
 
 
 def fewshot_samples():
-    """The three solved problems in front of each prompt."""
+    """Returns the three solved problems that precede each prompt."""
     return [{**{name: row[name] for name in FIELDS}, "is_fewshot": True} for row in rows(FEWSHOT_IDS)]
 
 
 def program(doc, response):
-    """The response, checked by the three asserts that the prompt shows."""
+    """Returns the response with the three asserts of the prompt as its check."""
     return Program(response, "\n".join(doc["test_list"][:3]))
 
 
 def run(responses, docs):
-    """A filter: what became of each response."""
+    """Filter of the harness: the result of each response's program."""
     return code_tasks.run(responses, docs, program)
 
 
 def pass_at_k(references, predictions, k):
-    """A metric of one problem: {"pass@k": ...}."""
+    """Metric of one problem: {"pass@k": ...}."""
     return code_tasks.score(predictions, k)
