@@ -1,10 +1,10 @@
-"""The search over n = 1 + depth (Gloeckle et al., 2404.19737, table 1) in miniature, on bytes of Python.
+"""Search over n = 1 + depth (Gloeckle et al., 2404.19737, table 1) in miniature, on bytes of Python.
 
     bash experiments/code_search/run.sh
 
-Hardware: 2 CPU cores, about 20 minutes for 14 runs. Expected: the main loss is unchanged by sequential modules at
-lambda 0.3 and rises with n for matched parallel heads, which at this size hurt (their table for 0.3 B models); more
-tokens a forward pass for larger n. Obtained: README.md beside this file.
+Hardware: 2 CPU cores, about 20 minutes for 14 runs. Expected: sequential modules at lambda 0.3 leave the main loss
+unchanged; with parameter-matched parallel heads it rises with n, as in the paper's table for 0.3 B models; more tokens
+per forward pass for larger n. Obtained: see README.md in this folder.
 """
 
 from mtp_jax.config import default_config
@@ -13,7 +13,7 @@ from mtp_jax.config import default_config
 def get_config():
     config = default_config()
     config.model.attention = "gqa"
-    config.model.num_layers = 10  # matched parallel heads take up to 7 of them
+    config.model.num_layers = 10  # parameter-matched parallel heads replace up to 7 of them
     config.model.embed_dim = 64
     config.model.num_heads = 4
     config.model.num_kv_heads = 4

@@ -3,8 +3,8 @@
     bash experiments/star_graph/run.sh
 
 Hardware: 2 CPU cores, about 15 minutes for 30 runs. Expected (Bachmann and Nagarajan, 2403.06963): next-token models
-stay near 50 %, multi-token models find the path; when they do depends on the seed. Obtained: README.md beside this
-file.
+stay near 50 %, multi-token models find the path, at a step that depends on the seed. Obtained: see README.md in this
+folder.
 """
 
 from mtp_jax.config import default_config

@@ -1,12 +1,12 @@
 """Star graphs as text: `python experiments/star_graph/graphs.py --output=DIR` writes train.jsonl.
 
-A graph has two arms that leave one centre, each of three nodes with the centre; its edges come in any order, then the
-centre, the end of one arm, and after `=` the path between them (Bachmann and Nagarajan, 2403.06963, figure 1):
+A graph has two arms from one centre, each of three nodes including the centre. A text has the edges in random order,
+the centre and the end of one arm, and after `=` the path between them (Bachmann and Nagarajan, 2403.06963, figure 1):
 
     BD|FA|AC|FB/FC=FAC
 
-The first node of the path is given. The second is the whole task, since all after it is read off the edges: a model
-that looks at the edges of the centre alone is right every other time.
+The first node of the path is given. The second is the whole task, since all later nodes follow from the edges; a model
+that only uses the edges of the centre is right half of the time.
 """
 
 import argparse
@@ -23,17 +23,17 @@ NUM_TEST, SEED = 500, 0
 
 
 def graph(draw: random.Random) -> tuple[str, str]:
-    """A question up to its `=`, and its path."""
+    """Returns a question up to its `=`, and its path."""
     centre, *rest = draw.sample(LABELS, 1 + NUM_ARMS * (LENGTH - 1))
     arms = [[centre, *rest[i::NUM_ARMS]] for i in range(NUM_ARMS)]
     edges = [start + end for arm in arms for start, end in itertools.pairwise(arm)]
     draw.shuffle(edges)
-    path = arms[0]  # labels are drawn, so any arm is as good
+    path = arms[0]  # labels are random, so any arm will do
     return f"{'|'.join(edges)}/{centre}{path[-1]}=", "".join(path)
 
 
 def graphs() -> Iterator[tuple[str, str, bool]]:
-    """(question, path, is it held out) without end: first the test questions, all different, then others than these."""
+    """Yields (question, path, is_test) without end: first the test questions, all different, then other questions."""
     draw, asked = random.Random(SEED), set()
     while True:
         question, path = graph(draw)
@@ -45,7 +45,7 @@ def graphs() -> Iterator[tuple[str, str, bool]]:
 
 
 def test_set(**_: Any) -> dict[str, Any]:
-    """`custom_dataset` of star_graph.yaml."""
+    """Returns the test set: `custom_dataset` of star_graph.yaml."""
     from mtp_jax.evaluation import benchmark_data
 
     held_out = itertools.islice(graphs(), NUM_TEST)
@@ -53,7 +53,7 @@ def test_set(**_: Any) -> dict[str, Any]:
 
 
 def write(folder: str, num_train: int) -> None:
-    """train.jsonl with the field text; none of its questions is a test question. All texts are of one length."""
+    """Writes train.jsonl with the field text, without test questions. All texts have the same length."""
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with open(target / "train.jsonl", "w") as file:
