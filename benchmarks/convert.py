@@ -1,9 +1,9 @@
-"""Memory and time of the weight conversion: a synthetic checkpoint in, out again, and the two compared.
+"""Memory and time of the weight conversion: a synthetic checkpoint is imported, exported and compared.
 
     python benchmarks/convert.py [--gib=4]
 
-Appends a line to benchmarks/results/convert.jsonl: seconds and peak resident memory (VmHWM) of import and of export,
-each a process of its own, the checkpoint's size and its largest layer. Needs three times the size on the disk.
+Appends a line to benchmarks/results/convert.jsonl: seconds and peak resident memory (VmHWM) of import and export, each
+in a separate process, and the sizes of the checkpoint and of a layer. Requires three times the size on disk.
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "convert.jsonl"
 sys.path.insert(0, str(ROOT))
 
-# What a child process does: the command line, and then its own peak.
+# Program of a child process: runs the command line, then prints the process's peak memory.
 CHILD = """
 import runpy, sys
 try:
@@ -65,7 +65,8 @@ def main() -> None:
 
 
 def write_checkpoint(folder: pathlib.Path, gib: float) -> tuple[dict, int, int]:
-    """A DeepSeek-V3 layout of random bfloat16 with one MTP layer: its config.json, its bytes and those of a layer."""
+    """Writes random bfloat16 weights in DeepSeek-V3's layout with one MTP layer; returns config.json, the bytes of the
+    checkpoint and those of a layer."""
     import ml_dtypes
 
     from mtp_jax.config import Config, ModelConfig, MTPConfig
@@ -102,7 +103,7 @@ def write_checkpoint(folder: pathlib.Path, gib: float) -> tuple[dict, int, int]:
 
 
 def convert(*argv: str) -> dict:
-    """Seconds and peak GiB of one command in a process of its own, on one device."""
+    """Returns seconds and peak GiB of one command in a separate process, on one device."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))} | {"JAX_PLATFORMS": "cpu"}
     started = time.monotonic()
     done = subprocess.run(

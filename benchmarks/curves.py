@@ -1,11 +1,11 @@
-"""Do the fast paths of a GPU train as the slow ones do? Loss curves of a small model with both, and how far apart.
+"""Loss curves of a small model with and without the GPU kernels, and their difference.
 
     python benchmarks/curves.py [--steps=200]
 
 Trains a mixture of experts with DeepSeek's head dims three times on the same packed documents, in which every token has
 four likely successors: with the kernels in bfloat16, without them in bfloat16, and without them in float32. Appends a
-line to benchmarks/results/h200.jsonl with the mean absolute difference of the loss over the steps, of kernels against
-none, and of bfloat16 against float32, which is the noise it is to be within.
+line to benchmarks/results/h200.jsonl with the mean absolute difference of the loss over the steps, with and without
+kernels, and of bfloat16 and float32; the former is expected to be within the latter, as noise.
 """
 
 import argparse
@@ -41,7 +41,7 @@ DOCUMENT, SUCCESSORS = 100, 4
 
 
 def batches(config: Config, num: int):
-    """Rows of documents of 100 tokens on average, each a walk over the same random graph."""
+    """Yields rows of documents of 100 tokens on average, each a random walk over the same random graph."""
     rng = np.random.default_rng(0)
     successors = rng.integers(0, config.model.vocab_size, (config.model.vocab_size, SUCCESSORS))
     shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).depth)
@@ -57,7 +57,7 @@ def batches(config: Config, num: int):
 
 
 def curve(changes: dict[str, str], num_steps: int) -> list[float]:
-    """The loss of every step."""
+    """Returns the loss of every step."""
     config = Config(
         model=replace(MODEL, **changes),
         mtp=MTPConfig(kind="sequential", depth=1),

@@ -1,4 +1,4 @@
-"""Plain against self-speculated decoding of a trained model, on held-out text.
+"""Comparison of plain and self-speculative decoding of a trained model, on held-out text.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart      # or make train
     python benchmarks/decode.py --workdir=runs/quickstart --drafts=1,2 --batches=1,8
@@ -6,9 +6,9 @@
     python train.py --config=configs/code_400m.py --workdir=runs/code_400m
     python benchmarks/decode.py --workdir=runs/code_400m --drafts=1,2,3 --batches=1,8,32
 
-Appends a line for each draft length and batch size to benchmarks/results/decode.jsonl: acceptance of each draft, tokens
-a forward pass, tokens per second both ways (the same prompts, one batch plainly and one speculated in turn, the faster
-of two runs, prompts read included), the speed-up, milliseconds of a round, and how many texts came out the same.
+Appends a line per number of drafts and batch size to benchmarks/results/decode.jsonl: acceptance of each draft, tokens
+per forward pass, tokens per second of plain and speculative decoding (the same prompts, alternating by batch, the
+faster of two runs, prefill included), the speed-up, milliseconds per speculative step, and the number of equal texts.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def record(model: mtp_jax.language_model.LanguageModel, args: argparse.Namespace, result) -> dict:
-    """The result's line."""
+    """Returns the result's line."""
     counts, config = count_parameters(model.config.architecture), model.config
     rounds_per_second = result.tokens_per_second / result.tokens_per_forward / result.batch_size
     return {

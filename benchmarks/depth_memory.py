@@ -1,11 +1,11 @@
-"""Peak memory of a training step as MTP depths are added, beside that of one more block of the trunk.
+"""Peak memory of a training step by number of MTP depths, and of one more block of the decoder.
 
     python benchmarks/depth_memory.py [--config=configs/moe_4b.py] [--depths=4] [--config.section.key=VALUE ...]
 
-Runs benchmarks/train_step.py for depth 0 to --depths and for a trunk of one more layer, each in a process of its own,
-and appends one line to benchmarks/results/h200.jsonl: `peak_gib` by depth, `added_gib` by each depth, and `block_gib`,
-what one more block of the trunk takes: its weights, moments, gradients and activations. A sequential module is such a
-block and the projection M_k, whose weights, moments and gradients are `projection_gib`. `step_ms` and `mfu` by depth.
+Runs benchmarks/train_step.py for depth 0 to --depths and for a decoder with one more layer, each in a separate process,
+and appends one line to benchmarks/results/h200.jsonl: `peak_gib` by depth; `added_gib` by each depth; `block_gib`, the
+memory of one more block of the decoder (weights, moments, gradients, activations). A sequential module is such a block
+and the projection M_k, whose weights, moments and gradients are `projection_gib`. `step_ms` and `mfu` are by depth.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BYTES = 4 + 4 + 4 + 2  # of a weight, its two moments and its gradient in the co
 
 
 def measured(config: str, overrides: list[str]) -> dict:
-    """The line of a few steps of the config."""
+    """Returns the line of a few steps of the config."""
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "line.jsonl"
         command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), f"--config={config}", "--steps=5"]

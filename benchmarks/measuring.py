@@ -1,4 +1,4 @@
-"""What the benchmarks of this folder share: how an operation is timed, and the line a result leaves."""
+"""Timing of operations and recording of results, common to the benchmarks of this folder."""
 
 import datetime
 import json
@@ -16,8 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "h200.jsonl"
 
 
 def milliseconds(run: Callable[[], Any], calls: int = 10, repeats: int = 7) -> float:
-    """Of one call: the median over `repeats` of the mean of `calls`, all sent before the last is waited for. Compiled
-    and run twice first."""
+    """Returns the milliseconds of one call: the median over `repeats` of the mean over `calls`, all dispatched before
+    waiting for the last. Two calls, which compile, come first."""
     jax.block_until_ready([run(), run()])
     found = []
     for _ in range(repeats):
@@ -28,7 +28,7 @@ def milliseconds(run: Callable[[], Any], calls: int = 10, repeats: int = 7) -> f
 
 
 def append(output: pathlib.Path, line: dict[str, Any]) -> None:
-    """Write a result as one line, with what it was measured on, and show it."""
+    """Appends a result as one line, with device, version, commit and date, and prints it."""
     stamped = line | {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -42,7 +42,7 @@ def append(output: pathlib.Path, line: dict[str, Any]) -> None:
 
 
 def commit() -> str | None:
-    """Of the code that is measured; None outside a git checkout, None with changes of its own."""
+    """Returns the commit of the measured code; None outside a git checkout or with uncommitted changes."""
     git = ["git", "-C", str(ROOT)]
     try:
         changed = subprocess.run([*git, "status", "--porcelain", "mtp_jax"], capture_output=True, text=True, check=True)

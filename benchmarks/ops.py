@@ -1,13 +1,13 @@
-"""The operations that a step is made of, each alone, beside the floor and PyTorch.
+"""Operations of a step, each timed separately, with a lower bound and PyTorch's time.
 
     python benchmarks/ops.py [--only=NAME,...] [--peer=torch]     # grouped, attention, attention_packed, ...
     python benchmarks/ops.py --sweep=forward,rows      # tiles of the grouped matmul's kernels; minutes
 
-Appends a line a result to benchmarks/results/h200.jsonl: milliseconds forward, and forward and backward; `floor_ms`,
-what the same multiplications take at the rate of one large dense matmul measured in the same call (grouped: of the same
-size, forward and both gradients), or where nothing is multiplied, what the bytes that have to be read and written take
-at the rate of one large copy; PyTorch's figure with --peer=torch, which runs benchmarks/ops_torch.py in a process of
-its own. Sizes are those of configs/moe_4b.py at 4 x 4096 tokens a step.
+Appends a line per result to benchmarks/results/h200.jsonl: milliseconds forward, and forward and backward; `floor_ms`,
+the time of the same multiplications at the rate of one large dense matmul measured in the same call (grouped: of the
+same size, forward and both gradients), or without multiplications, the time of the bytes that must be read and written
+at the rate of one large copy; PyTorch's figure with --peer=torch, which runs benchmarks/ops_torch.py in a separate
+process. Sizes are those of configs/moe_4b.py at 4 x 4096 tokens per step.
 """
 
 import argparse
@@ -37,17 +37,17 @@ from mtp_jax.layers.router import Router  # noqa: E402
 
 ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
 TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 102_400
-SHARED_BYTES = 227 << 10  # that a block of threads may use on Hopper
+SHARED_BYTES = 227 << 10  # shared memory per thread block on Hopper
 DOCUMENT = 1024  # tokens, on average, of packed rows
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    """Random bfloat16 on the device."""
+    """Returns random bfloat16 values on the device."""
     return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
 
 
 def both_ways(fn, *args, given=()):
-    """(milliseconds forward, milliseconds forward and backward) of fn(*args, *given), differentiated in args."""
+    """Returns (milliseconds forward, forward and backward) of fn(*args, *given), differentiated in args."""
     forward = jax.jit(fn)
     out = jax.eval_shape(fn, *args, *given)
     cotangent = normal(9, *out.shape).astype(out.dtype)
@@ -61,7 +61,8 @@ def both_ways(fn, *args, given=()):
 
 
 def routing() -> tuple[jax.Array, jax.Array]:
-    """Experts of every token's copies int32[N], uneven as after some training, and how many each has int32[E]."""
+    """Returns the experts of every token's copies int32[N], uneven as after some training, and copies per expert
+    int32[E]."""
     bias_E = 0.3 * jax.random.normal(jax.random.key(1), (EXPERTS,))
     noise_ME = jax.random.gumbel(jax.random.key(2), (TOKENS, EXPERTS))
     expert_N = jax.lax.top_k(bias_E + noise_ME, CHOSEN)[1].reshape(-1)
@@ -69,13 +70,13 @@ def routing() -> tuple[jax.Array, jax.Array]:
 
 
 def rate() -> float:
-    """bfloat16 FLOP/s of a large matmul: the floors' denominator."""
+    """bfloat16 FLOP/s of a large matmul: the denominator of `floor_ms`."""
     a, b = normal(3, 8192, 8192), normal(4, 8192, 8192)
     return 2 * 8192**3 / (1e-3 * milliseconds(functools.partial(jax.jit(jnp.matmul), a, b), calls=30))
 
 
 def bandwidth() -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Bytes per second, read and written, of a large copy."""
     x = normal(3, 1 << 30)
     return 2 * x.nbytes / (1e-3 * milliseconds(functools.partial(jax.jit(lambda x: -x), x), calls=30))
 
@@ -90,7 +91,7 @@ def bench_grouped() -> dict:
 
 
 def segments() -> jax.Array:
-    """int32[B, T] of packed rows whose documents are `DOCUMENT` tokens long on average."""
+    """Returns segment ids int32[B, T] of packed rows whose documents have `DOCUMENT` tokens on average."""
     begins_BT = jax.random.bernoulli(jax.random.key(7), 1 / DOCUMENT, (ROWS, LENGTH))
     return 1 + jnp.cumsum(begins_BT, axis=1, dtype=jnp.int32)
 
@@ -127,17 +128,17 @@ def bench_router() -> dict:
 
 
 def bench_dispatch() -> dict:
-    """Sorting copies by expert, spreading tokens to them and adding them up again, with gradients."""
+    """Sorting copies by expert, dispatching tokens to them and combining them again, with gradients."""
     expert_N, _ = routing()
     x_MD, gates_MK = normal(5, TOKENS, DIM), normal(6, TOKENS, CHOSEN)
 
     def there_and_back(x_MD, gates_MK, expert_N):
-        # Without the barrier the compiler joins the two, and writes no copies.
+        # Without the barrier the compiler fuses the two and writes no copies.
         copies_ND, _, order = gather.dispatch(x_MD, expert_N, EXPERTS, CHOSEN)
         return gather.combine(jax.lax.optimization_barrier(copies_ND), gates_MK, order)
 
     found = both_ways(there_and_back, x_MD, gates_MK, given=(expert_N,))
-    # Forward: tokens read, copies written, read and added up; backward: the same, and copies once more for the gates.
+    # Forward: read tokens, write copies, read and combine them; backward: the same, and copies once more for the gates.
     bytes_moved = 2 * DIM * TOKENS * (2 * (1 + 2 * CHOSEN + 1) + CHOSEN)
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}
 
@@ -171,7 +172,7 @@ TILES = {"block_n": (128,), "block_k": (64, 128), "stages": (2, 3, 4), "turns": 
 
 
 def sweep(product: str, output: pathlib.Path) -> None:
-    """Every tile of one product of the grouped matmul, timed; those that do not fit the chip are passed over."""
+    """Times every tile size of one product of the grouped matmul; those that exceed shared memory are skipped."""
     _, sizes_E = routing()
     x_ND, y_NF = normal(5, TOKENS * CHOSEN, DIM), normal(6, TOKENS * CHOSEN, 2 * WIDTH)
     w_EDF = normal(7, EXPERTS, DIM, 2 * WIDTH)
@@ -187,7 +188,7 @@ def sweep(product: str, output: pathlib.Path) -> None:
 
 
 def peers() -> dict[str, dict]:
-    """PyTorch's figures, from a process of its own, on the same documents: another draw has other blocks to skip."""
+    """Returns PyTorch's figures from a separate process, on the same documents: the blocks to skip depend on them."""
     begins = jnp.argwhere(jnp.diff(segments(), prepend=1, axis=1)).tolist()
     command = [sys.executable, str(ROOT / "benchmarks" / "ops_torch.py"), json.dumps(begins)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""PyTorch's side of benchmarks/ops.py, in a process of its own: one JSON object, operation -> milliseconds, last.
+"""PyTorch's part of benchmarks/ops.py, in a separate process; the last line is a JSON object operation -> milliseconds.
 
 python benchmarks/ops_torch.py '[[row, position where a document begins], ...]'
 """
@@ -15,7 +15,7 @@ TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 1
 
 
 def milliseconds(run, calls=10, repeats=7):
-    """As in benchmarks/measuring.py."""
+    """Returns the milliseconds of one call, as benchmarks/measuring.py does."""
     run(), run()
     found = []
     for _ in range(repeats):
@@ -47,7 +47,7 @@ def attention():
 
 
 def attention_packed(documents):
-    """FlexAttention, compiled, with a mask of blocks that skips what is in other documents."""
+    """FlexAttention, compiled, with a block mask that skips other documents."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     begins = torch.zeros(ROWS, LENGTH, device="cuda", dtype=torch.int32)
@@ -77,7 +77,7 @@ def router():
 
 
 def dispatch(chosen):
-    """Copies sorted by expert, and added up again by token."""
+    """Copies sorted by expert, and combined again by token."""
 
     @torch.compile
     def spread(x):
@@ -97,7 +97,7 @@ def dispatch(chosen):
 
 
 def loss():
-    """The whole logits, compiled; the head's weights are in float32, as with us."""
+    """Cross-entropy of the whole logits, compiled; the head's weights are in float32, as in mtp_jax."""
     head = (0.02 * torch.randn(VOCAB, DIM, device="cuda")).requires_grad_()
     hidden = torch.randn(TOKENS, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(VOCAB, (TOKENS,), device="cuda")

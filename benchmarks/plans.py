@@ -1,10 +1,10 @@
-"""Memory, work and compile time of the full-size models on TPU slices, as the planner sees them on a CPU.
+"""Memory, FLOPs and compile time of the full-size models on TPU slices, from the planner on a CPU.
 
     python benchmarks/plans.py [NAME ...]      # all of them without a name; minutes each
 
-Appends a line a plan to benchmarks/results/plans.jsonl: the command, and what it found. Settings as in the peers'
-measurements: bf16 compute, fp32 weights, AdamW with fp32 moments, full recomputation, no offload, rows of 4096, 4 a
-chip. Needs libtpu (the extra tpu).
+Appends a line per plan to benchmarks/results/plans.jsonl: the command and its results. Settings as in measurements of
+other frameworks: bf16 compute, fp32 weights, AdamW with fp32 moments, full recomputation, no offload, rows of 4096
+tokens, 4 per chip. Requires libtpu (the extra tpu).
 """
 
 import datetime
@@ -58,7 +58,7 @@ def main(names: list[str]) -> None:
 
 
 def record(name: str, arguments: list[str]) -> dict:
-    """The result's line; a program that does not fit is a result too."""
+    """Returns the result's line; a program that does not fit has one too."""
     with tempfile.TemporaryDirectory() as folder:
         output = pathlib.Path(folder) / "plan.json"
         command = [sys.executable, "-m", "mtp_jax.tools.plan", *arguments, f"--json={output}"]

@@ -1,9 +1,9 @@
-"""What a newcomer waits for: a fresh clone, an empty environment, `make train`, measured as a whole.
+"""Time of a first run: `make train` in a fresh clone and an empty environment, measured as a whole.
 
     python benchmarks/quickstart.py
 
-Appends a line to benchmarks/results/quickstart.jsonl: seconds in all and to the first step, the losses at both ends of
-the run, and the closing table. Needs python3, make, git and a package registry; takes what `make train` takes.
+Appends a line to benchmarks/results/quickstart.jsonl: seconds in total and to the first step, the first and last losses
+of the run, and the closing table. Requires python3, make, git and a package registry; takes as long as `make train`.
 """
 
 import datetime
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def run(command: list[str], folder: pathlib.Path, environment: dict[str, str]) -> list[str]:
-    """The command's lines, shown as they come."""
+    """Runs a command, prints its lines as they arrive, and returns them."""
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -56,7 +56,7 @@ def run(command: list[str], folder: pathlib.Path, environment: dict[str, str]) -
 
 
 def record(output: str, seconds: float, metrics: list[dict], versions: list[str]) -> dict:
-    """The result's line."""
+    """Returns the result's line."""
     names = ("loss", "bits_per_byte", "accuracy_percent", "agreement", "tokens_per_forward")
     first_step = re.search(r"first step done ([\d.]+) s", output)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -1,11 +1,11 @@
-"""The training step of a config on this machine's devices: rate, MFU, peak memory, compile time, and where it goes.
+"""Training step of a config on this machine's devices: rate, MFU, peak memory, compile time and kernel time by part.
 
     python benchmarks/train_step.py --config=configs/moe_4b.py [--profile] [--peer=hf] [--config.section.key=VALUE ...]
 
-Appends a line to benchmarks/results/h200.jsonl. Batches are random tokens: one document a row (packing=contiguous), or
-documents of 1024 tokens on average (packed). --profile adds `parts_ms`, kernel time of a step by the part of the model
-it belongs to, and `gap`, the share of a step in which no kernel ran. --peer=hf trains the same architecture with
-transformers on the same machine (benchmarks/train_step_hf.py).
+Appends a line to benchmarks/results/h200.jsonl. Batches are random tokens: one document per row (packing=contiguous),
+or documents of 1024 tokens on average (packed). --profile adds `parts_ms`, kernel time of a step by part of the model,
+and `gap`, the fraction of a step in which no kernel ran. --peer=hf trains the same architecture with transformers on
+the same machine (benchmarks/train_step_hf.py).
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # of the GPU's memory; jax takes 0.75 by default
-if "--profile" in sys.argv:  # CUDA graphs hide which kernel belongs to what
+if "--profile" in sys.argv:  # CUDA graphs hide the operations of their kernels
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
 import jax  # noqa: E402
@@ -38,11 +38,11 @@ from mtp_jax.training.run import with_vocabulary  # noqa: E402
 from mtp_jax.training.step import make_trainer  # noqa: E402
 
 DOCUMENT = 1024
-PARTS = ("optimizer", "loss", "mtp", "experts", "router", "dispatch", "attention", "ffn")  # scopes, the first that fits
+PARTS = ("optimizer", "loss", "mtp", "experts", "router", "dispatch", "attention", "ffn")  # scopes; the first match
 
 
 def batch_of(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random tokens, as `mtp_jax.data.packing.Row` has them."""
+    """Returns a batch of random tokens with the fields of `mtp_jax.data.packing.Row`."""
     shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).lookahead)
     begins = rng.random(shape) < 1 / DOCUMENT if config.data.packing == "packed" else np.zeros(shape, bool)
     begins[:, 0] = True
@@ -55,7 +55,7 @@ def batch_of(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def measure(config: Config, num_steps: int, is_profiled: bool) -> dict:
-    """The line's own figures. The clock runs from one step's end to the end of the last of num_steps more."""
+    """Returns the measurements. The time is from the end of the second step to the end of num_steps more steps."""
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, mesh)
@@ -79,7 +79,7 @@ def measure(config: Config, num_steps: int, is_profiled: bool) -> dict:
 
 
 def figures(config: Config, seconds: float) -> dict:
-    """What follows from a step's seconds."""
+    """Returns rate, step time, MFU and peak memory for a step's seconds."""
     rate = config.data.batch_size * config.data.sequence_length / seconds
     peak = peak_flops(jax.devices()[0].device_kind)
     memory = jax.devices()[0].memory_stats() or {}
@@ -92,7 +92,7 @@ def figures(config: Config, seconds: float) -> dict:
 
 
 def profile(step, state, batch, num_steps: int = 3) -> dict:
-    """Kernel milliseconds of one step by part, the largest kernels, and the share of the time without any."""
+    """Returns kernel milliseconds per step by part, the largest kernels, and the fraction of the time without any."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(num_steps):
@@ -121,7 +121,7 @@ def profile(step, state, batch, num_steps: int = 3) -> dict:
 
 
 def kernels(data):
-    """What ran on the first GPU's streams."""
+    """Yields the events on the first GPU's streams."""
     for plane in data.planes:
         if plane.name == "/device:GPU:0":
             for line in plane.lines:
@@ -130,7 +130,7 @@ def kernels(data):
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
+    """Returns the length of the union of intervals."""
     total, end = 0.0, -float("inf")
     for first, last in sorted(spans):
         total += max(0.0, last - max(first, end))
@@ -139,7 +139,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def peer(config: Config) -> dict:
-    """transformers' figures, from a process of its own."""
+    """Returns the figures of transformers, from a separate process."""
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step_hf.py"), json.dumps(peer_config(config))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -147,7 +147,7 @@ def peer(config: Config) -> dict:
 
 
 def peer_config(config: Config) -> dict:
-    """The model in DeepSeek-V3's own layout, and the batch."""
+    """Returns the model's config.json in DeepSeek-V3's layout, and the shape of the batch."""
     from mtp_jax.interop import config_json
 
     shape = {"rows": config.data.batch_size, "length": config.data.sequence_length}
@@ -166,7 +166,7 @@ def main() -> None:
     config = with_vocabulary(config, tokenizer.load(config.data.tokenizer).vocab_size)
     line = {"benchmark": "train_step", "config": pathlib.Path(args.config).stem, "overrides": overrides}
     beside = peer(config) if args.peer == "hf" else {"peer": None, "peer_tokens_per_second": None}
-    validate(config, jax.device_count())  # the first to take the device, whose memory the peer wants for itself
+    validate(config, jax.device_count())  # opens the device; only after the peer, which uses all of its memory
     line |= {"num_devices": jax.device_count()} | measure(config, args.steps, args.profile) | beside
     append(args.output, line)
     if args.peer == "hf":

@@ -1,10 +1,10 @@
-"""The peer of benchmarks/train_step.py, in a process of its own: transformers' DeepSeek-V3 on one device.
+"""Training step of transformers' DeepSeek-V3 on one device, in a separate process, for benchmarks/train_step.py.
 
     python benchmarks/train_step_hf.py '{"rows": 4, "length": 4096, "model": {config.json}}'
 
 Weights in bfloat16 with fp32 masters in the optimizer (grouped matmuls take no fp32 weights, and autocast does not cast
-them), grouped matmuls for the experts, cuDNN attention, torch.compile, fused AdamW, gradients clipped as ours. Random
-tokens, next-token loss; no MTP. One JSON object, last.
+them), grouped matmuls for the experts, cuDNN attention, torch.compile, fused AdamW, gradients clipped as in mtp_jax.
+Random tokens, next-token loss, no MTP. The last line is a JSON object.
 """
 
 import json
@@ -19,9 +19,9 @@ NUM_STEPS = 10
 
 
 def build(values, device):
-    """The model in bfloat16, and AdamW over fp32 copies of its weights."""
+    """Returns the model in bfloat16, fp32 copies of its weights, and AdamW over the copies."""
     config = transformers.DeepseekV3Config(**{k: v for k, v in values.items() if k not in ("architectures", "dtype")})
-    # The model's own class: with a grouped matmul for the experts where it has any.
+    # The model's own class, with a grouped matmul for its experts, if any.
     experts = {"experts_implementation": "grouped_mm"} if values.get("n_routed_experts") else {}
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **experts)
@@ -30,7 +30,7 @@ def build(values, device):
 
 
 def make_step(model, masters, optimizer, vocab, shape, device):
-    """() -> loss: one step on fresh random tokens."""
+    """Returns a function () -> loss: one step on new random tokens."""
     weights = list(model.parameters())
 
     def loss_of(tokens):
