@@ -83,12 +83,12 @@ def main() -> None:
     args = flags.parse_args()
     losses = {name: curve(changes, args.steps) for name, changes in RUNS.items()}
 
-    def apart(one: str, other: str) -> float:
+    def difference(one: str, other: str) -> float:
         return statistics.mean(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
 
     line = {"benchmark": "curves", "steps": args.steps, "first": {name: ends[0] for name, ends in losses.items()}}
     line |= {"last": {name: ends[-1] for name, ends in losses.items()}}
-    line |= {"kernels_apart": apart("kernels", "plain"), "bfloat16_apart": apart("plain", "float32")}
+    line |= {"kernels_apart": difference("kernels", "plain"), "bfloat16_apart": difference("plain", "float32")}
     append(args.output, line)
 
 

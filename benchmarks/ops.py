@@ -132,12 +132,12 @@ def bench_dispatch() -> dict:
     expert_N, _ = routing()
     x_MD, gates_MK = normal(5, TOKENS, DIM), normal(6, TOKENS, CHOSEN)
 
-    def there_and_back(x_MD, gates_MK, expert_N):
+    def dispatch_and_combine(x_MD, gates_MK, expert_N):
         # Without the barrier the compiler fuses the two and writes no copies.
         copies_ND, _, order = gather.dispatch(x_MD, expert_N, EXPERTS, CHOSEN)
         return gather.combine(jax.lax.optimization_barrier(copies_ND), gates_MK, order)
 
-    found = both_ways(there_and_back, x_MD, gates_MK, given=(expert_N,))
+    found = both_ways(dispatch_and_combine, x_MD, gates_MK, given=(expert_N,))
     # Forward: read tokens, write copies, read and combine them; backward: the same, and copies once more for the gates.
     bytes_moved = 2 * DIM * TOKENS * (2 * (1 + 2 * CHOSEN + 1) + CHOSEN)
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}

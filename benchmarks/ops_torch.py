@@ -80,7 +80,7 @@ def dispatch(chosen):
     """Copies sorted by expert, and combined again by token."""
 
     @torch.compile
-    def spread(x):
+    def sort_by_expert(x):
         order = chosen.argsort(stable=True)
         return x[order // CHOSEN], order
 
@@ -89,11 +89,11 @@ def dispatch(chosen):
         weighted = copies * gates.reshape(-1, 1)[order]
         return torch.zeros(TOKENS, DIM, device="cuda", dtype=copies.dtype).index_add(0, order // CHOSEN, weighted)
 
-    def there_and_back(x, gates):
-        copies, order = spread(x)
+    def dispatch_and_combine(x, gates):
+        copies, order = sort_by_expert(x)
         return combine(copies, gates, order)
 
-    return both_ways(there_and_back, (TOKENS, DIM), (TOKENS, CHOSEN))
+    return both_ways(dispatch_and_combine, (TOKENS, DIM), (TOKENS, CHOSEN))
 
 
 def loss():

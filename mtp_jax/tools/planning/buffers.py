@@ -94,13 +94,13 @@ def peak(buffers: list[Buffer]) -> tuple[int, list[Buffer]]:
     for moment in sorted({b.start for b in buffers}):
         alive = [b for b in buffers if b.start <= moment <= b.end]
         if sum(b.size for b in alive) > best:
-            kept = _apart(alive)
+            kept = _without_overlaps(alive)
             if sum(b.size for b in kept) > best:
                 best, at_best = sum(b.size for b in kept), kept
     return best, at_best
 
 
-def _apart(buffers: list[Buffer]) -> list[Buffer]:
+def _without_overlaps(buffers: list[Buffer]) -> list[Buffer]:
     """Drops buffers that overlap a larger one: an input that is updated in place shares its buffer with the output."""
     kept: list[Buffer] = []
     for one in sorted(buffers, key=lambda b: -b.size):

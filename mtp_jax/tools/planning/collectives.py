@@ -123,9 +123,9 @@ def _mesh_groups(axes: str, device_ids: str, used: str, num_devices: int) -> lis
             dims.append((name, size, name in whole))
     grid = places.reshape([size for _, size, _ in dims])
     kept = [d for d, (_, _, is_used) in enumerate(dims) if not is_used]
-    cut = [d for d, (_, _, is_used) in enumerate(dims) if is_used]
-    group = int(np.prod([dims[d][1] for d in cut], dtype=np.int64))
-    return grid.transpose(*kept, *cut).reshape(-1, group).tolist()
+    joined = [d for d, (_, _, is_used) in enumerate(dims) if is_used]
+    group = int(np.prod([dims[d][1] for d in joined], dtype=np.int64))
+    return grid.transpose(*kept, *joined).reshape(-1, group).tolist()
 
 
 def _places(iota: re.Match, num_devices: int) -> np.ndarray:

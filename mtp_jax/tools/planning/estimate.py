@@ -80,8 +80,8 @@ def make_plan(config: Config, topology: Topology) -> Plan:
         topology=topology,
         mesh=mesh_shape,
         fits=not program.is_over_full,
-        params_bytes=_bytes_a_device(program.trainer.abstract_state["params"]),
-        optimizer_bytes=_bytes_a_device(program.trainer.abstract_state["opt_state"]),
+        params_bytes=_bytes_per_device(program.trainer.abstract_state["params"]),
+        optimizer_bytes=_bytes_per_device(program.trainer.abstract_state["opt_state"]),
         memory=read_memory(program.buffers, program.live, module),
         model_flops=model_flops,
         executed_flops=program.flops,
@@ -94,7 +94,7 @@ def make_plan(config: Config, topology: Topology) -> Plan:
     )
 
 
-def _bytes_a_device(tree: PyTree) -> int:
+def _bytes_per_device(tree: PyTree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

@@ -69,7 +69,7 @@ def search(config: Config, topology: Topology, num_tries: int) -> list[Found]:
             f"--topology={topology.name}: state and saved activations alone take {least.gib:.0f} of "
             f"{topology.chip.hbm_gib:.0f} GiB on the best of {len(everything)} candidates; use more chips"
         )
-    chosen = sorted(hopeful, key=_promise)[:num_tries]
+    chosen = sorted(hopeful, key=_sort_key)[:num_tries]
     print(f"{len(everything)} candidates, {len(hopeful)} may fit, compiling {len(chosen)}", file=sys.stderr, flush=True)
     found = []
     for number, candidate in enumerate(chosen, 1):
@@ -80,7 +80,7 @@ def search(config: Config, topology: Topology, num_tries: int) -> list[Found]:
     return sorted(found, key=lambda f: f.seconds)
 
 
-def _promise(candidate: Candidate) -> tuple[float, int, float]:
+def _sort_key(candidate: Candidate) -> tuple[float, int, float]:
     """Sort key: estimated time to two digits, then fewer micro-batches, then less memory."""
     return float(f"{candidate.seconds:.2g}"), candidate.config.training.grad_accum_steps, candidate.gib
 
@@ -111,9 +111,9 @@ def meshes(num_devices: int, num_slices: int) -> Iterator[dict[str, int]]:
     memory. Heads and positions are split into at most 16 parts, experts into at most 64; beyond these sizes their
     collectives dominate the step."""
     for expert, context, tensor in itertools.product((1, 2, 4, 8, 16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
-        cut = num_slices * expert * context * tensor
-        if num_devices % cut == 0:
-            fsdp = num_devices // cut
+        num_parts = num_slices * expert * context * tensor
+        if num_devices % num_parts == 0:
+            fsdp = num_devices // num_parts
             yield {"data": num_slices, "fsdp": fsdp, "expert": expert, "context": context, "tensor": tensor}
 
 
@@ -124,8 +124,8 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     moment_count = 2 if config.optimizer.name == "adamw" else 1
     state = 0.0
     for _, info, leaf in weights(config.architecture):  # weight, moments, gradient
-        cut = math.prod(sizes[axis] for axes in spec(info.axes) for axis in _names(axes))
-        state += leaf.size / cut * (param_bytes + moment_count * moments + 4)
+        num_parts = math.prod(sizes[axis] for axes in spec(info.axes) for axis in _names(axes))
+        state += leaf.size / num_parts * (param_bytes + moment_count * moments + 4)
     rows = config.data.batch_size / config.training.grad_accum_steps / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens = rows * config.data.sequence_length / sizes["context"]
     layers = kind_of(config).num_main_layers + kind_of(config).num_blocks
@@ -151,9 +151,9 @@ def step_seconds(config: Config, sizes: dict[str, int], topology: Topology) -> f
     gathered = 0.0
     for _, info, leaf in weights(config.architecture):
         names = set(info.axes)
-        cut = sizes["expert"] if "experts" in names else 1
-        cut *= sizes["tensor"] if names & {"heads", "kv_heads", "ffn", "vocab"} else 1
-        gathered += 2 * leaf.size / cut if sizes["fsdp"] > 1 and "embed" in names else 0
+        num_parts = sizes["expert"] if "experts" in names else 1
+        num_parts *= sizes["tensor"] if names & {"heads", "kv_heads", "ffn", "vocab"} else 1
+        gathered += 2 * leaf.size / num_parts if sizes["fsdp"] > 1 and "embed" in names else 0
     local = tokens / (sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]) * model.embed_dim * 2
     layers = kind_of(config).num_main_layers + kind_of(config).num_blocks
     sent = 3 * gathered * config.training.grad_accum_steps

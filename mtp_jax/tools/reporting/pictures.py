@@ -192,13 +192,13 @@ def _dress(axis: Axes, title: str) -> None:
     axis.set_title(title)
     axis.set_xlabel("step")
     if title.startswith(PEAKED):
-        _cut_off_the_start(axis)
+        _scale_to_later_steps(axis)
     if title == "learning rate":
         axis.set_ylim(bottom=0)
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
-def _cut_off_the_start(axis: Axes) -> None:
+def _scale_to_later_steps(axis: Axes) -> None:
     """Sets the y limits to the values of the last three quarters of the steps."""
     curves = [np.asarray(line.get_xydata()) for line in axis.get_lines()]
     long = [points for points in curves if len(points) > 20]

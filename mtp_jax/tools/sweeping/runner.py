@@ -113,7 +113,7 @@ class Runner:
                 self._start_some()
                 time.sleep(POLL_SECONDS)
                 for task in list(self.active):
-                    self._look_at(task)
+                    self._handle(task)
         finally:
             for task in self.active:  # after an exception in this loop
                 children.kill(task.process)
@@ -164,15 +164,15 @@ class Runner:
         log_start = run_folder.start_of_log(log, line)
         return children.start(line, log, cores, lock), log_start
 
-    def _look_at(self, task: Task) -> None:
+    def _handle(self, task: Task) -> None:
         """Passes signals on to a running command; after it has ended, starts the next one or closes the run."""
         code = task.process.poll()
         if code is None:
-            self._tell(task)
+            self._pass_signals_on(task)
             return
         children.kill(task.process)  # ends processes that the command has left running
         if code == 0:
-            self._note_done(task)
+            self._record_success(task)
             next_one = self.commands.evaluation(task.run) and task.script == "train.py"
             if next_one and not self.num_signals:
                 task.script = "eval.py"
@@ -184,12 +184,12 @@ class Runner:
         elif self.num_signals:
             self._say(task.number, task.run, f"{task.script} stopped")
         else:
-            self._note_failure(task, code)
+            self._record_failure(task, code)
         self.active.remove(task)
         self.free_cores.append(task.cores)
         os.close(task.lock)
 
-    def _tell(self, task: Task) -> None:
+    def _pass_signals_on(self, task: Task) -> None:
         """Passes signals on: the first lets the command save its state and end, the second kills it."""
         if task.num_told == 0 and self.num_signals:
             task.process.terminate()
@@ -197,14 +197,14 @@ class Runner:
             children.kill(task.process)
         task.num_told = min(self.num_signals, 2)
 
-    def _note_done(self, task: Task) -> None:
+    def _record_success(self, task: Task) -> None:
         path = self.commands.folder(task.run)
         done: dict[str, object] = {"trained": task.run.config.training.num_steps}
         if task.script == "eval.py":
             done = {"evaluated": self.commands.evaluation(task.run)}
         run_folder.write_record(path, run_folder.read_record(path) | done)
 
-    def _note_failure(self, task: Task, code: int) -> None:
+    def _record_failure(self, task: Task, code: int) -> None:
         path = self.commands.folder(task.run)
         log = path / run_folder.LOGS[task.script]
         error = f"{children.how_it_ended(code)}{run_folder.last_line(log, task.log_start)}"
