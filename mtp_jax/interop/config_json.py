@@ -19,6 +19,7 @@ from mtp_jax.config import (
     UserError,
     conventions,
     value_of,
+    walk,
     with_values,
 )
 from mtp_jax.files import read_json
@@ -43,7 +44,17 @@ FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null there: as many as head
 # Our keys that tell layouts apart, the most telling first: the family that agrees longest is the one a model is
 # exported in, or whose first disagreement is named.
 TELLING = (
-    *("attention", "num_experts", "qkv_bias", "qk_norm", "rope.interleaved", "rotary_fraction", "router.score"),
+    *(
+        "attention",
+        "num_experts",
+        "local.window",
+        "gated_unit.alpha",
+        "qkv_bias",
+        "qk_norm",
+        "rope.interleaved",
+        "rotary_fraction",
+        "router.score",
+    ),
     *("router.group_score", "router.renormalize", "num_shared_experts", "num_dense_layers", "latent_norm_eps"),
 )
 
@@ -163,7 +174,8 @@ def _read(values: Values, family: Family, where: str, depth: int | None) -> Conf
     if family.window:
         _check_window(values, family, where)
     model = with_values(ModelConfig(), _read_fields(values, family, where) | rope.read(values, family, where))
-    model = with_values(model, {name: value for name, value in family.implied.items() if _counts(name, model)})
+    implied = with_values(model, family.implied)
+    model = with_values(model, {name: value for name, value in family.implied.items() if _counts(name, implied)})
     return Config(model=model, mtp=_read_mtp(values, family, where, depth))
 
 
@@ -236,16 +248,32 @@ def _read_mtp(values: Values, family: Family, where: str, depth: int | None) -> 
     return MTPConfig(**out)
 
 
+# Our keys, or sections, that count only in a part of the model; `Setting.when` says it of others.
+_PARTS = {
+    "mla": ("q_lora_rank", "latent_norm_eps"),
+    "gqa": ("qk_norm", "qkv_bias", "value_head_dim", "value_scale", "output_bias", "rotary_fraction"),
+    "moe": ("router.", "num_shared_experts", "num_dense_layers", "routed_scaling_factor", "expert_bias"),
+    "local": ("local.",),
+    "llama3": ("rope.llama3.",),
+    "yarn": ("rope.yarn.",),
+}
+_SETTINGS = {key: setting for key, _, setting in walk(ModelConfig())}
+
+
 def _counts(name: str, model: ModelConfig) -> bool:
     """True where the field changes what this model computes."""
     if name == "router.group_score":
         return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
-    is_of_experts = name.startswith("router.") or name in (
-        "num_shared_experts",
-        "num_dense_layers",
-        "routed_scaling_factor",
-    )
-    return model.num_experts > 0 or not is_of_experts
+    if name == "value_head_dim" and model.value_head_dim == model.head_dim:
+        return False
+    part = _SETTINGS[name].when or next((part for part, names in _PARTS.items() if name.startswith(names)), "")
+    in_use = {"": True, "mla": model.attention == "mla", "gqa": model.attention == "gqa", "moe": model.num_experts > 0}
+    in_use |= {
+        "local": model.local.window > 0,
+        "llama3": model.rope.llama3.factor > 1,
+        "yarn": model.rope.yarn.factor > 1,
+    }
+    return in_use[part] or name in ("local.window", "rope.llama3.factor", "rope.yarn.factor")
 
 
 def _check_quantization(value: Any, where: str) -> None:
@@ -315,10 +343,37 @@ def layout_of(config: Config) -> str:
 def _not_held(config: Config, family: Family) -> list[tuple[str, Any]]:
     """(our key, the layout's value) of what the layout cannot say of the model."""
     model = config.model
-    implied = family.implied | (
-        {} if model.num_experts or family.no_experts or not family.mixture else {"num_experts": 1}
-    )
+    implied = _implied(family)
+    if family.mixture and not model.num_experts and not family.no_experts:
+        implied |= {"num_experts": 1}
     return [(n, value) for n, value in implied.items() if value_of(model, n) != value and _counts(n, model)]
+
+
+def _implied(family: Family) -> Values:
+    """Values of our model that the layout has no key for: those of its table, and otherwise our defaults, so that a
+    field which no table names is not dropped in silence."""
+    stored = {*family.fields.values(), *family.mixture.values(), *rope.STORED}
+    stored |= {"rotary_fraction"} if family.rotary_fraction is not None else set()
+    kept = {key: value for key, value, setting in walk(ModelConfig()) if setting.may_change == "never"}
+    return family.implied | {n: value for n, value in kept.items() if n not in family.implied and n not in stored}
+
+
+# Fields of MTPConfig that decide the modules' blocks, and that no layout has a key for.
+_BLOCKS = ("window", "dense_ffn")
+
+
+def _check_blocks_held(config: Config, family: Family) -> None:
+    """Refuse MTP modules whose blocks are not those of the layout's."""
+    theirs = with_values(config, {f"mtp.{name}": value_of(MTPConfig(), name) for name in _BLOCKS})
+    if not kind_of(config).depth or kind_of(theirs).layer_spec == kind_of(config).layer_spec:
+        return
+    for name in _BLOCKS:
+        value, wanted = getattr(config.mtp, name), getattr(theirs.mtp, name)
+        if kind_of(with_values(config, {f"mtp.{name}": wanted})).layer_spec != kind_of(config).layer_spec:
+            raise UserError(
+                f"mtp.{name}={value!r}: the {family.model_type} layout cannot hold it, it has {wanted!r} there; train "
+                f"the model with mtp.{name}={wanted!r} to export it"
+            )
 
 
 def _check_held(config: Config, family: Family) -> None:
@@ -330,6 +385,7 @@ def _check_held(config: Config, family: Family) -> None:
             f"model.{name}={value_of(model, name)!r}: the {layout} layout cannot hold it, it has {wanted!r} there; "
             f"train the model with model.{name}={wanted!r} to export it"
         )
+    _check_blocks_held(config, family)
     if family.heads_divide and model.embed_dim % model.num_heads:
         raise UserError(
             f"model.num_heads={model.num_heads}: does not divide model.embed_dim={model.embed_dim}, which transformers "

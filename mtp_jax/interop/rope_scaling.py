@@ -26,6 +26,7 @@ TYPES: dict[str, Names] = {
         "mscale_all_dim": "rope.yarn.mscale_all_dim",
     },
 }
+STORED = {"rope.theta", *(ours for names in TYPES.values() for ours in names.values())}  # our keys
 _COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _FIXED: dict[str, Values] = {"yarn": {"attention_factor": None, "truncate": True}}
 

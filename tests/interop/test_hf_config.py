@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import typing
 
 import pytest
 
@@ -14,6 +15,7 @@ from mtp_jax.config import (
     ModelConfig,
     MTPConfig,
     UserError,
+    conventions,
     key_hints,
     load_config,
     validate,
@@ -26,6 +28,7 @@ from mtp_jax.interop.config_json import from_config, layout_of, read_config, to_
 from mtp_jax.interop.families import FAMILIES as MODEL_TYPES
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
 from mtp_jax.layers import rope
+from mtp_jax.model import validate as validate_model
 from mtp_jax.mtp import kind_of
 
 V3 = json.loads("""{
@@ -583,12 +586,90 @@ NOT_HELD = {
     "model.num_dense_layers=1": model_with(QWEN3_MOE, num_dense_layers=1),
     "model.routed_scaling_factor=2.0": model_with(QWEN3_MOE, routed_scaling_factor=2.0),
     "mtp.kind='parallel'": mtp_with(LLAMA, kind="parallel", depth=2),
+    "model.value_scale=0.5": model_with(LLAMA, value_scale=0.5),
+    "model.gated_unit.limit=7.0": model_with(V3, **{"gated_unit.limit": 7.0}),
+    "model.sinks=True": model_with(V3, sinks=True),
+    "mtp.window=4": mtp_with(LLAMA, kind="sequential", window=4),
+    "mtp.dense_ffn=True": mtp_with(V3, dense_ffn=True),
 }
 
 
 @pytest.mark.parametrize("named", NOT_HELD)
 def test_what_no_layout_says_is_refused_by_our_key(named):
     assert refusal(layout_of, NOT_HELD[named]).startswith(named)
+
+
+# What does not change what a trained model computes, and what another kind of MTP than the released one reads.
+OF_TRAINING = {*TRAINING, "matmul_precision"}
+OF_MTP_TRAINING = {"weight", "weight_values", "weight_boundaries", "weight_unit", "depth_decay", "normalize"}
+OF_MTP_TRAINING |= {"curriculum", "detach_trunk", "freeze_trunk"}
+OF_OTHER_KINDS = {"parameter_matched", "top.window", "nextlat.width", "nextlat.latent_weight", "nextlat.kl_weight"}
+PARTS = {"nothing": {}, "window": {"local.window": 8}, "yarn": {"rope.yarn.factor": 4.0}}
+PARTS |= {"llama3": {"rope.llama3.factor": 4.0}, "experts": {"num_experts": 8}}
+PARTS |= {"all": {"num_experts": 8, "router.num_groups": 4, "router.groups_per_token": 2, "local.window": 8}}
+
+
+def others(hint, value):
+    """Other values of a field, some of which every model can have."""
+    choices = [c for c in typing.get_args(hint) if c and not isinstance(c, type)]
+    if choices:
+        return [c for c in choices if c != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, str):
+        return ["LG"]
+    return [3, 2 * (value or 1), 0] if "int" in str(hint) else [3.0, 0.5]
+
+
+@pytest.mark.parametrize("layout", MODEL_TYPES)
+def test_every_field_is_stored_or_refused(layout):
+    """With each field of the model changed in turn: what is written is read back as the same model, or not written."""
+    hints, family = key_hints(ModelConfig), MODEL_TYPES[layout]
+    written = set()
+    for part in PARTS.values():
+        basis = {"vocab_size": 64, "attention": family.implied.get("attention", "gqa")} | part
+        settled = {n: v for n, v in family.implied.items() if n != "num_experts" and not callable(v)}
+        model = with_values(ModelConfig(), settled | basis)
+        model = with_values(model, {n: v(model) for n, v in family.implied.items() if callable(v)})
+        for key, value, _ in walk(model):
+            for other in others(hints[key], value) if key not in OF_TRAINING else ():
+                config = Config(model=with_values(model, {key: other}))
+                try:
+                    validate_model(config, 1)
+                    hf = from_config(config, layout)
+                except UserError:
+                    continue
+                written.add(key)
+                back = read(hf).model
+                for name, kept, _ in walk(back):
+                    if name not in OF_TRAINING and config_json._counts(name, config.model):
+                        assert kept == value_of(config.model, name), f"{name} after {key}={other!r}"
+    assert {"num_layers", "embed_dim", "norm_eps"} <= written
+
+
+@pytest.mark.parametrize("layout", [name for name, family in MODEL_TYPES.items() if not family.left_out])
+def test_every_field_of_the_modules_is_stored_or_refused(layout):
+    hf = next(hf for hf in FILES.values() if hf["model_type"] == layout)
+    basis, hints = mtp_with(hf, kind="sequential", depth=2), key_hints(MTPConfig)
+    stored, refused = set(), set()
+    assert OF_MTP_TRAINING | OF_OTHER_KINDS <= hints.keys()
+    for key in hints.keys() - OF_MTP_TRAINING - OF_OTHER_KINDS:
+        value = value_of(basis.mtp, key)
+        for other in others(hints[key], value) if key != "kind" else ["parallel", "none"]:
+            config = dataclasses.replace(basis, mtp=with_values(basis.mtp, {key: other}))
+            try:
+                back = read(from_config(config, layout))
+            except UserError:
+                refused.add(key)
+                continue
+            stored.add(key)
+            assert kind_of(back).depth == kind_of(config).depth
+            if kind_of(config).depth:
+                assert kind_of(back).layer_spec == kind_of(config).layer_spec
+                assert conventions(back.mtp) == conventions(config.mtp)
+                assert back.mtp.shared_depths == config.mtp.shared_depths
+    assert refused | stored == hints.keys() - OF_MTP_TRAINING - OF_OTHER_KINDS
+    assert {"kind", "window"} <= refused and {"depth", "shared_depths", "family", "chain", "output_norm"} <= stored
 
 
 def test_from_config_refuses_what_its_layout_cannot_hold():
