@@ -24,6 +24,7 @@ from mtp_jax.config import (
 )
 from mtp_jax.files import read_json
 from mtp_jax.interop import rope_scaling as rope
+from mtp_jax.interop import windows
 from mtp_jax.interop.families import FAMILIES, UNSUPPORTED, Family, Values
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
 from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, bad, short, typed
@@ -132,7 +133,11 @@ def family_named(model_type: Any, where: str) -> Family:
 def _own_names(hf: Values, family: Family, where: str) -> Values:
     """`hf` without nulls, but for those that have a meaning, under the family's own names; UserError where two names of
     one key disagree."""
-    telling = (family.fields.keys() | family.mixture.keys()) & {*NULLS, *FROM_OTHERS} | {family.window}
+    telling = {*family.fields, *family.mixture, *windows.KEYS[family.window]} & {
+        *NULLS,
+        *FROM_OTHERS,
+        *windows.KEYS[family.window],
+    }
     values = {key: value for key, value in hf.items() if value is not None or key in telling}
     for alias in hf:
         key = _own_name(alias, family)
@@ -153,7 +158,7 @@ def _own_name(key: str, family: Family) -> str:
 def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, ...]) -> None:
     known = {*IGNORED, *family.fields, *family.mixture, *family.fixed, *family.tolerated, *ignore}
     known |= {MTP_KEY, WIRING_KEY, "quantization_config", *rope.KEYS, *family.derived(ModelConfig())}
-    known |= {*WINDOW_KEYS} if "use_sliding_window" in family.fixed else {family.window} - {""}
+    known |= {*WINDOW_KEYS} if "use_sliding_window" in family.fixed else {*windows.KEYS[family.window]}
     known |= {"topk_method"} if family.groups_by_method else set()
     found = {key: value for key, value in values.items() if key not in known}
     found |= {key: value for key, value in rope.unknown(values).items() if key not in ignore}
@@ -171,12 +176,12 @@ def _read(values: Values, family: Family, where: str, depth: int | None) -> Conf
         if values.get(key, wanted) != wanted:
             raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
     _check_quantization(values.get("quantization_config"), where)
-    if family.window:
-        _check_window(values, family, where)
     model = with_values(ModelConfig(), _read_fields(values, family, where) | rope.read(values, family, where))
-    implied = with_values(model, family.implied)
-    model = with_values(model, {name: value for name, value in family.implied.items() if _counts(name, implied)})
-    return Config(model=model, mtp=_read_mtp(values, family, where, depth))
+    model = with_values(model, windows.read(values, family, where, model.num_layers))
+    implied = _stated(family, model)
+    counted = with_values(model, implied)
+    model = with_values(model, {name: value for name, value in implied.items() if _counts(name, counted)})
+    return Config(model=model, mtp=_read_mtp(values, family, model, where, depth))
 
 
 def _read_fields(values: Values, family: Family, where: str) -> Values:
@@ -212,16 +217,7 @@ def _field(values: Values, family: Family, where: str, key: str, kind: type) -> 
     return typed(where, key, NULLS[key] if value is None and key in NULLS else value, kind)
 
 
-def _check_window(values: Values, family: Family, where: str) -> None:
-    """Refuse a sliding window that is shorter than the longest text."""
-    window = values.get(family.window, family.defaults[family.window])
-    longest = _field(values, family, where, "max_position_embeddings", int)
-    if window is not None and typed(where, family.window, window, int) < longest:
-        remedy = f"is shorter than max_position_embeddings={longest}; mtp_jax has no sliding-window attention"
-        raise bad(where, family.window, window, remedy)
-
-
-def _read_mtp(values: Values, family: Family, where: str, depth: int | None) -> MTPConfig:
+def _read_mtp(values: Values, family: Family, model: ModelConfig, where: str, depth: int | None) -> MTPConfig:
     modules = typed(where, MTP_KEY, values.get(MTP_KEY) or 0, int)
     wiring = typed(where, WIRING_KEY, values.get(WIRING_KEY) or {}, dict)
     preset = dataclasses.asdict(CONVENTIONS[family.conventions])
@@ -244,7 +240,7 @@ def _read_mtp(values: Values, family: Family, where: str, depth: int | None) -> 
     wanted = stored if depth is None else depth
     out: Values = {"family": family.conventions}
     if wanted:
-        out |= {"kind": RELEASED, "depth": wanted, "shared_depths": shared} | wired
+        out |= {"kind": RELEASED, "depth": wanted, "shared_depths": shared} | wired | family.modules(model)
     return MTPConfig(**out)
 
 
@@ -257,6 +253,7 @@ _PARTS = {
     "llama3": ("rope.llama3.",),
     "yarn": ("rope.yarn.",),
 }
+_DEFAULTS_TO = {"value_head_dim": "head_dim", "local.num_kv_heads": "num_kv_heads"}  # where they are 0
 _SETTINGS = {key: setting for key, _, setting in walk(ModelConfig())}
 
 
@@ -264,7 +261,7 @@ def _counts(name: str, model: ModelConfig) -> bool:
     """True where the field changes what this model computes."""
     if name == "router.group_score":
         return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
-    if name == "value_head_dim" and model.value_head_dim == model.head_dim:
+    if name in _DEFAULTS_TO and value_of(model, name) == value_of(model, _DEFAULTS_TO[name]):
         return False
     part = _SETTINGS[name].when or next((part for part, names in _PARTS.items() if name.startswith(names)), "")
     in_use = {"": True, "mla": model.attention == "mla", "gqa": model.attention == "gqa", "moe": model.num_experts > 0}
@@ -343,19 +340,24 @@ def layout_of(config: Config) -> str:
 def _not_held(config: Config, family: Family) -> list[tuple[str, Any]]:
     """(our key, the layout's value) of what the layout cannot say of the model."""
     model = config.model
-    implied = _implied(family)
+    implied = _implied(family, model)
     if family.mixture and not model.num_experts and not family.no_experts:
         implied |= {"num_experts": 1}
     return [(n, value) for n, value in implied.items() if value_of(model, n) != value and _counts(n, model)]
 
 
-def _implied(family: Family) -> Values:
+def _implied(family: Family, model: ModelConfig) -> Values:
     """Values of our model that the layout has no key for: those of its table, and otherwise our defaults, so that a
     field which no table names is not dropped in silence."""
     stored = {*family.fields.values(), *family.mixture.values(), *rope.STORED}
-    stored |= {"rotary_fraction"} if family.rotary_fraction is not None else set()
+    stored |= windows.STORED[family.window] | ({"rotary_fraction"} if family.rotary_fraction is not None else set())
     kept = {key: value for key, value, setting in walk(ModelConfig()) if setting.may_change == "never"}
-    return family.implied | {n: value for n, value in kept.items() if n not in family.implied and n not in stored}
+    return _stated(family, model) | {n: v for n, v in kept.items() if n not in family.implied and n not in stored}
+
+
+def _stated(family: Family, model: ModelConfig) -> Values:
+    """The values of `Family.implied` for this model."""
+    return {name: value(model) if callable(value) else value for name, value in family.implied.items()}
 
 
 # Fields of MTPConfig that decide the modules' blocks, and that no layout has a key for.
@@ -364,7 +366,8 @@ _BLOCKS = ("window", "dense_ffn")
 
 def _check_blocks_held(config: Config, family: Family) -> None:
     """Refuse MTP modules whose blocks are not those of the layout's."""
-    theirs = with_values(config, {f"mtp.{name}": value_of(MTPConfig(), name) for name in _BLOCKS})
+    stated = {name: value_of(MTPConfig(), name) for name in _BLOCKS} | family.modules(config.model)
+    theirs = with_values(config, {f"mtp.{name}": value for name, value in stated.items()})
     if not kind_of(config).depth or kind_of(theirs).layer_spec == kind_of(config).layer_spec:
         return
     for name in _BLOCKS:
@@ -414,8 +417,7 @@ def _write(config: Config, family: Family, base: Values) -> Values:
         # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
         # ours is. (transformers' own MTP loader gives every module experts and cannot hold this one.)
         out |= family.no_experts | {family.keys["num_dense_layers"]: model.num_layers + mtp.get(MTP_KEY, 0)}
-    if family.window:  # null states that there is none; absent, the class has a default
-        out[family.window] = base.get(family.window)
+    out |= windows.write(model, family, base)
     if family.groups_by_method:
         out["topk_method"] = "group_limited_greedy" if out["n_group"] > 1 else "greedy"
     out |= {k: v for k, v in family.derived(model).items() if k in base or k == "num_key_value_heads"}

@@ -163,6 +163,29 @@ CASES: dict[str, Case] = {
     ),
 }
 
+# Texts of the tests are four times longer than these windows.
+CASES |= {
+    "mistral_window": Case(
+        "mistral",
+        COMMON | dict(num_key_value_heads=2, head_dim=16, rope_parameters=_rope(theta=100_000.0), sliding_window=5),
+        features=("theta", "window"),
+    ),
+    "qwen2_window": Case(
+        "qwen2",
+        COMMON
+        | dict(num_key_value_heads=2, rope_parameters=_rope(theta=100_000.0))
+        | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
+        features=("bias", "window"),
+    ),
+    "qwen3_window": Case(
+        "qwen3",
+        COMMON
+        | dict(num_key_value_heads=2, head_dim=16, rope_parameters=_rope(), use_sliding_window=True, sliding_window=1)
+        | dict(layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        features=("qk_norm", "window"),
+    ),
+}
+
 CASES |= {
     "qwen3_moe": Case(
         "qwen3_moe",
@@ -484,7 +507,9 @@ def _rewrite_config(case: Case, path, dtype, style) -> dict:
 
 def _released(config: dict) -> dict:
     """The keys of files written before transformers 5: rope in two places, no derived sizes, the gate spelled out."""
-    derived = ("rope_parameters", "dtype", "layer_types", "qk_head_dim", "rope_interleave", "output_router_logits")
+    derived = ("rope_parameters", "dtype", "qk_head_dim", "rope_interleave", "output_router_logits")
+    if "sliding_attention" not in config.get("layer_types", ()):
+        derived += ("layer_types",)
     out = {k: v for k, v in config.items() if k not in derived}
     out["torch_dtype"] = config["dtype"]
     rope = dict(config["rope_parameters"])

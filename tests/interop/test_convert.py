@@ -44,6 +44,8 @@ ROUND_TRIPS = [
         ("kimi_k2", "bfloat16", "released", 1),
         ("mistral", "float32", "new", 1),
         ("mistral_wide_window", "bfloat16", "released", 1),
+        ("mistral_window", "float32", "released", 1),
+        ("qwen2_window", "bfloat16", "new", 1),
         ("qwen3_moe", "bfloat16", "new", 2),
         ("ernie4_5_moe", "bfloat16", "released", 1),
         ("ernie4_5_moe_untied", "float32", "new", 2),

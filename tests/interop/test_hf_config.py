@@ -23,9 +23,10 @@ from mtp_jax.config import (
     walk,
     with_values,
 )
-from mtp_jax.interop import config_json
+from mtp_jax.interop import config_json, windows
 from mtp_jax.interop.config_json import from_config, layout_of, read_config, to_config
 from mtp_jax.interop.families import FAMILIES as MODEL_TYPES
+from mtp_jax.interop.families import common
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
 from mtp_jax.layers import rope
 from mtp_jax.model import validate as validate_model
@@ -135,6 +136,9 @@ QWEN2 = json.loads("""{
   "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
   "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
   "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}""")
+
+# Qwen2-7B's switch, turned on: the layers from max_window_layers on have the window.
+QWEN2_WINDOW = QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 21}
 
 QWEN3 = json.loads("""{
   "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
@@ -564,6 +568,35 @@ def test_a_window_beyond_the_longest_text_is_none():
     assert read(without(MISTRAL, "sliding_window") | {"max_position_embeddings": 4096}).model == read(MISTRAL).model
 
 
+def test_windows_of_some_layers_are_those_of_transformers():
+    """From max_window_layers on, where layer_types does not name them; and back, in both ways."""
+    model = read(QWEN2_WINDOW).model
+    assert (model.local.window, model.local.pattern) == (4096, "G" * 21 + "LLL")
+    theirs = through_transformers(QWEN2_WINDOW)
+    assert theirs["layer_types"] == common.layer_types(model)["layer_types"] and read(theirs).model == model
+    assert from_config(read(QWEN2_WINDOW), "qwen2", base=QWEN2_WINDOW) == QWEN2_WINDOW
+    types = ["full_attention", "sliding_attention"] * 12
+    alternating = read(QWEN2_WINDOW | {"layer_types": types})
+    assert alternating.model.local.pattern == "GL"
+    hf = from_config(alternating, "qwen2")
+    assert hf["layer_types"] == types and read(hf) == alternating and layout_of(alternating) == "qwen2"
+    assert from_config(model_with(QWEN2_WINDOW, **{"local.window": 0}), "qwen2", base=QWEN2_WINDOW) == (
+        without(QWEN2_WINDOW, "sliding_window", "max_window_layers") | {"use_sliding_window": False}
+    )
+
+
+def test_the_window_of_every_layer():
+    narrow = MISTRAL | {"sliding_window": 4096}
+    assert read(narrow).model == with_values(read(MISTRAL).model, {"local.window": 4096})
+    assert read(without(MISTRAL, "sliding_window")) == read(narrow)
+    assert from_config(read(narrow), "mistral", base=MISTRAL) == narrow
+    assert from_config(read(MISTRAL), "mistral", base=narrow) == MISTRAL
+    assert layout_of(read(narrow)) == "mistral"
+    some = model_with(narrow, **{"local.pattern": "LG"})
+    assert "model.local.pattern='LG': the mistral layout" in refusal(from_config, some, "mistral")
+    assert "model.local.window=4096: the llama layout" in refusal(from_config, read(narrow), "llama")
+
+
 def test_training_and_unused_keys_do_not_matter():
     config = model_with(
         QWEN3, q_lora_rank=7, remat="full", init_std=0.5, latent_norm_eps=1.0, **{"router.score": "softmax"}
@@ -714,16 +747,7 @@ REFUSED = [
     (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
     (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
     (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
-    (
-        MISTRAL | {"sliding_window": 4096},
-        "'sliding_window'=4096 is shorter than max_position_embeddings=32768",
-        "window",
-    ),
-    (
-        without(MISTRAL, "sliding_window"),
-        "'sliding_window'=4096 is shorter than max_position",
-        "sliding-window attention",
-    ),
+    (MISTRAL | {"sliding_window": 0}, "'sliding_window'=0", "at least 1"),
     (MISTRAL | {"sliding_window": "4096"}, "'sliding_window'='4096'", "an integer"),
     (ERNIE | {"use_bias": True}, "'use_bias'=True", "False"),
     (ERNIE | {"moe_layer_interval": 2}, "'moe_layer_interval'=2", "1"),
@@ -737,7 +761,11 @@ REFUSED = [
     (V3 | {"head_dim": 192}, "'head_dim'=192", "64"),
     (LLAMA | {"mlp_bias": True}, "'mlp_bias'=True", "False"),
     (LLAMA | {"sliding_window": 4096}, "'sliding_window'=4096", "ignore=sliding_window"),
-    (QWEN2 | {"use_sliding_window": True}, "'use_sliding_window'=True", "False"),
+    (MIMO | {"use_sliding_window": True}, "'use_sliding_window'=True", "False"),
+    (QWEN2 | {"use_sliding_window": 1}, "'use_sliding_window'=1", "true or false"),
+    (QWEN2_WINDOW | {"max_window_layers": "3"}, "'max_window_layers'='3'", "an integer"),
+    (QWEN2_WINDOW | {"layer_types": ["full_attention"] * 23}, "'layer_types'=['full_attention'", "each of 24 layers"),
+    (QWEN2_WINDOW | {"layer_types": ["linear"] * 24}, "'layer_types'=['linear'", "full_attention or sliding_attention"),
     (QWEN2 | {"layer_types": ["sliding_attention"] * 24}, "'layer_types'=['sliding_attention'", "full_attention"),
     (LLAMA | {"hidden_size": "2048"}, "'hidden_size'='2048'", "an integer"),
     (LLAMA | {"hidden_size": True}, "'hidden_size'=True", "an integer"),
@@ -839,7 +867,7 @@ def test_the_tables_name_only_fields_that_exist():
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {
             "max_position_embeddings",
             "rope_theta",
-            table.window,
+            *windows.KEYS[table.window],
         }
 
 

@@ -152,6 +152,7 @@ CONFIG_SWITCHES = {
     "renormalize": lambda case: {"norm_topk_prob": False},
     "norm_eps": lambda case: {"rms_norm_eps": 1e-6},
     "theta": lambda case: rope_with(case, rope_theta=10_000.0),
+    "window": lambda case: {"sliding_window": 64},
     "rotary": lambda case: rope_with(case, partial_rotary_factor=1.0),
 }
 # suffix of the modules, attribute, new value
@@ -214,6 +215,9 @@ ATTENTION = {
     "llama_linear": f"{QKV} o_proj.weight",
     "mistral": f"{QKV} o_proj.weight",
     "mistral_wide_window": f"{QKV} o_proj.weight",
+    "mistral_window": f"{QKV} o_proj.weight",
+    "qwen2_window": f"{QKV} o_proj.weight {QKV_BIAS}",
+    "qwen3_window": f"{QKV} o_proj.weight {QK_NORM}",
     "qwen2_tied": f"{QKV} o_proj.weight {QKV_BIAS}",
     "qwen3": f"{QKV} o_proj.weight {QK_NORM}",
     "ernie4_5_moe": f"{QKV} o_proj.weight",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.layers.spec import layer_specs
 
 Names = dict[str, str]
 Values = dict[str, Any]
@@ -134,6 +135,8 @@ SILU: Values = {"hidden_act": "silu"}
 NO_BIAS: Values = SILU | {"attention_bias": False}  # theirs would also stand on the output projection, ours has none
 NO_WINDOW: Values = {"use_sliding_window": False}
 WINDOW_KEYS = ("sliding_window", "max_window_layers")  # without effect while use_sliding_window is false
+WINDOW_DEFAULTS: Values = {"sliding_window": 4096, "max_window_layers": 28}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 SIGMOID: Values = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 EVERY_LAYER: Values = {"moe_layer_freq": 1}
 NOT_IN_CLASS: Values = {"use_mrope": False}
@@ -166,7 +169,8 @@ V3_ROUTER: Values = {"router.score": "sigmoid", "router.group_score": "top2_sum"
 
 def layer_types(model: ModelConfig) -> Values:
     """Keys of config.json that follow from others."""
-    return {"layer_types": ["full_attention"] * model.num_layers}
+    specs = layer_specs(model, model.num_layers)
+    return {"layer_types": [LAYER_TYPES[spec.attention.window > 0] for spec in specs]}
 
 
 def latent_sizes(model: ModelConfig) -> Values:
@@ -199,11 +203,14 @@ class Family:
       fields: their keys and ours; mixture: those that count only where there are experts.
       defaults: meaning of an absent key; no entry: the key is required.
       fixed: values a key must have, and absent keys have; written on export. tolerated: the same, not written.
-      implied: values of our model that the layout itself states.
+      implied: values of our model that the layout itself states, or a function of the model that gives one; what no
+        table names has our default.
+      modules: fields of MTPConfig that the layout itself states, as a function of the model.
       derived: keys that follow from the model, checked where a file has them. unset: values of theirs that mean absent.
       no_experts: written for a model without experts, besides num_dense_layers; None: the layout cannot hold one.
       rotary_fraction: default of partial_rotary_factor; None: always 1.
-      window: the key of a sliding window that must reach over max_position_embeddings, or be null.
+      window: layers that `sliding_window` is of: "every" one, the "last" ones where use_sliding_window is true, or
+        those "typed" sliding_attention in layer_types; empty: the layout has no windows.
       groups_by_method: topk_method decides if n_group and topk_group count.
       always_depth: num_nextn_predict_layers is written even where it is 0.
       heads_divide: transformers refuses a hidden_size that is no multiple of the heads.
@@ -229,6 +236,7 @@ class Family:
     mixture: Names = field(default_factory=dict)
     fixed: Values = field(default_factory=dict)
     tolerated: Values = field(default_factory=dict)
+    modules: Callable[[ModelConfig], Values] = lambda model: {}
     derived: Callable[[ModelConfig], Values] = layer_types
     unset: Values = field(default_factory=dict)
     no_experts: Values | None = None

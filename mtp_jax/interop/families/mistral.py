@@ -1,4 +1,4 @@
-"""Mistral 7B and models of its architecture, as long as no text is longer than their sliding window.
+"""Mistral 7B and models of its architecture, whose attention may have a sliding window in every layer.
 
 Sources: transformers' mistral and the config.json files of the released models. MTP layers of ours follow the last, in
 DeepSeek's names.
@@ -24,6 +24,6 @@ MISTRAL = common.Family(
     },
     fixed=common.SILU,
     tolerated={"attention_bias": False, "mlp_bias": False},
-    window="sliding_window",
+    window="every",
     implied=common.NO_MIXTURE | {"qkv_bias": False, "qk_norm": False},
 )

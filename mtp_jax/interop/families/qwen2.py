@@ -9,8 +9,9 @@ QWEN2 = common.Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     fields=common.BASIC | common.GROUPED,
-    defaults=common.QWEN_DEFAULTS,
-    fixed=common.SILU | common.NO_WINDOW,
+    defaults=common.QWEN_DEFAULTS | common.WINDOW_DEFAULTS,
+    fixed=common.SILU,
     tolerated=common.NOT_IN_CLASS | {"attention_bias": True},
+    window="last",
     implied=common.NO_MIXTURE | {"qkv_bias": True, "qk_norm": False},
 )

@@ -9,8 +9,9 @@ QWEN3 = common.Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     fields=common.BASIC | common.GROUPED,
-    defaults=common.QWEN_DEFAULTS | {"head_dim": 128},
-    fixed=common.NO_BIAS | common.NO_WINDOW,
+    defaults=common.QWEN_DEFAULTS | common.WINDOW_DEFAULTS | {"head_dim": 128},
+    fixed=common.NO_BIAS,
     tolerated=common.NOT_IN_CLASS,
+    window="last",
     implied=common.NO_MIXTURE | {"qkv_bias": False, "qk_norm": True},
 )
