@@ -64,6 +64,7 @@ MODELS = {
     "mla_q_lora": replace(BASE, q_lora_rank=6),
     "mla_yarn": replace(BASE, rope=YARN_MSCALES),
     "mla_yarn_plain": replace(BASE, rope=YARN),
+    "mla_yarn_not_truncated": replace(BASE, rope=with_values(YARN, {"yarn.truncate": False})),
     "gqa": replace(BASE, attention="gqa", rope=HALVES),
     "gqa_yarn": replace(BASE, attention="gqa", rope=replace(YARN_MSCALES, interleaved=False)),
     "gqa_qwen": replace(BASE, attention="gqa", rope=HALVES, qk_norm=True, qkv_bias=True, rotary_fraction=0.5),

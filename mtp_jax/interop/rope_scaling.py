@@ -24,11 +24,12 @@ TYPES: dict[str, Names] = {
         "beta_slow": "rope.yarn.beta_slow",
         "mscale": "rope.yarn.mscale",
         "mscale_all_dim": "rope.yarn.mscale_all_dim",
+        "truncate": "rope.yarn.truncate",
     },
 }
 STORED = {"rope.theta", *(ours for names in TYPES.values() for ours in names.values())}  # our keys
 _COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
-_FIXED: dict[str, Values] = {"yarn": {"attention_factor": None, "truncate": True}}
+_FIXED: dict[str, Values] = {"yarn": {"attention_factor": None}}
 
 
 def unknown(values: Values) -> Values:
@@ -98,6 +99,8 @@ def write(model: ModelConfig, family: Family, base: Values) -> Values:
     """What config.json says of the rope, in the style of `base`."""
     kind = next((k for k, f in TYPES.items() if f and value_of(model, f["factor"]) > 1), "default")
     scaling = {key: value_of(model, name) for key, name in TYPES[kind].items()}
+    if kind == "yarn" and model.rope.yarn.truncate:
+        del scaling["truncate"]
     if kind == "yarn" and not model.rope.yarn.mscale_all_dim:
         del scaling["mscale_all_dim"]
         if model.rope.yarn.mscale == 1.0:

@@ -19,7 +19,8 @@ def inverse_frequencies(dim: int, rope: RopeConfig) -> np.ndarray:
     Llama 3.1 (2407.21783, as released): wavelengths longer than original / low_frequency have their frequency divided
     by the factor, those shorter than original / high_frequency keep it, with a ramp in the inverse wavelength between.
     YaRN: dims that rotate more than beta_fast times within the original length keep their frequency, those that rotate
-    less than beta_slow times have it divided by the factor, with a linear ramp between (2309.00071, eqs. 22-23).
+    less than beta_slow times have it divided by the factor, with a linear ramp between (2309.00071, eqs. 22-23). The
+    ramp begins and ends at whole dims unless yarn.truncate is off.
     """
     llama3, yarn = rope.llama3, rope.yarn
     frequency = rope.theta ** -(np.arange(0, dim, 2) / dim) / rope.linear_factor
@@ -34,8 +35,10 @@ def inverse_frequencies(dim: int, rope: RopeConfig) -> np.ndarray:
     def dim_of_turns(turns: float) -> float:
         return dim * math.log(yarn.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(dim_of_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(dim_of_turns(yarn.beta_slow)), dim - 1)
+    low, high = dim_of_turns(yarn.beta_fast), dim_of_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
     return frequency / yarn.factor * ramp + frequency * (1 - ramp)
 

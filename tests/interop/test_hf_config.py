@@ -386,6 +386,7 @@ ROPES = {
     "yarn without mscale": (V3, {"type": "yarn", "factor": 8, "original_max_position_embeddings": 1024}),
     "yarn of gqa": (QWEN3, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
     "yarn of half a head": (GLM_AIR, {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16, "mscale": 0.5}),
+    "yarn that is not truncated": (QWEN3, {"rope_type": "yarn", "factor": 4.0, "truncate": False}),
     "yarn by lengths": (QWEN3, {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 20480}),
 }
 
@@ -781,7 +782,7 @@ REFUSED = [
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "'rope_scaling.factor'='4'", "a finite number"),
     (V3 | {"rope_scaling": YARN_FILE | {"bar": 1}}, "'rope_scaling.bar'=1", "pass ignore=rope_scaling.bar"),
     (V3 | {"rope_scaling": YARN_FILE | {"attention_factor": 1.2}}, "'rope_scaling.attention_factor'=1.2", "None"),
-    (V3 | {"rope_scaling": YARN_FILE | {"truncate": False}}, "'rope_scaling.truncate'=False", "True"),
+    (V3 | {"rope_scaling": YARN_FILE | {"truncate": 0}}, "'rope_scaling.truncate'=0", "true or false"),
     (V3 | {"rope_scaling": without(YARN_FILE, "mscale")}, "'rope_scaling.mscale_all_dim'=1.0", "both"),
     (V3 | {"quantization_config": {"quant_method": "awq"}}, "'quantization_config.quant_method'='awq'", "'fp8'"),
     (

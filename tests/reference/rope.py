@@ -44,7 +44,8 @@ def llama3(frequency, model):
 
 
 def correction_range(dim, model):
-    """(low, high): the pair indices where the ramp starts and ends, floor and ceiling, clipped to [0, dim - 1]."""
+    """(low, high): the pair indices where the ramp starts and ends, clipped to [0, dim - 1]; rounded to floor and
+    ceiling where the config says truncate."""
 
     def pair_index(num_turns):
         return (
@@ -53,8 +54,10 @@ def correction_range(dim, model):
             / (2 * math.log(model.rope.theta))
         )
 
-    low = max(math.floor(pair_index(model.rope.yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_index(model.rope.yarn.beta_slow)), dim - 1)
+    low, high = pair_index(model.rope.yarn.beta_fast), pair_index(model.rope.yarn.beta_slow)
+    if model.rope.yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     return low, (high + 0.001 if high == low else high)
 
 
