@@ -44,8 +44,8 @@ EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 class Origin:
     """What the files of an imported model were like.
 
-    depth: MTP layers taken. dtype: of most of the bytes (fp8 counts as BF16, which it becomes). others: tensors of
-      another one, and router biases. repeated: the kinds of repeated embeddings and heads that the files held.
+    depth: MTP layers taken. dtype: of most of the bytes (fp8 and mxfp4 count as BF16, which they become). others:
+      tensors of another one, and router biases. repeated: kinds of repeated embeddings and heads that the files had.
     """
 
     model_type: str
@@ -106,7 +106,7 @@ def open_model(
     blocks = layout.layer.format(layer="{}")
     weights.check_count(files, "num_hidden_layers", values.get("num_hidden_layers"), blocks, where)
     config = config_json.to_config(values, where, ignore, depth)
-    if config.model.num_experts:
+    if config.model.num_experts and not layout.stacked:
         weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
     mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
     if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
@@ -119,8 +119,8 @@ def open_model(
         left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
         weights.check_folder(files, listed, str(folder), mtp, left_out)
     origin = _origin(files, listed, config, model_type)
-    dtypes = {files.infos[t.name].dtype for t in listed if t.path[0] == "params" and not t.repeats}
-    dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3"} else "float32")
+    dtypes = {weights.stored_dtype(files, t.name) for t in listed if t.path[0] == "params" and not t.repeats}
+    dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3", weights.MXFP4} else "float32")
     model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
     if not layout.has_router_bias:
         model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
@@ -135,11 +135,11 @@ def _warn_once(line: str) -> None:
 
 
 def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:
-    dtypes = {t.name: files.infos[t.name].dtype for t in listed if t.name in files.infos}
-    dtypes = {name: "BF16" if dtype == "F8_E4M3" else dtype for name, dtype in dtypes.items()}
+    dtypes = {t.name: weights.stored_dtype(files, t.name) for t in listed if weights.is_stored(files, t.name)}
+    dtypes = {name: "BF16" if dtype in ("F8_E4M3", weights.MXFP4) else dtype for name, dtype in dtypes.items()}
     num_bytes: collections.Counter[str] = collections.Counter()
     for name, dtype in dtypes.items():
-        num_bytes[dtype] += files.infos[name].stop - files.infos[name].start
+        num_bytes[dtype] += sum(i.stop - i.start for i in map(files.infos.get, (name, name + weights.BLOCKS)) if i)
     main = num_bytes.most_common(1)[0][0]
     biases = {t.name for t in listed if t.path[0] == "biases"}
     others = {name: dtype for name, dtype in dtypes.items() if dtype != main or name in biases}
@@ -195,9 +195,10 @@ def write_model(
 
         def counted() -> Iterator[tuple[str, np.ndarray]]:
             written = weights.their_arrays(arrays, listed, {n: DTYPES[d] for n, d in dtypes.items()})
-            for tensor, (name, array) in zip(listed, written, strict=True):
+            repeats = {t.name for t in listed if t.repeats}
+            for name, array in written:
                 yield name, array
-                progress(0 if tensor.repeats else array.size)
+                progress(0 if name in repeats else array.size)
 
         write_folder(partial, specs, counted())
     return model_type, _main_dtype(dtypes)

@@ -175,7 +175,7 @@ def _read(values: Values, family: Family, where: str, depth: int | None) -> Conf
     for key, wanted in (family.fixed | family.tolerated).items():
         if values.get(key, wanted) != wanted:
             raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
-    _check_quantization(values.get("quantization_config"), where)
+    _check_quantization(values.get("quantization_config"), family, where)
     model = with_values(ModelConfig(), _read_fields(values, family, where) | rope.read(values, family, where))
     model = with_values(model, windows.read(values, family, where, model.num_layers))
     implied = _stated(family, model)
@@ -261,6 +261,8 @@ def _counts(name: str, model: ModelConfig) -> bool:
     """True where the field changes what this model computes."""
     if name == "router.group_score":
         return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
+    if name == "ffn_dim":
+        return not model.num_experts or model.num_dense_layers > 0
     if name in _DEFAULTS_TO and value_of(model, name) == value_of(model, _DEFAULTS_TO[name]):
         return False
     part = _SETTINGS[name].when or next((part for part, names in _PARTS.items() if name.startswith(names)), "")
@@ -273,11 +275,13 @@ def _counts(name: str, model: ModelConfig) -> bool:
     return in_use[part] or name in ("local.window", "rope.llama3.factor", "rope.yarn.factor")
 
 
-def _check_quantization(value: Any, where: str) -> None:
-    """Refuse quantized files other than DeepSeek's fp8 in blocks of 128 x 128."""
+def _check_quantization(value: Any, family: Family, where: str) -> None:
+    """Refuse quantized files other than DeepSeek's fp8 in blocks of 128 x 128, and mxfp4 of stacked experts."""
     if value is None:
         return
     typed(where, "quantization_config", value, dict)
+    if family.stacked and value.get("quant_method") == "mxfp4":
+        return
     for key, wanted in (("quant_method", "fp8"), ("weight_block_size", [128, 128])):
         if value.get(key) != wanted:
             remedy = f"is not supported, only {wanted!r}; give files in bfloat16 or float32"

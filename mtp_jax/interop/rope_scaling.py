@@ -47,6 +47,8 @@ def unknown(values: Values) -> Values:
 def read(values: Values, family: Family, where: str) -> Values:
     """Our rope fields, as transformers reads `rope_scaling` (first) or `rope_parameters`, what is inside them first."""
     name = _key(values)
+    if not {"rope_scaling", "rope_parameters"} & values.keys():
+        name, values = "rope_parameters", {"rope_parameters": family.defaults.get("rope_parameters")} | values
     rope = {k: value for k, value in typed(where, name, values.get(name) or {}, dict).items() if value is not None}
     outer = {"rope_theta": 10_000.0, "partial_rotary_factor": family.rotary_fraction or 1.0} | family.defaults
     outer |= values | rope
@@ -108,7 +110,7 @@ def write(model: ModelConfig, family: Family, base: Values) -> Values:
     outer: Values = {"rope_theta": model.rope.theta}
     if family.rotary_fraction is not None:
         outer["partial_rotary_factor"] = model.rotary_fraction
-    name = _key(base)
+    name = "rope_parameters" if kind == "default" and "rope_parameters" in family.defaults else _key(base)
     if name == "rope_parameters" or outer.keys() & (base.get(name) or {}).keys():
         return {name: outer | {"rope_type": kind} | scaling}
     # Older code reads "type", newer "rope_type".

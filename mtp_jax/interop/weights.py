@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numpy.typing import DTypeLike
 
 from mtp_jax.config import Config, UserError
-from mtp_jax.interop import fp8
+from mtp_jax.interop import fp8, mxfp4
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS, Family, Names
 from mtp_jax.interop.tensorfiles import TensorFolder
 from mtp_jax.layers.param import ParamInfo
@@ -29,6 +29,8 @@ from mtp_jax.typing import Index, ReadableArray, Tree
 Path = tuple[str, ...]
 
 SCALE = "_scale_inv"
+BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in mxfp4, behind its name
+MXFP4 = "MXFP4"  # in place of a safetensors dtype
 TABLE = ("vocab", "embed")  # axes of the embedding, which lies in rows as theirs does
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # what a weight may be stored as
 DERIVED_SUFFIXES = (
@@ -44,6 +46,8 @@ class Tensor(NamedTuple):
 
     name, shape: theirs. path: of our leaf, from "params" or "biases" on. at: which layer (and expert) of that leaf.
     info: of our leaf. repeats: it is written once more, the leaf's own tensor stands elsewhere in the list.
+    stacked: (first, n) where the tensor is as ours, all experts of a layer together: every n-th number of its last dim
+      from the first on is the leaf's. The others follow in the list, under the same name.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Tensor(NamedTuple):
     at: tuple[int, ...]
     info: ParamInfo
     repeats: bool = False
+    stacked: tuple[int, int] | None = None
 
 
 def tensors(config: Config, model_type: str) -> list[Tensor]:
@@ -74,7 +79,12 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
                 if full in leaves:
                     info = infos.get(full, ParamInfo((None,)))
                     rows = (1,) if ours in family.row_vectors else ()
-                    out.extend(_of_leaf(prefix + theirs, full, index, info, leaves[full].shape, rows))
+                    if ours in family.stacked:
+                        out.append(
+                            _of_stack(prefix + theirs, full, index, info, leaves[full].shape, family.stacked[ours])
+                        )
+                    else:
+                        out.extend(_of_leaf(prefix + theirs, full, index, info, leaves[full].shape, rows))
                     used.add(full)
 
     add("", ("trunk",), OUTSIDE_BLOCKS, ())
@@ -107,6 +117,14 @@ def _of_leaf(
         return
     for expert in range(inner[0]):
         yield Tensor(name.format(expert=expert), _their_shape(info, inner[1:]), path, (*index, expert), info)
+
+
+def _of_stack(
+    name: str, path: Path, index: tuple[int, ...], info: ParamInfo, shape: tuple[int, ...], stacked: tuple[int, int]
+) -> Tensor:
+    """The tensor of one layer of a leaf that has all of its experts."""
+    inner = shape[len(index) :]
+    return Tensor(name, (*inner[:-1], inner[-1] * stacked[1]), path, index, info, stacked=stacked)
 
 
 def _again(prefix: str, family: Family, listed: list[Tensor]) -> list[Tensor]:
@@ -156,7 +174,9 @@ class FolderArray:
     @property
     def cut_order(self) -> list[int]:
         """Dims in the order a reader in parts should cut: layers and experts, then what lies in rows of the files."""
-        info = next(iter(self._parts.values())).info
+        info, stacked = (part := next(iter(self._parts.values()))).info, part.stacked
+        if stacked:
+            return list(range(len(self.shape)))
         lead = list(range(self._num_lead))
         first = self._num_lead + len(info.in_dims)
         return [*lead, *range(first, len(self.shape)), *range(self._num_lead, first)]
@@ -183,6 +203,10 @@ class FolderArray:
     def _part(self, tensor: Tensor, inner: list[range]) -> np.ndarray:
         """The block of one tensor in our dims: of the rows it lies in, no others are read."""
         shape = self.shape[self._num_lead :]
+        if tensor.stacked:
+            start, step = tensor.stacked
+            kept = read(self._folder, tensor, slice(inner[0].start, inner[0].stop))[..., start::step]
+            return kept[(slice(None), *(slice(r.start, r.stop) for r in inner[1:]))].astype(self.dtype)
         if not tensor.info.is_matrix:
             read_first, first = slice(inner[0].start, inner[0].stop), slice(None)
             if tensor.info.axes != TABLE:
@@ -200,11 +224,24 @@ class FolderArray:
 
 
 def read(folder: TensorFolder, tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
-    """A tensor, or some of its rows; block-wise fp8 comes back multiplied with its scales, float32."""
+    """A tensor, or some of its rows; quantized ones come back multiplied with their scales, float32."""
+    if stored_dtype(folder, tensor.name) == MXFP4:  # [experts, out, in] in blocks along `in`
+        values = mxfp4.dequantize(folder.read(tensor.name + BLOCKS, rows), folder.read(tensor.name + SCALES, rows))
+        return values.swapaxes(-1, -2)
     raw = folder.read(tensor.name, rows)
     if folder.infos[tensor.name].dtype != "F8_E4M3":
         return raw
     return fp8.dequantize(raw, folder.read(tensor.name + SCALE), first_row=rows.indices(tensor.shape[0])[0])
+
+
+def is_stored(folder: TensorFolder, name: str) -> bool:
+    """True where the folder has the tensor, in mxfp4 or another dtype."""
+    return name in folder.infos or name + BLOCKS in folder.infos
+
+
+def stored_dtype(folder: TensorFolder, name: str) -> str:
+    """The tensor's dtype in the files; `MXFP4` where it is in blocks."""
+    return folder.infos[name].dtype if name in folder.infos else MXFP4
 
 
 def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> Tree:
@@ -278,12 +315,13 @@ def check_folder(
     Raises:
       UserError: a missing tensor, one of another shape, one too many, a repetition with other values.
     """
-    missing = [t for t in listed if t.name not in folder.infos and not t.repeats]
+    missing = [t for t in listed if not is_stored(folder, t.name) and not t.repeats]
     if missing:
         name = missing[0].name
         hint = f"; {_MAIN_ALONE}" if "mtp" in missing[0].path else ""
         hint = "; is tie_word_embeddings missing there?" if name == OUTSIDE_BLOCKS["unembed"] else hint
         raise UserError(f"{where}: has no tensor {name}{_more(missing)}, which its config.json asks for{hint}")
+    quantized = _check_mxfp4(folder, listed, where)
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].shape != t.shape:
             shape = folder.infos[t.name].shape
@@ -291,12 +329,14 @@ def check_folder(
                 f"{where}: tensor {t.name} is {shape}, its config.json asks for {t.shape}; one is of another model"
             )
     kinds = [
-        (n, i.dtype) for n, i in folder.infos.items() if i.dtype not in FLOATS and not n.endswith(DERIVED_SUFFIXES)
+        (n, i.dtype)
+        for n, i in folder.infos.items()
+        if i.dtype not in FLOATS and n not in quantized and not n.endswith(DERIVED_SUFFIXES)
     ]
     if kinds:
         name, dtype = kinds[0]
         raise UserError(f"{where}: tensor {name} is {dtype}{_more(kinds)}; give a folder in bfloat16 or float32")
-    known = {t.name for t in listed}
+    known = {t.name for t in listed} | quantized
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].dtype == "F8_E4M3":
             wanted, scale = fp8.scale_shape(t.shape), folder.infos.get(t.name + SCALE)
@@ -312,6 +352,23 @@ def check_folder(
             hint = f"; of MTP layers: set num_nextn_predict_layers there, or {_MAIN_ALONE}"
         raise UserError(f"{where}: has tensor {extra[0]}{_more(extra)}, which its config.json does not ask for{hint}")
     _check_repeated(folder, listed, where)
+
+
+def _check_mxfp4(folder: TensorFolder, listed: list[Tensor], where: str) -> set[str]:
+    """Names of the tensors that hold listed ones in mxfp4; raises UserError where they do not fit."""
+    found: set[str] = set()
+    for t in listed:
+        if t.name in folder.infos or t.name + BLOCKS not in folder.infos:
+            continue
+        experts, ins, out = t.shape if len(t.shape) == 3 else (0, 0, 0)
+        groups = (experts, out, ins // mxfp4.BLOCK)
+        for name, shape in ((t.name + BLOCKS, (*groups, mxfp4.BLOCK // 2)), (t.name + SCALES, groups)):
+            info = folder.infos.get(name)
+            if not t.stacked or ins % mxfp4.BLOCK or info is None or (info.dtype, info.shape) != ("U8", shape):
+                has = f"is {info.dtype} {info.shape}" if info else "is missing"
+                raise UserError(f"{where}: tensor {name} {has}; mxfp4 {t.name} {t.shape} needs U8 {shape}")
+            found.add(name)
+    return found
 
 
 _ROWS = 4096  # compared at a time
@@ -336,7 +393,7 @@ def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> N
 def their_arrays(
     arrays: Tree, listed: list[Tensor], dtypes: Mapping[str, np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of the list, in its order; of each leaf one layer is in memory at a time.
+    """(name, array) of every tensor of the list, in its order, once; of each leaf one layer is in memory at a time.
 
     Args:
       arrays: {"params": ..., "biases": ...} of `ReadableArray`s.
@@ -345,12 +402,20 @@ def their_arrays(
     leaves = flatten_dict(arrays)
     layer: tuple[Path, tuple[int, ...]] | None = None
     slabs: dict[Path, np.ndarray] = {}
+    together: list[np.ndarray] = []  # what lies in one tensor
     for t in listed:
         if layer != (t.path[1:3], t.at[:1]):  # the one before is done with
             layer = t.path[1:3], t.at[:1]
             slabs.clear()
         if t.path not in slabs:
             slabs[t.path] = np.asarray(leaves[t.path][t.at[0] if t.at else ...])
+        if t.stacked:
+            together.append(slabs[t.path])
+            if len(together) == t.stacked[1]:
+                whole = np.stack(together, -1).reshape(t.shape)
+                together.clear()
+                yield t.name, whole.astype(dtypes[t.name])
+            continue
         array = slabs[t.path][t.at[1:]]
         yield t.name, np.ascontiguousarray(to_theirs(array, t).astype(dtypes[t.name]))
 

@@ -31,7 +31,7 @@ def read(values: Values, family: Family, where: str, num_layers: int) -> Values:
         return {}
     if typed(where, WINDOW, window, int) < 1:
         raise bad(where, WINDOW, window, "must be at least 1, or null for no window")
-    types = ["sliding_attention"] * num_layers
+    types = [LAYER_TYPES[letter == "L"] for letter in (family.default_pattern * num_layers)[:num_layers]]
     if family.window == "last":
         first = typed(where, FIRST, values.get(FIRST, family.defaults[FIRST]), int)
         types = [LAYER_TYPES[layer >= first] for layer in range(num_layers)]

@@ -186,6 +186,27 @@ CASES |= {
     ),
 }
 
+# gpt-oss's ramp of YaRN, not rounded to whole dims, and a limit that many of these small values reach.
+YARN_GPT = _rope("yarn", 150_000.0, factor=32.0, original_max_position_embeddings=64, beta_fast=32.0, beta_slow=1.0)
+YARN_GPT |= dict(truncate=False)
+GPT_OSS = COMMON | dict(num_key_value_heads=2, head_dim=16, rope_parameters=YARN_GPT, sliding_window=5)
+GPT_OSS |= dict(num_local_experts=8, num_experts_per_tok=3, intermediate_size=64, swiglu_limit=0.7, hidden_size=64)
+
+CASES |= {
+    "gpt_oss": Case(
+        "gpt_oss",
+        GPT_OSS,
+        features=("window", "rope", "truncate", "limit", "alpha", "sinks", "router_logits", "expert_bias", "all_bias"),
+    ),
+    "gpt_oss_other_types": Case(
+        "gpt_oss",
+        GPT_OSS
+        | dict(rope_parameters=_rope(theta=1000.0), swiglu_limit=2.0, attention_bias=False, tie_word_embeddings=True)
+        | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+        features=("window", "theta", "limit", "sinks"),
+    ),
+}
+
 CASES |= {
     "qwen3_moe": Case(
         "qwen3_moe",
@@ -521,7 +542,13 @@ def _released(config: dict) -> dict:
     out["rope_scaling"] = {key: kind} | rope if kind != "default" else None
     if "moe_layer_end_index" in out:
         out |= {"moe_layer_end_index": -1, "moe_use_aux_free": True, "moe_capacity": [64, 64, 64], "moe_gate": "topk"}
-    if "num_local_experts" in out:
+    if config["model_type"] == "gpt_oss":
+        original = config["rope_parameters"].get("original_max_position_embeddings", 4096)
+        out |= {"experts_per_token": config["num_experts_per_tok"], "initial_context_length": original}
+        if kind == "default":  # absent, it is transformers' YaRN
+            out["rope_parameters"] = config["rope_parameters"]
+            del out["rope_scaling"], out["rope_theta"]
+    elif "num_local_experts" in out:
         out["num_experts"] = out.pop("num_local_experts")
     if "kv_lora_rank" in config:
         del out["head_dim"]  # transformers' own addition, the width of the rotated part

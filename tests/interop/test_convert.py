@@ -46,6 +46,8 @@ ROUND_TRIPS = [
         ("mistral_wide_window", "bfloat16", "released", 1),
         ("mistral_window", "float32", "released", 1),
         ("qwen2_window", "bfloat16", "new", 1),
+        ("gpt_oss", "bfloat16", "released", 2),
+        ("gpt_oss_other_types", "float32", "new", 1),
         ("qwen3_moe", "bfloat16", "new", 2),
         ("ernie4_5_moe", "bfloat16", "released", 1),
         ("ernie4_5_moe_untied", "float32", "new", 2),
@@ -110,6 +112,20 @@ NATIVE = {
         *("--config.model.router.score=softmax", "--config.model.router.renormalize=false"),
         *("--config.model.router.group_score=max", "--config.mtp.kind=none"),
     ),
+    "gpt_oss": (
+        *("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.mtp.depth=2"),
+        *("--config.model.num_kv_heads=2", "--config.model.head_dim=8", "--config.model.num_shared_experts=0"),
+        *("--config.model.router.score=softmax", "--config.model.num_dense_layers=0"),
+        *("--config.model.router.logit_bias=true", "--config.model.expert_bias=true", "--config.model.sinks=true"),
+        *("--config.model.local.sinks=true", "--config.model.local.window=4", "--config.model.local.pattern=LG"),
+        *(
+            "--config.model.gated_unit.offset=1",
+            "--config.model.gated_unit.limit=7",
+            "--config.model.gated_unit.alpha=2",
+        ),
+        *("--config.model.router.num_groups=1", "--config.model.router.groups_per_token=1"),
+        *("--config.model.routed_scaling_factor=1", "--config.model.router.bias_rate=0"),
+    ),
     "llama": (
         *("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.model.num_experts=0"),
         *("--config.model.num_kv_heads=2", "--config.model.head_dim=8"),
@@ -123,7 +139,7 @@ def test_a_model_of_ours_comes_back_as_it_went_out(monkeypatch, tmp_path, name):
     if name == "deepseek_v2":
         overrides = (*overrides, "--config.model.router.bias_rate=0")
     config = trained(tmp_path / "run", *overrides)
-    if name == "deepseek_v2":  # its layout has no router biases; zero ones are not lost
+    if name in ("deepseek_v2", "gpt_oss"):  # its layout has no router biases; zero ones are not lost
         with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
             _, state = saved.open_part(("params", "biases"))
             state = jax.tree.map(lambda leaf: leaf[...], state)
@@ -548,7 +564,7 @@ BROKEN = {
     ),
     "truncated": (truncate, ["model.safetensors", "bytes"]),
     "missing shard": (index, ["model-00002-of-00002.safetensors"]),
-    "unknown family": (lambda p: reconfigure(p, model_type="gpt_oss"), ["gpt_oss", "deepseek_v3"]),
+    "unknown family": (lambda p: reconfigure(p, model_type="gemma3_text"), ["gemma3_text", "four norms", "deepseek_v3"]),
     "unsupported value": (lambda p: reconfigure(p, hidden_act="gelu"), ["hidden_act", "gelu"]),
     "unknown field": (lambda p: reconfigure(p, attention_sinks=4), ["attention_sinks", "ignore"]),
     "no config": (lambda p: (p / "config.json").unlink(), ["config.json"]),

@@ -177,6 +177,20 @@ CODER = json.loads("""{
   "rope_theta": 100000, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
   "use_cache": true, "vocab_size": 32256}""")
 
+GPT_OSS = json.loads("""{
+  "architectures": ["GptOssForCausalLM"], "attention_bias": true, "attention_dropout": 0.0, "eos_token_id": 200002,
+  "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+  "initializer_range": 0.02, "intermediate_size": 2880, "max_position_embeddings": 131072, "model_type": "gpt_oss",
+  "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+  "num_local_experts": 32, "output_router_logits": false, "pad_token_id": 199999,
+  "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+    "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+  "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+    "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": false},
+  "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+  "tie_word_embeddings": false, "transformers_version": "4.55.0", "use_cache": true, "vocab_size": 201088}""")
+GPT_OSS["layer_types"] = ["sliding_attention", "full_attention"] * 12
+
 FILES = {
     **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "kimi": KIMI, "glm_air": GLM_AIR, "mimo": MIMO},
     **{
@@ -187,6 +201,7 @@ FILES = {
         "qwen3_moe": QWEN3_MOE,
         "ernie": ERNIE,
         "coder": CODER,
+        "gpt_oss": GPT_OSS,
     },
 }
 
@@ -253,6 +268,11 @@ EXPECTED = {
     "ernie": {"num_experts": 64, "num_experts_per_token": 6, "num_shared_experts": 2, "num_dense_layers": 1}
     | {"expert_dim": 1536, "ffn_dim": 12_288, "rope.interleaved": True, "rope.theta": 500_000.0, "head_dim": 128}
     | {"router.score": "softmax", "router.renormalize": True, "qk_norm": False, "tie_embeddings": True},
+    "gpt_oss": {"local.window": 128, "local.pattern": "LG", "local.sinks": True, "sinks": True, "output_bias": True}
+    | {"gated_unit.alpha": 1.702, "gated_unit.offset": 1.0, "gated_unit.limit": 7.0, "expert_bias": True}
+    | {"router.score": "softmax", "router.renormalize": True, "router.logit_bias": True, "num_experts": 32}
+    | {"rope.yarn.truncate": False, "rope.yarn.factor": 32.0, "rope.theta": 150_000.0, "qkv_bias": True}
+    | {"expert_dim": 2880, "num_experts_per_token": 4, "num_shared_experts": 0, "num_dense_layers": 0},
     "coder": {"rope.linear_factor": 4.0, "rope.theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
 }
 DEPTHS = {"ernie": 1, "v3": 1, "glm_air": 1, "mimo": 1}
@@ -337,6 +357,8 @@ def test_a_file_without_a_base_is_loaded_by_transformers_as_the_same_model(name)
 def test_a_file_without_a_base_says_what_the_released_one_says(name):
     released, hf = FILES[name], from_config(read(FILES[name]), FILES[name]["model_type"])
     own = {"rope_scaling", "bos_token_id", "eos_token_id", "max_position_embeddings"}
+    if name == "gpt_oss":  # other names of keys that are there
+        released = without(released, "experts_per_token", "initial_context_length")
     same = (hf.keys() & released.keys()) - own
     assert {key: hf[key] for key in same} == {key: released[key] for key in same}
     tolerated = MODEL_TYPES[released["model_type"]].tolerated.keys()
@@ -345,7 +367,7 @@ def test_a_file_without_a_base_says_what_the_released_one_says(name):
     assert hf["rope_scaling"] == (
         scaling and {"rope_type": scaling.get("type"), "type": scaling.get("rope_type")} | scaling
     )
-    if name in ("v3", "v2_lite"):
+    if name in ("v3", "v2_lite", "gpt_oss"):
         assert hf["max_position_embeddings"] == released["max_position_embeddings"]
 
 
@@ -748,6 +770,9 @@ REFUSED = [
     (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
     (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
     (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
+    (GPT_OSS | {"experts_per_token": 2}, "'experts_per_token'=2", "4"),
+    (GPT_OSS | {"hidden_act": "gelu"}, "'hidden_act'='gelu'", "'silu'"),
+    (LLAMA | {"quantization_config": {"quant_method": "mxfp4"}}, "'quantization_config.quant_method'='mxfp4'", "'fp8'"),
     (MISTRAL | {"sliding_window": 0}, "'sliding_window'=0", "at least 1"),
     (MISTRAL | {"sliding_window": "4096"}, "'sliding_window'='4096'", "an integer"),
     (ERNIE | {"use_bias": True}, "'use_bias'=True", "False"),
@@ -868,6 +893,7 @@ def test_the_tables_name_only_fields_that_exist():
         assert table.defaults.keys() <= table.fields.keys() | table.mixture.keys() | {
             "max_position_embeddings",
             "rope_theta",
+            "rope_parameters",
             *windows.KEYS[table.window],
         }
 

@@ -152,6 +152,9 @@ CONFIG_SWITCHES = {
     "renormalize": lambda case: {"norm_topk_prob": False},
     "norm_eps": lambda case: {"rms_norm_eps": 1e-6},
     "theta": lambda case: rope_with(case, rope_theta=10_000.0),
+    "truncate": lambda case: rope_with(case, truncate=True),
+    "limit": lambda case: {"swiglu_limit": 100.0},
+    "alpha": lambda case: {"swiglu_alpha": 1.0},
     "window": lambda case: {"sliding_window": 64},
     "rotary": lambda case: rope_with(case, partial_rotary_factor=1.0),
 }
@@ -161,6 +164,10 @@ MODEL_SWITCHES = {
     "latent_eps": ("_a_layernorm", "variance_epsilon", 1e-5),
     "qk_norm": (("q_norm", "k_norm"), "weight", 1.0),
     "bias": (("q_proj", "k_proj", "v_proj"), "bias", 0.0),
+    "all_bias": (("o_proj",), "bias", 0.0),
+    "sinks": (("self_attn",), "sinks", -1e4),
+    "router_logits": ((".router",), "bias", 0.0),
+    "expert_bias": ((".experts",), "down_proj_bias", 0.0),
 }
 
 
@@ -219,6 +226,8 @@ ATTENTION = {
     "qwen2_window": f"{QKV} o_proj.weight {QKV_BIAS}",
     "qwen3_window": f"{QKV} o_proj.weight {QK_NORM}",
     "qwen2_tied": f"{QKV} o_proj.weight {QKV_BIAS}",
+    "gpt_oss": f"{QKV} o_proj.weight {QKV_BIAS} o_proj.bias sinks",
+    "gpt_oss_other_types": f"{QKV} o_proj.weight sinks",
     "qwen3": f"{QKV} o_proj.weight {QK_NORM}",
     "ernie4_5_moe": f"{QKV} o_proj.weight",
     "ernie4_5_moe_untied": f"{QKV} o_proj.weight",
@@ -231,6 +240,9 @@ SWIGLU = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
 def block_names(name, is_moe):
     names = {"input_layernorm.weight", "post_attention_layernorm.weight"}
     names |= {f"self_attn.{n}" for n in ATTENTION[name].split()}
+    if name.startswith("gpt_oss"):
+        stacked = {f"experts.{n}_proj{end}" for n in ("gate_up", "down") for end in ("", "_bias")}
+        return names | {f"mlp.{n}" for n in (*stacked, "router.weight", "router.bias")}
     if not is_moe:
         return names | {f"mlp.{n}" for n in SWIGLU}
     names |= {f"mlp.experts.{e}.{n}" for e in range(8) for n in SWIGLU}

@@ -8,6 +8,7 @@ from mtp_jax.interop.families.deepseek_v2 import DEEPSEEK_V2
 from mtp_jax.interop.families.deepseek_v3 import DEEPSEEK_V3
 from mtp_jax.interop.families.ernie4_5_moe import ERNIE4_5_MOE
 from mtp_jax.interop.families.glm4_moe import GLM4_MOE
+from mtp_jax.interop.families.gpt_oss import GPT_OSS
 from mtp_jax.interop.families.kimi_k2 import KIMI_K2
 from mtp_jax.interop.families.llama import LLAMA
 from mtp_jax.interop.families.mimo import MIMO
@@ -25,6 +26,7 @@ FAMILIES: dict[str, Family] = {
         GLM4_MOE,
         QWEN3_MOE,
         ERNIE4_5_MOE,
+        GPT_OSS,
         LLAMA,
         MISTRAL,
         QWEN2,
@@ -37,5 +39,6 @@ FAMILIES: dict[str, Family] = {
 UNSUPPORTED = {
     "glm_moe_dsa": "its blocks use sparse attention with an indexer",
     "qwen3_next": "its blocks use gated attention and linear attention",
+    **dict.fromkeys(("gemma3", "gemma3_text"), "its blocks have four norms, which scale by 1 + w"),
     "mimo_v2_flash": "its blocks use sliding-window attention with attention sinks",
 }

@@ -195,6 +195,8 @@ class Family:
       layer, module_layer: prefix of those names; {layer} counts blocks from 0, and MTP modules on from there; {depth}
         counts MTP modules from 0.
       row_vectors: weights of ours whose vectors they store as [1, n].
+      stacked: weights of the experts that lie in one tensor a layer, in the order of our dims, as every n-th number of
+        its last dim from the first on: (first, n). mxfp4 files have {name}_blocks and {name}_scales in its place.
       repeated: tensors that an MTP layer holds once more, with the weights of ours they repeat.
       left_out: prefixes of tensors that mtp_jax cannot hold and leaves in the folder; left_out_because: the reason.
       ignored_layers: numbers of MTP layers that transformers knows to ignore.
@@ -211,6 +213,7 @@ class Family:
       rotary_fraction: default of partial_rotary_factor; None: always 1.
       window: layers that `sliding_window` is of: "every" one, the "last" ones where use_sliding_window is true, or
         those "typed" sliding_attention in layer_types; empty: the layout has no windows.
+      default_pattern: `local.pattern` where layer_types is absent.
       groups_by_method: topk_method decides if n_group and topk_group count.
       always_depth: num_nextn_predict_layers is written even where it is 0.
       heads_divide: transformers refuses a hidden_size that is no multiple of the heads.
@@ -229,6 +232,7 @@ class Family:
     layer: str = "model.layers.{layer}."
     module_layer: str = "model.layers.{layer}."
     row_vectors: tuple[str, ...] = ()
+    stacked: dict[str, tuple[int, int]] = field(default_factory=dict)
     repeated: Names = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     left_out_because: str = ""
@@ -242,6 +246,7 @@ class Family:
     no_experts: Values | None = None
     rotary_fraction: float | None = None
     window: str = ""
+    default_pattern: str = "L"
     groups_by_method: bool = False
     always_depth: bool = False
     heads_divide: bool = False
