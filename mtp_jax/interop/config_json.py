@@ -38,7 +38,14 @@ SYNONYMS = (
     (MTP_KEY, "num_mtp_layers"),
     ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
 )
-NULLS: Values = {"q_lora_rank": 0, "n_shared_experts": 0, "n_routed_experts": 0, "n_group": 1, "topk_group": 1}
+NULLS: Values = {
+    "attention_value_scale": 1.0,
+    "q_lora_rank": 0,
+    "n_shared_experts": 0,
+    "n_routed_experts": 0,
+    "n_group": 1,
+    "topk_group": 1,
+}
 WRITTEN_NULL = ("q_lora_rank",)  # transformers' class refuses null in the others
 FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null there: as many as heads, the width over the heads
 
@@ -146,7 +153,7 @@ def _own_names(hf: Values, family: Family, where: str) -> Values:
         if key in values and values[key] != values[alias]:
             raise bad(where, alias, hf[alias], f"contradicts {key!r}={short(values[key])}; remove one of them")
         values[key] = values.pop(alias)
-    return values
+    return family.own_names(rope.flat(values, family, where))
 
 
 def _own_name(key: str, family: Family) -> str:
@@ -155,10 +162,14 @@ def _own_name(key: str, family: Family) -> str:
     return next((n for names in SYNONYMS if key in names for n in names if n in known), key)
 
 
+_WINDOWED = with_values(ModelConfig(), {"local.window": 1})  # a model that every key of a layout is about
+
+
 def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, ...]) -> None:
     known = {*IGNORED, *family.fields, *family.mixture, *family.fixed, *family.tolerated, *ignore}
-    known |= {MTP_KEY, WIRING_KEY, "quantization_config", *rope.KEYS, *family.derived(ModelConfig())}
+    known |= {MTP_KEY, WIRING_KEY, "quantization_config", *rope.KEYS, *family.derived(_WINDOWED)}
     known |= {*WINDOW_KEYS} if "use_sliding_window" in family.fixed else {*windows.KEYS[family.window]}
+    known |= {"swa_rope_theta"} if family.local_rope_theta is not None else set()
     known |= {"topk_method"} if family.groups_by_method else set()
     found = {key: value for key, value in values.items() if key not in known}
     found |= {key: value for key, value in rope.unknown(values).items() if key not in ignore}
@@ -177,11 +188,18 @@ def _read(values: Values, family: Family, where: str, depth: int | None) -> Conf
             raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
     _check_quantization(values.get("quantization_config"), family, where)
     model = with_values(ModelConfig(), _read_fields(values, family, where) | rope.read(values, family, where))
+    model = dataclasses.replace(model, rotary_fraction=_rotated(model))
     model = with_values(model, windows.read(values, family, where, model.num_layers))
     implied = _stated(family, model)
     counted = with_values(model, implied)
     model = with_values(model, {name: value for name, value in implied.items() if _counts(name, counted)})
     return Config(model=model, mtp=_read_mtp(values, family, model, where, depth))
+
+
+def _rotated(model: ModelConfig) -> float:
+    """The share of a head that is rotated, in whole dims: transformers rounds down."""
+    share = model.rotary_fraction * model.head_dim
+    return model.rotary_fraction if share == round(share) else int(share) / model.head_dim
 
 
 def _read_fields(values: Values, family: Family, where: str) -> Values:
@@ -309,6 +327,7 @@ def from_config(config: Config, layout: str, base: Values | None = None) -> Valu
         raise UserError("model.vocab_size=None: config.json states a size; set it to that of the trained embedding")
     if base is None:
         new = _write(config, family, {})
+        new = {key: value for key, value in new.items() if key not in family.internal}
         return _read_back(_scaffold(config, family) | family.fixed | new, family, new, {})
     if base.get("model_type") != layout:
         raise UserError(f"model_type={base.get('model_type')!r}: the model is exported as {layout}; leave base out")
@@ -316,6 +335,7 @@ def from_config(config: Config, layout: str, base: Values | None = None) -> Valu
     new = _write(config, family, base)
     changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
     gone = (old.keys() - new.keys()) | {"quantization_config"}
+    changed = {key: value for key, value in changed.items() if key not in family.internal}
     result = {key: copy.deepcopy(value) for key, value in base.items() if _own_name(key, family) not in gone}
     for key, value in changed.items():
         names = [name for name in result if _own_name(name, family) == key] or [key]
@@ -354,6 +374,7 @@ def _implied(family: Family, model: ModelConfig) -> Values:
     """Values of our model that the layout has no key for: those of its table, and otherwise our defaults, so that a
     field which no table names is not dropped in silence."""
     stored = {*family.fields.values(), *family.mixture.values(), *rope.STORED}
+    stored |= {"local.rope_theta"} if family.local_rope_theta is not None else set()
     stored |= windows.STORED[family.window] | ({"rotary_fraction"} if family.rotary_fraction is not None else set())
     kept = {key: value for key, value, setting in walk(ModelConfig()) if setting.may_change == "never"}
     return _stated(family, model) | {n: v for n, v in kept.items() if n not in family.implied and n not in stored}
@@ -424,7 +445,12 @@ def _write(config: Config, family: Family, base: Values) -> Values:
     out |= windows.write(model, family, base)
     if family.groups_by_method:
         out["topk_method"] = "group_limited_greedy" if out["n_group"] > 1 else "greedy"
-    out |= {k: v for k, v in family.derived(model).items() if k in base or k == "num_key_value_heads"}
+    if family.fields.get("v_head_dim") == "value_head_dim":
+        out["v_head_dim"] = model.value_head_dim or model.head_dim
+    is_written = {"num_key_value_heads", *base} | (
+        {*family.derived(model)} if family.writes_derived and not base else set()
+    )
+    out |= {key: value for key, value in family.derived(model).items() if key in is_written}
     return out | rope.write(model, family, base) | mtp
 
 

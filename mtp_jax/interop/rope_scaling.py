@@ -1,7 +1,10 @@
 """Rotary embedding in config.json, in both styles: `rope_scaling` beside rope_theta, and `rope_parameters`."""
 
+import math
+
 from mtp_jax.config import ModelConfig, UserError, value_of
 from mtp_jax.interop.families import Family, Names, Values
+from mtp_jax.interop.families.common import LAYER_TYPES
 from mtp_jax.interop.json_fields import FIELD_TYPES, bad, typed
 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -32,6 +35,39 @@ _COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _FIXED: dict[str, Values] = {"yarn": {"attention_factor": None}}
 
 
+_BY_LAYER = {"rope_theta", "rope_type", "partial_rotary_factor"}
+
+
+def flat(values: Values, family: Family, where: str) -> Values:
+    """`values` with rope_parameters of one section for each kind of layer as rope_theta, swa_rope_theta and
+    partial_rotary_factor beside each other; as they are where there are no such sections.
+
+    Raises:
+      UserError: sections that differ in more than their base, that stretch positions, or have unknown keys.
+    """
+    nested = values.get("rope_parameters")
+    if family.local_rope_theta is None or not isinstance(nested, dict) or not {*nested} & {*LAYER_TYPES}:
+        return values
+    out = {key: value for key, value in values.items() if key != "rope_parameters"}
+    sections = [typed(where, f"rope_parameters.{kind}", nested.get(kind) or {}, dict) for kind in LAYER_TYPES]
+    for key in sorted(nested.keys() - {*LAYER_TYPES}):
+        raise bad(where, f"rope_parameters.{key}", nested[key], f"is no kind of layer; {' and '.join(LAYER_TYPES)} are")
+    for kind, section in zip(LAYER_TYPES, sections, strict=True):
+        for key, value in section.items():
+            if key not in _BY_LAYER or (key == "rope_type" and value != "default"):
+                raise bad(
+                    where, f"rope_parameters.{kind}.{key}", value, "is not supported; positions are not stretched"
+                )
+    first, second = (section.get("partial_rotary_factor", family.rotary_fraction) for section in sections)
+    if first != second:
+        raise bad(where, "rope_parameters.sliding_attention.partial_rotary_factor", second, f"must be {first}")
+    out["partial_rotary_factor"] = first
+    for key, section in zip(("rope_theta", "swa_rope_theta"), sections, strict=True):
+        if "rope_theta" in section:
+            out[key] = section["rope_theta"]
+    return out
+
+
 def unknown(values: Values) -> Values:
     """Keys that no rope type has, as "rope_scaling.NAME"."""
     out: Values = {}
@@ -53,6 +89,10 @@ def read(values: Values, family: Family, where: str) -> Values:
     outer = {"rope_theta": 10_000.0, "partial_rotary_factor": family.rotary_fraction or 1.0} | family.defaults
     outer |= values | rope
     out = {"rope.theta": typed(where, "rope_theta", outer["rope_theta"], float)}
+    if family.local_rope_theta is not None:
+        out["local.rope_theta"] = typed(
+            where, "swa_rope_theta", values.get("swa_rope_theta", family.local_rope_theta), float
+        )
     fraction = typed(where, "partial_rotary_factor", outer["partial_rotary_factor"], float)
     if family.rotary_fraction is not None:
         out["rotary_fraction"] = fraction
@@ -61,6 +101,8 @@ def read(values: Values, family: Family, where: str) -> Values:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in TYPES:
         raise bad(where, f"{name}.rope_type", kind, f"is not supported; mtp_jax has {', '.join(TYPES)}")
+    if kind != "default" and family.local_rope_theta is not None:
+        raise bad(where, f"{name}.rope_type", kind, "is not supported in this layout; mtp_jax has default there")
     for key, wanted in _FIXED.get(kind, {}).items():
         if rope.get(key, wanted) != wanted:
             raise bad(where, f"{name}.{key}", rope[key], f"is not supported; mtp_jax has {wanted!r} there")
@@ -109,12 +151,37 @@ def write(model: ModelConfig, family: Family, base: Values) -> Values:
             del scaling["mscale"]
     outer: Values = {"rope_theta": model.rope.theta}
     if family.rotary_fraction is not None:
-        outer["partial_rotary_factor"] = model.rotary_fraction
+        outer["partial_rotary_factor"] = _fraction(model, base)
+    if family.local_rope_theta is not None:
+        return _by_layer(model, outer, base)
     name = "rope_parameters" if kind == "default" and "rope_parameters" in family.defaults else _key(base)
     if name == "rope_parameters" or outer.keys() & (base.get(name) or {}).keys():
         return {name: outer | {"rope_type": kind} | scaling}
     # Older code reads "type", newer "rope_type".
     return outer | {"rope_scaling": {"type": kind, "rope_type": kind} | scaling if scaling else None}
+
+
+def _fraction(model: ModelConfig, base: Values) -> float:
+    """The base's own where it rotates as many dims, rounded down, as ours."""
+    dims = round(model.rotary_fraction * model.head_dim)
+    stated = [(base.get(name) or {}).get("partial_rotary_factor") for name in ("rope_scaling", "rope_parameters")]
+    for fraction in (base.get("partial_rotary_factor"), *stated, model.rotary_fraction):
+        if isinstance(fraction, float) and int(fraction * model.head_dim) == dims:
+            return fraction
+    return math.nextafter(model.rotary_fraction, 2)
+
+
+def _by_layer(model: ModelConfig, outer: Values, base: Values) -> Values:
+    """Both bases, beside each other and, where the base has it or is none, in a section for each kind of layer."""
+    out = outer | {"swa_rope_theta": model.local.rope_theta or model.rope.theta}
+    if base and "rope_parameters" not in base:
+        return out
+    thetas = (out["rope_theta"], out["swa_rope_theta"])
+    sections = {
+        kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": outer["partial_rotary_factor"]}
+        for kind, theta in zip(LAYER_TYPES, thetas, strict=True)
+    }
+    return out | {"rope_parameters": sections}
 
 
 def _key(values: Values) -> str:

@@ -98,6 +98,7 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
         prefix = family.module_layer.format(layer=num_layers + depth, depth=depth)
         add(prefix, stack, family.module, (depth,))
         names = family.expert_block if _has_experts(leaves, ("params", *stack, "block")) else family.block
+        names = family.module_block or names
         add(prefix, (*stack, "block"), names, (depth,))
         out.extend(_again(prefix, family, out))
     # The table of a layout without router biases is right while they are zero, which export checks.

@@ -241,13 +241,43 @@ CASES |= {
     ),
 }
 
+# Seven layers and the released bases: what transformers' class takes for the keys of released files, which it ignores.
+FLASH = COMMON | dict(num_key_value_heads=1, head_dim=24, v_head_dim=10, sliding_window=5, n_routed_experts=8)
+FLASH |= dict(num_experts_per_tok=3, moe_intermediate_size=24, num_hidden_layers=7)
+
+
+def _two_ropes(first, second, fraction):
+    ropes = zip(("full_attention", "sliding_attention"), (first, second), strict=True)
+    return {kind: _rope(theta=theta, partial_rotary_factor=fraction) for kind, theta in ropes}
+
+
+CASES |= {
+    "mimo_v2_flash": Case(
+        "mimo_v2_flash",
+        FLASH | dict(rope_parameters=_two_ropes(5_000_000.0, 10_000.0, 0.334)),
+        depth=3,
+        features=("window", "sinks", "value_scale", "router_bias", "thetas", "norm_eps"),
+    ),
+    "mimo_v2_flash_other_lists": Case(
+        "mimo_v2_flash",
+        FLASH
+        | dict(rope_parameters=_two_ropes(1000.0, 100.0, 0.5), num_hidden_layers=4, attention_value_scale=1.5)
+        | dict(layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"])
+        | dict(mlp_layer_types=["dense", "dense", "sparse", "sparse"], num_key_value_heads=2, norm_topk_prob=False),
+        depth=1,
+        features=("window", "sinks", "value_scale", "thetas"),
+    ),
+}
+
 # Published names of what surrounds the block of an MTP module. The weights of the first two are as wide as the model.
 EXTRAS = {
     "deepseek_v3": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
     "kimi_k2": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
     "glm4_moe": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "shared_head.norm"},
+    "mimo_v2_flash": {"e": "enorm", "h": "hnorm", "proj": "eh_proj", "out": "final_layernorm"},
     "mimo": {"e": "token_layernorm", "h": "hidden_layernorm", "proj": "input_proj", "out": "final_layernorm"},
 }
+FROM_MAIN = {"mimo_v2_flash"}  # every depth reads the main model's hidden state
 HIDDEN_FIRST = {"mimo"}  # which half of the projection's input comes first; the embedding everywhere else
 
 
@@ -288,6 +318,7 @@ class Reference:
         num = tokens.shape[1] - self.case.depth
         with torch.no_grad():
             hidden = self.model.model(tokens, use_cache=False).last_hidden_state[:, :num]  # after the final norm
+            main = hidden
             logits = [self.model.lm_head(hidden)]
             for k in range(1, self.case.depth + 1):
                 embedded = self.model.model.embed_tokens(tokens[:, k : k + num])
@@ -296,6 +327,7 @@ class Reference:
                 normed = module["out"](hidden)
                 logits.append(self.model.lm_head(normed if output_norm else hidden))
                 hidden = hidden if recycled == "before_norm" else normed
+                hidden = main if self.case.model_type in FROM_MAIN else hidden
         return torch.stack(logits, 2).numpy()
 
     def greedy(self, prompt, num) -> list[int]:
@@ -335,7 +367,8 @@ class Reference:
         names = EXTRAS[self.case.model_type]
         eps = self.model.config.rms_norm_eps
         layer = _new_block(self.model)
-        layer.load_state_dict(_fused({n: own[n] for n in _published(layer.state_dict())}))
+        kind = self.case.model_type
+        layer.load_state_dict(_fused({n: own[_renamed(kind, n)] for n in _published(layer.state_dict())}))
         functions = {n: _rms_norm(own[names[n] + ".weight"], eps) for n in ("e", "h", "out")}
         return functions | {"proj": own[names["proj"] + ".weight"], "block": self._causal(layer)}
 
@@ -346,7 +379,11 @@ class Reference:
         def block(x):
             positions = torch.arange(x.shape[1])[None]
             mask = torch.full((1, 1, x.shape[1], x.shape[1]), torch.finfo(x.dtype).min).triu(1)
-            rotary = self.model.model.rotary_emb(x, positions)
+            local = ()
+            if self.case.model_type == "mimo_v2_flash":
+                mask += torch.full_like(mask, torch.finfo(x.dtype).min).tril(-self.model.config.sliding_window)
+                local = ("sliding_attention",)
+            rotary = self.model.model.rotary_emb(x, positions, *local)
             return layer(x, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
 
         return block
@@ -398,8 +435,10 @@ def _new_model(case: Case):
 
 
 def _new_block(model):
-    """Another layer like the model's last: a mixture of experts where the model has one."""
+    """Another layer as modules have it, mostly like the model's last: a mixture of experts where the model has one."""
     layer = type(model.model.layers[-1])
+    if model.config.model_type == "mimo_v2_flash":  # its modules are dense and have a window
+        return layer(model.config, layer_idx=_dense_and_local(model.config)).eval()
     return layer(model.config, layer_idx=model.config.num_hidden_layers - 1).eval()
 
 
@@ -440,8 +479,8 @@ def _saved_tensors(model, folder) -> dict:
 
 
 def _mtp_prefix(case: Case, k) -> str:
-    if case.model_type == "mimo":
-        return f"model.mtp_layers.{k - 1}."
+    if case.model_type in ("mimo", "mimo_v2_flash"):
+        return {"mimo": f"model.mtp_layers.{k - 1}.", "mimo_v2_flash": f"model.mtp.layers.{k - 1}."}[case.model_type]
     return f"model.layers.{case.config['num_hidden_layers'] + k - 1}."
 
 
@@ -454,10 +493,18 @@ def _mtp_tensors(case: Case, model, k, dtype, generator) -> dict:
     own |= {f"{names[n]}.weight": torch.empty(width) for n in ("e", "h", "out")}
     own |= {names["proj"] + ".weight": torch.empty(width, 2 * width)}
     _randomize(own, dtype, generator)
-    if case.model_type != "mimo":
+    if not case.model_type.startswith("mimo"):
         own["embed_tokens.weight"] = model.model.embed_tokens.weight.clone()
         own["shared_head.head.weight"] = model.lm_head.weight.clone()
-    return {_mtp_prefix(case, k) + n: t.contiguous() for n, t in _published(own).items()}
+    own = {_renamed(case.model_type, n): t for n, t in _published(own).items()}
+    return {_mtp_prefix(case, k) + n: t.contiguous() for n, t in own.items()}
+
+
+def _renamed(model_type, name) -> str:
+    """The published name of a tensor of an MTP module's block."""
+    if model_type != "mimo_v2_flash":
+        return name
+    return name.replace("post_attention", "pre_mlp").replace("self_attn.sinks", "self_attn.attention_sink_bias")
 
 
 def _published(state: dict) -> dict:
@@ -521,9 +568,46 @@ def _rewrite_config(case: Case, path, dtype, style) -> dict:
     if case.depth or case.model_type in EXTRAS:
         config["num_nextn_predict_layers"] = case.depth
     if style == "released":
-        config = _released(config)
+        config = _released_flash(config) if case.model_type == "mimo_v2_flash" else _released(config)
     path.write_text(json.dumps(config, indent=2))
     return config
+
+
+def _dense_and_local(config) -> int:
+    """Number of a layer beyond the last in a configuration that gets it."""
+    config.layer_types = [*config.layer_types[: config.num_hidden_layers], "sliding_attention"]
+    config.mlp_layer_types = [*config.mlp_layer_types[: config.num_hidden_layers], "dense"]
+    return config.num_hidden_layers
+
+
+def _released_flash(config: dict) -> dict:
+    """The keys of the released MiMo-V2-Flash, written for its own modelling code."""
+    own = ("rope_parameters", "dtype", "layer_types", "mlp_layer_types", "rms_norm_eps", "output_router_logits")
+    out = {k: v for k, v in config.items() if k not in own}
+    ropes = config["rope_parameters"]
+    window = config["sliding_window"] - 1
+    return out | {
+        "torch_dtype": config["dtype"],
+        "hybrid_layer_pattern": [int(kind == "sliding_attention") for kind in config["layer_types"]],
+        "moe_layer_freq": [int(kind == "sparse") for kind in config["mlp_layer_types"]],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "rope_theta": ropes["full_attention"]["rope_theta"],
+        "swa_rope_theta": ropes["sliding_attention"]["rope_theta"],
+        "partial_rotary_factor": ropes["full_attention"]["partial_rotary_factor"],
+        "sliding_window": window,
+        "sliding_window_size": window,
+        "attention_chunk_size": window,
+        "swa_num_attention_heads": config["num_attention_heads"],
+        "swa_num_key_value_heads": 2 * config["num_key_value_heads"],
+        "swa_head_dim": config["head_dim"],
+        "swa_v_head_dim": config["v_head_dim"],
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "routed_scaling_factor": None,
+        "n_shared_experts": None,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
 
 
 def _released(config: dict) -> dict:

@@ -12,6 +12,7 @@ from mtp_jax.interop.families.gpt_oss import GPT_OSS
 from mtp_jax.interop.families.kimi_k2 import KIMI_K2
 from mtp_jax.interop.families.llama import LLAMA
 from mtp_jax.interop.families.mimo import MIMO
+from mtp_jax.interop.families.mimo_v2_flash import MIMO_V2_FLASH
 from mtp_jax.interop.families.mistral import MISTRAL
 from mtp_jax.interop.families.qwen2 import QWEN2
 from mtp_jax.interop.families.qwen3 import QWEN3
@@ -32,6 +33,7 @@ FAMILIES: dict[str, Family] = {
         QWEN2,
         QWEN3,
         MIMO,
+        MIMO_V2_FLASH,
     )
 }
 
@@ -40,5 +42,4 @@ UNSUPPORTED = {
     "glm_moe_dsa": "its blocks use sparse attention with an indexer",
     "qwen3_next": "its blocks use gated attention and linear attention",
     **dict.fromkeys(("gemma3", "gemma3_text"), "its blocks have four norms, which scale by 1 + w"),
-    "mimo_v2_flash": "its blocks use sliding-window attention with attention sinks",
 }

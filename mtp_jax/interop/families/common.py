@@ -192,6 +192,7 @@ class Family:
 
     Tensors:
       block, expert_block: names of a dense block and of one with experts. module: of an MTP module beside its block.
+      module_block: names of an MTP module's block; None: as those of the main model.
       layer, module_layer: prefix of those names; {layer} counts blocks from 0, and MTP modules on from there; {depth}
         counts MTP modules from 0.
       row_vectors: weights of ours whose vectors they store as [1, n].
@@ -210,7 +211,12 @@ class Family:
       modules: fields of MTPConfig that the layout itself states, as a function of the model.
       derived: keys that follow from the model, checked where a file has them. unset: values of theirs that mean absent.
       no_experts: written for a model without experts, besides num_dense_layers; None: the layout cannot hold one.
+      writes_derived: keys that follow from others are also written into a new file.
+      own_names: released files' keys under the names of these tables, where files and transformers' class differ.
+      internal: keys that own_names makes for these tables; they are not in files.
       rotary_fraction: default of partial_rotary_factor; None: always 1.
+      local_rope_theta: default of the rotary base of layers with windows; None: that of the other layers. Where it is
+        one, rope_parameters has a section for each of LAYER_TYPES, and swa_rope_theta is beside rope_theta.
       window: layers that `sliding_window` is of: "every" one, the "last" ones where use_sliding_window is true, or
         those "typed" sliding_attention in layer_types; empty: the layout has no windows.
       default_pattern: `local.pattern` where layer_types is absent.
@@ -229,6 +235,7 @@ class Family:
     block: Names = field(default_factory=lambda: GROUPED_ATTENTION | DENSE)
     expert_block: Names = field(default_factory=dict)
     module: Names = field(default_factory=lambda: DEEPSEEK_MODULE)
+    module_block: Names | None = None
     layer: str = "model.layers.{layer}."
     module_layer: str = "model.layers.{layer}."
     row_vectors: tuple[str, ...] = ()
@@ -244,7 +251,11 @@ class Family:
     derived: Callable[[ModelConfig], Values] = layer_types
     unset: Values = field(default_factory=dict)
     no_experts: Values | None = None
+    writes_derived: bool = False
+    own_names: Callable[[Values], Values] = lambda values: values
+    internal: tuple[str, ...] = ()
     rotary_fraction: float | None = None
+    local_rope_theta: float | None = None
     window: str = ""
     default_pattern: str = "L"
     groups_by_method: bool = False
