@@ -191,6 +191,26 @@ GPT_OSS = json.loads("""{
   "tie_word_embeddings": false, "transformers_version": "4.55.0", "use_cache": true, "vocab_size": 201088}""")
 GPT_OSS["layer_types"] = ["sliding_attention", "full_attention"] * 12
 
+FLASH = json.loads("""{
+  "add_full_attention_sink_bias": false, "add_swa_attention_sink_bias": true,
+  "architectures": ["MiMoV2FlashForCausalLM"], "attention_bias": false, "attention_chunk_size": 128,
+  "attention_dropout": 0.0, "attention_value_scale": 0.707, "head_dim": 192, "hidden_act": "silu", "hidden_size": 4096,
+  "initializer_range": 0.02, "intermediate_size": 16384, "layernorm_epsilon": 1e-05,
+  "max_position_embeddings": 262144, "model_type": "mimo_v2_flash", "moe_intermediate_size": 2048, "n_group": 1,
+  "n_routed_experts": 256, "n_shared_experts": null, "norm_topk_prob": true, "num_attention_heads": 64,
+  "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "partial_rotary_factor": 0.334,
+  "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+    "weight_block_size": [128, 128]},
+  "rope_theta": 5000000, "routed_scaling_factor": null, "scoring_func": "sigmoid", "sliding_window": 128,
+  "sliding_window_size": 128, "swa_head_dim": 192, "swa_num_attention_heads": 64, "swa_num_key_value_heads": 8,
+  "swa_rope_theta": 10000, "swa_v_head_dim": 128, "tie_word_embeddings": false, "topk_group": 1,
+  "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "use_cache": true, "v_head_dim": 128, "vocab_size": 152576}""")
+FLASH |= {
+    "hybrid_layer_pattern": [0, *[int((i + 1) % 6 > 0) for i in range(1, 48)]],
+    "moe_layer_freq": [0, *[1] * 47],
+    "num_nextn_predict_layers": 3,
+}
+
 FILES = {
     **{"v3": V3, "v2_lite": V2_LITE, "v2": V2, "moonlight": MOONLIGHT, "kimi": KIMI, "glm_air": GLM_AIR, "mimo": MIMO},
     **{
@@ -202,6 +222,7 @@ FILES = {
         "ernie": ERNIE,
         "coder": CODER,
         "gpt_oss": GPT_OSS,
+        "flash": FLASH,
     },
 }
 
@@ -273,10 +294,15 @@ EXPECTED = {
     | {"router.score": "softmax", "router.renormalize": True, "router.logit_bias": True, "num_experts": 32}
     | {"rope.yarn.truncate": False, "rope.yarn.factor": 32.0, "rope.theta": 150_000.0, "qkv_bias": True}
     | {"expert_dim": 2880, "num_experts_per_token": 4, "num_shared_experts": 0, "num_dense_layers": 0},
+    "flash": {"local.window": 129, "local.pattern": "GLLLL" + 7 * "GLLLLL"}
+    | {"local.sinks": True, "sinks": False, "local.num_kv_heads": 8, "num_kv_heads": 4, "local.rope_theta": 10_000.0}
+    | {"rope.theta": 5e6, "head_dim": 192, "rotary_fraction": 64 / 192, "value_head_dim": 128, "value_scale": 0.707}
+    | {"num_experts": 256, "num_shared_experts": 0, "num_dense_layers": 1, "router.score": "sigmoid", "norm_eps": 1e-5}
+    | {"routed_scaling_factor": 1.0, "qk_norm": False, "qkv_bias": False},
     "coder": {"rope.linear_factor": 4.0, "rope.theta": 100_000.0, "head_dim": 128, "tie_embeddings": False},
 }
-DEPTHS = {"ernie": 1, "v3": 1, "glm_air": 1, "mimo": 1}
-FAMILIES = {"glm_air": "glm4_moe", "mimo": "mimo"}
+DEPTHS = {"flash": 3, "ernie": 1, "v3": 1, "glm_air": 1, "mimo": 1}
+FAMILIES = {"flash": "mimo_v2_flash", "glm_air": "glm4_moe", "mimo": "mimo"}
 
 
 def transformers():
@@ -359,11 +385,16 @@ def test_a_file_without_a_base_says_what_the_released_one_says(name):
     own = {"rope_scaling", "bos_token_id", "eos_token_id", "max_position_embeddings"}
     if name == "gpt_oss":  # other names of keys that are there
         released = without(released, "experts_per_token", "initial_context_length")
+    if name == "flash":  # as transformers counts, and as ours is
+        own |= {"partial_rotary_factor", "sliding_window", "routed_scaling_factor"}
     same = (hf.keys() & released.keys()) - own
     assert {key: hf[key] for key in same} == {key: released[key] for key in same}
     tolerated = MODEL_TYPES[released["model_type"]].tolerated.keys()
     assert released.keys() - hf.keys() <= IGNORED | tolerated | {*WINDOW_KEYS, "quantization_config"}
     scaling = released.get("rope_scaling")
+    if name == "flash":  # in both names; transformers' counts the query
+        assert (hf["sliding_window"], hf["sliding_window_size"], "rope_scaling" in hf) == (129, 128, False)
+        return
     assert hf["rope_scaling"] == (
         scaling and {"rope_type": scaling.get("type"), "type": scaling.get("rope_type")} | scaling
     )
@@ -656,6 +687,7 @@ def test_what_no_layout_says_is_refused_by_our_key(named):
 
 
 # What does not change what a trained model computes, and what another kind of MTP than the released one reads.
+RESOLVED = {"value_head_dim": "head_dim", "local.rope_theta": "rope.theta"}  # where they are 0
 OF_TRAINING = {*TRAINING, "matmul_precision"}
 OF_MTP_TRAINING = {"weight", "weight_values", "weight_boundaries", "weight_unit", "depth_decay", "normalize"}
 OF_MTP_TRAINING |= {"curriculum", "detach_trunk", "freeze_trunk"}
@@ -663,6 +695,11 @@ OF_OTHER_KINDS = {"parameter_matched", "top.window", "nextlat.width", "nextlat.l
 PARTS = {"nothing": {}, "window": {"local.window": 8}, "yarn": {"rope.yarn.factor": 4.0}}
 PARTS |= {"llama3": {"rope.llama3.factor": 4.0}, "experts": {"num_experts": 8}}
 PARTS |= {"all": {"num_experts": 8, "router.num_groups": 4, "router.groups_per_token": 2, "local.window": 8}}
+
+
+def resolved(model, name):
+    """The value of a field; of one that is taken from another where it is 0, that one's."""
+    return value_of(model, name) or value_of(model, RESOLVED.get(name, name))
 
 
 def others(hint, value):
@@ -697,9 +734,9 @@ def test_every_field_is_stored_or_refused(layout):
                     continue
                 written.add(key)
                 back = read(hf).model
-                for name, kept, _ in walk(back):
+                for name, _, _ in walk(back):
                     if name not in OF_TRAINING and config_json._counts(name, config.model):
-                        assert kept == value_of(config.model, name), f"{name} after {key}={other!r}"
+                        assert resolved(back, name) == resolved(config.model, name), f"{name} after {key}={other!r}"
     assert {"num_layers", "embed_dim", "norm_eps"} <= written
 
 
@@ -753,6 +790,14 @@ def test_the_base_is_not_shared_with_the_result():
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 YARN_FILE = V3["rope_scaling"]
+
+
+def flash_with_local(local):
+    """MiMo-V2-Flash with a section for each kind of layer."""
+    basis = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.334}
+    return FLASH | {"rope_parameters": {"full_attention": basis, "sliding_attention": basis | local}}
+
+
 REFUSED = [
     (V3 | {"foo": 3}, "field 'foo'=3 is not one that mtp_jax knows for deepseek_v3", "pass ignore=foo"),
     (
@@ -761,7 +806,7 @@ REFUSED = [
         ", ".join(MODEL_TYPES),
     ),
     (V3 | {"model_type": "qwen3_next"}, "'qwen3_next'", "gated attention and linear attention"),
-    (V3 | {"model_type": "mimo_v2_flash"}, "'mimo_v2_flash'", "sliding-window attention with attention sinks"),
+    (V3 | {"model_type": "gemma3"}, "'gemma3'", "four norms"),
     (V3 | {"model_type": ["llama"]}, "'model_type'=['llama']", "llama"),
     (V3 | {"hidden_act": "gelu"}, "'hidden_act'='gelu'", "'silu'"),
     (V3 | {"attention_bias": True}, "'attention_bias'=True", "False"),
@@ -773,6 +818,20 @@ REFUSED = [
     (GPT_OSS | {"experts_per_token": 2}, "'experts_per_token'=2", "4"),
     (GPT_OSS | {"hidden_act": "gelu"}, "'hidden_act'='gelu'", "'silu'"),
     (LLAMA | {"quantization_config": {"quant_method": "mxfp4"}}, "'quantization_config.quant_method'='mxfp4'", "'fp8'"),
+    (FLASH | {"swa_num_key_value_heads": 4}, "'swa_num_key_value_heads'=4", "8"),
+    (FLASH | {"swa_head_dim": 128}, "'swa_head_dim'=128", "192"),
+    (FLASH | {"add_swa_attention_sink_bias": False}, "'add_swa_attention_sink_bias'=False", "True"),
+    (FLASH | {"layernorm_epsilon": 1e-6, "rms_norm_eps": 1e-5}, "'layernorm_epsilon'=1e-06", "1e-05"),
+    (FLASH | {"moe_layer_freq": [0, 1] * 24}, "'moe_layer_freq'=[0, 1", "the other fields make it"),
+    (FLASH | {"layer_types": ["full_attention"] * 48}, "'hybrid_layer_pattern'=[0, 1", "the other fields make it"),
+    (FLASH | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'rope_scaling.rope_type'='yarn'", "default"),
+    (flash_with_local({"rope_type": "yarn"}), "'rope_parameters.sliding_attention.rope_type'='yarn'", "not stretched"),
+    (
+        flash_with_local({"partial_rotary_factor": 0.5}),
+        "'rope_parameters.sliding_attention.partial_rotary_factor'=0.5",
+        "0.33",
+    ),
+    (FLASH | {"n_shared_experts": 1}, "'n_shared_experts'=1", "0"),
     (MISTRAL | {"sliding_window": 0}, "'sliding_window'=0", "at least 1"),
     (MISTRAL | {"sliding_window": "4096"}, "'sliding_window'='4096'", "an integer"),
     (ERNIE | {"use_bias": True}, "'use_bias'=True", "False"),

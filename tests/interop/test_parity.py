@@ -95,7 +95,7 @@ def test_bfloat16_compute(built, name):
 
 
 @pytest.mark.parametrize("mistake", [{"swap_halves": True}, {"output_norm": False}], ids=lambda m: next(iter(m)))
-@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "glm4_moe", "mimo"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "moonlight", "glm4_moe", "mimo", "mimo_v2_flash"])
 def test_a_mistake_would_be_seen(built, name, mistake):
     """Against a reference with the mistake, depth 0 agrees and every other depth is far off."""
     reference, lm = built(name)
