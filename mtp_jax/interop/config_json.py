@@ -27,7 +27,7 @@ from mtp_jax.interop import rope_scaling as rope
 from mtp_jax.interop import windows
 from mtp_jax.interop.families import FAMILIES, UNSUPPORTED, Family, Values
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
-from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, bad, short, typed
+from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, bad, imported_with, short, typed
 from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED, kind_of
 
@@ -175,9 +175,7 @@ def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, 
     found |= {key: value for key, value in rope.unknown(values).items() if key not in ignore}
     for key, value in found.items():
         remedy = f"is not one that mtp_jax knows for {family.model_type} and may change what the model computes; "
-        remedy += (
-            f"if it does not, pass ignore={key} to mtp_jax.load, or import with mtp_jax.tools.convert --ignore={key}"
-        )
+        remedy += f"if it does not, {imported_with(f'--ignore={key}', f'ignore=({key!r},)')}"
         raise bad(where, key, value, remedy)
 
 

@@ -9,6 +9,12 @@ FIELD_TYPES = key_hints(ModelConfig) | {"vocab_size": int}  # of our keys below 
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", dict: "an object", str: "a string"}
 
 
+def imported_with(flag: str, argument: str) -> str:
+    """The remedy where a folder cannot be read as it is: an import, whose workdir every command takes in its place."""
+    command = f"python -m mtp_jax.tools.convert import --hf=FOLDER --workdir=DIR {flag}"
+    return f"import it with `{command}` and give DIR in place of the folder (in Python: mtp_jax.load(..., {argument}))"
+
+
 def short(value: Any) -> str:
     """A value as errors show it: one line of bounded length."""
     text = repr(value)

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 from mtp_jax.config import Config, UserError
 from mtp_jax.interop import fp8, mxfp4
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS, Family, Names
+from mtp_jax.interop.json_fields import imported_with
 from mtp_jax.interop.tensorfiles import TensorFolder
 from mtp_jax.layers.param import ParamInfo
 from mtp_jax.layers.spec import layer_places
@@ -284,7 +285,7 @@ def place(arrays: Tree, abstract: Tree) -> Tree:
     return {name: {} for name in abstract} | unflatten_dict(out)
 
 
-_MAIN_ALONE = "for the main model alone pass depth=0 to mtp_jax.load, or import with mtp_jax.tools.convert --depth=0"
+_MAIN_ALONE = f"for the main model alone {imported_with('--depth=0', 'depth=0')}"
 
 
 def check_count(folder: TensorFolder, key: str, value: object, name: str, where: str) -> None:

@@ -547,9 +547,10 @@ def test_tensors_that_a_family_cannot_hold_are_left_out_with_one_line(capfd, tmp
 
 
 HEAD = "model.layers.3.shared_head.head.weight"
+MAIN_ALONE = ["mtp_jax.tools.convert import --hf=FOLDER --workdir=DIR --depth=0` and give DIR", "load(..., depth=0)"]
 BROKEN = {
     "missing tensor": (without("model.layers.1.mlp.gate.weight"), ["model.layers.1.mlp.gate.weight"]),
-    "missing MTP tensor": (without("model.layers.4.enorm.weight"), ["model.layers.4.enorm", "--depth=0"]),
+    "missing MTP tensor": (without("model.layers.4.enorm.weight"), ["model.layers.4.enorm", *MAIN_ALONE]),
     "extra tensor": (lambda p: rewrite(p, lambda t: t.update(more=t[HEAD])), ["tensor more", "does not ask for"]),
     "wrong shape": (lambda p: reconfigure(p, vocab_size=300), ["(264, 32)", "(300, 32)"]),
     "a head of its own": (lambda p: rewrite(p, lambda t: t.update({HEAD: t[HEAD] + 1})), [HEAD, "lm_head.weight"]),
@@ -573,7 +574,7 @@ BROKEN = {
     "no config": (lambda p: (p / "config.json").unlink(), ["config.json"]),
     "integer weights": (as_integers, ["model.norm.weight", "I8", "bfloat16"]),
     "a repetition that differs late": (late, [HEAD, "lm_head.weight"]),
-    "MTP layers unannounced": (lambda p: reconfigure(p, num_nextn_predict_layers=0), ["_predict_layers", "--depth=0"]),
+    "MTP layers unannounced": (lambda p: reconfigure(p, num_nextn_predict_layers=0), ["_predict_layers", *MAIN_ALONE]),
     "a dangling side file": (lambda p: (p / "vocab.txt").symlink_to("nowhere"), ["vocab.txt", "cannot be copied"]),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), ["safetensors"]),
 }  # fmt: skip

@@ -799,7 +799,11 @@ def flash_with_local(local):
 
 
 REFUSED = [
-    (V3 | {"foo": 3}, "field 'foo'=3 is not one that mtp_jax knows for deepseek_v3", "pass ignore=foo"),
+    (
+        V3 | {"foo": 3},
+        "field 'foo'=3 is not one that mtp_jax knows for deepseek_v3",
+        "--workdir=DIR --ignore=foo` and give DIR",
+    ),
     (
         V3 | {"model_type": "gpt2"},
         "'model_type'='gpt2'",
@@ -845,7 +849,7 @@ REFUSED = [
     (V3 | {"num_key_value_heads": 8}, "'num_key_value_heads'=8", "128"),
     (V3 | {"head_dim": 192}, "'head_dim'=192", "64"),
     (LLAMA | {"mlp_bias": True}, "'mlp_bias'=True", "False"),
-    (LLAMA | {"sliding_window": 4096}, "'sliding_window'=4096", "ignore=sliding_window"),
+    (LLAMA | {"sliding_window": 4096}, "'sliding_window'=4096", "load(..., ignore=('sliding_window',))"),
     (MIMO | {"use_sliding_window": True}, "'use_sliding_window'=True", "False"),
     (QWEN2 | {"use_sliding_window": 1}, "'use_sliding_window'=1", "true or false"),
     (QWEN2_WINDOW | {"max_window_layers": "3"}, "'max_window_layers'='3'", "an integer"),
@@ -864,7 +868,7 @@ REFUSED = [
     (LLAMA | {"rope_scaling": {"type": "linear"}}, "'rope_scaling.factor' is missing", "add it"),
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": 0.5}}, "'rope_scaling.factor'=0.5", "at least 1"),
     (LLAMA | {"rope_scaling": {"type": "linear", "factor": "4"}}, "'rope_scaling.factor'='4'", "a finite number"),
-    (V3 | {"rope_scaling": YARN_FILE | {"bar": 1}}, "'rope_scaling.bar'=1", "pass ignore=rope_scaling.bar"),
+    (V3 | {"rope_scaling": YARN_FILE | {"bar": 1}}, "'rope_scaling.bar'=1", "--ignore=rope_scaling.bar`"),
     (V3 | {"rope_scaling": YARN_FILE | {"attention_factor": 1.2}}, "'rope_scaling.attention_factor'=1.2", "None"),
     (V3 | {"rope_scaling": YARN_FILE | {"truncate": 0}}, "'rope_scaling.truncate'=0", "true or false"),
     (V3 | {"rope_scaling": without(YARN_FILE, "mscale")}, "'rope_scaling.mscale_all_dim'=1.0", "both"),
