@@ -112,6 +112,19 @@ def test_recycled_hidden_state(built):
     assert (difference[:2] < TOLERANCE).all() and difference[2] > 1000 * TOLERANCE, difference
 
 
+@pytest.mark.parametrize("name", ["mimo_v2_flash", "mimo_v2_flash_other_lists"])
+def test_speculative_text_beyond_the_window_is_the_plain_text(built, name):
+    """Texts of twelve windows, drafted by every depth, are what the main model writes alone and what torch writes."""
+    reference, lm = built(name)
+    prompts = [tokens_of(name)[0, :3].tolist(), tokens_of(name)[1].tolist()]
+    plain = lm.generate(prompts, max_new_tokens=60, temperature=0.0, speculative=False)
+    drafted = lm.generate(prompts, max_new_tokens=60, temperature=0.0, speculative=True)
+    assert len(drafted.acceptance) == reference.case.depth and plain.acceptance == []
+    for prompt, alone, found in zip(prompts, plain.tokens, drafted.tokens, strict=True):
+        assert len(alone) == 60 and found.tolist() == alone.tolist()
+        assert alone[:30].tolist() == reference.greedy(prompt, 30)
+
+
 def test_other_batches_and_lengths(built):
     """One row is computed as in a batch, and a prefix as in the whole text."""
     _, lm = built("deepseek_v3")
