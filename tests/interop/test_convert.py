@@ -106,7 +106,30 @@ def trained(workdir, *overrides, seed=0):
     return config
 
 
+# The dims of configs/tiny.py stay; what these layouts have and it has not is said.
+GROUPED = ("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.model.head_dim=8")
+UNGROUPED = ("--config.model.router.num_groups=1", "--config.model.router.groups_per_token=1")
+WINDOWED = {
+    "gpt_oss": (
+        *(*GROUPED, *UNGROUPED, "--config.mtp.depth=2", "--config.model.num_kv_heads=2"),
+        *("--config.model.num_shared_experts=0", "--config.model.num_dense_layers=0"),
+        *("--config.model.router.score=softmax", "--config.model.router.bias_rate=0"),
+        *("--config.model.router.logit_bias=true", "--config.model.expert_bias=true", "--config.model.sinks=true"),
+        *("--config.model.local.sinks=true", "--config.model.local.window=4", "--config.model.local.pattern=LG"),
+        *("--config.model.gated_unit.offset=1", "--config.model.gated_unit.limit=7"),
+        *("--config.model.gated_unit.alpha=2", "--config.model.routed_scaling_factor=1"),
+    ),
+    "mimo_v2_flash": (
+        *(*GROUPED, *UNGROUPED, "--config.mtp.depth=2", "--config.model.num_kv_heads=1"),
+        *("--config.model.num_shared_experts=0", "--config.model.local.num_kv_heads=2"),
+        *("--config.model.local.sinks=true", "--config.model.local.window=4", "--config.model.local.pattern=GL"),
+        *("--config.model.local.rope_theta=500", "--config.model.rotary_fraction=0.5"),
+        *("--config.model.value_head_dim=6", "--config.model.value_scale=0.5", "--config.mtp.family=mimo_v2_flash"),
+        *("--config.mtp.window=4", "--config.mtp.dense_ffn=true"),
+    ),
+}
 NATIVE = {
+    **WINDOWED,
     "deepseek_v3": (),
     "deepseek_v3 dense": ("--config.model.num_experts=0", "--config.mtp.depth=1"),
     "deepseek_v3 shared depths": ("--config.mtp.shared_depths=true", "--config.mtp.depth=3"),
@@ -115,25 +138,19 @@ NATIVE = {
         *("--config.model.router.score=softmax", "--config.model.router.renormalize=false"),
         *("--config.model.router.group_score=max", "--config.mtp.kind=none"),
     ),
-    "gpt_oss": (
-        *("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.mtp.depth=2"),
-        *("--config.model.num_kv_heads=2", "--config.model.head_dim=8", "--config.model.num_shared_experts=0"),
-        *("--config.model.router.score=softmax", "--config.model.num_dense_layers=0"),
-        *("--config.model.router.logit_bias=true", "--config.model.expert_bias=true", "--config.model.sinks=true"),
-        *("--config.model.local.sinks=true", "--config.model.local.window=4", "--config.model.local.pattern=LG"),
-        *(
-            "--config.model.gated_unit.offset=1",
-            "--config.model.gated_unit.limit=7",
-            "--config.model.gated_unit.alpha=2",
-        ),
-        *("--config.model.router.num_groups=1", "--config.model.router.groups_per_token=1"),
-        *("--config.model.routed_scaling_factor=1", "--config.model.router.bias_rate=0"),
-    ),
     "llama": (
         *("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.model.num_experts=0"),
         *("--config.model.num_kv_heads=2", "--config.model.head_dim=8"),
     ),
 }
+
+
+def zero_router_biases(workdir):
+    with Checkpoints(workdir / "checkpoints") as saved:
+        _, state = saved.open_part(("params", "biases"))
+        state = jax.tree.map(lambda leaf: leaf[...], state)
+    state["biases"] = jax.tree.map(np.zeros_like, state["biases"])
+    write_streamed(workdir / "checkpoints", 8, state)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -143,11 +160,7 @@ def test_a_model_of_ours_comes_back_as_it_went_out(monkeypatch, tmp_path, name):
         overrides = (*overrides, "--config.model.router.bias_rate=0")
     config = trained(tmp_path / "run", *overrides)
     if name in ("deepseek_v2", "gpt_oss"):  # its layout has no router biases; zero ones are not lost
-        with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
-            _, state = saved.open_part(("params", "biases"))
-            state = jax.tree.map(lambda leaf: leaf[...], state)
-        state["biases"] = jax.tree.map(np.zeros_like, state["biases"])
-        write_streamed(tmp_path / "run" / "checkpoints", 8, state)
+        zero_router_biases(tmp_path / "run")
     convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
     convert_here(monkeypatch, "import", f"--hf={tmp_path / 'hf'}", f"--workdir={tmp_path / 'again'}")
     rows = np.random.default_rng(0).integers(0, 261, (2, 12))
@@ -165,7 +178,9 @@ def test_router_biases_are_not_dropped_in_silence(monkeypatch, tmp_path, capfd):
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("deepseek_v3", 61), ("glm4_moe", 46)])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("deepseek_v3", 61), ("glm4_moe", 46), ("gpt_oss", 3), ("mimo_v2_flash", 3)]
+)
 def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypatch, tmp_path, kind, layers):
     """With as many layers as released, for transformers knows the MTP layer by its number."""
     hf_models.needs_torch()
@@ -181,7 +196,12 @@ def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypa
             "--config.mtp.family=glm4_moe",
         ]
         small += ["--config.model.num_kv_heads=2", "--config.model.head_dim=8", "--config.model.rotary_fraction=0.5"]
+    if kind in WINDOWED:
+        small = [*WINDOWED[kind], f"--config.model.num_layers={layers}"]
+        small += ["--config.mtp.kind=none"] if kind == "gpt_oss" else []  # transformers knows none of it
     trained(tmp_path / "run", *small)
+    if kind == "gpt_oss":
+        zero_router_biases(tmp_path / "run")
     convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True, dtype=torch.float32, attn_implementation="eager"

@@ -112,6 +112,7 @@ def test_recycled_hidden_state(built):
     assert (difference[:2] < TOLERANCE).all() and difference[2] > 1000 * TOLERANCE, difference
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["mimo_v2_flash", "mimo_v2_flash_other_lists"])
 def test_speculative_text_beyond_the_window_is_the_plain_text(built, name):
     """Texts of twelve windows, drafted by every depth, are what the main model writes alone and what torch writes."""
