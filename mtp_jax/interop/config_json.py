@@ -38,32 +38,17 @@ SYNONYMS = (
     (MTP_KEY, "num_mtp_layers"),
     ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
 )
-NULLS: Values = {
-    "attention_value_scale": 1.0,
-    "q_lora_rank": 0,
-    "n_shared_experts": 0,
-    "n_routed_experts": 0,
-    "n_group": 1,
-    "topk_group": 1,
-}
+NULLS: Values = {"q_lora_rank": 0, "n_shared_experts": 0, "n_routed_experts": 0, "n_group": 1, "topk_group": 1}
+NULLS |= {"attention_value_scale": 1.0}
 WRITTEN_NULL = ("q_lora_rank",)  # transformers' class refuses null in the others
 FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null there: as many as heads, the width over the heads
 
 # Our keys that tell layouts apart, the most telling first: the family that agrees longest is the one a model is
 # exported in, or whose first disagreement is named.
 TELLING = (
-    *(
-        "attention",
-        "num_experts",
-        "local.window",
-        "gated_unit.alpha",
-        "qkv_bias",
-        "qk_norm",
-        "rope.interleaved",
-        "rotary_fraction",
-        "router.score",
-    ),
-    *("router.group_score", "router.renormalize", "num_shared_experts", "num_dense_layers", "latent_norm_eps"),
+    *("attention", "num_experts", "local.window", "local.pattern", "gated_unit.alpha", "qkv_bias", "qk_norm"),
+    *("rope.interleaved", "rotary_fraction", "router.score", "router.group_score", "router.renormalize"),
+    *("num_shared_experts", "num_dense_layers", "latent_norm_eps"),
 )
 
 

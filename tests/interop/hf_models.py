@@ -170,6 +170,13 @@ CASES |= {
         COMMON | dict(num_key_value_heads=2, head_dim=16, rope_parameters=_rope(theta=100_000.0), sliding_window=5),
         features=("theta", "window"),
     ),
+    "ministral": Case(
+        "ministral",
+        COMMON
+        | dict(num_key_value_heads=2, head_dim=16, rope_parameters=_rope(theta=50_000.0), sliding_window=7)
+        | dict(layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+        features=("theta", "window"),
+    ),
     "qwen2_window": Case(
         "qwen2",
         COMMON

@@ -45,6 +45,7 @@ ROUND_TRIPS = [
         ("mistral", "float32", "new", 1),
         ("mistral_wide_window", "bfloat16", "released", 1),
         ("mistral_window", "float32", "released", 1),
+        ("ministral", "bfloat16", "released", 1),
         ("qwen2_window", "bfloat16", "new", 1),
         ("mimo_v2_flash", "bfloat16", "released", 2),
         ("mimo_v2_flash", "float32", "new", 1),

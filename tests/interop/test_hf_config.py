@@ -129,6 +129,11 @@ MISTRAL = json.loads("""{
   "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0", "use_cache": true,
   "vocab_size": 32768}""")
 
+MINISTRAL = MISTRAL | {
+    **{"architectures": ["MinistralForCausalLM"], "model_type": "ministral", "sliding_window": 4096},
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8,
+}
+
 QWEN2 = json.loads("""{
   "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
   "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02, "intermediate_size": 4864,
@@ -216,6 +221,7 @@ FILES = {
     **{
         "llama": LLAMA,
         "mistral": MISTRAL,
+        "ministral": MINISTRAL,
         "qwen2": QWEN2,
         "qwen3": QWEN3,
         "qwen3_moe": QWEN3_MOE,
@@ -281,6 +287,7 @@ EXPECTED = {
     | {"qkv_bias": False, "qk_norm": False, "rope.interleaved": False, "rotary_fraction": 1.0, "num_kv_heads": 8},
     "mistral": {"num_kv_heads": 8, "head_dim": 128, "ffn_dim": 14_336, "rope.theta": 1e6, "norm_eps": 1e-5}
     | {"qkv_bias": False, "qk_norm": False, "rope.interleaved": False, "num_experts": 0},
+    "ministral": {"local.window": 4096, "local.pattern": "LLLG", "qkv_bias": False, "num_kv_heads": 8, "head_dim": 128},
     "qwen2": {"qkv_bias": True, "head_dim": 64, "num_kv_heads": 2, "tie_embeddings": True, "num_experts": 0},
     "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 128, "embed_dim": 1024, "num_heads": 16},
     "qwen3_moe": {"qk_norm": True, "qkv_bias": False, "num_experts": 128, "num_experts_per_token": 8, "expert_dim": 768}

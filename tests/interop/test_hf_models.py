@@ -235,6 +235,7 @@ ATTENTION = {
     "llama_linear": f"{QKV} o_proj.weight",
     "mistral": f"{QKV} o_proj.weight",
     "mistral_wide_window": f"{QKV} o_proj.weight",
+    "ministral": f"{QKV} o_proj.weight",
     "mistral_window": f"{QKV} o_proj.weight",
     "qwen2_window": f"{QKV} o_proj.weight {QKV_BIAS}",
     "qwen3_window": f"{QKV} o_proj.weight {QK_NORM}",

@@ -13,6 +13,7 @@ from mtp_jax.interop.families.kimi_k2 import KIMI_K2
 from mtp_jax.interop.families.llama import LLAMA
 from mtp_jax.interop.families.mimo import MIMO
 from mtp_jax.interop.families.mimo_v2_flash import MIMO_V2_FLASH
+from mtp_jax.interop.families.ministral import MINISTRAL
 from mtp_jax.interop.families.mistral import MISTRAL
 from mtp_jax.interop.families.qwen2 import QWEN2
 from mtp_jax.interop.families.qwen3 import QWEN3
@@ -30,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         GPT_OSS,
         LLAMA,
         MISTRAL,
+        MINISTRAL,
         QWEN2,
         QWEN3,
         MIMO,
