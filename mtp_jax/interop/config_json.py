@@ -27,7 +27,7 @@ from mtp_jax.interop import rope_scaling as rope
 from mtp_jax.interop import windows
 from mtp_jax.interop.families import FAMILIES, UNSUPPORTED, Family, Values
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
-from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, bad, imported_with, short, typed
+from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, SETTINGS, bad, imported_with, short, typed
 from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED, kind_of
 
@@ -255,7 +255,6 @@ _PARTS = {
     "yarn": ("rope.yarn.",),
 }
 _DEFAULTS_TO = {"value_head_dim": "head_dim", "local.num_kv_heads": "num_kv_heads"}  # where they are 0
-_SETTINGS = {key: setting for key, _, setting in walk(ModelConfig())}
 
 
 def _counts(name: str, model: ModelConfig) -> bool:
@@ -266,7 +265,7 @@ def _counts(name: str, model: ModelConfig) -> bool:
         return not model.num_experts or model.num_dense_layers > 0
     if name in _DEFAULTS_TO and value_of(model, name) == value_of(model, _DEFAULTS_TO[name]):
         return False
-    part = _SETTINGS[name].when or next((part for part, names in _PARTS.items() if name.startswith(names)), "")
+    part = SETTINGS[name].when or next((part for part, names in _PARTS.items() if name.startswith(names)), "")
     in_use = {"": True, "mla": model.attention == "mla", "gqa": model.attention == "gqa", "moe": model.num_experts > 0}
     in_use |= {
         "local": model.local.window > 0,

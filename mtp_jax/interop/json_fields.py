@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from mtp_jax.config import ModelConfig, UserError, key_hints
+from mtp_jax.config import ModelConfig, UserError, key_hints, walk
 
 REMEDY = "correct it or fetch it again"  # of a file that cannot be used
 FIELD_TYPES = key_hints(ModelConfig) | {"vocab_size": int}  # of our keys below ModelConfig
+SETTINGS = {key: setting for key, _, setting in walk(ModelConfig())}  # of our keys: what their values may be
 _WORDS = {int: "an integer", float: "a finite number", bool: "true or false", dict: "an object", str: "a string"}
 
 

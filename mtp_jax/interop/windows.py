@@ -1,9 +1,11 @@
 """Sliding windows in config.json: `sliding_window` of every layer, or of the layers that other keys name."""
 
+import itertools
+
 from mtp_jax.config import ModelConfig
 from mtp_jax.interop.families import Family, Values
 from mtp_jax.interop.families.common import LAYER_TYPES, layer_types
-from mtp_jax.interop.json_fields import bad, typed
+from mtp_jax.interop.json_fields import SETTINGS, bad, typed
 
 WINDOW = "sliding_window"
 SWITCH = "use_sliding_window"
@@ -19,6 +21,9 @@ STORED: dict[str, set[str]] = {
 }
 
 
+_MOST_LAYERS = SETTINGS["num_layers"].at_most or 0  # of a model that is not refused
+
+
 def read(values: Values, family: Family, where: str, num_layers: int) -> Values:
     """Our `local.window` and `local.pattern`. transformers counts the query among the keys of a window, as ours does.
 
@@ -27,11 +32,12 @@ def read(values: Values, family: Family, where: str, num_layers: int) -> Values:
     """
     window = values.get(WINDOW, family.defaults.get(WINDOW))
     is_on = bool(family.window) and (family.window != "last" or typed(where, SWITCH, values.get(SWITCH, False), bool))
-    if not is_on or window is None or _reaches_all(window, values, family, where):
+    if num_layers > _MOST_LAYERS or not is_on or window is None or _reaches_all(window, values, family, where):
         return {}
     if typed(where, WINDOW, window, int) < 1:
         raise bad(where, WINDOW, window, "must be at least 1, or null for no window")
-    types = [LAYER_TYPES[letter == "L"] for letter in (family.default_pattern * num_layers)[:num_layers]]
+    pattern = itertools.islice(itertools.cycle(family.default_pattern), num_layers)
+    types = [LAYER_TYPES[letter == "L"] for letter in pattern]
     if family.window == "last":
         first = typed(where, FIRST, values.get(FIRST, family.defaults[FIRST]), int)
         types = [LAYER_TYPES[layer >= first] for layer in range(num_layers)]
@@ -40,7 +46,7 @@ def read(values: Values, family: Family, where: str, num_layers: int) -> Values:
     if not isinstance(types, list) or len(types) != num_layers or any(kind not in LAYER_TYPES for kind in types):
         raise bad(where, "layer_types", types, f"must be {' or '.join(LAYER_TYPES)} for each of {num_layers} layers")
     letters = "".join("GL"[LAYER_TYPES.index(kind)] for kind in types)
-    period = next(n for n in range(1, num_layers + 1) if (letters[:n] * num_layers)[:num_layers] == letters)
+    period = next(n for n in range(1, num_layers + 1) if letters[n:] == letters[:-n])
     return {"local.window": window, "local.pattern": letters[:period]} if "L" in letters else {}
 
 

@@ -843,6 +843,8 @@ REFUSED = [
         "0.33",
     ),
     (FLASH | {"n_shared_experts": 1}, "'n_shared_experts'=1", "0"),
+    (FLASH | {"num_hidden_layers": 10**9}, "model.num_layers=1000000000", "at most 2^12"),
+    (GPT_OSS | {"num_hidden_layers": 10**9, "layer_types": None}, "model.num_layers=1000000000", "at most 2^12"),
     (MISTRAL | {"sliding_window": 0}, "'sliding_window'=0", "at least 1"),
     (MISTRAL | {"sliding_window": "4096"}, "'sliding_window'='4096'", "an integer"),
     (ERNIE | {"use_bias": True}, "'use_bias'=True", "False"),
