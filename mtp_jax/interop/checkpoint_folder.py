@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a model: opened and checked, and written.
+"""Opening, checking and writing of a Hugging Face folder as a model.
 
-What a folder holds beside weights travels with the model, in `hf/` of a workdir: config.json, the tokenizer, remote
-code, and in mtp_jax.json (`Origin`) what the files were like, so that an export can be what was imported.
+The other files of a folder are kept with the model, in `hf/` of a workdir: config.json, the tokenizer, remote code, and
+mtp_jax.json (`Origin`), which describes the imported files so that an export can reproduce them.
 """
 
 import collections
@@ -42,10 +42,11 @@ EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Origin:
-    """What the files of an imported model were like.
+    """Properties of the files of an imported model.
 
-    depth: MTP layers taken. dtype: of most of the bytes (fp8 and mxfp4 count as BF16, which they become). others:
-      tensors of another one, and router biases. repeated: kinds of repeated embeddings and heads that the files had.
+    depth: number of MTP layers loaded. dtype: of most of the bytes (fp8 and mxfp4 count as BF16, to which they are
+      converted). others: dtype by name of the tensors with another dtype, and of router biases. repeated: kinds of
+      repeated embeddings and heads in the files.
     """
 
     model_type: str
@@ -57,7 +58,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class HFModel:
-    """An opened folder; no file is kept open.
+    """Model in an opened folder; no file is kept open.
 
     values: of config.json. arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
     """
@@ -70,7 +71,7 @@ class HFModel:
 
 
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
-    """True where config.json is Hugging Face's: it names a model_type, ours does not. UserError if it is unreadable."""
+    """True if config.json is Hugging Face's: it has a model_type, ours does not; raises UserError if unreadable."""
     file = pathlib.Path(path) / "config.json"
     return file.is_file() and "model_type" in read_json(file, REMEDY)
 
@@ -83,18 +84,18 @@ def open_model(
     param_dtype: Literal["float32", "bfloat16"] | None = None,
     is_checked: bool = False,
 ) -> HFModel:
-    """Check a folder and open it; only headers are read, and tensors that should repeat others.
+    """Opens a folder as a model and checks it; reads only headers, and tensors that should repeat others.
 
     Args:
-      family: that it must be of; None: as config.json says.
-      ignore: fields of config.json that are known not to matter.
-      depth: 0 leaves the MTP layers out; None takes what is there: none where config.json states some and no tensor is
-        of them, as transformers saves a model.
-      param_dtype: "float32" or "bfloat16"; None: float32 where any weight has more than bfloat16, else bfloat16.
-      is_checked: the folder was opened before; its tensors are not looked at again.
+      family: required family; None accepts the one in config.json.
+      ignore: unknown fields of config.json that are known to have no effect.
+      depth: MTP depth to keep; 0 drops the MTP layers. None keeps the depth of config.json, or 0 (with a warning) if
+        the files have no tensors of MTP layers, as in folders that transformers saved.
+      param_dtype: "float32" or "bfloat16"; None: float32 if any weight has more precision than bfloat16, else bfloat16.
+      is_checked: the folder was opened before; its tensors are not checked again.
 
     Raises:
-      UserError: a folder that is not a model of a known family: the file, tensor or field, and the remedy.
+      UserError: a folder that is not a model of a known family; states the file, tensor or field, and the remedy.
     """
     folder = pathlib.Path(path)
     values = config_json.read_config(folder)
@@ -123,14 +124,14 @@ def open_model(
     dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3", weights.MXFP4} else "float32")
     model = dataclasses.replace(config.model, param_dtype=dtype, compute_dtype=dtype)
     if not layout.has_router_bias:
-        model = with_values(model, {"router.bias_rate": 0.0})  # moved, they could not be exported
+        model = with_values(model, {"router.bias_rate": 0.0})  # updated biases could not be exported
     config = dataclasses.replace(config, model=model)
     return HFModel(folder, config, values, origin, weights.lazy_arrays(files, config, listed))
 
 
 @functools.cache
 def _warn_once(line: str) -> None:
-    """Once in a process, however often the folder is opened."""
+    """Prints a warning once per process, however often the folder is opened."""
     print(f"warning: {line}", file=sys.stderr)
 
 
@@ -148,7 +149,7 @@ def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_typ
 
 
 def _kind(tensor: Tensor, model_type: str) -> str:
-    """Which repetition it is, whatever the layer."""
+    """Kind of a repeated tensor, the same for all layers."""
     return next((s for s in FAMILIES[model_type].repeated if tensor.name.endswith("." + s)), tensor.name)
 
 
@@ -162,22 +163,22 @@ def write_model(
     tokenizer: pathlib.Path | None = None,
     progress: Callable[[int], None] = lambda num_elements: None,
 ) -> tuple[str, str]:
-    """Write a model as a Hugging Face folder, which appears complete or not at all.
+    """Writes a model as a Hugging Face folder, which appears complete or not at all.
 
     Args:
-      target: the folder to make.
+      target: the folder to create.
       arrays: {"params": ..., "biases": ...} of arrays that are read by indexing.
-      sides: the `hf/` of a workdir, where the model was imported or given a tokenizer.
-      family: the layout to write; None: the one it came in, or the one that holds it.
-      dtype: of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
-      tokenizer: the tokenizer.json the model was trained with, where it is not among the sides.
-      progress: called with the elements of each tensor written.
+      sides: `hf/` of the workdir, if the model was imported or given a tokenizer.
+      family: the layout to write; None: the imported one, or else one that represents the model.
+      dtype: a key of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
+      tokenizer: tokenizer.json that the model was trained with, if `sides` does not contain it.
+      progress: called with the number of elements of each tensor written.
 
     Returns:
-      the model_type written, and the dtype of most weights.
+      The model_type written, and the dtype of most weights.
 
     Raises:
-      UserError: a model that no layout holds, a target that is there already or cannot be written, too little space.
+      UserError: a model that no layout represents, a target that exists or cannot be written, too little disk space.
     """
     base, origin = _read_sides(sides)
     model_type, values, origin = _laid_out(config, base, origin, family)
@@ -207,30 +208,34 @@ def write_model(
 def _laid_out(
     config: Config, base: JsonObject | None, origin: Origin | None, family: str | None
 ) -> tuple[str, JsonObject, Origin | None]:
-    """(model_type, config.json, origin where it is of that type). What was imported keeps its layout while that holds
-    the model: a MiMo without its MTP layer is still one."""
+    """Returns (model_type, config.json, origin if it is of that type, else None).
+
+    An imported model keeps its layout as long as that represents it: a MiMo without its MTP layer is still a MiMo.
+    """
     if origin is not None and (family is None or _admits(family, origin.model_type)):
         try:
             return origin.model_type, config_json.from_config(config, origin.model_type, base), origin
-        except UserError as error:  # changed since, beyond what that layout can say
+        except UserError as error:  # changed since the import, to a model that this layout cannot represent
             if family is not None:
                 raise
             print(f"note: no longer {origin.model_type}, so the imported config.json is left out: {error}")
     model_type = config_json.layout_of(config)
     if family is not None and not _admits(family, model_type):
-        model_type = family  # or the reason why it cannot hold the model
+        model_type = family  # `from_config` states why it cannot represent the model
     return model_type, config_json.from_config(config, model_type), None
 
 
 def _admits(family: str, model_type: str) -> bool:
-    """True where a folder of that model_type is one of --family=`family`."""
+    """True if `--family=family` accepts a folder of that model_type; raises UserError for an unknown family."""
     if family not in FAMILIES:
         raise UserError(f"--family={family}: is not known; there are {', '.join(FAMILIES)}")
     return model_type in (family, *FAMILIES[family].accepts)
 
 
 def _is_written(tensor: Tensor, origin: Origin | None) -> bool:
-    """Repetitions as they were imported. Otherwise an MTP layer has them, and a tied head is left to its reader."""
+    """True if the tensor is written: repeated tensors as they were imported. Without a record of that, those of MTP
+    layers are written and a tied head is not.
+    """
     if not tensor.repeats:
         return True
     is_of_mtp = tensor.name != OUTSIDE_BLOCKS["unembed"]
@@ -268,7 +273,7 @@ def _main_dtype(dtypes: dict[str, str]) -> str:
 
 
 def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin | None]:
-    """The config.json a model was imported with, and its Origin; None where it was not."""
+    """Returns config.json and `Origin` of an imported model; (None, None) if the model was not imported."""
     if sides is None or not (sides / ORIGIN_FILE).is_file():
         return None, None
     try:
@@ -279,7 +284,9 @@ def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin |
 
 
 def save_sides(source: HFModel | pathlib.Path, workdir: str | os.PathLike[str]) -> None:
-    """Into `hf/` of a workdir: what travels with an opened folder's model, or another workdir's `hf/` as it is."""
+    """Writes `hf/` of a workdir: the other files of an opened folder and its `Origin`, or a copy of another workdir's
+    `hf/`. An existing `hf/` is kept.
+    """
     target = pathlib.Path(workdir) / SIDE_FOLDER
     if target.exists() or (isinstance(source, pathlib.Path) and not source.is_dir()):
         return
@@ -294,8 +301,9 @@ def save_sides(source: HFModel | pathlib.Path, workdir: str | os.PathLike[str]) 
 
 
 def _copy_sides(source: pathlib.Path | None, target: pathlib.Path, with_origin: bool = False) -> None:
-    """Tokenizer, generation settings, remote code, licence: the folder's own files but weights and config.json, and
-    none above 128 MiB."""
+    """Copies tokenizer, generation settings, remote code and licence: the files directly in the folder except weights,
+    config.json and files above 128 MiB.
+    """
     for path in sorted(source.iterdir()) if source is not None and source.is_dir() else ():
         is_ours = path.name in (ORIGIN_FILE, "config.json") and not with_origin
         if path.is_dir() or path.name.startswith(".") or path.name.endswith((*_WEIGHTS, ".index.json")) or is_ours:
@@ -308,7 +316,7 @@ def _copy_sides(source: pathlib.Path | None, target: pathlib.Path, with_origin: 
 
 
 def refuse_existing(target: str | os.PathLike[str]) -> None:
-    """UserError where `fresh_folder` would find something."""
+    """Raises UserError if `target` exists and is not an empty folder."""
     final = pathlib.Path(target).resolve()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{target}: exists already; give a folder that does not")
@@ -316,12 +324,13 @@ def refuse_existing(target: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator[pathlib.Path]:
-    """A folder to fill, which takes the name `target` when the block ends and is removed where it fails.
+    """Yields a folder to fill, which is renamed to `target` when the block ends and removed if the block fails.
 
-    It lies beside the target as .NAME.partial-XXXXXXXX. A process that is killed leaves it; the next one says so.
+    Until then it is next to the target, as .NAME.partial-XXXXXXXX. A killed process leaves it behind; the next one
+    reports it.
 
     Args:
-      num_bytes: what will be written; refused at once where the disk has less.
+      num_bytes: number of bytes to be written; refused at once if the disk has less free space.
 
     Raises:
       UserError: target exists and is not empty, its parent cannot be written, or the disk is full.
@@ -343,7 +352,7 @@ def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator
             )
         partial.mkdir()
         yield partial
-        if final.exists():  # empty, and perhaps somebody's current folder
+        if final.exists():  # empty; kept, as a process may have it as its current folder
             for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
                 os.replace(path, final / path.name)
         else:

@@ -1,7 +1,7 @@
-"""config.json of the released layouts <-> our `Config`, in both directions from the tables in `families/`.
+"""Conversion between config.json of the released layouts and our `Config`, in both directions from `families/`.
 
-A key that no table knows is refused: it may change what the model computes. Sources: transformers' configuration and
-modelling code; MTP layers as serving engines read them.
+A key that is in no table is refused, because it may change what the model computes. Sources: transformers'
+configuration and modelling code; serving engines for MTP layers.
 """
 
 import copy
@@ -32,19 +32,19 @@ from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED, kind_of
 
 MTP_KEY = "num_nextn_predict_layers"
-WIRING_KEY = "mtp_conventions"  # ours alone: what the family's preset does not already say of the MTP modules
-# Names of one key in different layouts and versions of transformers; a family's own is the one in its tables.
+WIRING_KEY = "mtp_conventions"  # written by mtp_jax only: how MTP modules differ from the preset
+# Names of the same key in different layouts and versions of transformers; a family uses the name in its tables.
 SYNONYMS = (
     (MTP_KEY, "num_mtp_layers"),
     ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
 )
 NULLS: Values = {"q_lora_rank": 0, "n_shared_experts": 0, "n_routed_experts": 0, "n_group": 1, "topk_group": 1}
 NULLS |= {"attention_value_scale": 1.0}
-WRITTEN_NULL = ("q_lora_rank",)  # transformers' class refuses null in the others
-FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null there: as many as heads, the width over the heads
+WRITTEN_NULL = ("q_lora_rank",)  # the class in transformers refuses null for the other keys
+FROM_OTHERS = ("num_key_value_heads", "head_dim")  # null: num_heads, embed_dim / num_heads
 
-# Our keys that tell layouts apart, the most telling first: the family that agrees longest is the one a model is
-# exported in, or whose first disagreement is named.
+# Our fields that distinguish layouts, most distinctive first. A model is exported in the family whose first
+# disagreement in this order comes last, or refused because of a field that this family cannot represent.
 TELLING = (
     *("attention", "num_experts", "local.window", "local.pattern", "gated_unit.alpha", "qkv_bias", "qk_norm"),
     *("rope.interleaved", "rotary_fraction", "router.score", "router.group_score", "router.renormalize"),
@@ -56,10 +56,10 @@ TELLING = (
 
 
 def read_config(folder: str | pathlib.Path) -> Values:
-    """config.json of a Hugging Face folder.
+    """Reads config.json of a Hugging Face folder.
 
     Raises:
-      UserError: no such folder, no config.json in it, not a JSON object, no model_type.
+      UserError: the folder does not exist or has no config.json; the file is not a JSON object or has no model_type.
     """
     path = pathlib.Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -73,16 +73,16 @@ def read_config(folder: str | pathlib.Path) -> Values:
 
 
 def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int | None = None) -> Config:
-    """The `Config` that a config.json describes; only its `model` and `mtp` differ from the defaults.
+    """Converts config.json to a `Config`; only `model` and `mtp` differ from the defaults.
 
     Args:
-      hf: the file's values. Absent keys and nulls take the defaults of transformers' class.
-      where: the file, named in errors.
-      ignore: unknown keys to accept; keys inside rope_scaling as "rope_scaling.NAME".
-      depth: MTP depth to keep; 0 leaves the MTP layers out, None keeps what the file has.
+      hf: values of the file. Absent keys and nulls take the defaults of the class in transformers.
+      where: path of the file, for error messages.
+      ignore: unknown keys to accept; a key inside rope_scaling is given as "rope_scaling.NAME".
+      depth: MTP depth to keep; 0 drops the MTP layers, None keeps the depth of the file.
 
     Raises:
-      UserError: an unknown layout or key, a value that our model cannot hold or of the wrong type.
+      UserError: an unknown layout or key, a value of the wrong type, or one that our model does not support.
     """
     family = family_named(hf.get("model_type"), where)
     values = _own_names(hf, family, where)
@@ -99,10 +99,10 @@ def to_config(hf: Values, where: str, ignore: tuple[str, ...] = (), depth: int |
 
 
 def longest_text(hf: Values, where: str) -> int:
-    """Tokens that the model of a config.json was made to read at once: max_position_embeddings, as transformers has it.
+    """Returns max_position_embeddings: the context length in tokens, with transformers' default where it is absent.
 
     Raises:
-      UserError: an unknown layout, or a value that is no number of tokens.
+      UserError: an unknown layout, or a value that is not an integer of at least 2.
     """
     family = family_named(hf.get("model_type"), where)
     value = _field(_own_names(hf, family, where), family, where, "max_position_embeddings", int)
@@ -112,7 +112,7 @@ def longest_text(hf: Values, where: str) -> int:
 
 
 def family_named(model_type: Any, where: str) -> Family:
-    """The family of a model_type; raises UserError where there is none, with the reason where it is known."""
+    """Returns the family of a model_type; raises UserError if there is none, with the reason if it is known."""
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     reason = UNSUPPORTED.get(model_type, "") if isinstance(model_type, str) else ""
@@ -123,8 +123,9 @@ def family_named(model_type: Any, where: str) -> Family:
 
 
 def _own_names(hf: Values, family: Family, where: str) -> Values:
-    """`hf` without nulls, but for those that have a meaning, under the family's own names; UserError where two names of
-    one key disagree."""
+    """Returns `hf` under the family's own key names, without nulls except those that have a meaning; raises UserError
+    if two names of the same key disagree.
+    """
     telling = {*family.fields, *family.mixture, *windows.KEYS[family.window]} & {
         *NULLS,
         *FROM_OTHERS,
@@ -142,12 +143,12 @@ def _own_names(hf: Values, family: Family, where: str) -> Values:
 
 
 def _own_name(key: str, family: Family) -> str:
-    """The family's name of a key that has several."""
+    """Name that the family uses for a key that has several names."""
     known = {MTP_KEY, *family.mixture}
     return next((n for names in SYNONYMS if key in names for n in names if n in known), key)
 
 
-_WINDOWED = with_values(ModelConfig(), {"local.window": 1})  # a model that every key of a layout is about
+_WINDOWED = with_values(ModelConfig(), {"local.window": 1})  # a model for which a layout has all of its derived keys
 
 
 def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, ...]) -> None:
@@ -165,7 +166,7 @@ def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, 
 
 
 def _read(values: Values, family: Family, where: str, depth: int | None) -> Config:
-    """The `Config` that values say, under the family's own names; raises UserError where our model cannot hold them."""
+    """Returns the `Config` of values under the family's own names; raises UserError for unsupported values."""
     for key, wanted in (family.fixed | family.tolerated).items():
         if values.get(key, wanted) != wanted:
             raise bad(where, key, values[key], f"is not supported; mtp_jax has {wanted!r} there")
@@ -180,7 +181,7 @@ def _read(values: Values, family: Family, where: str, depth: int | None) -> Conf
 
 
 def _rotated(model: ModelConfig) -> float:
-    """The share of a head that is rotated, in whole dims: transformers rounds down."""
+    """Fraction of the head dims that is rotated, a whole number of dims: rounded down, as in transformers."""
     share = model.rotary_fraction * model.head_dim
     return model.rotary_fraction if share == round(share) else int(share) / model.head_dim
 
@@ -245,7 +246,7 @@ def _read_mtp(values: Values, family: Family, model: ModelConfig, where: str, de
     return MTPConfig(**out)
 
 
-# Our keys, or sections, that count only in a part of the model; `Setting.when` says it of others.
+# Fields, or prefixes of fields, that have an effect only in a part of the model; `Setting.when` states it for others.
 _PARTS = {
     "mla": ("q_lora_rank", "latent_norm_eps"),
     "gqa": ("qk_norm", "qkv_bias", "value_head_dim", "value_scale", "output_bias", "rotary_fraction"),
@@ -258,7 +259,7 @@ _DEFAULTS_TO = {"value_head_dim": "head_dim", "local.num_kv_heads": "num_kv_head
 
 
 def _counts(name: str, model: ModelConfig) -> bool:
-    """True where the field changes what this model computes."""
+    """True if the field changes what this model computes."""
     if name == "router.group_score":
         return model.num_experts > 0 and model.router.groups_per_token < model.router.num_groups
     if name == "ffn_dim":
@@ -276,7 +277,7 @@ def _counts(name: str, model: ModelConfig) -> bool:
 
 
 def _check_quantization(value: Any, family: Family, where: str) -> None:
-    """Refuse quantized files other than DeepSeek's fp8 in blocks of 128 x 128, and mxfp4 of stacked experts."""
+    """Refuses quantized files other than DeepSeek's fp8 in blocks of 128 x 128, and mxfp4 of stacked experts."""
     if value is None:
         return
     typed(where, "quantization_config", value, dict)
@@ -292,16 +293,19 @@ def _check_quantization(value: Any, family: Family, where: str) -> None:
 
 
 def from_config(config: Config, layout: str, base: Values | None = None) -> Values:
-    """config.json for a model in a layout.
+    """Converts a model to config.json of a layout.
 
     Args:
-      config: the model; what belongs to training does not matter.
+      config: the model. Training fields have no effect, except data.sequence_length: without `base`,
+        max_position_embeddings follows from it.
       layout: a model_type.
-      base: the config.json that the model was imported from. The result is then `base` but for what differs from what
-        it said of the model. Without it the file is complete but for the dtype and the tokenizer's ids.
+      base: config.json that the model was imported from. The result is `base`, changed only where the model differs
+        from it and without quantization_config. Without `base`, the file is complete except for the dtype and the
+        token ids of the tokenizer.
 
     Raises:
-      UserError: the layout cannot hold the model (see `layout_of`), or `base` has another layout.
+      UserError: the layout cannot represent the model (see `layout_of`), model.vocab_size is None, or `base` has
+        another layout.
     """
     family = family_named(layout, "the layout asked for")
     _check_held(config, family)
@@ -326,10 +330,12 @@ def from_config(config: Config, layout: str, base: Values | None = None) -> Valu
 
 
 def layout_of(config: Config) -> str:
-    """The model_type whose layout holds the model; where several do, the one with its MTP conventions, then the first.
+    """Returns the model_type of the layout that represents the model.
+
+    If several do, it is the one with the model's MTP conventions, else the first.
 
     Raises:
-      UserError: naming the first key that no layout can hold.
+      UserError: no layout represents the model; names the first field that the closest layout cannot represent.
     """
     mtp = kind_of(config)
 
@@ -344,7 +350,7 @@ def layout_of(config: Config) -> str:
 
 
 def _not_held(config: Config, family: Family) -> list[tuple[str, Any]]:
-    """(our key, the layout's value) of what the layout cannot say of the model."""
+    """Returns (our field, value in the layout) for each field of the model that the layout cannot represent."""
     model = config.model
     implied = _implied(family, model)
     if family.mixture and not model.num_experts and not family.no_experts:
@@ -353,8 +359,9 @@ def _not_held(config: Config, family: Family) -> list[tuple[str, Any]]:
 
 
 def _implied(family: Family, model: ModelConfig) -> Values:
-    """Values of our model that the layout has no key for: those of its table, and otherwise our defaults, so that a
-    field which no table names is not dropped in silence."""
+    """Values of our model for which the layout has no key: those of `Family.implied`, and our defaults for fields in no
+    table, so that no field is dropped silently.
+    """
     stored = {*family.fields.values(), *family.mixture.values(), *rope.STORED}
     stored |= {"local.rope_theta"} if family.local_rope_theta is not None else set()
     stored |= windows.STORED[family.window] | ({"rotary_fraction"} if family.rotary_fraction is not None else set())
@@ -363,16 +370,16 @@ def _implied(family: Family, model: ModelConfig) -> Values:
 
 
 def _stated(family: Family, model: ModelConfig) -> Values:
-    """The values of `Family.implied` for this model."""
+    """Values of `Family.implied` for this model."""
     return {name: value(model) if callable(value) else value for name, value in family.implied.items()}
 
 
-# Fields of MTPConfig that decide the modules' blocks, and that no layout has a key for.
+# Fields of MTPConfig that determine the blocks of the MTP modules, and for which no layout has a key.
 _BLOCKS = ("window", "dense_ffn")
 
 
 def _check_blocks_held(config: Config, family: Family) -> None:
-    """Refuse MTP modules whose blocks are not those of the layout's."""
+    """Refuses MTP modules whose blocks differ from those of the layout."""
     stated = {name: value_of(MTPConfig(), name) for name in _BLOCKS} | family.modules(config.model)
     theirs = with_values(config, {f"mtp.{name}": value for name, value in stated.items()})
     if not kind_of(config).depth or kind_of(theirs).layer_spec == kind_of(config).layer_spec:
@@ -387,7 +394,7 @@ def _check_blocks_held(config: Config, family: Family) -> None:
 
 
 def _check_held(config: Config, family: Family) -> None:
-    """Refuse, by our key, what the layout cannot say."""
+    """Refuses a model that the layout cannot represent; the error names our field."""
     model, layout = config.model, family.model_type
     kind_of(config).check_export()
     for name, wanted in _not_held(config, family):
@@ -404,7 +411,7 @@ def _check_held(config: Config, family: Family) -> None:
 
 
 def _read_back(result: Values, family: Family, new: Values, base: Values) -> Values:
-    """`result`, once it is sure to say of the model what `new` says."""
+    """Returns `result` after checking that it is read back with the model values of `new`."""
     where = "the config.json to write"
     back = _write(_read(_own_names(result, family, where), family, where, None), family, base)
     for key, value in new.items():
@@ -414,15 +421,18 @@ def _read_back(result: Values, family: Family, new: Values, base: Values) -> Val
 
 
 def _write(config: Config, family: Family, base: Values) -> Values:
-    """What the file says of the model. base: whose way of writing the rope, and whose derived keys, are kept."""
+    """Returns the keys of config.json that describe the model; the form of the rope fields and the derived keys are
+    those of `base`.
+    """
     model = config.model
     mtp = _write_mtp(config, family)
     fields = family.fields | (family.mixture if model.num_experts else {})
     out = {key: value_of(model, name) for key, name in fields.items()}
     out |= {key: None for key in WRITTEN_NULL if out.get(key) == 0}
     if family.no_experts and not model.num_experts:
-        # Serving engines decide by the layer's number what an MTP block holds: counted past the modules, it is dense as
-        # ours is. (transformers' own MTP loader gives every module experts and cannot hold this one.)
+        # Serving engines determine from the layer index whether an MTP block has experts: with num_dense_layers counted
+        # past the MTP modules, the block is dense, as in our model. (transformers' own MTP loader gives every module
+        # experts and cannot represent this model.)
         out |= family.no_experts | {family.keys["num_dense_layers"]: model.num_layers + mtp.get(MTP_KEY, 0)}
     out |= windows.write(model, family, base)
     if family.groups_by_method:
@@ -450,7 +460,7 @@ def _write_mtp(config: Config, family: Family) -> Values:
 
 
 def _scaffold(config: Config, family: Family) -> Values:
-    """What a complete file holds besides the model."""
+    """Keys of a complete file that `_write` does not return."""
     model = config.model
     longest = config.data.sequence_length
     for stretched in (model.rope.yarn, model.rope.llama3):
@@ -463,7 +473,7 @@ def _scaffold(config: Config, family: Family) -> Values:
         "initializer_range": model.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
-        # The classes' own ids belong to another tokenizer: absent, they would end a text at any word.
+        # If absent, they default to ids of another tokenizer, and generation would stop at arbitrary tokens.
         "bos_token_id": None,
         "eos_token_id": None,
     }

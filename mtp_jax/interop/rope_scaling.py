@@ -1,4 +1,4 @@
-"""Rotary embedding in config.json, in both styles: `rope_scaling` beside rope_theta, and `rope_parameters`."""
+"""Rotary embedding in config.json, in both forms: `rope_scaling` next to rope_theta, and `rope_parameters`."""
 
 import math
 
@@ -10,7 +10,7 @@ from mtp_jax.interop.json_fields import FIELD_TYPES, bad, typed
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 ORIGINAL = "original_max_position_embeddings"
 
-# Keys of each rope type inside rope_scaling or rope_parameters: theirs and ours.
+# Keys of each rope type inside rope_scaling or rope_parameters -> our fields.
 TYPES: dict[str, Names] = {
     "default": {},
     "linear": {"factor": "rope.linear_factor"},
@@ -30,7 +30,7 @@ TYPES: dict[str, Names] = {
         "truncate": "rope.yarn.truncate",
     },
 }
-STORED = {"rope.theta", *(ours for names in TYPES.values() for ours in names.values())}  # our keys
+STORED = {"rope.theta", *(ours for names in TYPES.values() for ours in names.values())}  # our fields
 _COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 _FIXED: dict[str, Values] = {"yarn": {"attention_factor": None}}
 
@@ -39,11 +39,11 @@ _BY_LAYER = {"rope_theta", "rope_type", "partial_rotary_factor"}
 
 
 def flat(values: Values, family: Family, where: str) -> Values:
-    """`values` with rope_parameters of one section for each kind of layer as rope_theta, swa_rope_theta and
-    partial_rotary_factor beside each other; as they are where there are no such sections.
+    """Returns `values` with rope_theta, swa_rope_theta and partial_rotary_factor in place of a rope_parameters that has
+    a section per layer type; without such sections, `values` unchanged.
 
     Raises:
-      UserError: sections that differ in more than their base, that stretch positions, or have unknown keys.
+      UserError: sections that differ in more than rope_theta, that scale positions, or that have unknown keys.
     """
     nested = values.get("rope_parameters")
     if family.local_rope_theta is None or not isinstance(nested, dict) or not {*nested} & {*LAYER_TYPES}:
@@ -69,7 +69,7 @@ def flat(values: Values, family: Family, where: str) -> Values:
 
 
 def unknown(values: Values) -> Values:
-    """Keys that no rope type has, as "rope_scaling.NAME"."""
+    """Returns the keys that the stated rope type does not have, as "rope_scaling.NAME"."""
     out: Values = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope = values.get(name)
@@ -81,7 +81,9 @@ def unknown(values: Values) -> Values:
 
 
 def read(values: Values, family: Family, where: str) -> Values:
-    """Our rope fields, as transformers reads `rope_scaling` (first) or `rope_parameters`, what is inside them first."""
+    """Returns our rope fields. As in transformers, `rope_scaling` takes precedence over `rope_parameters`, and the keys
+    inside over those next to it.
+    """
     name = _key(values)
     if not {"rope_scaling", "rope_parameters"} & values.keys():
         name, values = "rope_parameters", {"rope_parameters": family.defaults.get("rope_parameters")} | values
@@ -116,7 +118,7 @@ def read(values: Values, family: Family, where: str) -> Values:
 
 
 def _read_scaling(rope: Values, values: Values, family: Family, where: str, name: str) -> Values:
-    """Fields of one rope type, with transformers' own completion of what is absent."""
+    """Returns the fields of one rope type; absent keys are completed as in transformers."""
     kind = rope["rope_type"]
     longest = values.get("max_position_embeddings", family.defaults["max_position_embeddings"])
     if kind != "linear":
@@ -125,7 +127,7 @@ def _read_scaling(rope: Values, values: Values, family: Family, where: str, name
         if "factor" not in rope:
             original = typed(where, f"{name}.{ORIGINAL}", rope[ORIGINAL], int)
             rope["factor"] = typed(where, "max_position_embeddings", longest, int) / max(1, original)
-        # zero counts as absent there
+        # transformers treats zero as absent
         rope = {k: v for k, v in rope.items() if v or k not in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
         if "mscale_all_dim" in rope and "mscale" not in rope:
             remedy = f"without {name}.mscale is not supported; give both or neither"
@@ -140,7 +142,7 @@ def _read_scaling(rope: Values, values: Values, family: Family, where: str, name
 
 
 def write(model: ModelConfig, family: Family, base: Values) -> Values:
-    """What config.json says of the rope, in the style of `base`."""
+    """Returns the keys of config.json that describe the rope, in the form used by `base`."""
     kind = next((k for k, f in TYPES.items() if f and value_of(model, f["factor"]) > 1), "default")
     scaling = {key: value_of(model, name) for key, name in TYPES[kind].items()}
     if kind == "yarn" and model.rope.yarn.truncate:
@@ -157,12 +159,12 @@ def write(model: ModelConfig, family: Family, base: Values) -> Values:
     name = "rope_parameters" if kind == "default" and "rope_parameters" in family.defaults else _key(base)
     if name == "rope_parameters" or outer.keys() & (base.get(name) or {}).keys():
         return {name: outer | {"rope_type": kind} | scaling}
-    # Older code reads "type", newer "rope_type".
+    # Older versions of transformers read "type", newer ones "rope_type".
     return outer | {"rope_scaling": {"type": kind, "rope_type": kind} | scaling if scaling else None}
 
 
 def _fraction(model: ModelConfig, base: Values) -> float:
-    """The base's own where it rotates as many dims, rounded down, as ours."""
+    """Returns the fraction in `base` if it gives the model's number of dims, rounded down, else one that does."""
     dims = round(model.rotary_fraction * model.head_dim)
     stated = [(base.get(name) or {}).get("partial_rotary_factor") for name in ("rope_scaling", "rope_parameters")]
     for fraction in (base.get("partial_rotary_factor"), *stated, model.rotary_fraction):
@@ -172,7 +174,9 @@ def _fraction(model: ModelConfig, base: Values) -> float:
 
 
 def _by_layer(model: ModelConfig, outer: Values, base: Values) -> Values:
-    """Both bases, beside each other and, where the base has it or is none, in a section for each kind of layer."""
+    """Returns both rotary bases as rope_theta and swa_rope_theta and, if `base` has rope_parameters or is empty, also
+    in one section per layer type.
+    """
     out = outer | {"swa_rope_theta": model.local.rope_theta or model.rope.theta}
     if base and "rope_parameters" not in base:
         return out
@@ -185,5 +189,5 @@ def _by_layer(model: ModelConfig, outer: Values, base: Values) -> Values:
 
 
 def _key(values: Values) -> str:
-    """Where the file describes its rope: transformers looks into rope_scaling first."""
+    """Name of the key that describes the rope; transformers reads rope_scaling first."""
     return "rope_parameters" if values.get("rope_parameters") and not values.get("rope_scaling") else "rope_scaling"

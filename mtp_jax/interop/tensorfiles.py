@@ -1,9 +1,9 @@
-"""Safetensors files: headers first, tensors where they are asked for; written as they come.
+"""Safetensors files: headers are read first, tensors on request; tensors are written as they arrive.
 
 A file is the header's length (u64, little-endian), a JSON header {name: {dtype, shape, data_offsets: [begin, end]},
-"__metadata__": {...}} and the tensors' bytes without holes, offsets counted from the header's end. The safetensors
-library checks a file. Its numpy functions read no fp8, map the file so that resident memory grows with it, and hold a
-whole shard to write it, so bytes are read and written here.
+"__metadata__": {...}} and the tensors' bytes without gaps, at offsets counted from the end of the header. The
+safetensors library checks a file. Its numpy functions do not read fp8, map the file so that resident memory grows with
+it, and hold a whole shard in memory to write it, so bytes are read and written here.
 """
 
 import json
@@ -45,12 +45,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-_METADATA = {"format": "pt"}  # transformers refuses files that do not say it
-_WRITE_BYTES = 1 << 26  # copied at one time where an array is not contiguous
+_METADATA = {"format": "pt"}  # transformers refuses files without it
+_WRITE_BYTES = 1 << 26  # copied at a time if an array is not contiguous
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: bytes start..stop of the file `path`, counted from the file's first."""
+    """Location of a tensor: bytes start..stop of the file `path`, counted from the beginning of the file."""
 
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
@@ -60,17 +60,17 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFolder:
-    """The tensors of a Hugging Face folder, read where they are asked for; no file is kept open.
+    """The tensors of a Hugging Face folder, read on request; no file is kept open.
 
-    They are in model.safetensors, or in the shards that model.safetensors.index.json names, or, where neither exists,
-    in all of the folder's *.safetensors files. Threads may read at the same time.
+    They are in model.safetensors, or in the shards that model.safetensors.index.json names, or, if neither exists, in
+    all *.safetensors files of the folder. Several threads may read at the same time.
 
     Attributes:
       infos: name -> TensorInfo, in order of file and offset.
       num_bytes: of all tensors together.
 
     Raises:
-      UserError: no such folder or files in it; an index or header that is broken or disagrees with what is there.
+      UserError: no such folder or no files in it; an index or header that is corrupt or contradicts the files.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -89,19 +89,19 @@ class TensorFolder:
         self.num_bytes = sum(info.stop - info.start for info in self.infos.values())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """A tensor, or rows of its first dim, by plain reads: nothing is mapped, so memory is what is returned.
+        """Returns a tensor, or rows of its first dim. The file is not mapped, so only the result is in memory.
 
         Args:
           name: a key of `infos`.
-          rows: with step 1; as in Python, what lies beyond the tensor is left out. A scalar has no rows to choose.
+          rows: a slice with step 1; as in Python, rows beyond the tensor are left out. A scalar has no rows.
 
         Returns:
-          A new array of the tensor's own dtype (of ml_dtypes for bf16 and fp8).
+          A new array of the tensor's dtype (one of ml_dtypes for bf16 and fp8).
 
         Raises:
           KeyError: no such tensor.
-          ValueError: rows with a step, or of a scalar.
-          UserError: the file cannot be read, or is not what it was when its header was read.
+          ValueError: rows with a step, or rows of a scalar.
+          UserError: the file cannot be read, or has changed since its header was read.
         """
         info = self.infos[name]
         dtype, shape, start = DTYPES[info.dtype], info.shape, info.start
@@ -115,7 +115,7 @@ class TensorFolder:
         try:
             with open(info.path, "rb") as file:
                 data = np.fromfile(file, np.uint8, num_bytes, offset=start)
-                stamp = _stamp(file)  # after reading: what changed meanwhile is seen too
+                stamp = _stamp(file)  # after reading, to detect changes during the read
         except OSError as error:
             raise UserError(
                 f"{info.path}: tensor {name!r} cannot be read ({error.strerror}); check the file"
@@ -138,7 +138,7 @@ class TensorFolder:
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:
-    """(size, time of the last change)"""
+    """Returns (size in bytes, time of the last modification in ns)."""
     stat = os.fstat(file.fileno())
     return stat.st_size, stat.st_mtime_ns
 
@@ -149,20 +149,20 @@ def write_folder(
     arrays: Iterable[tuple[str, np.ndarray]],
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write tensors as they come into model.safetensors, or into shards and model.safetensors.index.json.
+    """Writes tensors as they arrive to model.safetensors, or to shards and model.safetensors.index.json.
 
-    Headers are written from `specs` before the data, so one tensor is in memory at a time. Not atomic: write into a
-    temporary folder and rename that.
+    Headers are written from `specs` before the data, so one tensor is in memory at a time. Not atomic: write to a
+    temporary folder and rename it.
 
     Args:
-      folder: is made if missing; must hold none of the files to be written.
+      folder: created if missing; must not contain any of the files to be written.
       specs: name -> (key of DTYPES, shape).
       arrays: (name, array) in the order of specs; any byte order and strides.
-      shard_bytes: of tensors in a file; a larger tensor has its own.
+      shard_bytes: maximum number of tensor bytes per file; a larger tensor has a file of its own.
 
     Raises:
-      ValueError: arrays that are not what specs say; too few or too many.
-      FileExistsError: a file is already there.
+      ValueError: arrays that do not match specs; too few or too many.
+      FileExistsError: a file already exists.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def write_folder(
 
 
 def _find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
-    """(the files in order, the index's tensor -> file if there is an index)"""
+    """Returns (the files in order, the index's tensor -> file, or None without an index)."""
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder; give one that has {_FILE} or its shards")
     single, index = folder / _FILE, folder / _INDEX
@@ -224,7 +224,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 
 
 def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorInfo]]:
-    """(stamp, tensors by offset) of a file, whose bytes they cover exactly: the library refuses all others."""
+    """Returns (stamp, tensors by offset) of a file, whose bytes they cover exactly: the library refuses all others."""
     try:
         with open(path, "rb") as file:
             stamp = _stamp(file)
@@ -254,7 +254,7 @@ def _num_bytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def _split(specs: Mapping[str, tuple[str, tuple[int, ...]]], shard_bytes: int) -> list[list[str]]:
-    """The names of each file: as many as go into shard_bytes, at least one file."""
+    """Returns the tensor names of each file: as many as fit into shard_bytes, in at least one file."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -276,14 +276,14 @@ def _header(specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the library has it
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as in the library's files
     return len(text).to_bytes(8, "little") + text
 
 
 def _write_next(
     file: BinaryIO, stream: Iterator[tuple[str, np.ndarray]], name: str, dtype: str, shape: tuple[int, ...]
 ) -> None:
-    """One array; in a function of its own so that it is gone before the next is made."""
+    """Writes one array; a separate function, so that the array is freed before the next one is made."""
     got, array = next(stream, (None, np.empty(0)))
     if got is None:
         raise ValueError(f"no more arrays; {name!r} is the next of specs")

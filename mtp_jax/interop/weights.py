@@ -1,6 +1,6 @@
-"""Tables and shapes together: a folder's tensors as our stacked arrays, and our arrays as a folder's tensors.
+"""Conversion between the tensors of a folder and our stacked arrays, from the family's tables and the model's shapes.
 
-`tensors(config, model_type)` lists every tensor once, with its place in ours; both directions walk that list.
+`tensors(config, model_type)` lists every tensor once, with its place in our arrays; both directions iterate over it.
 """
 
 import itertools
@@ -30,25 +30,26 @@ from mtp_jax.typing import Index, ReadableArray, Tree
 Path = tuple[str, ...]
 
 SCALE = "_scale_inv"
-BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in mxfp4, behind its name
+BLOCKS, SCALES = "_blocks", "_scales"  # suffixes of a tensor in mxfp4
 MXFP4 = "MXFP4"  # in place of a safetensors dtype
-TABLE = ("vocab", "embed")  # axes of the embedding, which lies in rows as theirs does
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # what a weight may be stored as
+TABLE = ("vocab", "embed")  # axes of the embedding, stored in rows in both formats
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")  # dtypes of a stored weight
 DERIVED_SUFFIXES = (
     ".rotary_emb.inv_freq",
     ".attn.bias",
     ".masked_bias",
-)  # buffers of old files, known from config.json
-BIAS_DTYPE = "F32"  # of router biases, in ours and in released files
+)  # buffers of old files, which follow from config.json
+BIAS_DTYPE = "F32"  # of router biases, in our arrays and in released files
 
 
 class Tensor(NamedTuple):
-    """One tensor of a layout and its place in ours.
+    """One tensor of a layout and its place in our arrays.
 
-    name, shape: theirs. path: of our leaf, from "params" or "biases" on. at: which layer (and expert) of that leaf.
-    info: of our leaf. repeats: it is written once more, the leaf's own tensor stands elsewhere in the list.
-    stacked: (first, n) where the tensor is as ours, all experts of a layer together: every n-th number of its last dim
-      from the first on is the leaf's. The others follow in the list, under the same name.
+    name, shape: in the files. path: of our leaf, from "params" or "biases" on. at: index of the layer (and expert) in
+      that leaf.
+    info: of our leaf. repeats: True for an additional copy; another tensor of the list stores the leaf itself.
+    stacked: (first, n) if the tensor has the order of our dims, with all experts of a layer: every n-th element of its
+      last dim, starting at first, belongs to the leaf. The other leaves in it follow in the list, under the same name.
     """
 
     name: str
@@ -61,10 +62,10 @@ class Tensor(NamedTuple):
 
 
 def tensors(config: Config, model_type: str) -> list[Tensor]:
-    """Every tensor of `config`'s model in the layout of `model_type`: outside the blocks, blocks, MTP modules.
+    """Returns every tensor of `config`'s model in the layout of `model_type`: outside the blocks, blocks, MTP modules.
 
     Raises:
-      UserError: a weight the layout has no name for.
+      UserError: a weight for which the layout has no name.
     """
     family, built = FAMILIES[model_type], abstract_model(config.architecture)
     stack = ("mtp", *(kind_of(config).released_path or ()))
@@ -89,7 +90,7 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
                     used.add(full)
 
     add("", ("trunk",), OUTSIDE_BLOCKS, ())
-    if config.model.tie_embeddings:  # some files write the tied head as well
+    if config.model.tie_embeddings:  # some files also contain the tied head
         out.append(out[0]._replace(name=OUTSIDE_BLOCKS["unembed"], repeats=True))
     num_layers = kind_of(config).num_main_layers
     for layer, (group, i) in enumerate(layer_places(config.model, num_layers)):
@@ -102,7 +103,7 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
         names = family.module_block or names
         add(prefix, (*stack, "block"), names, (depth,))
         out.extend(_again(prefix, family, out))
-    # The table of a layout without router biases is right while they are zero, which export checks.
+    # A layout without router biases represents the model while they are zero, which export checks.
     unnamed = sorted(".".join(path) for path in set(leaves) - used if path[0] != "biases")
     if unnamed:
         raise UserError(f"{unnamed[0]}: the {model_type} layout has no name for it; the model cannot be stored in it")
@@ -112,7 +113,7 @@ def tensors(config: Config, model_type: str) -> list[Tensor]:
 def _of_leaf(
     name: str, path: Path, index: tuple[int, ...], info: ParamInfo, shape: tuple[int, ...], rows: tuple[int, ...]
 ) -> Iterator[Tensor]:
-    """The tensors of one layer of a leaf: one, or one an expert."""
+    """Yields the tensors of one layer of a leaf: one, or one per expert."""
     inner = shape[len(index) :]
     if "{expert}" not in name:
         yield Tensor(name, rows + _their_shape(info, inner), path, index, info)
@@ -124,13 +125,13 @@ def _of_leaf(
 def _of_stack(
     name: str, path: Path, index: tuple[int, ...], info: ParamInfo, shape: tuple[int, ...], stacked: tuple[int, int]
 ) -> Tensor:
-    """The tensor of one layer of a leaf that has all of its experts."""
+    """Returns the tensor that stores one layer of a leaf with all of its experts."""
     inner = shape[len(index) :]
     return Tensor(name, (*inner[:-1], inner[-1] * stacked[1]), path, index, info, stacked=stacked)
 
 
 def _again(prefix: str, family: Family, listed: list[Tensor]) -> list[Tensor]:
-    """What an MTP layer repeats of the main model; a tied head is the embedding."""
+    """Returns the tensors of the main model that an MTP layer repeats; a tied head is the embedding."""
     by_path = {t.path[-1]: t for t in listed if len(t.path) == 3 and not t.repeats}
     return [
         by_path.get(ours, by_path["embed"])._replace(name=prefix + theirs, repeats=True)
@@ -139,7 +140,7 @@ def _again(prefix: str, family: Family, listed: list[Tensor]) -> list[Tensor]:
 
 
 def _their_shape(info: ParamInfo, inner: tuple[int, ...]) -> tuple[int, ...]:
-    """[out, in] of a matrix, flat over heads; the embedding table as it is; vectors flat."""
+    """Shape in the files: [out, in] for a matrix, heads flattened; unchanged for the embedding; flat for vectors."""
     if info.is_matrix:
         ins = math.prod(inner[d] for d in info.in_dims)
         return math.prod(inner) // ins, ins
@@ -147,7 +148,7 @@ def _their_shape(info: ParamInfo, inner: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def to_theirs(array: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """One layer (and expert) of ours as their tensor."""
+    """Converts one layer (and expert) of our leaf to the layout's tensor."""
     if tensor.info.is_matrix:
         out, ins = tensor.shape
         return array.reshape(ins, out).T
@@ -155,7 +156,7 @@ def to_theirs(array: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 class FolderArray:
-    """One of our leaves, read from a folder where it is indexed.
+    """One leaf of our arrays, read from a folder when it is indexed.
 
     Attributes:
       shape, dtype: of the whole leaf.
@@ -168,14 +169,14 @@ class FolderArray:
         shape: tuple[int, ...],
         dtype: DTypeLike,
     ):
-        """parts: the tensors by their index, one for every layer (and expert)."""
+        """parts: tensor by index in the leaf, one per layer (and expert)."""
         self._folder, self._parts = folder, parts
         self.shape, self.dtype = shape, np.dtype(dtype)
         self._num_lead = len(next(iter(parts)))
 
     @property
     def cut_order(self) -> list[int]:
-        """Dims in the order a reader in parts should cut: layers and experts, then what lies in rows of the files."""
+        """Dims in the order in which to split a partial read: layers and experts, then the dims stored as file rows."""
         info, stacked = (part := next(iter(self._parts.values()))).info, part.stacked
         if stacked:
             return list(range(len(self.shape)))
@@ -184,11 +185,11 @@ class FolderArray:
         return [*lead, *range(first, len(self.shape)), *range(self._num_lead, first)]
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        """A block of the leaf; only the tensors and rows that it needs are read.
+        """Returns a block of the leaf; only the tensors and rows that it needs are read.
 
         Args:
           index: a slice (step 1) or int for each of the first dims, as `jax.make_array_from_callback` passes them, or
-            `...`, the whole. An int keeps its dim out of the result.
+            `...` for the whole leaf. An int removes its dim from the result.
         """
         given = index if isinstance(index, tuple) else () if isinstance(index, EllipsisType) else (index,)
         full = [*given, *[slice(None)] * (len(self.shape) - len(given))]
@@ -203,7 +204,7 @@ class FolderArray:
         return out.reshape([len(r) for r, i in zip(ranges, full, strict=True) if isinstance(i, slice)])
 
     def _part(self, tensor: Tensor, inner: list[range]) -> np.ndarray:
-        """The block of one tensor in our dims: of the rows it lies in, no others are read."""
+        """Returns the block of one tensor in our dims; only the rows that contain it are read."""
         shape = self.shape[self._num_lead :]
         if tensor.stacked:
             start, step = tensor.stacked
@@ -226,7 +227,7 @@ class FolderArray:
 
 
 def read(folder: TensorFolder, tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
-    """A tensor, or some of its rows; quantized ones come back multiplied with their scales, float32."""
+    """Returns a tensor, or some of its rows; a quantized tensor is dequantized to float32."""
     if stored_dtype(folder, tensor.name) == MXFP4:  # [experts, out, in] in blocks along `in`
         values = mxfp4.dequantize(folder.read(tensor.name + BLOCKS, rows), folder.read(tensor.name + SCALES, rows))
         return values.swapaxes(-1, -2)
@@ -237,20 +238,20 @@ def read(folder: TensorFolder, tensor: Tensor, rows: slice = slice(None)) -> np.
 
 
 def is_stored(folder: TensorFolder, name: str) -> bool:
-    """True where the folder has the tensor, in mxfp4 or another dtype."""
+    """True if the folder has the tensor, in mxfp4 or another dtype."""
     return name in folder.infos or name + BLOCKS in folder.infos
 
 
 def stored_dtype(folder: TensorFolder, name: str) -> str:
-    """The tensor's dtype in the files; `MXFP4` where it is in blocks."""
+    """Dtype of the tensor in the files; `MXFP4` if it is stored in blocks."""
     return folder.infos[name].dtype if name in folder.infos else MXFP4
 
 
 def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> Tree:
-    """{"params": ..., "biases": ...} of our model, with lazy leaves in the config's param_dtype.
+    """Returns {"params": ..., "biases": ...} of our model, with lazy leaves in the config's param_dtype.
 
     Args:
-      listed: `tensors(config, model_type)`, all of which the folder has in their shapes (`check_folder`).
+      listed: `tensors(config, model_type)`; the folder has all of them in their shapes (`check_folder`).
     """
     built = abstract_model(config.architecture)
     parts: dict[Path, dict[tuple[int, ...], Tensor]] = {}
@@ -268,10 +269,10 @@ def lazy_arrays(folder: TensorFolder, config: Config, listed: list[Tensor]) -> T
 
 
 def place(arrays: Tree, abstract: Tree) -> Tree:
-    """Lazy arrays as jax arrays: each device's shard is read on its own, by the process that has the device.
+    """Converts lazy arrays to jax arrays: each device's shard is read separately, by the process that has the device.
 
     Args:
-      abstract: ShapeDtypeStructs with shardings, of some of the leaves.
+      abstract: ShapeDtypeStructs with shardings, of the leaves to convert.
     """
     out = {}
     leaves = flatten_dict(arrays)
@@ -289,13 +290,13 @@ _MAIN_ALONE = f"for the main model alone {imported_with('--depth=0', 'depth=0')}
 
 
 def check_count(folder: TensorFolder, key: str, value: object, name: str, where: str) -> None:
-    """Refuse a number of config.json beyond the files' own, before anything is listed or built.
+    """Refuses a number in config.json that exceeds the one in the files, before anything is listed or built.
 
     Args:
-      name: part of the tensors' names with {} in the place of the number, counted from 0.
+      name: part of the tensor names with {} in place of the number, which counts from 0.
 
     Raises:
-      UserError: the number, and how many there are.
+      UserError: states the number in config.json and the one in the files.
     """
     pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d{1,9})"))
     found = 1 + max((int(match[1]) for match in map(pattern.search, folder.infos) if match), default=-1)
@@ -308,14 +309,15 @@ def check_count(folder: TensorFolder, key: str, value: object, name: str, where:
 def check_folder(
     folder: TensorFolder, listed: list[Tensor], where: str, mtp_prefixes: tuple[str, ...], left_out: tuple[str, ...]
 ) -> None:
-    """Refuse a folder that is not the model.
+    """Refuses a folder whose tensors are not those of the model.
 
     Args:
-      listed: what must be there; repetitions may be missing.
-      mtp_prefixes: of the tensors of MTP layers. left_out: of the tensors that are not looked at.
+      listed: the required tensors; repeated ones may be missing.
+      mtp_prefixes: of the tensors of MTP layers. left_out: of the tensors that are not checked.
 
     Raises:
-      UserError: a missing tensor, one of another shape, one too many, a repetition with other values.
+      UserError: a missing or additional tensor, one of another shape or of an unsupported dtype, or a repeated tensor
+        that differs from its original.
     """
     missing = [t for t in listed if not is_stored(folder, t.name) and not t.repeats]
     if missing:
@@ -357,7 +359,7 @@ def check_folder(
 
 
 def _check_mxfp4(folder: TensorFolder, listed: list[Tensor], where: str) -> set[str]:
-    """Names of the tensors that hold listed ones in mxfp4; raises UserError where they do not fit."""
+    """Returns the names of the tensors that store listed ones in mxfp4; raises UserError if one does not match."""
     found: set[str] = set()
     for t in listed:
         if t.name in folder.infos or t.name + BLOCKS not in folder.infos:
@@ -373,11 +375,13 @@ def _check_mxfp4(folder: TensorFolder, listed: list[Tensor], where: str) -> set[
     return found
 
 
-_ROWS = 4096  # compared at a time
+_ROWS = 4096  # rows compared at a time
 
 
 def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> None:
-    """A repetition that differs would be lost: ours has one embedding and one head."""
+    """Refuses a repeated tensor that differs from its original: our model has one embedding and one head, so the
+    difference would be lost.
+    """
     own = {t.path: t for t in listed if not t.repeats}
     for t in listed:
         if not t.repeats or t.name not in folder.infos:
@@ -395,18 +399,18 @@ def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> N
 def their_arrays(
     arrays: Tree, listed: list[Tensor], dtypes: Mapping[str, np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, array) of every tensor of the list, in its order, once; of each leaf one layer is in memory at a time.
+    """Yields (name, array) of every listed tensor, once and in order; one layer of each leaf is in memory at a time.
 
     Args:
       arrays: {"params": ..., "biases": ...} of `ReadableArray`s.
-      dtypes: numpy dtype by name.
+      dtypes: numpy dtype by tensor name.
     """
     leaves = flatten_dict(arrays)
     layer: tuple[Path, tuple[int, ...]] | None = None
     slabs: dict[Path, np.ndarray] = {}
-    together: list[np.ndarray] = []  # what lies in one tensor
+    together: list[np.ndarray] = []  # the leaves of one stacked tensor
     for t in listed:
-        if layer != (t.path[1:3], t.at[:1]):  # the one before is done with
+        if layer != (t.path[1:3], t.at[:1]):  # the previous layer is complete
             layer = t.path[1:3], t.at[:1]
             slabs.clear()
         if t.path not in slabs:

@@ -1,4 +1,4 @@
-"""Sliding windows in config.json: `sliding_window` of every layer, or of the layers that other keys name."""
+"""Sliding windows in config.json: `sliding_window` applies to every layer, or to the layers that other keys select."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from mtp_jax.interop.json_fields import SETTINGS, bad, typed
 
 WINDOW = "sliding_window"
 SWITCH = "use_sliding_window"
-FIRST = "max_window_layers"  # the first layer with a window, where the switch is on
+FIRST = "max_window_layers"  # index of the first layer with a window, if the switch is on
 
-# By `Family.window`: its keys, and our fields that they say.
+# By `Family.window`: its keys in config.json, and our fields that they determine.
 KEYS = {"": (), "every": (WINDOW,), "last": (SWITCH, WINDOW, FIRST), "typed": (WINDOW,)}
 STORED: dict[str, set[str]] = {
     "": set(),
@@ -21,14 +21,16 @@ STORED: dict[str, set[str]] = {
 }
 
 
-_MOST_LAYERS = SETTINGS["num_layers"].at_most or 0  # of a model that is not refused
+_MOST_LAYERS = SETTINGS["num_layers"].at_most or 0  # of a valid model
 
 
 def read(values: Values, family: Family, where: str, num_layers: int) -> Values:
-    """Our `local.window` and `local.pattern`. transformers counts the query among the keys of a window, as ours does.
+    """Returns our `local.window` and `local.pattern`; an empty dict without windows.
+
+    The query position is counted among the keys of a window, in transformers as in our model.
 
     Raises:
-      UserError: a window that is no number, layer types that are none or not one per layer.
+      UserError: a window that is not an integer of at least 1; layer types that are unknown or not one per layer.
     """
     window = values.get(WINDOW, family.defaults.get(WINDOW))
     is_on = bool(family.window) and (family.window != "last" or typed(where, SWITCH, values.get(SWITCH, False), bool))
@@ -51,11 +53,11 @@ def read(values: Values, family: Family, where: str, num_layers: int) -> Values:
 
 
 def write(model: ModelConfig, family: Family, base: Values) -> Values:
-    """What config.json says of the windows; `base` keeps one that reaches over the longest text."""
+    """Returns the keys of config.json that describe the windows; one in `base` that covers all positions is kept."""
     types = layer_types(model)["layer_types"]
     is_windowed = LAYER_TYPES[True] in types
     out: Values = {WINDOW: model.local.window} if is_windowed else {}
-    if family.window == "every" and not is_windowed:  # null states that there is none; absent, the class has a default
+    if family.window == "every" and not is_windowed:  # null: no window; if absent, the class has a default
         out[WINDOW] = base.get(WINDOW) if base and _reaches_all(base.get(WINDOW), base, family, "base") else None
     if family.window == "last":
         out[SWITCH] = is_windowed
@@ -67,7 +69,7 @@ def write(model: ModelConfig, family: Family, base: Values) -> Values:
 
 
 def _reaches_all(window: object, values: Values, family: Family, where: str) -> bool:
-    """True of a window of every layer in which any text fits."""
+    """True if the window applies to every layer and is at least max_position_embeddings."""
     longest = values.get("max_position_embeddings", family.defaults["max_position_embeddings"])
     longest = typed(where, "max_position_embeddings", longest, int)
     return family.window == "every" and window is not None and typed(where, WINDOW, window, int) >= longest
