@@ -1,6 +1,7 @@
-"""Released layouts, one file per model_type. To add one: its file, and its line in `FAMILIES` (docs/extending.md).
+"""Released layouts, one file per model_type.
 
-The order decides which layout a model of ours is exported in where several hold it: the first.
+A new layout needs its file and an entry in `FAMILIES` (docs/extending.md). If several layouts represent a model equally
+well, it is exported in the first of them.
 """
 
 from mtp_jax.interop.families.common import OUTSIDE_BLOCKS, Family, Names, Values
@@ -39,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Layouts that are known and cannot be loaded, with the part that mtp_jax does not have.
+# Known layouts that cannot be loaded, with the part that mtp_jax does not have.
 UNSUPPORTED = {
     "glm_moe_dsa": "its blocks use sparse attention with an indexer",
     "qwen3_next": "its blocks use gated attention and linear attention",

@@ -1,10 +1,10 @@
 """Description of a released layout, and the tables that several families share.
 
-Tensor names: ours on the left, theirs on the right, read in both directions. How a weight lies in memory is not stated
-here: a matrix of theirs is [out, in] and flat over heads, and what ours sums over and produces is declared where the
-weight is made (`ParamInfo`), so `weights.py` derives the transpose.
+Tensor names: ours on the left, the layout's on the right, used in both directions. The memory layout of a weight is not
+stated here: a matrix in the files is [out, in] with heads flattened, and the dims that our weight contracts and
+produces are declared where the weight is made (`ParamInfo`), so `weights.py` derives the transpose.
 
-Fields of config.json: their key on the left, our key below `ModelConfig` on the right.
+Fields of config.json: the layout's key on the left, our field below `ModelConfig` on the right.
 """
 
 from collections.abc import Callable
@@ -102,7 +102,7 @@ ROUTED: Names = {
     "routed_scaling_factor": "routed_scaling_factor",
 }
 RENORMALIZE: Names = {"norm_topk_prob": "router.renormalize"}
-# Of a model without experts. Nothing is built from these, and loaders that read them all find usable numbers.
+# Written for a model without experts. Nothing is built from them; loaders that read them all find usable numbers.
 NO_EXPERTS: Values = {
     "n_routed_experts": 1,
     "num_experts_per_tok": 1,
@@ -132,17 +132,17 @@ LATENT_SIZES: Values = {
     "v_head_dim": 128,
 }
 SILU: Values = {"hidden_act": "silu"}
-NO_BIAS: Values = SILU | {"attention_bias": False}  # theirs would also stand on the output projection, ours has none
+NO_BIAS: Values = SILU | {"attention_bias": False}  # true would also add one to the output projection
 NO_WINDOW: Values = {"use_sliding_window": False}
-WINDOW_KEYS = ("sliding_window", "max_window_layers")  # without effect while use_sliding_window is false
+WINDOW_KEYS = ("sliding_window", "max_window_layers")  # no effect while use_sliding_window is false
 WINDOW_DEFAULTS: Values = {"sliding_window": 4096, "max_window_layers": 28}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 SIGMOID: Values = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 EVERY_LAYER: Values = {"moe_layer_freq": 1}
 NOT_IN_CLASS: Values = {"use_mrope": False}
 
-# What does not change what the model computes: the files' origin and dtype, training, the tokenizer's ids, and what
-# transformers writes for every class (its 4.x also wrote all generation settings).
+# Keys that do not change what the model computes: origin and dtype of the files, training, token ids of the tokenizer,
+# and keys that transformers writes for every class (4.x also wrote all generation settings).
 IGNORED = frozenset(
     """
     model_type architectures auto_map dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash
@@ -160,7 +160,7 @@ IGNORED = frozenset(
     """.split()
 )
 
-LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # their latent norms take their class's default
+LATENT_NORM: Values = {"attention": "mla", "latent_norm_eps": 1e-6}  # latent norms take the default of their class
 HALVES: Values = {"attention": "gqa", "rope.interleaved": False}
 NO_MIXTURE: Values = HALVES | {"num_experts": 0, "rotary_fraction": 1.0}
 UNGROUPED: Values = {"router.num_groups": 1, "router.groups_per_token": 1, "routed_scaling_factor": 1.0}
@@ -168,13 +168,13 @@ V3_ROUTER: Values = {"router.score": "sigmoid", "router.group_score": "top2_sum"
 
 
 def layer_types(model: ModelConfig) -> Values:
-    """Keys of config.json that follow from others."""
+    """Keys of config.json that follow from other fields."""
     specs = layer_specs(model, model.num_layers)
     return {"layer_types": [LAYER_TYPES[spec.attention.window > 0] for spec in specs]}
 
 
 def latent_sizes(model: ModelConfig) -> Values:
-    """Keys that follow from others with latent attention; head_dim as transformers writes it."""
+    """Keys that follow from other fields with latent attention; head_dim is written as in transformers."""
     return layer_types(model) | {
         "num_key_value_heads": model.num_heads,
         "head_dim": model.qk_rope_head_dim,
@@ -184,45 +184,46 @@ def latent_sizes(model: ModelConfig) -> Values:
 
 @dataclass(frozen=True)
 class Family:
-    """One released layout: the names of its tensors, and what its config.json states.
+    """One released layout: the names of its tensors, and the contents of its config.json.
 
-    model_type: of config.json; the key in the registry. architecture: class of transformers.
-    accepts: other model_types that `--family` of this name admits.
+    model_type: of config.json; the key in the registry. architecture: class in transformers.
+    accepts: other model_types that `--family` of this name accepts.
     conventions: preset of `mtp_jax.config.CONVENTIONS` that its MTP modules follow.
 
     Tensors:
-      block, expert_block: names of a dense block and of one with experts. module: of an MTP module beside its block.
+      block, expert_block: names of a dense block and of one with experts. module: of an MTP module outside its block.
       module_block: names of an MTP module's block; None: as those of the main model.
-      layer, module_layer: prefix of those names; {layer} counts blocks from 0, and MTP modules on from there; {depth}
-        counts MTP modules from 0.
-      row_vectors: weights of ours whose vectors they store as [1, n].
-      stacked: weights of the experts that lie in one tensor a layer, in the order of our dims, as every n-th number of
-        its last dim from the first on: (first, n). mxfp4 files have {name}_blocks and {name}_scales in its place.
-      repeated: tensors that an MTP layer holds once more, with the weights of ours they repeat.
-      left_out: prefixes of tensors that mtp_jax cannot hold and leaves in the folder; left_out_because: the reason.
-      ignored_layers: numbers of MTP layers that transformers knows to ignore.
+      layer, module_layer: prefix of those names; {layer} counts blocks from 0 and continues with the MTP modules;
+        {depth} counts MTP modules from 0.
+      row_vectors: our weights that are vectors and stored as [1, n].
+      stacked: weights of the experts that are stored in one tensor per layer, in the order of our dims, as every n-th
+        element of its last dim starting at first: (first, n). mxfp4 files have {name}_blocks and {name}_scales instead.
+      repeated: tensors of an MTP layer that repeat weights of the main model -> our names of those weights.
+      left_out: prefixes of tensors that mtp_jax does not support and does not load; left_out_because: the reason.
+      ignored_layers: indices of the MTP layers that transformers ignores on loading.
 
     config.json:
-      fields: their keys and ours; mixture: those that count only where there are experts.
-      defaults: meaning of an absent key; no entry: the key is required.
-      fixed: values a key must have, and absent keys have; written on export. tolerated: the same, not written.
-      implied: values of our model that the layout itself states, or a function of the model that gives one; what no
-        table names has our default.
-      modules: fields of MTPConfig that the layout itself states, as a function of the model.
-      derived: keys that follow from the model, checked where a file has them. unset: values of theirs that mean absent.
-      no_experts: written for a model without experts, besides num_dense_layers; None: the layout cannot hold one.
-      writes_derived: keys that follow from others are also written into a new file.
-      own_names: released files' keys under the names of these tables, where files and transformers' class differ.
-      internal: keys that own_names makes for these tables; they are not in files.
+      fields: the layout's keys -> our fields; mixture: those that apply only if there are experts.
+      defaults: meaning of an absent key; a key without an entry is required.
+      fixed: required values of keys, also the meaning of absent keys; written on export. tolerated: the same, but not
+        written.
+      implied: values of our model that follow from the layout, or functions of the model that return one; fields in no
+        table have our default.
+      modules: fields of MTPConfig that follow from the layout, as a function of the model.
+      derived: keys that follow from the model, checked if a file has them. unset: values of these that mean absent.
+      no_experts: written for a model without experts, besides num_dense_layers; None: the layout cannot represent one.
+      writes_derived: derived keys are also written to a new file.
+      own_names: function from a released file's keys to those of these tables, if files and transformers' class differ.
+      internal: keys that own_names adds for these tables; they are not in files.
       rotary_fraction: default of partial_rotary_factor; None: always 1.
-      local_rope_theta: default of the rotary base of layers with windows; None: that of the other layers. Where it is
-        one, rope_parameters has a section for each of LAYER_TYPES, and swa_rope_theta is beside rope_theta.
-      window: layers that `sliding_window` is of: "every" one, the "last" ones where use_sliding_window is true, or
+      local_rope_theta: default of the rotary base of layers with windows; None: that of the other layers. If set,
+        rope_parameters has a section for each of LAYER_TYPES, and swa_rope_theta is next to rope_theta.
+      window: layers to which `sliding_window` applies: "every" layer, the "last" ones if use_sliding_window is true, or
         those "typed" sliding_attention in layer_types; empty: the layout has no windows.
-      default_pattern: `local.pattern` where layer_types is absent.
-      groups_by_method: topk_method decides if n_group and topk_group count.
-      always_depth: num_nextn_predict_layers is written even where it is 0.
-      heads_divide: transformers refuses a hidden_size that is no multiple of the heads.
+      default_pattern: `local.pattern` if layer_types is absent.
+      groups_by_method: topk_method determines whether n_group and topk_group apply.
+      always_depth: num_nextn_predict_layers is written even if it is 0.
+      heads_divide: transformers refuses a hidden_size that is not a multiple of the number of heads.
     """
 
     model_type: str
@@ -264,10 +265,10 @@ class Family:
 
     @property
     def keys(self) -> Names:
-        """Our keys and theirs."""
+        """Our fields -> the layout's keys."""
         return {ours: theirs for theirs, ours in (self.fields | self.mixture).items()}
 
     @property
     def has_router_bias(self) -> bool:
-        """A tensor holds the router's correction bias."""
+        """True if a tensor of the layout stores the router's correction bias."""
         return "ffn.router.bias" in self.expert_block

@@ -1,4 +1,4 @@
-"""DeepSeek-V2: latent attention, softmax router without correction bias. It has no MTP layers of its own.
+"""DeepSeek-V2: latent attention, softmax router without correction bias. The released models have no MTP layers.
 
 Sources: transformers' deepseek_v2 and the config.json files of the released models.
 """

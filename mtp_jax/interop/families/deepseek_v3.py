@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and models of its architecture (Moonlight): latent attention, sigmoid router, MTP layers behind the last.
+"""DeepSeek-V3 and models of its architecture (Moonlight): latent attention, sigmoid router, MTP layers at the end.
 
 Sources: transformers' deepseek_v3, the config.json files of the released models, DeepSeek's repository.
 """

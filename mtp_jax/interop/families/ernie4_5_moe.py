@@ -1,4 +1,4 @@
-"""ERNIE 4.5's mixtures of experts: rotary pairs side by side, softmax router with a correction bias, shared experts.
+"""ERNIE 4.5 with experts: interleaved rotary pairs, softmax router with a correction bias, shared experts.
 
 Source: transformers' ernie4_5_moe. The MTP layer of the released models is a dense block without an output norm, in a
 model whose other blocks have experts.

@@ -1,4 +1,4 @@
-"""GLM-4.5: grouped-query attention, half of each head rotated, sigmoid router, MTP layers behind the last.
+"""GLM-4.5: grouped-query attention, half of each head rotated, sigmoid router, MTP layers after the last layer.
 
 Sources: transformers' glm4_moe and the config.json files of the released models.
 """

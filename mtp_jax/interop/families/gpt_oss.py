@@ -1,7 +1,7 @@
-"""gpt-oss: windows in every other layer, attention sinks, biases, experts with a limited gate in stacked tensors.
+"""gpt-oss: windows in every other layer, attention sinks, biases, experts with a clamped gate in stacked tensors.
 
 Sources: transformers' gpt_oss and the config.json files of the released models, whose experts are in mxfp4 (they are
-read dequantized, and written so). MTP layers of ours follow the last, in DeepSeek's names.
+dequantized on reading and written unquantized). Our MTP layers follow the last layer, with DeepSeek's tensor names.
 """
 
 from mtp_jax.interop.families import common

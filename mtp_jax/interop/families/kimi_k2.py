@@ -1,4 +1,4 @@
-"""Kimi-K2: DeepSeek-V3's layout and modelling code under a model_type of its own.
+"""Kimi-K2: DeepSeek-V3's layout and modelling code under its own model_type.
 
 Source: config.json of the released models, whose auto_map names DeepSeek-V3's classes.
 """

@@ -1,6 +1,7 @@
-"""Llama 2 and 3 and models of their architecture. MTP layers of ours follow the last, in DeepSeek's names.
+"""Llama 2 and 3 and models of their architecture.
 
-Sources: transformers' llama and the config.json files of the released models.
+Sources: transformers' llama and the config.json files of the released models. Our MTP layers follow the last layer,
+with DeepSeek's tensor names.
 """
 
 from mtp_jax.interop.families import common

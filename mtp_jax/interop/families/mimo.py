@@ -1,4 +1,4 @@
-"""MiMo-7B: Qwen2's blocks, MTP modules in a list of their own whose projection reads the hidden state first.
+"""MiMo-7B: Qwen2's blocks; MTP modules in a separate list, whose projection takes the hidden state first.
 
 Sources: the modelling code and config.json of the released model.
 """

@@ -1,8 +1,10 @@
-"""MiMo-V2-Flash: windows with attention sinks, more key/value heads and other rotary positions in five of six layers,
-values of another size than keys, a sigmoid router; MTP modules of dense blocks with a window, in a list of their own.
+"""MiMo-V2-Flash: windows with attention sinks in five of six layers, a sigmoid router, dense MTP modules.
 
-Sources: transformers' mimo_v2_flash and its conversion of names, config.json of the released model, whose keys have
-other names than those of transformers' class, and serving engines for the MTP modules. Both kinds of keys are written.
+Layers with a window have more key/value heads and another rotary base than the others. The head dims of values and keys
+differ. The MTP modules are dense blocks with a window, in a separate list.
+
+Sources: transformers' mimo_v2_flash and its conversion of names; config.json of the released model, whose keys have
+other names than those of transformers' class; serving engines for the MTP modules. Both sets of keys are written.
 """
 
 from mtp_jax.config import ModelConfig
@@ -15,7 +17,7 @@ _MOST_LAYERS = 4096
 
 
 def _derived(model: ModelConfig) -> Values:
-    """Keys that follow from others: the lists over layers in both vocabularies, and the released file's own names."""
+    """Keys that follow from other fields: the per-layer lists under both sets of names, and the file's own names."""
     types = common.layer_types(model)
     is_local = [kind == common.LAYER_TYPES[True] for kind in types["layer_types"]]
     is_moe = [layer >= model.num_dense_layers for layer in range(model.num_layers)]
@@ -37,7 +39,7 @@ def _derived(model: ModelConfig) -> Values:
 
 
 def _own_names(values: Values) -> Values:
-    """The released file's keys under transformers' names, where those are absent; what they say is checked later."""
+    """Returns the released file's keys under transformers' names if those are absent; values are checked later."""
     out = dict(values)
     num_layers = out.get("num_hidden_layers", MIMO_V2_FLASH.defaults["num_hidden_layers"])
     layers = range(num_layers if isinstance(num_layers, int) and num_layers <= _MOST_LAYERS else 0)
@@ -50,7 +52,7 @@ def _own_names(values: Values) -> Values:
     out["first_k_dense_replace"] = next((i for i, here in enumerate(is_moe) if here), len(is_moe))
     if "layernorm_epsilon" in out:
         out.setdefault("rms_norm_eps", out["layernorm_epsilon"])
-    if isinstance(out.get("sliding_window_size"), int):  # counts the keys before the query
+    if isinstance(out.get("sliding_window_size"), int):  # number of keys before the query
         out["sliding_window"] = out["sliding_window_size"] + 1
     return out
 

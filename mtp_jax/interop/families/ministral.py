@@ -1,4 +1,4 @@
-"""Ministral: Mistral's layout where windows are in some of the layers.
+"""Ministral: Mistral's layout with windows in some of the layers.
 
 Source: transformers' ministral.
 """

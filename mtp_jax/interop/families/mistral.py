@@ -1,7 +1,7 @@
 """Mistral 7B and models of its architecture, whose attention may have a sliding window in every layer.
 
-Sources: transformers' mistral and the config.json files of the released models. MTP layers of ours follow the last, in
-DeepSeek's names.
+Sources: transformers' mistral and the config.json files of the released models. Our MTP layers follow the last layer,
+with DeepSeek's tensor names.
 """
 
 from mtp_jax.interop.families import common

@@ -1,6 +1,7 @@
-"""Qwen2 and Qwen2.5: biases on queries, keys and values. MTP layers of ours follow the last, in DeepSeek's names.
+"""Qwen2 and Qwen2.5: biases on queries, keys and values.
 
-Sources: transformers' qwen2 and the config.json files of the released models.
+Sources: transformers' qwen2 and the config.json files of the released models. Our MTP layers follow the last layer,
+with DeepSeek's tensor names.
 """
 
 from mtp_jax.interop.families import common

@@ -1,6 +1,7 @@
-"""Qwen3, dense: norms on queries and keys. MTP layers of ours follow the last, in DeepSeek's names.
+"""Qwen3, dense: norms on queries and keys.
 
-Sources: transformers' qwen3 and the config.json files of the released models.
+Sources: transformers' qwen3 and the config.json files of the released models. Our MTP layers follow the last layer,
+with DeepSeek's tensor names.
 """
 
 from mtp_jax.interop.families import common

@@ -1,7 +1,7 @@
-"""Qwen3's mixtures of experts: norms on queries and keys, softmax router, experts in every block, none of them shared.
+"""Qwen3 with experts: norms on queries and keys, softmax router, experts in every block, no shared experts.
 
-Sources: transformers' qwen3_moe and the config.json files of the released models. MTP layers of ours follow the last,
-in DeepSeek's names.
+Sources: transformers' qwen3_moe and the config.json files of the released models. Our MTP layers follow the last
+layer, with DeepSeek's tensor names.
 """
 
 from mtp_jax.interop.families import common
