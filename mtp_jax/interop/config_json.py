@@ -276,14 +276,15 @@ def _counts(name: str, model: ModelConfig) -> bool:
     return in_use[part] or name in ("local.window", "rope.llama3.factor", "rope.yarn.factor")
 
 
+_FP8: Values = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 def _check_quantization(value: Any, family: Family, where: str) -> None:
-    """Refuses quantized files other than DeepSeek's fp8 in blocks of 128 x 128, and mxfp4 of stacked experts."""
+    """Refuses quantized files other than DeepSeek's fp8 in blocks of 128 x 128 (of stacked experts: than mxfp4)."""
     if value is None:
         return
     typed(where, "quantization_config", value, dict)
-    if family.stacked and value.get("quant_method") == "mxfp4":
-        return
-    for key, wanted in (("quant_method", "fp8"), ("weight_block_size", [128, 128])):
+    for key, wanted in ({"quant_method": "mxfp4"} if family.stacked else _FP8).items():
         if value.get(key) != wanted:
             remedy = f"is not supported, only {wanted!r}; give files in bfloat16 or float32"
             raise bad(where, f"quantization_config.{key}", value.get(key), remedy)

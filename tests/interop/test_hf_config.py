@@ -826,6 +826,11 @@ REFUSED = [
     (V3 | {"topk_method": "greedy"}, "'topk_method'='greedy'", "'noaux_tc'"),
     (V2 | {"topk_method": "noaux_tc"}, "'topk_method'='noaux_tc'", "group_limited_greedy"),
     (V2 | {"norm_topk_prob": True}, "'norm_topk_prob'=True", "False"),
+    (
+        GPT_OSS | {"quantization_config": V3["quantization_config"]},
+        "'quantization_config.quant_method'='fp8'",
+        "'mxfp4'",
+    ),
     (GPT_OSS | {"experts_per_token": 2}, "'experts_per_token'=2", "4"),
     (GPT_OSS | {"hidden_act": "gelu"}, "'hidden_act'='gelu'", "'silu'"),
     (LLAMA | {"quantization_config": {"quant_method": "mxfp4"}}, "'quantization_config.quant_method'='mxfp4'", "'fp8'"),
