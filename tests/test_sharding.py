@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes, validate
-from mtp_jax.model import abstract_model
+from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes
+from mtp_jax.model import abstract_model, validate
 from mtp_jax.sharding import LOGICAL_AXES, make_mesh
 from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, run_steps, tiny

@@ -38,6 +38,11 @@ def sum_over_experts(x_BTEF: jax.Array, weight: nnx.Variable) -> jax.Array:
     return _contract(x_BTEF, weight, (info.in_dims[0] - 1, *info.in_dims), None)
 
 
+def gated_biases(gates_BTE: jax.Array, bias: nnx.Variable) -> jax.Array:
+    """Sum over experts of each gate and the expert's bias [E, D]: [B, T, D], dtype of the gates."""
+    return gates_BTE @ cast(bias, gates_BTE.dtype)
+
+
 def grouped(x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, kernel: str) -> list[jax.Array]:
     """Grouped matmuls of rows sorted by expert with several weights of one shape: [N, F] each.
 

@@ -14,7 +14,7 @@ from mtp_jax.kernels.device import device
 from mtp_jax.kernels.permute import through_experts
 from mtp_jax.layers.all_to_all import exchanged
 from mtp_jax.layers.ffn import SwiGLU, gated_unit
-from mtp_jax.layers.linear import cast, grouped, linear, sum_over_experts
+from mtp_jax.layers.linear import cast, gated_biases, grouped, linear, sum_over_experts
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.router import Router, RouterStats
 from mtp_jax.sharding import LOGICAL_AXES, Axes, constrain, num_shards, spec
@@ -67,7 +67,7 @@ class MixtureOfExperts(nnx.Module):
         h_BTEF = gated_unit(gate_BTEF, up_BTEF, self.config.gated_unit)
         h_BTEF = constrain(h_BTEF, "moe_batch", "length", "experts", "ffn") * gates_BTE[..., None]
         out_BTD = sum_over_experts(h_BTEF, self.down)
-        return out_BTD + gates_BTE @ cast(self.down_bias, dtype) if self.config.expert_bias else out_BTD
+        return out_BTD + gated_biases(gates_BTE, self.down_bias) if self.config.expert_bias else out_BTD
 
     def _ragged(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
         """Sorts tokens by expert and runs grouped matmuls over groups of unequal size.
