@@ -3,6 +3,7 @@
 Shape letters: G contexts, J continuations of each, B = G * J rows, C tokens of a continuation, S slots, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -97,7 +98,7 @@ def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows
         network = decoder.network
         state = states.begin(decoder.architecture, 0, network, tokens_GS, lengths_G, lengths_G, np.uint32(0))
         state = states.prefill_all(decoder.architecture, network, state, int(lengths_G.max()) - 1)
-        found = _continued(network, state.caches, lengths_G, inputs_GJC, targets_GJC)
+        found = _continued(num_slots, network, state.caches, lengths_G, inputs_GJC, targets_GJC)
         log_p_GJC, is_best_GJC = jax.device_get(found)
     out = []
     for g, each in enumerate(continuations):
@@ -108,13 +109,19 @@ def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows
     return out
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _continued(
-    network: Network, caches: list[Cache], lengths_G: jax.Array, inputs_GJC: jax.Array, targets_GJC: jax.Array
+    num_slots: int,
+    network: Network,
+    caches: list[Cache],
+    lengths_G: jax.Array,
+    inputs_GJC: jax.Array,
+    targets_GJC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log p of the targets, float32[G, J, C], and whether each is the most likely token.
 
     Args:
+      num_slots: S, positions for which layers without a window have slots.
       caches: caches of G rows with the entries of positions 0 .. length - 2; later slots are overwritten before they
         are read.
       lengths_G: int, lengths of the contexts.
@@ -122,7 +129,7 @@ def _continued(
       targets_GJC: the continuation.
     """
     shape = inputs_GJC.shape
-    num_choices, num_slots = shape[1], jax.tree.leaves(caches)[0].shape[1]
+    num_choices = shape[1]
     caches = placed(jax.tree.map(lambda x: jnp.repeat(x, num_choices, axis=0), caches))
     starts_B = jnp.repeat(lengths_G - 1, num_choices)
     slots = slots_at(starts_B[:, None] + jnp.arange(shape[2]), num_slots)

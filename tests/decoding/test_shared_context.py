@@ -10,7 +10,7 @@ from mtp_jax import sharding
 from mtp_jax.config import MeshConfig
 from mtp_jax.decoding import generation as states
 from mtp_jax.decoding import shared_context
-from tests.decoding.models import GQA, MLA, MOE, build
+from tests.decoding.models import GQA, MLA, MOE, WINDOW, build
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONTEXT = 48
@@ -46,7 +46,7 @@ def one_by_one(built, contexts, continuations):
 LENGTHS = [(1, [1, 2]), (17, [1, 1, 1, 1]), (30, [3, 18, 7]), (CONTEXT, [1, 1]), (20, [29, 1, 12, 5, 6]), (9, [4])]
 
 
-@pytest.mark.parametrize("model", [MLA, GQA, MOE], ids=["mla", "gqa", "moe"])
+@pytest.mark.parametrize("model", [MLA, GQA, MOE, replace(GQA, **WINDOW)], ids=["mla", "gqa", "moe", "window"])
 def test_scores_are_those_of_whole_rows(model):
     built = build(model, context=CONTEXT)
     contexts, continuations = drawn(LENGTHS)
