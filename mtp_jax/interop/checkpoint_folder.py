@@ -6,7 +6,6 @@ mtp_jax.json (`Origin`), which describes the imported files so that an export ca
 
 import collections
 import dataclasses
-import functools
 import glob
 import json
 import math
@@ -24,6 +23,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
+from mtp_jax.errors import warn_once
 from mtp_jax.files import read_json
 from mtp_jax.interop import config_json, weights
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
@@ -111,10 +111,10 @@ def open_model(
         weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
     mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
     if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
-        _warn_once(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
+        warn_once(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
         depth, config = 0, config_json.to_config(values, where, ignore, 0)
     if layout.left_out and any(name.startswith(layout.left_out) for name in files.infos):
-        _warn_once(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
+        warn_once(f"{folder}: tensors {layout.left_out[0]}* are left out: {layout.left_out_because}")
     listed = weights.tensors(config, model_type)
     if not is_checked:
         left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
@@ -127,12 +127,6 @@ def open_model(
         model = with_values(model, {"router.bias_rate": 0.0})  # updated biases could not be exported
     config = dataclasses.replace(config, model=model)
     return HFModel(folder, config, values, origin, weights.lazy_arrays(files, config, listed))
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    """Prints a warning once per process, however often the folder is opened."""
-    print(f"warning: {line}", file=sys.stderr)
 
 
 def _origin(files: TensorFolder, listed: list[Tensor], config: Config, model_type: str) -> Origin:

@@ -1,4 +1,4 @@
-"""Whether counts fit probabilities."""
+"""Tests of goodness of fit between counts and probabilities."""
 
 import numpy as np
 from scipy.stats import chi2  # jax itself needs scipy

@@ -19,7 +19,7 @@ LOGITS = st.lists(st.sampled_from([-30.0, -2.0, -1.0, 0.0, 0.25, 1.0, 1.0000001,
 
 
 def is_clear(logits, mass):
-    """Whether rounding cannot decide which token reaches the mass."""
+    """Returns whether rounding cannot decide which token reaches the mass."""
     probs = np.sort(oracle.softmax(logits))[::-1]
     return np.abs(np.cumsum(probs) - mass).min() > 1e-5
 

@@ -1,4 +1,4 @@
-"""Whether this machine can contain programs."""
+"""Skips tests of the sandbox where the machine cannot contain programs."""
 
 import os
 

@@ -6,7 +6,7 @@ import pytest
 
 
 def is_hopper():
-    """Whether this process computes on Hopper GPUs."""
+    """Returns whether this process computes on Hopper GPUs."""
     device = jax.devices()[0]
     return device.platform == "gpu" and str(device.compute_capability) == "9.0"
 
