@@ -58,7 +58,8 @@ class MTPModel(nnx.Module):
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         self.kind = kind_of(architecture)
-        self.is_detached = architecture.mtp.detach_trunk
+        self.is_detached = architecture.mtp.detach_decoder
+        # `trunk` and `mtp` are names in the weights tree, which checkpoints keep
         self.trunk = TransformerDecoder(architecture.model, self.kind.num_main_layers, rngs)
         self.mtp = self.kind.make_module(rngs)
 

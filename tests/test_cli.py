@@ -53,17 +53,20 @@ UNUSABLE = {
     "no value": (["mtp.depth"], ["--config.mtp.depth:", "--config.section.key=value"]),
     "text for a number": (["training.num_steps=many"], ["training.num_steps='many'", "type int", "the command line"]),
     "a fraction for a count": (["training.num_steps=1.5"], ["training.num_steps=1.5", "type int"]),
-    "a number for a switch": (["mtp.detach_trunk=1"], ["mtp.detach_trunk=1", "type bool"]),
+    "a number for a switch": (["mtp.detach_decoder=1"], ["mtp.detach_decoder=1", "type bool"]),
     "bad choice": (["mtp.kind=serial"], ["mtp.kind='serial'", "'none' or 'parallel' or 'sequential'"]),
     "no steps": (["training.num_steps=0"], ["training.num_steps=0", "at least 1"]),
     "too deep": (["mtp.depth=99"], ["mtp.depth=99", "between 1 and 16"]),
-    "no trunk left": ([*PARALLEL, "mtp.depth=3"], ["mtp.depth=3", "model.num_layers=4", "a depth of at most 2"]),
+    "no decoder left": ([*PARALLEL, "mtp.depth=3"], ["mtp.depth=3", "model.num_layers=4", "a depth of at most 2"]),
     "no layer for experts": (["model.num_dense_layers=4"], ["model.num_dense_layers=4", "set model.num_experts=0"]),
     "dense layers given up": (
         [*PARALLEL, "model.num_dense_layers=3"],
         ["mtp.depth=2", "model.num_dense_layers=3", "use mtp.parameter_matched=false"],
     ),
-    "nothing to freeze around": (["mtp.kind=none", "mtp.freeze_trunk=true"], ["mtp.freeze_trunk=true", "set mtp.kind"]),
+    "nothing to freeze around": (
+        ["mtp.kind=none", "mtp.freeze_decoder=true"],
+        ["mtp.freeze_decoder=true", "set mtp.kind"],
+    ),
     "odd rotary": (["model.attention=gqa", "model.rotary_fraction=0.34"], ["model.rotary_fraction=0.34", "in pairs"]),
     "no key heads": (["model.attention=gqa", "model.num_kv_heads=0"], ["model.num_kv_heads=0", "at least 1"]),
     "below zero": (["optimizer.warmup_steps=-1"], ["optimizer.warmup_steps=-1", "at least 0"]),
@@ -216,7 +219,7 @@ def test_init_from_another_main_model_names_the_weight_and_both_shapes(refused, 
     argv = [f"--config={TINY}", f"--workdir={tmp_path / 'run'}", f"--config.init_from={tmp_path / 'source'}"]
     line = refused(train_script.main, *argv, "--config.model.embed_dim=32")
     assert "main model is another one" in line and "trunk." in line and "64" in line and "32" in line
-    line = refused(train_script.main, *argv, "--config.mtp.kind=parallel")  # its trunk gives two blocks to the heads
+    line = refused(train_script.main, *argv, "--config.mtp.kind=parallel")  # its decoder gives two blocks to the heads
     assert "mtp.parameter_matched=false" in line
 
 

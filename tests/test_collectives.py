@@ -91,7 +91,7 @@ def test_the_loss_never_gathers_logits():
 
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
 def test_latents_and_not_heads_cross_the_context_axis(attention):
-    """Of the trunk and of every MTP depth, forward and backward."""
+    """Of the decoder and of every MTP depth, forward and backward."""
     overrides = ["--config.model.attention=gqa", "--config.model.num_kv_heads=2", "--config.model.head_dim=18"]
     config, found = crossing({"context": 4}, *(overrides if attention == "gqa" else []))
     model, rows = config.model, (config.data.batch_size, config.data.sequence_length)

@@ -134,10 +134,10 @@ def test_every_router_bias_moves_by_the_load_of_valid_tokens(shared):
     batch = rows(config, num_padding=5)
     state, _ = run_steps(config, [batch])
     rate = config.model.router.bias_rate
-    trunk = state["biases"]["trunk"]["blocks"]["ffn"]["router"]["bias"]
+    main = state["biases"]["trunk"]["blocks"]["ffn"]["router"]["bias"]
     mtp = state["biases"]["mtp"]["module"]["block"]["ffn"]["router"]["bias"]
-    assert trunk.shape == (2, 8) and mtp.shape == (1 if shared == "true" else 2, 8)
-    for bias in (*trunk, *mtp):
+    assert main.shape == (2, 8) and mtp.shape == (1 if shared == "true" else 2, 8)
+    for bias in (*main, *mtp):
         assert set(np.round(np.abs(bias) / rate, 4)) <= {0.0, 1.0} and bias.min() < 0 < bias.max()
     # What padding holds moves nothing.
     noisy = {**batch, "tokens": np.where(batch["segment_ids"] == 0, 39, batch["tokens"]).astype(np.int32)}

@@ -114,7 +114,7 @@ STRATEGIES = {
     "sequential_flash": replace(SEQUENTIAL, family="mimo_v2_flash"),
     "sequential_window": replace(SEQUENTIAL, window=2, dense_ffn=True),
     "sequential_paper": replace(
-        SEQUENTIAL, concat_order="hidden_first", trunk_hidden="before_norm", output_norm="main"
+        SEQUENTIAL, concat_order="hidden_first", decoder_hidden="before_norm", output_norm="main"
     ),
     "parallel": MTPConfig(kind="parallel", depth=1),
     "parallel_unmatched": MTPConfig(kind="parallel", depth=3, parameter_matched=False),

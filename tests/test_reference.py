@@ -13,6 +13,7 @@ from tests.reference import moe as moe_module
 from tests.reference import rope, router, targets
 from tests.reference.attention import attend, softmax
 from tests.reference.block import block
+from tests.reference.decoder import decoder
 from tests.reference.gqa import gqa
 from tests.reference.mla import mla
 from tests.reference.model import forward
@@ -20,7 +21,6 @@ from tests.reference.norm import rms_norm
 from tests.reference.params import random_params, stack
 from tests.reference.swiglu import swiglu
 from tests.reference.tree import as_float64, entry
-from tests.reference.trunk import trunk
 
 SMALL = ModelConfig(
     vocab_size=11, num_layers=3, embed_dim=6, num_heads=2, kv_lora_rank=5, qk_nope_head_dim=3, qk_rope_head_dim=4,
@@ -392,7 +392,7 @@ def test_blocks_follow_each_other():
     config = config_of(NONE)
     params = as_float64(params_of(config)["trunk"])
     tokens, segment_ids, positions = batch((5,), 5)
-    main = trunk(params, SMALL, tokens, segment_ids, positions)
+    main = decoder(params, SMALL, tokens, segment_ids, positions)
     h = params["embed"][tokens]
     h, _ = block(entry(params["dense_blocks"], 0), SMALL, h, segment_ids, positions)
     np.testing.assert_allclose(main.z, h)
@@ -435,7 +435,7 @@ def test_output_norm_of_the_main_model():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "first_depth"), [("trunk_hidden", "before_norm", 1), ("recycled_hidden", "after_norm", 2)]
+    ("name", "value", "first_depth"), [("decoder_hidden", "before_norm", 1), ("recycled_hidden", "after_norm", 2)]
 )
 def test_where_a_hidden_state_is_taken_shows_from_the_next_depth_on(name, value, first_depth):
     params = params_of(config_of())
@@ -444,10 +444,10 @@ def test_where_a_hidden_state_is_taken_shows_from_the_next_depth_on(name, value,
     assert np.abs(base["hidden"] - other["hidden"])[first_depth].max() > 1e-3
 
 
-def test_chain_from_the_trunk_makes_depths_independent():
+def test_chain_from_the_decoder_makes_depths_independent():
     params = params_of(config_of())
     changed = {**params, "mtp": {**params["mtp"], "projection": params["mtp"]["projection"] * [[[2.0]], [[1.0]]]}}
-    for chain, same in (("trunk", True), ("previous", False)):
+    for chain, same in (("decoder", True), ("previous", False)):
         config = config_of(conventions=Conventions(chain=chain))
         before, after = run(config, params)["hidden"], run(config, changed)["hidden"]
         assert np.allclose(before[2], after[2]) == same, chain

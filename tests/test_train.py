@@ -255,7 +255,7 @@ def leaves(tree):
 def test_heads_bolted_on_to_a_frozen_model_leave_it_as_it_is(tmp_path):
     source, bolted = tmp_path / "source", tmp_path / "bolted"
     loop.train(small("--config.mtp.kind=none", "--config.training.num_steps=4"), str(source))
-    overrides = ["--config.mtp.freeze_trunk=true", f"--config.init_from={source}", "--config.training.num_steps=3"]
+    overrides = ["--config.mtp.freeze_decoder=true", f"--config.init_from={source}", "--config.training.num_steps=3"]
     config = small(*overrides, "--config.optimizer.weight_decay=0.5")
     before = restore(str(source)).state
     fresh = set_up(config).trainer.init()
@@ -300,7 +300,7 @@ ONE_PLAIN_STEP = [
 ]
 
 
-def trunk_after_a_step(*overrides):
+def decoder_after_a_step(*overrides):
     config = tiny(*ONE_PLAIN_STEP, "--config.mtp.parameter_matched=false", *overrides)
     batch = rows(tiny())
     length = config.data.sequence_length + 1 + kind_of(config).depth
@@ -311,7 +311,7 @@ def trunk_after_a_step(*overrides):
 @pytest.fixture(scope="module")
 def next_token_step(quick_compilation):
     return {
-        tied: trunk_after_a_step("--config.mtp.kind=none", f"--config.model.tie_embeddings={tied}") for tied in TIED
+        tied: decoder_after_a_step("--config.mtp.kind=none", f"--config.model.tie_embeddings={tied}") for tied in TIED
     }
 
 
@@ -320,7 +320,7 @@ TIED = ("false", "true")
 
 def compare_detached(next_token_step, kind, tied, is_compared):
     heavy = [f"--config.mtp.kind={kind}", f"--config.model.tie_embeddings={tied}", "--config.mtp.weight=100.0"]
-    detached = trunk_after_a_step(*heavy, "--config.mtp.detach_trunk=true")
+    detached = decoder_after_a_step(*heavy, "--config.mtp.detach_decoder=true")
     wanted = next_token_step[tied]
     assert set(detached) == set(wanted)
     return [
@@ -335,7 +335,7 @@ def is_head(name, tied):
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
-def test_detached_heads_leave_the_gradients_of_the_trunk_alone(kind, next_token_step):
+def test_detached_heads_leave_the_gradients_of_the_decoder_alone(kind, next_token_step):
     different = compare_detached(next_token_step, kind, "false", lambda name: not is_head(name, "false"))
     assert not different, f"an MTP gradient reaches {different}"
 
@@ -343,7 +343,7 @@ def test_detached_heads_leave_the_gradients_of_the_trunk_alone(kind, next_token_
 @pytest.mark.parametrize("tied", TIED)
 def test_detached_heads_leave_the_shared_output_head_alone(tied, next_token_step):
     different = compare_detached(next_token_step, "sequential", tied, lambda name: is_head(name, tied))
-    assert not different, f"mtp.detach_trunk: no MTP gradient may reach the main model, and one reaches {different}"
+    assert not different, f"mtp.detach_decoder: no MTP gradient may reach the main model, and one reaches {different}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

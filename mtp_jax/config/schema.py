@@ -193,15 +193,19 @@ class MTPConfig:
     # keys per query of attention in MTP blocks; 0: the whole document; None: as in the main model's last layer
     window: int | None = setting(None, at_least=0, at_most=2**24)
     dense_ffn: bool = False  # MTP blocks without experts, also in a mixture-of-experts model
-    detach_trunk: bool = False  # no MTP gradient reaches the main model
-    freeze_trunk: bool = False  # only the MTP modules train
+    # no MTP gradient reaches the main model
+    detach_decoder: bool = setting(False, was="mtp.detach_trunk")
+    # only the MTP modules train
+    freeze_decoder: bool = setting(False, was="mtp.freeze_trunk")
     # conventions of released checkpoints: those of the family, unless a field below is not empty
     family: Literal["deepseek_v3", "glm4_moe", "mimo", "qwen3_next", "mimo_v2_flash"] = "deepseek_v3"
     concat_order: Literal["", "embedding_first", "hidden_first"] = ""
-    trunk_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_0, relative to the main final norm
+    # h_0, relative to the main final norm
+    decoder_hidden: Literal["", "after_norm", "before_norm"] = setting("", was="mtp.trunk_hidden")
     recycled_hidden: Literal["", "after_norm", "before_norm"] = ""  # h_k, k >= 1, relative to its own output norm
     output_norm: Literal["", "own", "main"] = ""
-    chain: Literal["", "previous", "trunk"] = ""  # the hidden state that depth k + 1 receives
+    # the hidden state that depth k + 1 receives: that of depth k, or of the decoder
+    chain: Literal["", "previous", "decoder"] = setting("", renamed=(("trunk", "decoder"),))
     top: TokenOrderConfig = field(default_factory=TokenOrderConfig)
     nextlat: NextLatentConfig = field(default_factory=NextLatentConfig)
 
@@ -329,7 +333,7 @@ class Conventions:
     """Conventions of the sequential MTP modules of one family of released checkpoints."""
 
     concat_order: str = "embedding_first"
-    trunk_hidden: str = "after_norm"
+    decoder_hidden: str = "after_norm"
     recycled_hidden: str = "before_norm"
     output_norm: str = "own"
     chain: str = "previous"
@@ -339,7 +343,7 @@ CONVENTIONS = {
     "deepseek_v3": Conventions(),
     "glm4_moe": Conventions(),
     "mimo": Conventions(concat_order="hidden_first"),
-    "mimo_v2_flash": Conventions(chain="trunk"),
+    "mimo_v2_flash": Conventions(chain="decoder"),
     "qwen3_next": Conventions(),
 }
 

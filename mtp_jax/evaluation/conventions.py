@@ -29,10 +29,10 @@ ROWS, LENGTH = 8, 256  # of the text
 
 CHOICES = {
     "concat_order": ("embedding_first", "hidden_first"),
-    "trunk_hidden": ("after_norm", "before_norm"),
+    "decoder_hidden": ("after_norm", "before_norm"),
     "output_norm": ("own", "main"),
     "recycled_hidden": ("before_norm", "after_norm"),
-    "chain": ("previous", "trunk"),
+    "chain": ("previous", "decoder"),
 }
 TOO_CLOSE = 0.01  # nats per token; with norms near 1 some conventions compute almost the same
 BEYOND_DEPTH_1 = ("recycled_hidden", "chain")  # at depth 1 no hidden state is passed on

@@ -18,6 +18,7 @@ from mtp_jax.config import (
     MTPConfig,
     UserError,
     conventions,
+    renamed,
     value_of,
     walk,
     with_values,
@@ -32,7 +33,7 @@ from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED, kind_of
 
 MTP_KEY = "num_nextn_predict_layers"
-WIRING_KEY = "mtp_conventions"  # written by mtp_jax only: how MTP modules differ from the preset
+CONVENTIONS_KEY = "mtp_conventions"  # written by mtp_jax only: where MTP modules differ from the preset
 # Names of the same key in different layouts and versions of transformers; a family uses the name in its tables.
 SYNONYMS = (
     (MTP_KEY, "num_mtp_layers"),
@@ -153,7 +154,7 @@ _WINDOWED = with_values(ModelConfig(), {"local.window": 1})  # a model for which
 
 def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, ...]) -> None:
     known = {*IGNORED, *family.fields, *family.mixture, *family.fixed, *family.tolerated, *ignore}
-    known |= {MTP_KEY, WIRING_KEY, "quantization_config", *rope.KEYS, *family.derived(_WINDOWED)}
+    known |= {MTP_KEY, CONVENTIONS_KEY, "quantization_config", *rope.KEYS, *family.derived(_WINDOWED)}
     known |= {*WINDOW_KEYS} if "use_sliding_window" in family.fixed else {*windows.KEYS[family.window]}
     known |= {"swa_rope_theta"} if family.local_rope_theta is not None else set()
     known |= {"topk_method"} if family.groups_by_method else set()
@@ -221,29 +222,35 @@ def _field(values: Values, family: Family, where: str, key: str, kind: type) -> 
 
 def _read_mtp(values: Values, family: Family, model: ModelConfig, where: str, depth: int | None) -> MTPConfig:
     modules = typed(where, MTP_KEY, values.get(MTP_KEY) or 0, int)
-    wiring = typed(where, WIRING_KEY, values.get(WIRING_KEY) or {}, dict)
+    stated = _current_names(typed(where, CONVENTIONS_KEY, values.get(CONVENTIONS_KEY) or {}, dict), where)
     preset = dataclasses.asdict(CONVENTIONS[family.conventions])
     hints = typing.get_type_hints(MTPConfig)
-    wired = {}
-    for key, value in wiring.items():
+    overrides = {}
+    for key, value in stated.items():
         choices = [c for c in typing.get_args(hints.get(key)) if c] if key in preset else []
         if key not in (*preset, "shared_depths", "depth") or (choices and value not in choices):
             allowed = " or ".join(choices) or "no such key; one of " + ", ".join((*preset, "shared_depths", "depth"))
-            raise bad(where, f"{WIRING_KEY}.{key}", value, f"is not known ({allowed}); correct the file")
+            raise bad(where, f"{CONVENTIONS_KEY}.{key}", value, f"is not known ({allowed}); correct the file")
         if choices and value != preset[key]:
-            wired[key] = value
-    shared = typed(where, f"{WIRING_KEY}.shared_depths", wiring.get("shared_depths", False), bool)
-    stored = typed(where, f"{WIRING_KEY}.depth", wiring.get("depth", modules), int)
+            overrides[key] = value
+    shared = typed(where, f"{CONVENTIONS_KEY}.shared_depths", stated.get("shared_depths", False), bool)
+    stored = typed(where, f"{CONVENTIONS_KEY}.depth", stated.get("depth", modules), int)
     if (stored != modules and not shared) or (shared and modules != 1):
-        remedy = f"does not fit {WIRING_KEY}={short(wiring)}; shared depths are one module, others one a depth"
+        remedy = f"does not fit {CONVENTIONS_KEY}={short(stated)}; shared depths are one module, others one a depth"
         raise bad(where, MTP_KEY, modules, remedy)
     if depth is not None and not (0 <= depth <= stored or (shared and depth > 0)):
         raise UserError(f"depth={depth}: {where} has {stored} MTP layers; ask for 0 to {stored}")
     wanted = stored if depth is None else depth
     out: Values = {"family": family.conventions}
     if wanted:
-        out |= {"kind": RELEASED, "depth": wanted, "shared_depths": shared} | wired | family.modules(model)
+        out |= {"kind": RELEASED, "depth": wanted, "shared_depths": shared} | overrides | family.modules(model)
     return MTPConfig(**out)
+
+
+def _current_names(stated: Values, where: str) -> Values:
+    """Returns `mtp_conventions` with the keys and values of earlier versions replaced by the current ones."""
+    current: Values = renamed({"mtp": stated}, where=where)["mtp"]
+    return current
 
 
 # Fields, or prefixes of fields, that have an effect only in a part of the model; `Setting.when` states it for others.
@@ -321,6 +328,7 @@ def from_config(config: Config, layout: str, base: Values | None = None) -> Valu
     old = _write(_read(_own_names(base, family, "base"), family, "base", None), family, base)
     new = _write(config, family, base)
     changed = {key: value for key, value in new.items() if key not in old or old[key] != value}
+    changed |= {key: new[key] for key in (CONVENTIONS_KEY,) if key in new}  # `base` may state it under old names
     gone = (old.keys() - new.keys()) | {"quantization_config"}
     changed = {key: value for key, value in changed.items() if key not in family.internal}
     result = {key: copy.deepcopy(value) for key, value in base.items() if _own_name(key, family) not in gone}
@@ -454,10 +462,10 @@ def _write_mtp(config: Config, family: Family) -> Values:
     preset = CONVENTIONS[family.conventions]
     ours = conventions(config.mtp)
     names = [f.name for f in dataclasses.fields(Conventions)]
-    wiring: Values = {n: getattr(ours, n) for n in names if getattr(ours, n) != getattr(preset, n)}
+    differing: Values = {n: getattr(ours, n) for n in names if getattr(ours, n) != getattr(preset, n)}
     if config.mtp.shared_depths:
-        wiring |= {"shared_depths": True, "depth": depth}
-    return {MTP_KEY: 1 if config.mtp.shared_depths else depth} | ({WIRING_KEY: wiring} if wiring else {})
+        differing |= {"shared_depths": True, "depth": depth}
+    return {MTP_KEY: 1 if config.mtp.shared_depths else depth} | ({CONVENTIONS_KEY: differing} if differing else {})
 
 
 def _scaffold(config: Config, family: Family) -> Values:

@@ -244,7 +244,7 @@ class Kind:
         """
         del module
         scale_K = jnp.concatenate([scales.main[None], scales.depth_N])
-        share_K = jnp.ones(len(hidden_KBTD)).at[1:].set(0.0 if self.mtp.detach_trunk else 1.0)
+        share_K = jnp.ones(len(hidden_KBTD)).at[1:].set(0.0 if self.mtp.detach_decoder else 1.0)
         return [
             Term(
                 CrossEntropy(z_weight),

@@ -19,6 +19,6 @@ class NoMTP(Kind):
         return "next-token only"
 
     def check(self, config: Config) -> None:
-        for key in ("freeze_trunk", "detach_trunk"):
+        for key in ("freeze_decoder", "detach_decoder"):
             if getattr(config.mtp, key):
                 raise UserError(f"mtp.{key}=true: there are no MTP modules to train; set mtp.kind, or mtp.{key}=false")

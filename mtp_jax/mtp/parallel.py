@@ -84,7 +84,7 @@ class Parallel(Kind):
         shallower = f"a depth of at most {deepest}, " if deepest > 0 else ""
         raise UserError(
             f"mtp.depth={mtp.depth}: parallel heads take {mtp.depth} of model.num_layers={model.num_layers} and leave "
-            f"no trunk; use {shallower}more layers, or mtp.parameter_matched=false"
+            f"the decoder none; use {shallower}more layers, or mtp.parameter_matched=false"
         )
 
     def make_module(self, rngs: nnx.Rngs) -> ParallelHeads:

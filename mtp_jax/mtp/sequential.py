@@ -131,7 +131,7 @@ class Sequential(Kind):
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
         """Returns h_0, the first hidden state of the chain."""
-        return main.final_norm(main.hidden) if self.conventions.trunk_hidden == "after_norm" else main.hidden
+        return main.final_norm(main.hidden) if self.conventions.decoder_hidden == "after_norm" else main.hidden
 
     def read_prompt(
         self,
@@ -167,7 +167,7 @@ class Sequential(Kind):
         drafts: list[jax.Array] = []
         onward_BTD, again_BTD = text.hidden_BWD, text.hidden_BWD
         # Depth 1 was trained on the hidden state of the decoder, later depths on that of the previous depth.
-        starts_normed = self.conventions.trunk_hidden == "after_norm"
+        starts_normed = self.conventions.decoder_hidden == "after_norm"
         for k in range(num_speculative_tokens):
             depth = min(k, len(caches) - 1)
             if k < len(caches):
@@ -193,7 +193,7 @@ class Sequential(Kind):
         convention = self.conventions
         normed_BTD = (module.output_norm if convention.output_norm == "own" else main.final_norm)(h_BTD)
         onward_BTD = normed_BTD if convention.recycled_hidden == "after_norm" else h_BTD
-        return normed_BTD, h_0_BTD if convention.chain == "trunk" else onward_BTD
+        return normed_BTD, h_0_BTD if convention.chain == "decoder" else onward_BTD
 
 
 def _text_with_drafts(text: Text, at_BW: jax.Array, drafts: list[jax.Array]) -> jax.Array:

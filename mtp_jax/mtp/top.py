@@ -72,7 +72,7 @@ class TokenOrder(Kind):
         words_BTW, probs_BTW = order_targets(rows.tokens_BN, rows.segment_ids_BN, self.window)
         order = Term(
             ListNet(),
-            jax.lax.stop_gradient(hidden_KBTD) if self.mtp.detach_trunk else hidden_KBTD,
+            jax.lax.stop_gradient(hidden_KBTD) if self.mtp.detach_decoder else hidden_KBTD,
             module.unembed[...],
             rows.targets_KBT,
             rows.weight_KBT,

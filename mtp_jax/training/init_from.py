@@ -66,7 +66,7 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
         }
         name, loaded = source.read({name: tree for name, tree in wanted.items() if tree})
         differences = _differences(source.config, config, takes_mtp)
-        taken = f"{' and '.join(parts)} of {name}"
+        taken = f"{'decoder and MTP modules' if takes_mtp else 'decoder'} of {name}"
     merged = {name: {**state[name], **loaded.get(name, {})} for name in MODEL_PARTS}
     fresh = "" if takes_mtp or "mtp" not in state["params"] else "; the MTP modules start fresh"
     return {**state, **merged}, "\n         ".join([taken + fresh, *differences])

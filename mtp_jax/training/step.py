@@ -126,8 +126,8 @@ def state_shardings(
 
 
 def trained_part(config: Config, tree: Tree) -> tuple[Tree, Tree]:
-    """Returns (the trained part of params, the rest): everything, or the MTP modules alone (mtp.freeze_trunk)."""
-    if not config.mtp.freeze_trunk:
+    """Returns (the trained part of params, the rest): everything, or the MTP modules alone (mtp.freeze_decoder)."""
+    if not config.mtp.freeze_decoder:
         return tree, {}
     return {"mtp": tree["mtp"]}, {name: part for name, part in tree.items() if name != "mtp"}
 
@@ -229,7 +229,7 @@ def move_biases(config: Config, biases: Tree, stats: dict[str, RouterStats | Non
         return jax.tree.map(one, tree)
 
     out = dict(biases)
-    if "trunk" in biases and not config.mtp.freeze_trunk:
+    if "trunk" in biases and not config.mtp.freeze_decoder:
         out["trunk"] = {name: moved(tree, stats[name]) for name, tree in biases["trunk"].items()}
     if "mtp" in biases:
         out["mtp"] = moved(biases["mtp"], stats["mtp"])

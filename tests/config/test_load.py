@@ -190,3 +190,4 @@ def test_renamed_values_are_understood(tmp_path, capsys):
     values = to_dict(found)
     values["model"]["expert_kernel"] = "mosaic"
     assert from_dict(values, "config.json") == found
+    assert load_config("configs/tiny.py", ["--config.mtp.chain=trunk"]).mtp.chain == "decoder"

@@ -189,9 +189,9 @@ def test_a_row_of_a_batch_is_written_as_it_is_alone():
 TRAINED = {  # strategy, drafts a round
     "sequential": (sequential(4), 4),
     "shared": (sequential(4, shared_depths=True), 4),
-    "hidden first, before norm": (sequential(3, concat_order="hidden_first", trunk_hidden="before_norm"), 3),
+    "hidden first, before norm": (sequential(3, concat_order="hidden_first", decoder_hidden="before_norm"), 3),
     "recycled after norm": (sequential(3, recycled_hidden="after_norm"), 3),
-    "chain of the trunk": (sequential(3, chain="trunk"), 3),
+    "chain of the decoder": (sequential(3, chain="decoder"), 3),
     "main norm": (sequential(2, output_norm="main", recycled_hidden="after_norm"), 2),
     "fewer drafts than depths": (sequential(3), 2),
     "more drafts than depths": (sequential(2), 5),
@@ -258,7 +258,7 @@ def test_drafts_come_with_what_they_were_drawn_from():
     ("model", "mtp", "num_speculative_tokens"),
     [
         (MOE, sequential(2), 2),
-        (MLA, sequential(3, shared_depths=True, concat_order="hidden_first", chain="trunk"), 3),
+        (MLA, sequential(3, shared_depths=True, concat_order="hidden_first", chain="decoder"), 3),
         (QWEN, parallel(2), 2),
     ],
     ids=["sequential", "shared", "parallel"],

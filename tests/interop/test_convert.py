@@ -444,7 +444,7 @@ ORDERS = ("embedding_first", "hidden_first")
 
 
 def test_check_is_content_where_the_configured_conventions_are_best():
-    ways = [{"concat_order": order, "trunk_hidden": "after_norm"} for order in ORDERS]
+    ways = [{"concat_order": order, "decoder_hidden": "after_norm"} for order in ORDERS]
     best, other = conventions.Outcome(ways[0], (2.0, 2.5)), conventions.Outcome(ways[1], (2.0, 8.0))
     assert "the configured conventions have the lowest MTP loss (main model 2.000)" in conventions.table([best, other])
     assert "2.500 with mtp.concat_order=embedding_first" in conventions.table([other, best])

@@ -697,7 +697,7 @@ def test_what_no_layout_says_is_refused_by_our_key(named):
 RESOLVED = {"value_head_dim": "head_dim", "local.rope_theta": "rope.theta"}  # where they are 0
 OF_TRAINING = {*TRAINING, "matmul_precision"}
 OF_MTP_TRAINING = {"weight", "weight_values", "weight_boundaries", "weight_unit", "depth_decay", "normalize"}
-OF_MTP_TRAINING |= {"curriculum", "detach_trunk", "freeze_trunk"}
+OF_MTP_TRAINING |= {"curriculum", "detach_decoder", "freeze_decoder"}
 OF_OTHER_KINDS = {"parameter_matched", "top.window", "nextlat.width", "nextlat.latent_weight", "nextlat.kl_weight"}
 PARTS = {"nothing": {}, "window": {"local.window": 8}, "yarn": {"rope.yarn.factor": 4.0}}
 PARTS |= {"llama3": {"rope.llama3.factor": 4.0}, "experts": {"num_experts": 8}}
@@ -895,7 +895,7 @@ REFUSED = [
     (V3 | {"num_mtp_layers": 2}, "'num_mtp_layers'=2", "'num_nextn_predict_layers'=1"),
     (V3 | {"num_nextn_predict_layers": 17}, "mtp.depth=17", "config.json"),
     (V3 | {"num_nextn_predict_layers": "1"}, "'num_nextn_predict_layers'='1'", "an integer"),
-    (V3 | {"mtp_conventions": {"chain": "side"}}, "'mtp_conventions.chain'='side'", "previous or trunk"),
+    (V3 | {"mtp_conventions": {"chain": "side"}}, "'mtp_conventions.chain'='side'", "previous or decoder"),
     (V3 | {"mtp_conventions": {"order": 1}}, "'mtp_conventions.order'=1", "concat_order"),
     (V3 | {"mtp_conventions": {"depth": 2}}, "'num_nextn_predict_layers'=1", "'depth': 2"),
     (V3 | {"mtp_conventions": 5}, "'mtp_conventions'=5", "an object"),
@@ -922,6 +922,20 @@ def test_a_null_is_an_absent_key(name):
     )
     assert read(V3 | {"q_lora_rank": None}).model.q_lora_rank == 0
     assert config_json.longest_text(LLAMA | {"max_position_embeddings": None}, "") == 2048
+
+
+def test_conventions_under_old_names_are_read_and_written_under_new_ones():
+    """Also where config.json of the imported model, which has the old names, is the base of the export."""
+    current = {"decoder_hidden": "before_norm", "chain": "decoder"}
+    old = V3 | {"mtp_conventions": {"trunk_hidden": "before_norm", "chain": "trunk"}}
+    new = V3 | {"mtp_conventions": current}
+    config = read(old)
+    assert config == read(new) and config.mtp.decoder_hidden == "before_norm" and config.mtp.chain == "decoder"
+    for base in (None, old, new):
+        assert from_config(config, "deepseek_v3", base=base)["mtp_conventions"] == current
+    both = V3 | {"mtp_conventions": {"trunk_hidden": "before_norm", "decoder_hidden": "after_norm"}}
+    message = refusal(read, both)
+    assert message.startswith("mtp.trunk_hidden and mtp.decoder_hidden (in config.json): two names of one key")
 
 
 def test_an_unknown_key_is_accepted_where_the_caller_says_so():

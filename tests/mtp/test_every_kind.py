@@ -57,8 +57,8 @@ def test_depths_lookahead_and_layers_are_those_of_the_model(name):
     assert out.hidden.shape == (1 + kind.depth, 8, 16, model.embed_dim)
     num_moe = kind.num_main_layers - model.num_dense_layers
     assert {name: s.load_E.shape for name, s in out.decoder_stats.items()} == {"blocks": (num_moe, model.num_experts)}
-    trunk = abstract_model(config.architecture).params["trunk"]
-    stacks = [jax.tree.leaves(trunk[group])[0].shape[0] for group in ("dense_blocks", "blocks")]
+    decoder = abstract_model(config.architecture).params["trunk"]
+    stacks = [jax.tree.leaves(decoder[group])[0].shape[0] for group in ("dense_blocks", "blocks")]
     assert stacks == [model.num_dense_layers, num_moe]
     assert (out.mtp_stats is None) == (kind.num_blocks == 0)
     if out.mtp_stats is not None:

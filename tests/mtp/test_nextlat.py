@@ -64,7 +64,7 @@ def test_the_loss_is_the_oracles():
 
 def test_the_teacher_receives_no_gradient():
     """With the next-token loss off, the latent and KL terms move the MLP and not what they are compared with."""
-    config = small(*NEXTLAT, "--config.mtp.detach_trunk=true")
+    config = small(*NEXTLAT, "--config.mtp.detach_decoder=true")
     built, kind = abstract_model(config.architecture), kind_of(config)
     params, biases = jax.jit(lambda: init(config.architecture, 0))()
     rows = rows_of(batch_of(config), kind)

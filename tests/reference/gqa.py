@@ -15,7 +15,7 @@ def gqa(params, model, x_BTD, segment_ids_BT, positions_BT):
     Args:
       params: {"q": [D, H, hd], "k": [D, G, hd], "v": [D, G, hd], "o": [H, hd, D]}, optionally "q_bias": [H, hd],
         "k_bias", "v_bias": [G, hd], "o_bias": [D], "q_norm", "k_norm": {"scale": [hd]}, "sinks": [H].
-      model: of this layer, see `trunk.of_layer`.
+      model: of this layer, see `decoder.of_layer`.
 
     Returns:
       [B, T, D].

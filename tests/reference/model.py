@@ -5,8 +5,8 @@ import numpy as np
 from tests.reference import loss as loss_module
 from tests.reference import mtp as mtp_module
 from tests.reference import targets as targets_module
+from tests.reference.decoder import decoder, final_norm, unembed
 from tests.reference.tree import as_float64
-from tests.reference.trunk import final_norm, trunk, unembed
 
 
 def forward(params, config, tokens, segment_ids, positions, conventions=None, mtp_weight=None):
@@ -35,7 +35,7 @@ def forward(params, config, tokens, segment_ids, positions, conventions=None, mt
     D = 0 if mtp.kind == "none" else mtp.depth
     built = targets_module.build(tokens, segment_ids, D)
     segments_KBT = targets_module.depth_segments(segment_ids, built)
-    main = trunk(params["trunk"], model, shifted_inputs(tokens, D)[0], segments_KBT[0], positions)
+    main = decoder(params["trunk"], model, shifted_inputs(tokens, D)[0], segments_KBT[0], positions)
     hiddens, aux = [], []
     if mtp.kind == "sequential":
         conventions = conventions or config.conventions

@@ -3,15 +3,15 @@
 import numpy as np
 
 from tests.reference.block import block
+from tests.reference.decoder import embed, final_norm, of_mtp
 from tests.reference.norm import rms_norm
 from tests.reference.tree import entry, unstack
-from tests.reference.trunk import embed, final_norm, of_mtp
 
 
-def sequential(params, model, mtp, conventions, trunk_output, inputs_KBT, segments_KBT, positions_BT):
+def sequential(params, model, mtp, conventions, decoder_output, inputs_KBT, segments_KBT, positions_BT):
     """h_k = Block_k(M_k [norm_e(Emb(x[i + k])); norm_h(h_{k-1})]), p_k = Head(norm_k(h_k)).
 
-    The conventions say: which half comes first (concat_order), whether h_0 (trunk_hidden) and h_k (recycled_hidden)
+    The conventions say: which half comes first (concat_order), whether h_0 (decoder_hidden) and h_k (recycled_hidden)
     are taken before or after their output norm, whose norm that is (output_norm), and whether depth k + 1 receives
     h_k or h_0 again (chain).
 
@@ -24,8 +24,8 @@ def sequential(params, model, mtp, conventions, trunk_output, inputs_KBT, segmen
       D hidden states [B, T, D], ready for the head, and D statistics as of `block`.
     """
     main_norm = params["trunk"]["final_norm"]
-    after_norm = conventions.trunk_hidden == "after_norm"
-    h_0 = final_norm(params["trunk"], model, trunk_output.h) if after_norm else trunk_output.h
+    after_norm = conventions.decoder_hidden == "after_norm"
+    h_0 = final_norm(params["trunk"], model, decoder_output.h) if after_norm else decoder_output.h
     received, hiddens, aux = h_0, [], []
     for k in range(1, mtp.depth + 1):
         module = entry(params["mtp"], 0 if mtp.shared_depths else k - 1)
@@ -43,7 +43,7 @@ def sequential(params, model, mtp, conventions, trunk_output, inputs_KBT, segmen
     return hiddens, aux
 
 
-def parallel(params, model, mtp, trunk_output, segments_KBT, positions_BT):
+def parallel(params, model, mtp, decoder_output, segments_KBT, positions_BT):
     """h_k = Block_k(z) for k >= 1 on z, the input of the main model's last block, which makes h_0 from it.
 
     One head and one norm, the main model's, serve all depths.
@@ -52,7 +52,7 @@ def parallel(params, model, mtp, trunk_output, segments_KBT, positions_BT):
     modules = unstack(params["mtp"]["block"])
     assert len(modules) == mtp.depth, (len(modules), mtp.depth)
     for k in range(1, mtp.depth + 1):
-        h_k, statistics = block(modules[k - 1], of_mtp(model, mtp), trunk_output.z, segments_KBT[k], positions_BT)
+        h_k, statistics = block(modules[k - 1], of_mtp(model, mtp), decoder_output.z, segments_KBT[k], positions_BT)
         hiddens.append(final_norm(params["trunk"], model, h_k))
         aux.append(statistics)
     return hiddens, aux

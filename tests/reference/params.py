@@ -3,7 +3,7 @@
 import numpy as np
 
 from mtp_jax.layers.spec import layer_places
-from tests.reference.trunk import of_layer, of_mtp
+from tests.reference.decoder import of_layer, of_mtp
 
 
 def random_params(config, num_main_layers, output_norm="own", seed=0):
@@ -15,7 +15,7 @@ def random_params(config, num_main_layers, output_norm="own", seed=0):
       output_norm: "own" or "main", of sequential modules.
     """
     make = _Maker(config.model, np.random.default_rng(seed))
-    params = {"trunk": make.trunk(num_main_layers)}
+    params = {"trunk": make.decoder(num_main_layers)}
     mtp = config.mtp
     if mtp.kind == "sequential":
         count = 1 if mtp.shared_depths else mtp.depth
@@ -46,7 +46,7 @@ class _Maker:
     def is_moe(self, layer):
         return self.model.num_experts > 0 and layer >= self.model.num_dense_layers
 
-    def trunk(self, num_layers):
+    def decoder(self, num_layers):
         m = self.model
         out = {"embed": self.matrix(m.vocab_size, m.embed_dim), "final_norm": self.norm(m.embed_dim)}
         stacks = {}

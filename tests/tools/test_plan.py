@@ -332,7 +332,7 @@ def test_a_mixture_of_experts_compiles_to_the_tpu_kernels_on_every_axis(here, ca
     assert not program.is_over_full
     calls = [i for body in hlo.parse(program.hlo).computations.values() for i in body if "tpu_custom_call" in i.rest]
     kernels = {kernel: sum(f"splash_mha_{kernel}_" in i.name for i in calls) for kernel in ("fwd", "dq", "dkv")}
-    num_layers = 3  # of the trunk a dense one and one with experts, and one of the MTP module
+    num_layers = 3  # of the decoder a dense one and one with experts, and one of the MTP module
     assert kernels == dict.fromkeys(kernels, num_layers if is_splash else 0)
     assert ("tgmm" in program.hlo) == (jax.__version_info__ < grouped.NATIVE_SINCE) != ("ragged-dot" in program.hlo)
     said = capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_the_baseline_is_run_once_however_deep_the_others_are():
 
 def test_names_are_short_safe_and_tell_apart():
     assert names("optimizer.learning_rate=1e-3,3e-4") == ["learning_rate=0.001", "learning_rate=0.0003"]
-    assert names("mtp.detach_trunk=true", "mtp.weight=None") == ["detach_trunk=true,weight=none"]
+    assert names("mtp.detach_decoder=true", "mtp.weight=None") == ["detach_decoder=true,weight=none"]
     # Keys of one last part are written out; a text that is no file name gets a digest of what was lost.
     found = names("model.init_std=0.1", "optimizer.name=muon", "data.files=a/b,a_b,a//b,''")
     assert [n.split(",", 2)[:2] for n in found] == [["init_std=0.1", "name=muon"]] * 4

@@ -12,7 +12,7 @@ from tests.reference.norm import rms_norm
 from tests.reference.tree import unstack
 
 
-class TrunkOutput(NamedTuple):
+class DecoderOutput(NamedTuple):
     """z: input of the last block [B, T, D]; h: its output, not normed; aux: one entry a mixture-of-experts block."""
 
     z: np.ndarray
@@ -59,7 +59,7 @@ def of_mtp(model, mtp):
     return last if mtp.window is None else replace(model, local=LocalConfig(window=mtp.window))
 
 
-def trunk(params, model, tokens_BT, segment_ids_BT, positions_BT):
+def decoder(params, model, tokens_BT, segment_ids_BT, positions_BT):
     """Embedding and all blocks.
 
     Args:
@@ -72,7 +72,7 @@ def trunk(params, model, tokens_BT, segment_ids_BT, positions_BT):
         h, statistics = block(layer, of_layer(model, index), z, segment_ids_BT, positions_BT)
         if statistics is not None:
             aux.append(statistics)
-    return TrunkOutput(z, h, aux)
+    return DecoderOutput(z, h, aux)
 
 
 def final_norm(params, model, h_BTD):
