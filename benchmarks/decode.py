@@ -70,7 +70,7 @@ def main() -> None:
 def record(model: mtp_jax.language_model.LanguageModel, args: argparse.Namespace, result) -> dict:
     """Returns the result's line."""
     counts, config = count_parameters(model.config.architecture), model.config
-    rounds_per_second = result.tokens_per_second / result.tokens_per_forward / result.batch_size
+    steps_per_second = result.tokens_per_second / result.tokens_per_forward / result.batch_size
     return {
         "benchmark": "decode",
         "model": pathlib.Path(args.workdir).name,
@@ -80,7 +80,7 @@ def record(model: mtp_jax.language_model.LanguageModel, args: argparse.Namespace
         "temperature": args.temperature,
         **speculative.as_json(result),
         "plain_ms": 1e3 * result.batch_size / result.plain_tokens_per_second,
-        "round_ms": 1e3 / rounds_per_second,
+        "speculative_step_ms": 1e3 / steps_per_second,
         "compute_dtype": config.model.compute_dtype,
         "device": jax.devices()[0].device_kind,
         "jax": metadata.version("jax"),

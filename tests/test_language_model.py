@@ -66,8 +66,8 @@ def test_speculated_texts_are_the_plain_ones_in_fewer_passes(lm, plain):
         np.testing.assert_array_equal(one, other)
     assert len(found.acceptance) == kind_of(lm.config).depth == 2 and min(found.acceptance) > 0.4  # chance: 1 / 261
     assert found.num_forward_passes < 0.7 * plain.num_forward_passes
-    assert found.tokens_per_forward == pytest.approx(sum(map(len, found.tokens)) / found.rounds.sum())
-    # Expected tokens a pass: 1 + a_1 + a_1 a_2, but for the last round of a row, which the limit cuts.
+    assert found.tokens_per_forward == pytest.approx(sum(map(len, found.tokens)) / found.num_speculative_steps.sum())
+    # Expected tokens a pass: 1 + a_1 + a_1 a_2, but for the last step of a row, which the limit shortens.
     a_1, a_2 = found.acceptance
     assert found.tokens_per_forward == pytest.approx(1 + a_1 + a_1 * a_2, rel=0.1)
 
@@ -169,7 +169,8 @@ def test_a_stop_string_is_found_with_the_blank_it_begins_with(blanks):
 def test_plain_passes_are_as_many_as_tokens_where_a_text_is_cut(lm, plain):
     stop = plain.texts[0][5]
     out = lm.generate(PROMPTS, NUM_NEW, stop=stop)
-    assert out.rounds.tolist() == [len(tokens) for tokens in out.tokens] and out.tokens_per_forward == 1.0
+    assert out.num_speculative_steps.tolist() == [len(tokens) for tokens in out.tokens]
+    assert out.tokens_per_forward == 1.0
 
 
 def test_a_stop_token_inside_a_stop_string_leaves_nothing_of_it(lm, plain):

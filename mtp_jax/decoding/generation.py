@@ -29,11 +29,11 @@ PROMPT_CHUNK = 512  # maximum number of prompt tokens run at once
 class Counts(NamedTuple):
     """Counts since the prompt, int32.
 
-    rounds_B: forward passes of the main model. tested_BK: number of times that draft k was verified, which requires all
-    drafts before it to be accepted. accepted_BK: number of times that it was accepted.
+    num_steps_B: speculative steps, each a forward pass of the main model. tested_BK: number of times that draft k was
+    verified, which requires all drafts before it to be accepted. accepted_BK: number of times that it was accepted.
     """
 
-    rounds_B: jax.Array
+    num_steps_B: jax.Array
     tested_BK: jax.Array
     accepted_BK: jax.Array
 
@@ -153,21 +153,21 @@ def generate(
     network: Network,
     stop_tokens: jax.Array,
     state: State,
-    num_rounds: jax.Array,
+    num_steps: jax.Array,
 ) -> State:
-    """Runs at most `num_rounds` speculative steps, until all rows are done; donates `state`.
+    """Runs at most `num_steps` speculative steps, until all rows are done; donates `state`.
 
     Args:
       stop_tokens: int[N]; a row ends with the first of these tokens.
     """
 
     def is_going(carry):
-        done_rounds, state = carry
-        return (done_rounds < num_rounds) & ~state.is_done_B.all()
+        num_done, state = carry
+        return (num_done < num_steps) & ~state.is_done_B.all()
 
     def one(carry):
-        done_rounds, state = carry
-        return done_rounds + 1, _step(architecture, sampler, network, stop_tokens, state)
+        num_done, state = carry
+        return num_done + 1, _step(architecture, sampler, network, stop_tokens, state)
 
     state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
     # Replicated outputs can be read by every process; the other arrays keep the sharding that the next call expects.
@@ -233,7 +233,7 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
     tested_BK = (draft_K <= accepted_B1) & (draft_K < num_B[:, None])
     accepted_BK = tested_BK & (draft_K < accepted_B1)
     counts = Counts(
-        state.counts.rounds_B + ~state.is_done_B,
+        state.counts.num_steps_B + ~state.is_done_B,
         state.counts.tested_BK + tested_BK,
         state.counts.accepted_BK + accepted_BK,
     )

@@ -15,6 +15,7 @@ from mtp_jax.decoding import generation as states
 from mtp_jax.decoding.generation import State, bucket
 from mtp_jax.decoding.inference_model import unstack
 from mtp_jax.decoding.samplers import GREEDY, Sampler
+from mtp_jax.errors import warn_once
 from mtp_jax.model import Tree
 from mtp_jax.mtp import kind_of
 
@@ -27,25 +28,31 @@ class Generation:
     """Generated tokens and statistics.
 
     tokens: int32, tokens of each row without the prompt, including the stop token.
-    rounds: int[B], forward passes of the main model per row, without prefill. For rows ended by `ends` it includes the
-      passes until the next check, up to 16 more than needed.
+    num_speculative_steps: int[B], speculative steps per row, each a forward pass of the main model; prefill is not
+      counted. For rows ended by `ends` it includes the steps until the next check, up to 16 more than needed.
     tested, accepted: int[B, K], number of drafts verified and accepted, by their index in the step.
     """
 
     tokens: list[np.ndarray]
-    rounds: np.ndarray
+    num_speculative_steps: np.ndarray
     tested: np.ndarray
     accepted: np.ndarray
 
     @property
+    def rounds(self) -> np.ndarray:
+        """Deprecated name of num_speculative_steps."""
+        warn_once("Generation.rounds is now num_speculative_steps; the next release drops the old name")
+        return self.num_speculative_steps
+
+    @property
     def num_forward_passes(self) -> int:
         """Number of forward passes of the batch: that of the row with the most."""
-        return int(self.rounds.max(initial=0))
+        return int(self.num_speculative_steps.max(initial=0))
 
     @property
     def tokens_per_forward(self) -> float:
         """Generated tokens per forward pass, both summed over rows."""
-        return sum(map(len, self.tokens)) / max(1, int(self.rounds.sum()))
+        return sum(map(len, self.tokens)) / max(1, int(self.num_speculative_steps.sum()))
 
     @property
     def acceptance(self) -> list[float]:
@@ -93,8 +100,8 @@ class Generator:
         starts = [len(p) for p in prompts]
         kept: dict[int, int] = {}
         while True:
-            rounds = STEPS_PER_CALL if ends is None else STEPS_PER_CALL_WITH_ENDS
-            state = self.write(state, rounds, sampler=sampler, stop_tokens=stop_tokens)
+            num_steps = STEPS_PER_CALL if ends is None else STEPS_PER_CALL_WITH_ENDS
+            state = self.write(state, num_steps, sampler=sampler, stop_tokens=stop_tokens)
             rows, is_done = _written(state, starts)
             found = {} if ends is None else {b: ends(b, row) for b, row in enumerate(rows) if b not in kept}
             kept |= {b: end for b, end in found.items() if end is not None}
@@ -105,8 +112,9 @@ class Generator:
                 state = state._replace(is_done_B=jax.device_put(is_done, state.is_done_B.sharding))
         counts = jax.device_get(state.counts)
         rows = [row[: kept.get(b, len(row))] for b, row in enumerate(rows)]
-        num_rounds = np.minimum(counts.rounds_B[: len(prompts)], [len(row) for row in rows])  # a pass gives >= 1 token
-        return Generation(rows, num_rounds, counts.tested_BK[: len(prompts)], counts.accepted_BK[: len(prompts)])
+        num_rows = len(prompts)
+        num_steps_B = np.minimum(counts.num_steps_B[:num_rows], [len(row) for row in rows])  # a step gives >= 1 token
+        return Generation(rows, num_steps_B, counts.tested_BK[:num_rows], counts.accepted_BK[:num_rows])
 
     def start(
         self,
@@ -138,13 +146,13 @@ class Generator:
             return states.prefill_all(self.architecture, self.network, state, int(lengths.max()) - 1)
 
     def write(
-        self, state: State, num_rounds: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
+        self, state: State, num_steps: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
     ) -> State:
-        """Returns the state after at most `num_rounds` further steps, fewer if all rows are done; donates `state`."""
+        """Returns the state after at most `num_steps` further steps, fewer if all rows are done; donates `state`."""
         stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes, so few programs
         stops[: len(stop_tokens)] = stop_tokens
         with jax.set_mesh(self.mesh):
-            return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_rounds))
+            return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_steps))
 
     def check(
         self,

@@ -105,7 +105,7 @@ class HarnessModel(LM):
                         self.num_shortened[task] += self._is_shortened(rows[row], tokens, num_new, options["stop"])
                         counts = self.passes[task]
                         counts[0] += len(tokens)
-                        counts[1] += int(written.rounds[row])
+                        counts[1] += int(written.num_speculative_steps[row])
                     progress(len(batch))
         return answers
 

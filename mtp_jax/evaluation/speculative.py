@@ -107,7 +107,7 @@ def joined(parts: Sequence[Generation]) -> Generation:
     """Returns several batches as one."""
     return Generation(
         tokens=[tokens for g in parts for tokens in g.tokens],
-        rounds=np.concatenate([g.rounds for g in parts]),
+        num_speculative_steps=np.concatenate([g.num_speculative_steps for g in parts]),
         tested=np.concatenate([g.tested for g in parts]),
         accepted=np.concatenate([g.accepted for g in parts]),
     )

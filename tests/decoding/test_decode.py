@@ -1,4 +1,4 @@
-"""Decoding over caches against whole rows without any: main model, drafts, rounds, and the distribution of texts."""
+"""Decoding over caches against whole rows without any: main model, drafts, steps, and the distribution of texts."""
 
 from dataclasses import replace
 
@@ -186,7 +186,7 @@ def test_a_row_of_a_batch_is_written_as_it_is_alone():
 # The drafts
 
 
-TRAINED = {  # strategy, drafts a round
+TRAINED = {  # strategy, drafts per step
     "sequential": (sequential(4), 4),
     "shared": (sequential(4, shared_depths=True), 4),
     "hidden first, before norm": (sequential(3, concat_order="hidden_first", decoder_hidden="before_norm"), 3),
@@ -205,7 +205,7 @@ _draft = jax.jit(drafting.draft, static_argnums=(0, 3))
 @pytest.mark.parametrize("name", TRAINED)
 def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
     """Depth k at the position before the last, its hidden state from depth k - 1 and the newest draft read: as
-    `MTPModel` computes it of the text with its drafts. In every round, after drafts kept and drafts refused."""
+    `MTPModel` computes it of the text with its drafts. In every step, after drafts kept and drafts refused."""
     mtp, num_speculative_tokens = TRAINED[name]
     model = replace(MOE, num_dense_layers=0) if mtp.depth == 3 else GQA if name == "parallel" else MLA
     model = replace(model, vocab_size=4, num_layers=2 if mtp.kind == "parallel" else 1)
@@ -272,14 +272,14 @@ def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_sp
         args = built.reference, built.config, conventions(mtp), list(prompt), 14
         expected = oracle.speculative_greedy(*args, num_speculative_tokens)
         assert list(found.tokens[b]) == expected.tokens
-        assert found.rounds[b] == expected.rounds
+        assert found.num_speculative_steps[b] == expected.num_speculative_steps
         np.testing.assert_array_equal(found.tested[b], expected.tested)
         np.testing.assert_array_equal(found.accepted[b], expected.accepted)
     assert 0 < found.accepted.sum() < found.tested.sum()
     assert oracle.greedy(built.reference, built.config, conventions(mtp), list(prompts[0]), 14) == list(found.tokens[0])
 
 
-def test_a_round_keeps_what_the_verdict_says_cut_at_limit_and_stop():
+def test_a_step_keeps_the_accepted_drafts_up_to_limit_and_stop():
     """By hand, K = 3: what is written, what is counted, who is done."""
     lengths = np.array([2, 2, 2, 2, 2, 2], np.int32)
     limits = np.array([9, 9, 4, 9, 9, 2], np.int32)
@@ -297,7 +297,7 @@ def test_a_round_keeps_what_the_verdict_says_cut_at_limit_and_stop():
     assert rows == [[9], [5, 6, 7, 9], [5, 6], [5, 8], [5, 6, 8], []]
     assert not np.asarray(state.tokens_BS)[2, 4:].any()  # nothing behind the end
     assert state.is_done_B.tolist() == [False, False, True, True, True, True]
-    assert state.counts.rounds_B.tolist() == [1, 1, 1, 1, 1, 0]
+    assert state.counts.num_steps_B.tolist() == [1, 1, 1, 1, 1, 0]
     assert state.counts.tested_BK.tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]]
     assert state.counts.accepted_BK.tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 0, 0]]
 
@@ -306,7 +306,7 @@ def test_rates_and_tokens_per_forward_of_counts():
     """Each row has its own counts; a draft that was never judged has no rate."""
     tokens = [np.arange(6), np.arange(3)]
     done = Generation(tokens, np.array([2, 3]), np.array([[2, 2, 0], [2, 0, 0]]), np.array([[2, 1, 0], [1, 0, 0]]))
-    assert done.num_forward_passes == 3
+    assert done.num_forward_passes == 3 and done.rounds is done.num_speculative_steps  # rounds: the deprecated name
     assert done.tokens_per_forward == pytest.approx(9 / 5)
     assert done.acceptance[:2] == [0.75, 0.5] and np.isnan(done.acceptance[2])
 
@@ -316,7 +316,8 @@ def test_counts_add_up_to_the_text():
     decoder = build(replace(MLA, vocab_size=4), sequential(3), seed=2).decoder()
     found = decoder.generate(prompts_of([4, 7, 2], 4), 40, num_speculative_tokens=3)
     for b, tokens in enumerate(found.tokens):
-        assert found.rounds[b] + found.accepted[b].sum() - len(tokens) in (0, 1)  # the last token may be a draft
+        num_given = found.num_speculative_steps[b] + found.accepted[b].sum()
+        assert num_given - len(tokens) in (0, 1)  # the last token may be a draft
     assert (np.diff(found.tested, axis=1) <= 0).all() and (found.tested[:, 1:] <= found.accepted[:, :-1]).all()
     assert 0 < found.accepted.sum() < found.tested.sum()
     one = decoder.generate(prompts_of([4], 4), 1, num_speculative_tokens=3)
@@ -342,7 +343,7 @@ def test_a_text_ends_at_its_stop_its_limit_or_the_context(num_speculative_tokens
 
 
 def test_a_caller_who_sees_the_end_cuts_there():
-    """`ends` is asked between runs of rounds; rows that end late or not at all are not touched by those that did."""
+    """`ends` is evaluated between runs of steps; rows that end late or not at all are not touched by those that did."""
     decoder = build(MLA, sequential(2), seed=2).decoder()
     prompts = prompts_of([4, 7], 16)
     whole = decoder.generate(prompts, 60, num_speculative_tokens=2)
@@ -351,10 +352,11 @@ def test_a_caller_who_sees_the_end_cuts_there():
         assert (tokens == whole.tokens[row][: len(tokens)]).all()
         return 13 if row == 0 and len(tokens) >= 20 else None
 
-    cut = decoder.generate(prompts, 60, num_speculative_tokens=2, ends=ends)
-    np.testing.assert_array_equal(cut.tokens[0], whole.tokens[0][:13])
-    np.testing.assert_array_equal(cut.tokens[1], whole.tokens[1])
-    assert cut.rounds[0] < whole.rounds[0] and cut.rounds[1] == whole.rounds[1]
+    ended = decoder.generate(prompts, 60, num_speculative_tokens=2, ends=ends)
+    np.testing.assert_array_equal(ended.tokens[0], whole.tokens[0][:13])
+    np.testing.assert_array_equal(ended.tokens[1], whole.tokens[1])
+    (steps_ended, steps), whole_steps = ended.num_speculative_steps, whole.num_speculative_steps
+    assert steps_ended < whole_steps[0] and steps == whole_steps[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -430,7 +432,7 @@ MESHES = {
 
 @pytest.mark.parametrize("name", MESHES)
 def test_any_mesh_writes_what_one_device_writes(name):
-    """Five prompts on eight devices, drafted and plain: the same tokens in as many rounds."""
+    """Five prompts on eight devices, drafted and plain: the same tokens in as many steps."""
     sizes, model, mtp, nums_speculative_tokens = MESHES[name]
     built = build(model, mtp, seed=9)
     prompts = prompts_of([4, 17, 1, 9, 2], 16)
@@ -440,7 +442,9 @@ def test_any_mesh_writes_what_one_device_writes(name):
         found = many.generate(prompts, 16, num_speculative_tokens=num_speculative_tokens)
         for a, b in zip(expected.tokens, found.tokens, strict=True):
             np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(found.rounds[[0, 1, 3, 4]], expected.rounds[[0, 1, 3, 4]])
+        np.testing.assert_array_equal(
+            found.num_speculative_steps[[0, 1, 3, 4]], expected.num_speculative_steps[[0, 1, 3, 4]]
+        )
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [0, 2])

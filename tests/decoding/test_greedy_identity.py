@@ -71,7 +71,7 @@ def assert_identical(name, mtp, num_speculative_tokens, alone=True):
 def test_speculated_text_is_the_plain_text(name, kind, depth):
     """Five prompts of unequal lengths as one batch; and one alone, which is one more program, at some of the depths."""
     found = assert_identical(name, STRATEGIES[kind](depth), depth, alone=depth in ((2,) if "moe" in name else (1, 4)))
-    assert found.rounds.sum() <= NUM_NEW * len(LENGTHS) and found.tested[:, 0].min() > 0
+    assert found.num_speculative_steps.sum() <= NUM_NEW * len(LENGTHS) and found.tested[:, 0].min() > 0
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Case:
         return self.draft[before[-1] if before else -1]
 
     def run(self, seed=1):
-        """(num_accepted [N], tokens of each round [N, K + 1], -1 behind its end)."""
+        """(num_accepted [N], tokens of each step [N, K + 1], -1 behind its end)."""
         rng = np.random.default_rng(seed)
         drafts = np.zeros((NUM_ROWS, self.num_speculative_tokens), int)
         last = np.full(NUM_ROWS, self.vocab)
@@ -100,7 +100,7 @@ def name_of(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_what_is_written_is_distributed_as_without_drafts(case):
-    """The first token as p, the second after each first as p of that prefix, and so on; and the whole round, its length
+    """The first token as p, the second after each first as p of that prefix, and so on; and the whole step, its length
     included, as following every draft and every verdict gives."""
     case, num, emitted = written(*case)
     for place in range(case.num_speculative_tokens + 1):
@@ -111,11 +111,11 @@ def test_what_is_written_is_distributed_as_without_drafts(case):
             if counts[prefix_index].sum() > 200:
                 value = p_value(counts[prefix_index], case.p(tuple(map(int, prefix))))
                 assert value > LIKELY / 100, (place, prefix, value)  # up to 150 questions a case
-    rounds = oracle.speculative_round(case.p, case.q, case.num_speculative_tokens)
-    names = {tokens: i for i, tokens in enumerate(rounds)}
+    steps = oracle.speculative_step(case.p, case.q, case.num_speculative_tokens)
+    names = {tokens: i for i, tokens in enumerate(steps)}
     seen = [names.get(tuple(int(t) for t in row if t >= 0), len(names)) for row in emitted]
     counts = np.bincount(seen, minlength=len(names) + 1)
-    assert p_value(counts, [*rounds.values(), 0.0]) > LIKELY
+    assert p_value(counts, [*steps.values(), 0.0]) > LIKELY
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -185,12 +185,12 @@ def test_greedy_keeps_the_leading_drafts_that_are_the_main_models_choice(num_spe
 def test_the_oracle_keeps_the_distribution():
     """The theorem of 2211.17192, appendix A.1, on the enumeration that the other tests measure by."""
     case = Case(2, 4, NUCLEUS, "reversed")
-    rounds = oracle.speculative_round(case.p, case.q, 2)
-    assert sum(rounds.values()) == pytest.approx(1)
-    first = [sum(chance for tokens, chance in rounds.items() if tokens[0] == v) for v in range(4)]
+    steps = oracle.speculative_step(case.p, case.q, 2)
+    assert sum(steps.values()) == pytest.approx(1)
+    first = [sum(chance for tokens, chance in steps.items() if tokens[0] == v) for v in range(4)]
     np.testing.assert_allclose(first, case.p(()), atol=1e-12)
     for a in range(4):
-        second = np.array([sum(c for t, c in rounds.items() if t[:2] == (a, v)) for v in range(4)])
+        second = np.array([sum(c for t, c in steps.items() if t[:2] == (a, v)) for v in range(4)])
         if second.sum():
             np.testing.assert_allclose(second / second.sum(), case.p((a,)), atol=1e-12)
 

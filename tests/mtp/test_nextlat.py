@@ -114,7 +114,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(num_speculative_tokens):
     for a, b in zip(plain.tokens, drafted.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
     assert 0 < drafted.accepted.sum() < drafted.tested.sum()
-    assert drafted.rounds.sum() < plain.rounds.sum()
+    assert drafted.num_speculative_steps.sum() < plain.num_speculative_steps.sum()
 
 
 def test_drafts_are_the_trained_roll():

@@ -46,20 +46,20 @@ def greedy(params, config, conventions, prompt, num_new):
 
 
 class Speculated(NamedTuple):
-    """tested, accepted: int[K], drafts of each place in the round that were judged, and kept."""
+    """tested, accepted: int[K], drafts of each place in the step that were judged, and kept."""
 
     tokens: list
-    rounds: int
+    num_speculative_steps: int
     tested: np.ndarray
     accepted: np.ndarray
 
 
 def speculative_greedy(params, config, conventions, prompt, num_new, num_speculative_tokens):
-    """The same text, a round at a time: K drafts, the leading ones that the main model agrees with, and its next token.
+    """The same text, a step at a time: K drafts, the leading ones that the main model agrees with, and its next token.
 
     A draft counts as judged if those before it were kept and the text has room for it.
     """
-    text, rounds = list(prompt), 0
+    text, num_speculative_steps = list(prompt), 0
     tested, accepted = np.zeros(num_speculative_tokens, int), np.zeros(num_speculative_tokens, int)
     while len(text) < len(prompt) + num_new:
         drafts = []
@@ -77,8 +77,8 @@ def speculative_greedy(params, config, conventions, prompt, num_new, num_specula
             if drafts[place] != choice:
                 break
             accepted[place] += 1
-        rounds += 1
-    return Speculated(text[len(prompt) :], rounds, tested, accepted)
+        num_speculative_steps += 1
+    return Speculated(text[len(prompt) :], num_speculative_steps, tested, accepted)
 
 
 def softmax(logits):
@@ -126,11 +126,11 @@ def distribution(logits, temperature_value, num=None, mass=None):
     return softmax(logits)
 
 
-def speculative_round(target, draft, num_speculative_tokens, prefix=()):
-    """What one round emits, by following every draft and every verdict: {tokens: probability}.
+def speculative_step(target, draft, num_speculative_tokens, prefix=()):
+    """What one step emits, by following every draft and every verdict: {tokens: probability}.
 
     Draft x ~ q is kept with probability min(1, p(x) / q(x)). Where it is not, a token from max(p - q, 0), normalised,
-    ends the round; where all are kept, one from p does.
+    ends the step; where all are kept, one from p does.
 
     Args:
       target, draft: functions from the tuple of tokens before to the probabilities p, q of the next.
@@ -145,7 +145,7 @@ def speculative_round(target, draft, num_speculative_tokens, prefix=()):
             continue
         keeps = min(1.0, p[x] / q[x])
         if keeps > 0:
-            for tokens, chance in speculative_round(target, draft, num_speculative_tokens, (*prefix, x)).items():
+            for tokens, chance in speculative_step(target, draft, num_speculative_tokens, (*prefix, x)).items():
                 out[tokens] = out.get(tokens, 0.0) + q[x] * keeps * chance
         if keeps < 1:
             for v in range(len(p)):
