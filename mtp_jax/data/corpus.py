@@ -198,4 +198,4 @@ def _smaller_documents(corpus: Corpus) -> str:
     if corpus.config.data.source != "text_files":
         return ""
     size = max(1, int(corpus.store.num_bytes.sum()) // 50)
-    return f"set data.max_document_chars={size} to cut the files into more documents, or "
+    return f"set data.max_document_chars={size} to split the files into more documents, or "

@@ -86,7 +86,7 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
 
     Args:
       text_field: the field of a .jsonl that holds the text.
-      max_document_chars: the longest part, see `cut`.
+      max_document_chars: the longest part, see `split_lines`.
 
     Raises:
       UserError: a file that cannot be read or is not UTF-8; a line that is not a JSON object with the field.
@@ -98,7 +98,7 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
             else:
                 # newline="" keeps \r\n, so no character is changed
                 with open(path, encoding="utf-8", newline="") as file:
-                    for i, text in enumerate(cut(file, max_document_chars)):
+                    for i, text in enumerate(split_lines(file, max_document_chars)):
                         yield f"{path}:{i}", text
         except UnicodeDecodeError as error:
             raise UserError(f"data.files: {path}: not UTF-8 ({error.reason}); convert it or leave it out") from error
@@ -106,7 +106,7 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
             raise UserError(f"data.files: {path}: cannot be read ({error.strerror}); mend it or drop it") from error
 
 
-def cut(lines: Iterable[str], max_chars: int) -> Iterator[str]:
+def split_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:
     """Splits lines into documents of at most `max_chars`, after blank lines or else at line ends.
 
     A longer line is one document. The concatenated documents equal the concatenated lines: no character is lost.

@@ -49,7 +49,7 @@ class FIM:
         """Returns bool[n], true for the documents that are rearranged."""
         return random_bits(self.seed, "fim", documents) < self.rate * 2.0**64
 
-    def cuts(self, documents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def split_points(self, documents: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns int64[n] a <= b: the middle is tokens[a:b] of the `lengths` tokens between bos and eos."""
         one = random_bits(self.seed, "fim first cut", documents) % (lengths + 1).astype(np.uint64)
         two = random_bits(self.seed, "fim second cut", documents) % (lengths + 1).astype(np.uint64)
@@ -105,7 +105,7 @@ class Stream:
         """Returns the index of each token in its document as stored, and int32 FIM marks, -1 for other tokens."""
         documents = self._documents[first:last]
         lengths = self._store.lengths[documents] - self._store.has_bos - self._store.has_eos
-        a, b = fim.cuts(documents, lengths)
+        a, b = fim.split_points(documents, lengths)
         chosen, lengths, a, b = (np.repeat(x, counts) for x in (fim.chosen(documents), lengths, a, b))
         i = offsets - self._store.has_bos  # index in the rearranged document, 0 for the prefix mark
         suffix, middle = a + 1, a + 2 + lengths - b  # indices of the other two marks

@@ -1,4 +1,4 @@
-"""Which texts are read, and where they are cut."""
+"""Which texts are read, and where they are split."""
 
 import os
 
@@ -13,16 +13,20 @@ from mtp_jax.data import documents
 @given(st.lists(st.text("ab \n\r", max_size=30)), st.integers(1, 40))
 def test_cut_loses_nothing(pieces, max_chars):
     lines = "\n\n".join(pieces).splitlines(keepends=True)
-    cut = list(documents.cut(lines, max_chars))
-    assert "".join(cut) == "".join(lines)
-    assert all(cut)
-    for document in cut:  # only a single line may be longer
+    split = list(documents.split_lines(lines, max_chars))
+    assert "".join(split) == "".join(lines)
+    assert all(split)
+    for document in split:  # only a single line may be longer
         assert len(document) <= max_chars or len(document.splitlines()) == 1
 
 
 def test_cut_prefers_blank_lines():
     text = "one\ntwo\n\nthree\nfour\n\nfive\nsix\n"
-    assert list(documents.cut(text.splitlines(keepends=True), 16)) == ["one\ntwo\n\n", "three\nfour\n\n", "five\nsix\n"]
+    assert list(documents.split_lines(text.splitlines(keepends=True), 16)) == [
+        "one\ntwo\n\n",
+        "three\nfour\n\n",
+        "five\nsix\n",
+    ]
 
 
 def test_real_text_is_cut_without_loss(real_data, tmp_path):

@@ -21,7 +21,7 @@ def rearranged(store, fim, i):
         return ids
     bos, ids = (ids[:1], ids[1:]) if store.has_bos else ([], ids)
     ids, eos = (ids[:-1], ids[-1:]) if store.has_eos else (ids, [])
-    a, b = (int(x[0]) for x in fim.cuts(one, np.array([len(ids)])))
+    a, b = (int(x[0]) for x in fim.split_points(one, np.array([len(ids)])))
     p, s, m = fim.tokens
     return [*bos, p, *ids[:a], s, *ids[b:], m, *ids[a:b], *eos]
 
@@ -137,7 +137,7 @@ def test_fim_gives_back_the_document_and_meets_its_rate(make_store):
 
 
 def test_fim_cuts_reach_every_place():
-    a, b = FIM(1.0, MARKS, 0).cuts(np.arange(3000), np.full(3000, 4))
+    a, b = FIM(1.0, MARKS, 0).split_points(np.arange(3000), np.full(3000, 4))
     found = set(zip(a.tolist(), b.tolist(), strict=True))
     assert found == {(x, y) for y in range(5) for x in range(y + 1)}
 

@@ -127,17 +127,17 @@ def test_sentencepiece_pieces_count_their_text(saved):
 
 @pytest.mark.parametrize("make", [sentencepiece.llama_style, sentencepiece.unigram_style, byte_level])
 def test_a_text_decoded_in_two_parts_is_the_text(saved, make):
-    """Wherever it is cut between two characters, at its ends too, and whatever special tokens stand there."""
+    """Wherever it is split between two characters, at its ends too, and whatever special tokens stand there."""
     tokenizer = saved(make())
     for text in [*sentencepiece.TEXTS, "  Bob 漢字 🙂🙂 at 3", "a<|x|>  b"]:
         ids = tokenizer.encode(text).tolist()
-        whole, cuts = tokenizer.decode(ids), 0
+        whole, num_splits = tokenizer.decode(ids), 0
         for n in range(len(ids) + 1):
             before = tokenizer.decode(ids[:n])
             if whole.startswith(before):  # else in the middle of a character
                 assert before + tokenizer.decode_after(ids[:n], ids[n:]) == whole
-                cuts += 1
-        assert cuts > 6 and tokenizer.decode_after([], []) == tokenizer.decode_after(ids, []) == ""
+                num_splits += 1
+        assert num_splits > 6 and tokenizer.decode_after([], []) == tokenizer.decode_after(ids, []) == ""
 
 
 def test_what_follows_no_text_is_the_beginning_of_one(saved):
@@ -148,7 +148,7 @@ def test_what_follows_no_text_is_the_beginning_of_one(saved):
 
 
 def test_part_of_a_character_before_spoils_no_byte_behind_it(saved):
-    """The library makes every byte of a run U+FFFD where one is: a prompt cut in mid-character is no such run."""
+    """The library makes every byte of a run U+FFFD where one is: a prompt truncated in mid-character is no such run."""
     tokenizer = saved(sentencepiece.llama_style())
     letter = [tokenizer._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "漢".encode()]
     assert tokenizer.decode_after(letter[:1], letter) == "漢" and tokenizer.decode([letter[0], *letter]) == "\ufffd" * 4
