@@ -175,7 +175,7 @@ class FolderArray:
         self._num_lead = len(next(iter(parts)))
 
     @property
-    def cut_order(self) -> list[int]:
+    def split_order(self) -> list[int]:
         """Dims in the order in which to split a partial read: layers and experts, then the dims stored as file rows."""
         info, stacked = (part := next(iter(self._parts.values()))).info, part.stacked
         if stacked:
@@ -324,13 +324,13 @@ def check_folder(
         name = missing[0].name
         hint = f"; {_MAIN_ALONE}" if "mtp" in missing[0].path else ""
         hint = "; is tie_word_embeddings missing there?" if name == OUTSIDE_BLOCKS["unembed"] else hint
-        raise UserError(f"{where}: has no tensor {name}{_more(missing)}, which its config.json asks for{hint}")
+        raise UserError(f"{where}: has no tensor {name}{_and_more(missing)}, which its config.json implies{hint}")
     quantized = _check_mxfp4(folder, listed, where)
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].shape != t.shape:
             shape = folder.infos[t.name].shape
             raise UserError(
-                f"{where}: tensor {t.name} is {shape}, its config.json asks for {t.shape}; one is of another model"
+                f"{where}: tensor {t.name} is {shape}, its config.json implies {t.shape}; one is of another model"
             )
     kinds = [
         (n, i.dtype)
@@ -339,7 +339,7 @@ def check_folder(
     ]
     if kinds:
         name, dtype = kinds[0]
-        raise UserError(f"{where}: tensor {name} is {dtype}{_more(kinds)}; give a folder in bfloat16 or float32")
+        raise UserError(f"{where}: tensor {name} is {dtype}{_and_more(kinds)}; give a folder in bfloat16 or float32")
     known = {t.name for t in listed} | quantized
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].dtype == "F8_E4M3":
@@ -354,7 +354,7 @@ def check_folder(
         hint = ""
         if extra[0].startswith(mtp_prefixes):
             hint = f"; of MTP layers: set num_nextn_predict_layers there, or {_MAIN_ALONE}"
-        raise UserError(f"{where}: has tensor {extra[0]}{_more(extra)}, which its config.json does not ask for{hint}")
+        raise UserError(f"{where}: has tensor {extra[0]}{_and_more(extra)}, which its config.json does not imply{hint}")
     _check_repeated(folder, listed, where)
 
 
@@ -434,5 +434,5 @@ def _has_experts(leaves: Mapping[Path, ReadableArray], prefix: Path) -> bool:
     return (*prefix, "ffn", "router", "weight") in leaves
 
 
-def _more(items: Sequence[object]) -> str:
+def _and_more(items: Sequence[object]) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

@@ -40,7 +40,7 @@ def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] 
     Args:
       directory: the folder to write.
       tree: nested dicts of leaves with `shape`, `dtype` and `[slices] -> array`; numpy arrays too. A leaf may have
-        `cut_order`, the order in which its dims are split into chunks (default: from the first on).
+        `split_order`, the order in which its dims are split into chunks (default: from the first on).
       progress: called with the number of elements of each chunk written.
 
     Raises:
@@ -88,7 +88,7 @@ class _Source:
         self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
         self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
         self.nbytes = self.size * self.dtype.itemsize
-        self.chunk = _chunk_shape(self.shape, self.dtype.itemsize, getattr(array, "cut_order", range(self.ndim)))
+        self.chunk = _chunk_shape(self.shape, self.dtype.itemsize, getattr(array, "split_order", range(self.ndim)))
 
     def blocks(self) -> Iterator[tuple[slice, ...]]:
         """Yields the slices of every chunk."""
@@ -98,10 +98,10 @@ class _Source:
             yield tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, self.chunk, self.shape, strict=True))
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int, cut_order: Iterable[int]) -> list[int]:
+def _chunk_shape(shape: tuple[int, ...], itemsize: int, split_order: Iterable[int]) -> list[int]:
     """Returns the largest block within CHUNK_BYTES that splits as few dims as possible."""
     chunk = [max(n, 1) for n in shape]
-    for dim in cut_order:
+    for dim in split_order:
         rest = itemsize * int(np.prod(chunk)) // chunk[dim]
         if rest * chunk[dim] <= CHUNK_BYTES:
             break

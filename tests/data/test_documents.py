@@ -20,7 +20,7 @@ def test_cut_loses_nothing(pieces, max_chars):
         assert len(document) <= max_chars or len(document.splitlines()) == 1
 
 
-def test_cut_prefers_blank_lines():
+def test_splits_are_at_blank_lines_first():
     text = "one\ntwo\n\nthree\nfour\n\nfive\nsix\n"
     assert list(documents.split_lines(text.splitlines(keepends=True), 16)) == [
         "one\ntwo\n\n",

@@ -572,7 +572,7 @@ MAIN_ALONE = ["mtp_jax.tools.convert import --hf=FOLDER --workdir=DIR --depth=0`
 BROKEN = {
     "missing tensor": (without("model.layers.1.mlp.gate.weight"), ["model.layers.1.mlp.gate.weight"]),
     "missing MTP tensor": (without("model.layers.4.enorm.weight"), ["model.layers.4.enorm", *MAIN_ALONE]),
-    "extra tensor": (lambda p: rewrite(p, lambda t: t.update(more=t[HEAD])), ["tensor more", "does not ask for"]),
+    "extra tensor": (lambda p: rewrite(p, lambda t: t.update(more=t[HEAD])), ["tensor more", "does not imply"]),
     "wrong shape": (lambda p: reconfigure(p, vocab_size=300), ["(264, 32)", "(300, 32)"]),
     "a head of its own": (lambda p: rewrite(p, lambda t: t.update({HEAD: t[HEAD] + 1})), [HEAD, "lm_head.weight"]),
     "more blocks than there are": (

@@ -72,7 +72,7 @@ def test_any_block_is_a_block_of_the_whole(opened):
             index = tuple(slice(int(a), int(b)) for a, b in bounds)
             np.testing.assert_array_equal(leaf[index], whole[index], err_msg=str(path))
         np.testing.assert_array_equal(leaf[0], whole[0])
-        assert sorted(leaf.cut_order) == list(range(whole.ndim))
+        assert sorted(leaf.split_order) == list(range(whole.ndim))
 
 
 def test_back_to_theirs_is_what_was_read(opened):

@@ -13,10 +13,10 @@ from mtp_jax.training.checkpoint import CheckpointError, Checkpoints, write_stre
 class Counted:
     """An array that knows which parts of it were asked for."""
 
-    def __init__(self, array, cut_order=None):
+    def __init__(self, array, split_order=None):
         self._array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
-        if cut_order is not None:
-            self.cut_order = cut_order
+        if split_order is not None:
+            self.split_order = split_order
 
     def __getitem__(self, index):
         self.read.append(index)
@@ -61,7 +61,7 @@ def test_a_streamed_checkpoint_restores_as_arrays_and_opens_lazily(monkeypatch, 
 def test_parts_are_read_once_and_no_larger_than_a_chunk(monkeypatch, tmp_path):
     monkeypatch.setattr(chunked_checkpoint, "CHUNK_BYTES", 4 * 12)
     array = np.arange(4 * 6 * 5, dtype=np.float32).reshape(4, 6, 5)
-    leaf = Counted(array, cut_order=[0, 2, 1])
+    leaf = Counted(array, split_order=[0, 2, 1])
     write_streamed(tmp_path, 0, {"params": {"a": leaf}})
     parts = [array[index] for index in leaf.read]
     assert len(parts) == 4 * 3 and all(part.shape[:2] == (1, 6) and part.size <= 12 for part in parts)
