@@ -130,12 +130,12 @@ def test_model_and_loss_equal_the_oracle(model_name, strategy_name):
         mtp=STRATEGIES[strategy_name],
         training=TrainingConfig(z_loss_weight=0.01, loss_chunk=7),
     )
-    ways = conventions(config.mtp)
-    reference_params = random_params(config, kind_of(config).num_main_layers, ways.output_norm)
+    chosen = conventions(config.mtp)
+    reference_params = random_params(config, kind_of(config).num_main_layers, chosen.output_norm)
     depth, length = kind_of(config).depth, 12
     rng = np.random.default_rng(1)
     tokens, segments, positions = packed_rows(rng, 3, length + 1 + depth, config.model.vocab_size, num_padding=3)
-    expected = forward(reference_params, config, tokens, segments, positions[:, :length], ways)
+    expected = forward(reference_params, config, tokens, segments, positions[:, :length], chosen)
 
     params, biases = to_model(reference_params)
     built = abstract_model(config.architecture)

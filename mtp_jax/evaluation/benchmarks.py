@@ -218,8 +218,8 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
             values[name]["num_shortened"] = answers.num_shortened[name]
     title = "benchmarks" + (f", {args.limit} documents of each" if args.limit else "")
     context = model.config.data.sequence_length
-    if answers.num_cut:
-        title += f"; {answers.num_cut} contexts were cut to what the model's {context} tokens hold"
+    if answers.num_truncated:
+        title += f"; {answers.num_truncated} contexts were truncated to the model's {context} tokens"
     if shortened := sum(answers.num_shortened.values()):
         title += f"; {shortened} answers ended with the context of {context} tokens, before their task's limit"
     return f"{title}\n{table(values)}", values

@@ -1,4 +1,4 @@
-"""Comparison of MTP conventions by their loss on a text: every combination is tried (DESIGN: released layouts differ).
+"""Comparison of MTP conventions by their loss on a text: every combination is tried, because released layouts differ.
 
 A wrong concatenation order or a missing norm does not show in any shape; it shows as a loss near ln V.
 
@@ -40,9 +40,12 @@ BEYOND_DEPTH_1 = ("recycled_hidden", "chain")  # at depth 1 no hidden state is p
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses under one combination of conventions. `ways`: the conventions. `losses`: nats per token of depths 0..D."""
+    """Losses under one combination of conventions.
 
-    ways: dict[str, str]
+    choice: convention -> value, as in `CHOICES`. losses: nats per token of depths 0..D.
+    """
+
+    choice: dict[str, str]
     losses: tuple[float, ...]
 
     @property
@@ -98,24 +101,24 @@ def _sums(architecture: Architecture, params: Tree, biases: Tree, tokens_BN: jax
 def table(outcomes: list[Outcome]) -> str:
     """Returns the outcomes as text, the lowest MTP loss first, with a conclusion."""
     configured, best = outcomes[0], min(outcomes, key=lambda o: o.mtp_loss)
-    names = [name for name in configured.ways if len({o.ways[name] for o in outcomes}) > 1]
+    names = [name for name in configured.choice if len({o.choice[name] for o in outcomes}) > 1]
     head = "".join(f"{name:<18}" for name in names) + f"{'MTP loss':>9}"
     rows = [
-        "".join(f"{o.ways[name]:<18}" for name in names)
+        "".join(f"{o.choice[name]:<18}" for name in names)
         + f"{o.mtp_loss:>9.3f}{'  <- configured' if o is configured else ''}"
         for o in sorted(outcomes, key=lambda o: o.mtp_loss)
     ]
     if not np.isfinite([o.mtp_loss for o in outcomes]).all():
-        verdict = "warning: a loss is not finite, so the conventions cannot be told"
+        verdict = "warning: a loss is not finite, so the conventions cannot be compared"
     elif best is configured:
         verdict = f"the configured conventions have the lowest MTP loss (main model {configured.losses[0]:.3f})"
     elif configured.mtp_loss - best.mtp_loss < TOO_CLOSE:
         verdict = (
             f"the configured conventions are within {TOO_CLOSE} of the lowest MTP loss ({best.mtp_loss:.3f}); this "
-            "text cannot tell those apart"
+            "text does not distinguish them"
         )
     else:
-        other = ", ".join(f"mtp.{n}={best.ways[n]}" for n in names if best.ways[n] != configured.ways[n])
+        other = ", ".join(f"mtp.{n}={best.choice[n]}" for n in names if best.choice[n] != configured.choice[n])
         verdict = (
             f"warning: the configured conventions have an MTP loss of {configured.mtp_loss:.3f}, {best.mtp_loss:.3f} "
             f"with {other}; the weights may follow those (set them in the config)"
@@ -150,7 +153,7 @@ def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
 
         text = inspect.getsource(argparse)
     if lm.tokenizer is None:
-        raise UserError(f"--check: data.tokenizer={lm.config.data.tokenizer} is not there, so no text can be read")
+        raise UserError(f"--check: data.tokenizer={lm.config.data.tokenizer} does not exist, so no text can be read")
     ids = lm.tokenizer.encode(text[: ROWS * LENGTH * 16])
     vocab = lm.config.model.vocab_size or 0
     if ids.max(initial=0) >= vocab:
@@ -160,5 +163,5 @@ def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
         )
     length = min(LENGTH, len(ids) // ROWS)
     if length < 8 * (1 + kind_of(lm.config).depth):
-        raise UserError(f"--check={text_file}: has {len(ids)} tokens, too few to tell; give a longer text")
+        raise UserError(f"--check={text_file}: has {len(ids)} tokens, too few to compare; give a longer text")
     return ids[: ROWS * length].reshape(ROWS, length)

@@ -26,7 +26,7 @@ class HarnessModel(LM):
     """A `LanguageModel` with the harness's interface. Every process of a mesh answers the same requests.
 
     Attributes:
-      num_cut: contexts that were truncated to fit the model's.
+      num_truncated: contexts that were truncated to fit the model's.
       num_shortened: task name -> number of generated answers that the end of the model's context truncated.
       passes: task name -> [generated tokens, forward passes of the main model] of generated answers.
     """
@@ -58,7 +58,7 @@ class HarnessModel(LM):
         self.drafts: dict[str, Any] = {"speculative": speculative} if speculative else {}
         if speculative and num_speculative_tokens is not None:
             self.drafts["num_speculative_tokens"] = num_speculative_tokens
-        self.num_cut = 0
+        self.num_truncated = 0
         self.num_shortened: dict[str, int] = collections.defaultdict(int)
         self.passes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
@@ -67,7 +67,7 @@ class HarnessModel(LM):
         texts, starts = self.model.pair_ids([request.args for request in requests])
         longest = self.model.config.data.sequence_length + 1  # the last token is only predicted
         truncated = {request.args[0] for request, ids in zip(requests, texts, strict=True) if len(ids) > longest}
-        self.num_cut += len(truncated)  # each context once, however many answers it has
+        self.num_truncated += len(truncated)  # each context once, however many answers it has
         with _bar("loglikelihood", len(texts)) as progress:
             return self.model.token_loglikelihood(texts, starts, progress)
 
@@ -129,7 +129,7 @@ class HarnessModel(LM):
             ids = [first]
         context = self.model.config.data.sequence_length
         room = context - min(num_new, context // 2)
-        self.num_cut += len(ids) > room
+        self.num_truncated += len(ids) > room
         return ids[-room:]
 
 

@@ -146,7 +146,7 @@ def test_eval_prints_a_table_and_writes_three_files(monkeypatch, capsys, tmp_pat
     subjects = [v["metrics"]["acc"]["value"] for v in found.values() if v["group"] == "mmlu_stem"]
     assert found["mmlu_stem"]["metrics"]["acc"]["value"] == pytest.approx(np.mean(subjects))
     assert "arc_easy" in out and "mmlu_stem" in out and "mmlu_anatomy" not in out  # too many to list
-    assert f"contexts were cut to what the model's {96} tokens hold" in out
+    assert f"contexts were truncated to the model's {96} tokens" in out
     markdown = output.with_suffix(".md").read_text()
     assert "arc_easy" in markdown and "(out.png)" in markdown
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and not output.with_suffix(".partial").exists()

@@ -249,11 +249,11 @@ def test_answers_keep_the_blanks_they_begin_with(lm, monkeypatch, tmp_path):
 def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
     told = harness.HarnessModel(lm)
     request = harness.Instance("generate_until", {}, ("x" * 500 + "end", {"max_gen_toks": 4}), 0)
-    assert told._prompt(request.args[0], 4) == [*b"x" * (CONTEXT - 7), *b"end"] and told.num_cut == 1
-    assert told._prompt("", 4) == [BOS] and told.num_cut == 1
+    assert told._prompt(request.args[0], 4) == [*b"x" * (CONTEXT - 7), *b"end"] and told.num_truncated == 1
+    assert told._prompt("", 4) == [BOS] and told.num_truncated == 1
     pairs = [("y" * 500, " a"), ("y" * 500, " b"), ("z" * 500, " a"), ("z", " a")]
     told.loglikelihood([harness.Instance("loglikelihood", {}, pair, 0) for pair in pairs])
-    assert told.num_cut == 3  # of two contexts, one with two answers
+    assert told.num_truncated == 3  # of two contexts, one with two answers
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_an_answer_is_as_long_as_asked_or_as_the_context_holds(short, num_prompt
     arguments = (text, {"max_gen_toks": asked})
     answer = told.generate_until([harness.Instance("generate_until", {}, arguments, 0, ("t", 0, 1))])[0]
     assert told.passes["t"][0] == num_written
-    assert told.num_shortened["t"] == (num_written < asked) and told.num_cut == (num_kept < num_prompt)
+    assert told.num_shortened["t"] == (num_written < asked) and told.num_truncated == (num_kept < num_prompt)
     kept = [BOS, *text.encode()][-num_kept:]
     assert answer == short.generate([kept], num_written, seed=0).texts[0]
 

@@ -134,7 +134,7 @@ NATIVE = {
     "deepseek_v3": (),
     "deepseek_v3 dense": ("--config.model.num_experts=0", "--config.mtp.depth=1"),
     "deepseek_v3 shared depths": ("--config.mtp.shared_depths=true", "--config.mtp.depth=3"),
-    "deepseek_v3 other ways": ("--config.mtp.concat_order=hidden_first", "--config.mtp.output_norm=main"),
+    "deepseek_v3 other conventions": ("--config.mtp.concat_order=hidden_first", "--config.mtp.output_norm=main"),
     "deepseek_v2": (
         *("--config.model.router.score=softmax", "--config.model.router.renormalize=false"),
         *("--config.model.router.group_score=max", "--config.mtp.kind=none"),
@@ -420,8 +420,8 @@ def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypat
     lm = mtp_jax.load(tmp_path / "run")
     tokens = next(iter(run.corpus.batches("validation")))["tokens"]
     outcomes = conventions.compare(lm, tokens)
-    assert len(outcomes) == 8 and outcomes[0].ways["concat_order"] == "embedding_first"
-    right, wrong = ([o.mtp_loss for o in outcomes if o.ways["concat_order"] == order] for order in ORDERS)
+    assert len(outcomes) == 8 and outcomes[0].choice["concat_order"] == "embedding_first"
+    right, wrong = ([o.mtp_loss for o in outcomes if o.choice["concat_order"] == order] for order in ORDERS)
     assert max(right) + 0.1 < min(wrong)
     # Imported under the wrong order, by a config.json that says so, it is noticed.
     convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
@@ -444,13 +444,13 @@ ORDERS = ("embedding_first", "hidden_first")
 
 
 def test_check_is_content_where_the_configured_conventions_are_best():
-    ways = [{"concat_order": order, "decoder_hidden": "after_norm"} for order in ORDERS]
-    best, other = conventions.Outcome(ways[0], (2.0, 2.5)), conventions.Outcome(ways[1], (2.0, 8.0))
+    choices = [{"concat_order": order, "decoder_hidden": "after_norm"} for order in ORDERS]
+    best, other = conventions.Outcome(choices[0], (2.0, 2.5)), conventions.Outcome(choices[1], (2.0, 8.0))
     assert "the configured conventions have the lowest MTP loss (main model 2.000)" in conventions.table([best, other])
     assert "2.500 with mtp.concat_order=embedding_first" in conventions.table([other, best])
-    near = conventions.Outcome(ways[1], (2.0, 2.505))
-    assert "text cannot tell those apart" in conventions.table([near, best])
-    assert "not finite" in conventions.table([best, conventions.Outcome(ways[1], (2.0, float("nan")))])
+    near = conventions.Outcome(choices[1], (2.0, 2.505))
+    assert "text does not distinguish them" in conventions.table([near, best])
+    assert "not finite" in conventions.table([best, conventions.Outcome(choices[1], (2.0, float("nan")))])
 
 
 # ---------------------------------------------------------------------------------------------------------------
