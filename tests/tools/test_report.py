@@ -190,7 +190,7 @@ def sweep(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_means_and_spreads_over_seeds(sweep, run):
+def test_mean_and_standard_deviation_over_seeds(sweep, run):
     code, out, err = run(f"--sweep={sweep}")
     assert (code, err) == (0, "")
     learnt = rows_of(out, "runs: what was learnt (held-out documents, eval.json)")
@@ -340,7 +340,7 @@ def test_the_test_over_seeds_is_welchs():
     assert 50 < sum(found) < 250
 
 
-def test_a_single_run_is_taken_to_spread_as_the_other_side():
+def test_a_single_run_is_assumed_to_have_the_deviation_of_the_other_side():
     """The same as Student's test of one run against several; what the documents alone would say is not enough."""
     from scipy.stats import ttest_ind
 

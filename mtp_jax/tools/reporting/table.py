@@ -51,7 +51,7 @@ def number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
-def spread(sample: Sample | None, digits: int, num_expected: int | None = None) -> str:
+def mean_and_std(sample: Sample | None, digits: int, num_expected: int | None = None) -> str:
     """Formats a sample as `1.327 ± 0.012`, mean and sample standard deviation, or `1.327` for a single run. If fewer
     runs than `num_expected` have it, their number follows in brackets."""
     if sample is None:

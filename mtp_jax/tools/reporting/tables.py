@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mtp_jax.mtp import KINDS, kind_of
 from mtp_jax.tools.reporting.runs import Run
-from mtp_jax.tools.reporting.table import MARK, MISSING, Table, depths, number, spread
+from mtp_jax.tools.reporting.table import MARK, MISSING, Table, depths, mean_and_std, number
 from mtp_jax.tools.reporting.variants import (
     Sample,
     Variant,
@@ -12,16 +12,16 @@ from mtp_jax.tools.reporting.variants import (
     beyond_noise,
     measures,
     shown_benchmarks,
-    spelled,
+    value_text,
 )
 from mtp_jax.typing import JsonObject
 
 SEARCHED = ("mtp.kind", "mtp.depth")
-SPREAD_NOTE = "mean ± sample standard deviation over seeds; [n]: of n runs only"
+MEAN_NOTE = "mean ± sample standard deviation over seeds; [n]: of n runs only"
 NOISE_NOTE = (
     f"{MARK} differs from the baseline by more than chance: at 95 % by Welch's t-test over seeds (a single run is "
-    "taken to spread as the other side does) and by 1.96 standard errors over documents, each where known; of pairs "
-    "that do not differ one in twenty is marked, at most"
+    "assumed to have the deviation of the other side) and by 1.96 standard errors over documents, each where known; of "
+    "pairs that do not differ one in twenty is marked, at most"
 )
 SOURCES = {"validation": "held-out documents, eval.json", "training": "last logged training step, no run is evaluated"}
 
@@ -52,12 +52,12 @@ def learnt(variants: Sequence[Variant], source: str) -> Table:
     for v in variants:
         count, depth = len(v.finished), _depth(v, source)
         row = [*_settings(v, keys), v.num_runs]
-        row += [spread(v.sample(f"{name}_main", source), 3, count) for name in ("loss", "bits_per_byte")]
+        row += [mean_and_std(v.sample(f"{name}_main", source), 3, count) for name in ("loss", "bits_per_byte")]
         for name in ("loss", "agreement"):
             samples = [v.sample(f"{name}_mtp_{k}", source) for k in range(1, depth + 1)]
-            row.append("  ".join(spread(s, 3, count).replace(" ", "") for s in samples) or MISSING)
+            row.append("  ".join(mean_and_std(s, 3, count).replace(" ", "") for s in samples) or MISSING)
         rows.append(row)
-    return Table(f"runs: what was learnt ({SOURCES[source]})", header, rows, (SPREAD_NOTE,))
+    return Table(f"runs: what was learnt ({SOURCES[source]})", header, rows, (MEAN_NOTE,))
 
 
 def costs(variants: Sequence[Variant], source: str) -> Table:
@@ -72,11 +72,11 @@ def costs(variants: Sequence[Variant], source: str) -> Table:
             sample = v.sample(name, source)
             row.append(number(sample.mean / 1e6, 2) if sample else MISSING)
         for name, digits in (("tokens_per_second", 0), ("peak_memory_gib", 2), ("expected_tokens", 2)):
-            row.append(spread(v.sample(name, source), digits, len(v.finished)))
-        row += [spread(v.sample(name, source), 2, len(v.finished)) for name in ("tokens_per_forward", "speed_up")]
+            row.append(mean_and_std(v.sample(name, source), digits, len(v.finished)))
+        row += [mean_and_std(v.sample(name, source), 2, len(v.finished)) for name in ("tokens_per_forward", "speed_up")]
         rows.append(row)
     title = "runs: what it takes and yields (tokens/s: training, the median; speed-up: of self-speculation)"
-    return Table(title, header, rows, (SPREAD_NOTE,))
+    return Table(title, header, rows, (MEAN_NOTE,))
 
 
 def searches(variants: Sequence[Variant], source: str) -> list[Table]:
@@ -104,14 +104,14 @@ def _search(kind: str, others: str, variants: list[Variant], baseline: Variant |
         row = [str(1 + v.depth), v.num_runs, _num_blocks(v)]
         for name in ("loss_main", "bits_per_byte_main"):
             sample = v.sample(name, source)
-            row.append(spread(sample, 3, count) + _mark(sample, other.sample(name, source) if other else None))
-        row += [spread(v.sample(name, source), 2, count) for name in ("tokens_per_forward", "speed_up")]
+            row.append(mean_and_std(sample, 3, count) + _mark(sample, other.sample(name, source) if other else None))
+        row += [mean_and_std(v.sample(name, source), 2, count) for name in ("tokens_per_forward", "speed_up")]
         for task, _ in tasks:
             sample = v.benchmark(task)
             row.append(score(sample, count) + _mark(sample, other.benchmark(task) if other else None))
         rows.append(row)
     title = f"search over n = 1 + depth: {_heads(kind, variants)}{f' ({others})' if others else ''}"
-    notes = ("blocks: of the main model, and of the depths on top", f"losses: {SOURCES[source]}; {SPREAD_NOTE}")
+    notes = ("blocks: of the main model, and of the depths on top", f"losses: {SOURCES[source]}; {MEAN_NOTE}")
     return Table(title, header, rows, (*notes, NOISE_NOTE))
 
 
@@ -156,7 +156,7 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, Jso
     title = f"benchmarks{f' ({others})' if others else ''}"
     counts = ", ".join(f"{v.label()}: {v.num_runs}" for v in variants)
     notes = (
-        f"{SPREAD_NOTE}; (e): the standard error over documents, where there is one seed",
+        f"{MEAN_NOTE}; (e): the standard error over documents, where there is one seed",
         f"runs: {counts}",
         NOISE_NOTE if baseline else "no differences: there is no run with mtp.kind=none",
     )
@@ -181,7 +181,7 @@ def each_seed(variants: Sequence[Variant]) -> Table | None:
 
 def score(sample: Sample | None, num_expected: int) -> str:
     """Formats a benchmark's mean and deviation, or a single value and its standard error."""
-    text = spread(sample, 3, num_expected)
+    text = mean_and_std(sample, 3, num_expected)
     is_single = sample is not None and len(sample.values) == 1 and sample.error is not None
     return f"{text} ({number(sample.error, 3)})" if is_single and sample else text
 
@@ -225,7 +225,7 @@ def _keys(variants: Sequence[Variant]) -> list[str]:
 def _settings(variant: Variant, keys: list[str]) -> list[str]:
     if not variant.settings:
         return [variant.label(), *[MISSING] * (len(keys) - 1)]
-    return [spelled(variant.settings.get(key, MISSING)) for key in keys]
+    return [value_text(variant.settings.get(key, MISSING)) for key in keys]
 
 
 def _short(keys: list[str]) -> list[str]:

@@ -79,7 +79,7 @@ class Variant:
         """Returns a label as `parallel, depth 3`, of the settings in `keys`, which may be empty; if None, of all
         settings, or the run's name if there are none."""
         shown = {k: v for k, v in self.settings.items() if (keys is None or k in keys) and v != ABSENT}
-        text = ", ".join(str(v) if k == "mtp.kind" else f"{k.split('.')[-1]} {spelled(v)}" for k, v in shown.items())
+        text = ", ".join(str(v) if k == "mtp.kind" else f"{k.split('.')[-1]} {value_text(v)}" for k, v in shown.items())
         name = self.runs[0].name if len(self.runs) == 1 else "all runs"
         return text or (name if keys is None else "")
 
@@ -109,7 +109,7 @@ def variants_of(runs: Sequence[Run]) -> list[Variant]:
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         known = [(key, run.settings.get(key, ABSENT)) for key in keys] if run.settings else [("run", run.name)]
-        groups.setdefault(tuple((key, spelled(value)) for key, value in known), []).append(run)
+        groups.setdefault(tuple((key, value_text(value)) for key, value in known), []).append(run)
     out = []
     for group, members in groups.items():
         first = members[0].settings
@@ -122,7 +122,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     values: dict[str, set[str]] = {}
     for run in runs:
         for key, value in run.settings.items():
-            values.setdefault(key, set()).add(spelled(value))
+            values.setdefault(key, set()).add(value_text(value))
     keys = [key for key, found in values.items() if len(found) > 1 and key != SEED]
     if "mtp.kind" in keys and "mtp.depth" in values and "mtp.depth" not in keys:
         keys.insert(keys.index("mtp.kind") + 1, "mtp.depth")  # not applicable to the baseline, so it has one value
@@ -153,9 +153,9 @@ def shown_benchmarks(variants: Sequence[Variant]) -> list[tuple[str, JsonObject]
     return [(name, facts) for name, facts in tasks if facts.get("group") not in names]
 
 
-def spelled(value: object) -> str:
+def value_text(value: object) -> str:
     """Returns a config value as text; equal values have equal texts."""
-    return ", ".join(map(spelled, value)) or "()" if isinstance(value, (list, tuple)) else str(value)
+    return ", ".join(map(value_text, value)) or "()" if isinstance(value, (list, tuple)) else str(value)
 
 
 def best_source(runs: Sequence[Run]) -> str:

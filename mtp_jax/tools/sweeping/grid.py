@@ -85,7 +85,7 @@ def run_name(keys: list[str], all_keys: list[str], config: Config) -> str:
     last = [key.split(".")[-1] for key in all_keys]
     short = {key: name if last.count(name) == 1 else key for key, name in zip(all_keys, last, strict=True)}
     values = flat(to_dict(config))
-    name = ",".join(f"{short[key]}={_spelled(values[key])}" for key in keys) or "run"
+    name = ",".join(f"{short[key]}={_name_of_value(values[key])}" for key in keys) or "run"
     return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{_digest(name)}"
 
 
@@ -134,10 +134,10 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if is_quoted else value
 
 
-def _spelled(value: object) -> str:
+def _name_of_value(value: object) -> str:
     """Returns a value as part of a folder's name; values that had to be changed or shortened get a digest."""
     if isinstance(value, tuple):
-        return "_".join(map(_spelled, value)) or "empty"
+        return "_".join(map(_name_of_value, value)) or "empty"
     text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
     safe = re.sub(r"[^A-Za-z0-9._+-]+", "_", text)
     return (safe or "empty") if safe == text and len(safe) <= MAX_VALUE else f"{safe[-MAX_VALUE:]}-{_digest(text)}"
