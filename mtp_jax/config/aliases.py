@@ -12,9 +12,9 @@ import ml_collections
 from mtp_jax.config.fields import UserError, walk
 from mtp_jax.config.schema import Config
 
-SHOWN = 3  # names in one notice
+MAX_NAMES = 3  # in one notice
 
-_noted: set[str] = set()
+_warned: set[str] = set()
 
 
 def old_names(root: type) -> dict[str, str]:
@@ -23,11 +23,11 @@ def old_names(root: type) -> dict[str, str]:
 
 
 def current_key(key: str, root: type = Config) -> str:
-    """Returns the current spelling of a key: its new name, with indices of lists in brackets."""
+    """Returns the current name of a key, with indices of lists in brackets."""
     key = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", key)
     new = old_names(root).get(key)
     if new:
-        _note({key: new})
+        _warn_renamed({key: new})
     return new or key
 
 
@@ -56,7 +56,7 @@ def renamed(values: Mapping[str, Any], root: type = Config, where: str = "config
         for was, now in setting.renamed:
             if section.get(_name(key)) == was:
                 section[_name(key)] = found[f"{key}={was}"] = now
-    _note(found)
+    _warn_renamed(found)
     return out
 
 
@@ -83,18 +83,18 @@ class Section(ml_collections.ConfigDict):
         new = self._old.get(f"{self._prefix}{key}")
         if new is None:
             return self, key
-        _note({f"{self._prefix}{key}": new})
+        _warn_renamed({f"{self._prefix}{key}": new})
         *parents, name = new.removeprefix(self._prefix).split(".")
         return functools.reduce(getattr, parents, self), name
 
 
-def _note(names: dict[str, str]) -> None:
+def _warn_renamed(names: dict[str, str]) -> None:
     """Prints the new name of each old name once, in one line."""
-    fresh = [f"{old} is now {new}" for old, new in names.items() if old not in _noted]
+    fresh = [f"{old} is now {new}" for old, new in names.items() if old not in _warned]
     if fresh:
-        more = f" and {len(fresh) - SHOWN} more have new names" if len(fresh) > SHOWN else ""
-        print(f"note: {', '.join(fresh[:SHOWN])}{more}; the next release drops the old ones", file=sys.stderr)
-    _noted.update(names)
+        more = f" and {len(fresh) - MAX_NAMES} more have new names" if len(fresh) > MAX_NAMES else ""
+        print(f"note: {', '.join(fresh[:MAX_NAMES])}{more}; the next release drops the old ones", file=sys.stderr)
+    _warned.update(names)
 
 
 def _name(key: str) -> str:

@@ -101,7 +101,7 @@ def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
     """
     root, values = type(config), to_dict(config)
     reader = _Reader(root, "the command line")
-    spelled: dict[str, str] = {}
+    given_names: dict[str, str] = {}
     hints = key_hints(root)
     for text in overrides:
         given, value = _parse_override(text)
@@ -109,8 +109,8 @@ def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
         hint = hints.get(re.sub(r"\[\d+\]", "[0]", key))
         if hint is None:
             raise reader.unknown(given)
-        if spelled.setdefault(key, given) != given:
-            raise UserError(f"{spelled[key]} and {given} (in {reader.where}): two names of one key; use {key}")
+        if given_names.setdefault(key, given) != given:
+            raise UserError(f"{given_names[key]} and {given} (in {reader.where}): two names of one key; use {key}")
         _set(values, key, _from_text(value, hint))
     return build(root, values, reader.where) if overrides else config
 

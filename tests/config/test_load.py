@@ -70,11 +70,11 @@ def test_a_config_file_sets_a_list_of_sections():
     assert build(Root, config.to_dict(), "here") == TWO
 
 
-@pytest.mark.parametrize("spelled", ["data.sources[1].weight", "data.sources.1.weight"])
-def test_the_command_line_sets_one_key_of_one_section(spelled):
-    config = override(TWO, [f"--config.{spelled}=3"])
+@pytest.mark.parametrize("key", ["data.sources[1].weight", "data.sources.1.weight"])
+def test_the_command_line_sets_one_key_of_one_section(key):
+    config = override(TWO, [f"--config.{key}=3"])
     assert [source.weight for source in config.data.sources] == [1.0, 3.0]
-    assert current_key(spelled, Root) == "data.sources[1].weight"
+    assert current_key(key, Root) == "data.sources[1].weight"
 
 
 def test_the_command_line_sets_a_whole_list():
@@ -119,7 +119,7 @@ def test_an_index_outside_the_list():
 
 @pytest.fixture
 def notes(monkeypatch, capsys):
-    monkeypatch.setattr("mtp_jax.config.aliases._noted", set())
+    monkeypatch.setattr("mtp_jax.config.aliases._warned", set())
     return lambda: capsys.readouterr().err.splitlines()
 
 
