@@ -46,7 +46,7 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))(jax.random.key(seed))
 
 
-def both_ways(fn, *args, given=()):
+def forward_and_backward(fn, *args, given=()):
     """Returns (milliseconds forward, forward and backward) of fn(*args, *given), differentiated in args."""
     forward = jax.jit(fn)
     out = jax.eval_shape(fn, *args, *given)
@@ -85,8 +85,8 @@ def bench_grouped() -> dict:
     """Gate and up projection of all experts in one."""
     _, sizes_E = routing()
     x_ND, w_EDF = normal(5, TOKENS * CHOSEN, DIM), normal(6, EXPERTS, DIM, 2 * WIDTH)
-    dense = both_ways(jnp.matmul, x_ND, w_EDF[0] + 0)
-    found = both_ways(grouped.grouped_matmul, x_ND, w_EDF, given=(sizes_E,))
+    dense = forward_and_backward(jnp.matmul, x_ND, w_EDF[0] + 0)
+    found = forward_and_backward(grouped.grouped_matmul, x_ND, w_EDF, given=(sizes_E,))
     return {"forward_ms": found[0], "both_ms": found[1], "dense_forward_ms": dense[0], "floor_ms": dense[1]}
 
 
@@ -107,7 +107,7 @@ def bench_attention(is_packed: bool, window: int = 0) -> dict:
         seen = float((jnp.tril(same) & ~jnp.tril(same, -near)).sum())
     flops = 2 * seen * HEADS * (4 * QUERY_DIM + 3 * VALUE_DIM)  # two matmuls forward, and five of them backward
     given = (attention.Mask(segments() if is_packed else None, window=window),)
-    found = both_ways(lambda *args: attention.attend(*args, QUERY_DIM**-0.5), q, k, v, given=given)
+    found = forward_and_backward(lambda *args: attention.attend(*args, QUERY_DIM**-0.5), q, k, v, given=given)
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * flops / rate()}
 
 
@@ -122,7 +122,7 @@ def bench_router() -> dict:
     def gates(x_BTD, state):
         return nnx.merge(graph, state)(x_BTD, valid_BT)[0]
 
-    found = both_ways(lambda x_BTD: gates(x_BTD, state), x_BTD)
+    found = forward_and_backward(lambda x_BTD: gates(x_BTD, state), x_BTD)
     bytes_moved = 2 * TOKENS * DIM * (1 + 2) + 4 * TOKENS * EXPERTS * 2  # hidden states twice, their gradient; scores
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}
 
@@ -137,7 +137,7 @@ def bench_dispatch() -> dict:
         copies_ND, _, order = gather.dispatch(x_MD, expert_N, EXPERTS, CHOSEN)
         return gather.combine(jax.lax.optimization_barrier(copies_ND), gates_MK, order)
 
-    found = both_ways(dispatch_and_combine, x_MD, gates_MK, given=(expert_N,))
+    found = forward_and_backward(dispatch_and_combine, x_MD, gates_MK, given=(expert_N,))
     # Forward: read tokens, write copies, read and combine them; backward: the same, and copies once more for the gates.
     bytes_moved = 2 * DIM * TOKENS * (2 * (1 + 2 * CHOSEN + 1) + CHOSEN)
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}

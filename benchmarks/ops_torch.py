@@ -28,7 +28,7 @@ def milliseconds(run, calls=10, repeats=7):
     return statistics.median(found)
 
 
-def both_ways(fn, *shapes):
+def forward_and_backward(fn, *shapes):
     args = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     with torch.no_grad():
         forward = milliseconds(lambda: fn(*args))
@@ -43,7 +43,7 @@ def attention():
     queries, values = (ROWS, HEADS, LENGTH, QUERY_DIM), (ROWS, HEADS, LENGTH, VALUE_DIM)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
         attend = torch.nn.functional.scaled_dot_product_attention
-        return both_ways(lambda q, k, v: attend(q, k, v, is_causal=True), queries, queries, values)
+        return forward_and_backward(lambda q, k, v: attend(q, k, v, is_causal=True), queries, queries, values)
 
 
 def attention_packed(documents):
@@ -61,7 +61,7 @@ def attention_packed(documents):
     mask = create_block_mask(sees, ROWS, None, LENGTH, LENGTH)
     attend = torch.compile(flex_attention)
     queries, values = (ROWS, HEADS, LENGTH, QUERY_DIM), (ROWS, HEADS, LENGTH, VALUE_DIM)
-    return both_ways(lambda q, k, v: attend(q, k, v, block_mask=mask), queries, queries, values)
+    return forward_and_backward(lambda q, k, v: attend(q, k, v, block_mask=mask), queries, queries, values)
 
 
 def router():
@@ -73,7 +73,7 @@ def router():
         gates = scores.gather(1, (scores.detach() + bias).topk(CHOSEN).indices)
         return gates / gates.sum(1, keepdim=True)
 
-    return both_ways(gates, (TOKENS, DIM))
+    return forward_and_backward(gates, (TOKENS, DIM))
 
 
 def dispatch(chosen):
@@ -93,7 +93,7 @@ def dispatch(chosen):
         copies, order = sort_by_expert(x)
         return combine(copies, gates, order)
 
-    return both_ways(dispatch_and_combine, (TOKENS, DIM), (TOKENS, CHOSEN))
+    return forward_and_backward(dispatch_and_combine, (TOKENS, DIM), (TOKENS, CHOSEN))
 
 
 def loss():
@@ -115,7 +115,7 @@ def main():
     chosen = (bias + noise).topk(CHOSEN).indices.reshape(-1)
     ends = torch.bincount(chosen, minlength=EXPERTS).cumsum(0).to(torch.int32)
     found = {
-        "grouped": both_ways(
+        "grouped": forward_and_backward(
             lambda x, w: torch._grouped_mm(x, w, ends), (TOKENS * CHOSEN, DIM), (EXPERTS, DIM, 2 * WIDTH)
         ),
         "attention": attention(),

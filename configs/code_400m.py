@@ -38,7 +38,7 @@ def get_config():
     config.optimizer.warmup_steps = 50
 
     config.training.num_steps = 1000
-    config.training.grad_accum_steps = 2  # all rows at once want 65 GiB of temporaries, too much for 80 GB
+    config.training.grad_accum_steps = 2  # all rows at once take 65 GiB of temporaries, too much for 80 GB
     config.training.log_every = 20
     config.training.sample_prompt = 'def read_lines(path):\n    """Return the lines of a file."""\n'
     config.checkpoint.every = 1000

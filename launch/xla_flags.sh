@@ -11,7 +11,7 @@ case "${1:-}" in
   tpu)
     mtp_flags=(
       # The all-gathers of fsdp weights run inside the matmuls before them, over several steps of the loop, instead of
-      # in front of them. Mostly the defaults; said here so that a change of defaults is not a change of speed.
+      # in front of them. Mostly the defaults; stated here so that a change of defaults is not a change of speed.
       --xla_enable_async_all_gather=true
       --xla_tpu_enable_async_collective_fusion=true
       --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
@@ -46,7 +46,7 @@ case "${1:-}" in
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
     ;;
   *)
-    echo "xla_flags.sh: '${1:-}' is no platform; say tpu or gpu" >&2
+    echo "xla_flags.sh: '${1:-}' is no platform; give tpu or gpu" >&2
     # shellcheck disable=SC2317
     return 2 2>/dev/null || exit 2
     ;;

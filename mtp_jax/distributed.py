@@ -33,13 +33,13 @@ class DistributedError(RuntimeError):
 class Cluster:
     """Peers to connect to: their source, and the arguments that jax.distributed.initialize cannot detect itself."""
 
-    found_by: str
+    source: str
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
     """Adds the flags of one process among several; each has an environment variable, MTP_COORDINATOR and so on."""
-    group = flags.add_argument_group("several processes", "needed only where no TPU pod, GKE or SLURM says it")
+    group = flags.add_argument_group("several processes", "not needed on TPU pods, GKE and SLURM, which are detected")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     group.add_argument("--num_processes", metavar="N", help="how many there are")
     group.add_argument("--process_id", metavar="I", help="which this is, from 0")
@@ -70,11 +70,11 @@ def initialize(args: argparse.Namespace) -> None:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise DistributedError(
-            f"several processes (found by {cluster.found_by}) did not meet: {first_line(error)}; look at the other "
+            f"several processes (found by {cluster.source}) did not connect: {first_line(error)}; look at the other "
             "processes, and whether the coordinator's port is open to them"
         ) from error
     if jax.process_index() == 0:
-        print(f"peers    {jax.process_count()} processes, found by {cluster.found_by}", flush=True)
+        print(f"peers    {jax.process_count()} processes, found by {cluster.source}", flush=True)
 
 
 def detect(
@@ -93,17 +93,17 @@ def detect(
 
 def _by_flags(args: argparse.Namespace, env: Mapping[str, str]) -> Cluster | None:
     given = {name: getattr(args, name) for name in ADDRESS}
-    source, spelled = "flags", "--{}"
+    source, label = "flags", "--{}"
     if not any(given.values()):
         given = {name: env.get(f"MTP_{name.upper()}") for name in ADDRESS}
-        source, spelled = "MTP_COORDINATOR", "MTP_{}"
+        source, label = "MTP_COORDINATOR", "MTP_{}"
     if not any(given.values()):
         return None
-    labels = {name: spelled.format(name if source == "flags" else name.upper()) for name in ADDRESS}
+    labels = {name: label.format(name if source == "flags" else name.upper()) for name in ADDRESS}
     missing = [labels[name] for name in ADDRESS if not given[name]]
     if missing:
-        there = next(f"{labels[name]}={given[name]}" for name in ADDRESS if given[name])
-        raise UserError(f"{there}: {' and '.join(missing)} missing; give all three or none")
+        first_given = next(f"{labels[name]}={given[name]}" for name in ADDRESS if given[name])
+        raise UserError(f"{first_given}: {' and '.join(missing)} missing; give all three or none")
     address = str(given["coordinator"])
     if not re.fullmatch(r"\S+:\d+", address):
         raise UserError(f"{labels['coordinator']}={address}: must be HOST:PORT, such as 10.0.0.1:8476")

@@ -69,7 +69,7 @@ def parsed(argv):
 def test_peers_are_found_where_there_are_some(name):
     env, attributes, argv, expected = MACHINES[name]
     found = distributed.detect(parsed(argv), env, lambda key: attributes.get(key, ""))
-    assert (found and (found.found_by, found.arguments)) == expected
+    assert (found and (found.source, found.arguments)) == expected
 
 
 def test_a_plain_machine_never_starts_jax_distributed():

@@ -14,7 +14,7 @@ from mtp_jax.files import read_json, write_text
         (b"{", "cannot be read as JSON (Expecting property name .*)"),
         (b"\xff{}", "cannot be read as JSON ('utf-8' codec .*)"),
         (b"[" * 100_000, "is nested deeper than 32 levels"),
-        (b'{"a": 1, "a": 2}', "cannot be read as JSON ('a' is there twice)"),
+        (b'{"a": 1, "a": 2}', "cannot be read as JSON ('a' occurs twice)"),
         (b"[1]", "holds a list, not a JSON object"),
     ],
 )

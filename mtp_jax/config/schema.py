@@ -28,7 +28,7 @@ class YarnConfig:
     mscale: float = setting(1.0, at_least=0, at_most=1e3, was="model.yarn_mscale")
     # 0: YaRN's own attention factor, 0.1 ln(factor) + 1
     mscale_all_dim: float = setting(0.0, at_least=0, at_most=1e3, was="model.yarn_mscale_all_dim")
-    truncate: bool = True  # the ramp begins and ends at whole dims, the next ones outside; False: where the turns say
+    truncate: bool = True  # the ramp begins and ends at whole dims, the next ones outside; False: exactly
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def open_source(data: DataConfig, seed: int) -> Source:
     if data.source in ("python_source", "text_files", "synthetic") and data.split != "train":
         raise UserError(
             f"data.split={data.split}: data.source={data.source} has no splits; leave it out (data.validation_fraction "
-            "says how many documents are held out)"
+            "sets the share that is held out)"
         )
     if data.source == "python_source":
         return _python_source(data)
@@ -156,7 +156,7 @@ def _open_builder(data: DataConfig) -> "DatasetBuilder":
             builder = tfds.builder(data.source, data_dir=data.tfds_dir or None)
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UserError(
-            f"data.source={data.source}: no such source, and TFDS neither knows nor finds prepared a dataset of this "
+            f"data.source={data.source}: no such source, and TFDS has no builder and no prepared dataset of this "
             f"name{where}; the built-in sources are python_source, text_files and synthetic"
         ) from error
     except Exception as error:

@@ -42,10 +42,10 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     group = flags.add_argument_group("benchmarks (--limit: documents of each task)")
     group.add_argument("--tasks_dir", action="append", default=[], help="a folder with yaml tasks; may be repeated")
     group.add_argument("--data_dir", help=f"local data of configs/tasks; default ${benchmark_data.VARIABLE}")
-    group.add_argument("--num_fewshot", type=int, help="examples before each question; default: as the task says")
+    group.add_argument("--num_fewshot", type=int, help="examples before each question; default: that of the task")
     group.add_argument("--speculative", action="store_true", help="self-speculated answers (the same text, faster)")
     group.add_argument("--allow_code_execution", action="store_true", help="run programs the model wrote, in a sandbox")
-    group.add_argument("--samples", help="write each document with what the model said to this .jsonl file")
+    group.add_argument("--samples", help="write each document with the model's output to this .jsonl file")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _check(leaves: "list[ConfigurableTask]", args: argparse.Namespace) -> None:
     found = [task.task_name for task in leaves]
     twice = [name for name in found if found.count(name) > 1]
     if twice:
-        raise UserError(f"--tasks: asks for {twice[0]} twice, by its name or as one of a group; leave one out")
+        raise UserError(f"--tasks: lists {twice[0]} twice, by its name or as one of a group; leave one out")
     for task in leaves:
         if args.num_fewshot:
             _check_examples(task, args.num_fewshot)

@@ -33,10 +33,10 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "Benchmarks take --num_speculative_tokens and --batch_size; task files have the rest (generation_kwargs).",
     )
     group.add_argument(
-        "--prompts", help="a file with a prompt a line, or .jsonl with a field prompt; default: held out"
+        "--prompts", help="a file with one prompt per line, or .jsonl with a field prompt; default: held out"
     )
     group.add_argument(
-        "--num_speculative_tokens", type=int, help="tokens drafted a forward pass; default mtp.depth. advice: at most"
+        "--num_speculative_tokens", type=int, help="tokens drafted per forward pass; default mtp.depth. advice: at most"
     )
     group.add_argument("--max_new_tokens", type=int, help=f"after each prompt; default {NUM_NEW}")
     group.add_argument("--batch_size", type=int, help="texts written at once; default 1, benchmarks 16")
@@ -54,8 +54,8 @@ def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     given = [name for name in OWN_FLAGS if getattr(args, name) is not None]
     if given and not tasks:
         raise UserError(
-            f"--{given[0]}={getattr(args, given[0])}: is read by --tasks=speculative,advice only; benchmarks write as "
-            "generation_kwargs of their task files say (for others give a file of your own, with --tasks_dir)"
+            f"--{given[0]}={getattr(args, given[0])}: is read by --tasks=speculative,advice only; benchmarks generate "
+            "with the generation_kwargs of their task files (for others give a file of your own, with --tasks_dir)"
         )
     if args.num_speculative_tokens is not None and not tasks and not args.speculative:
         raise UserError(

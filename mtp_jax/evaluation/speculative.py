@@ -181,7 +181,7 @@ def text(result: SpeculativeResult) -> str:
         f"{r.num_speculative_tokens:<8}{rates:>{width}}{r.tokens_per_forward:>16.2f}{r.plain_tokens_per_second:>13,.0f}"
         f"{r.tokens_per_second:>9,.0f}{r.speed_up:>9.2f}x"
     )
-    same = "" if r.num_same is None else f"; {r.num_same} of {r.num_prompts} texts the same both ways"
+    same = "" if r.num_same is None else f"; {r.num_same} of {r.num_prompts} texts equal those of plain decoding"
     saved = 1 - r.cache_bytes / r.multi_head_bytes
     size = f"{r.num_prompts} prompts in batches of {r.batch_size}, {r.num_tokens:,} new tokens"
     return "\n".join(
@@ -189,7 +189,7 @@ def text(result: SpeculativeResult) -> str:
             f"speculative decoding, {size}{same}",
             head,
             row,
-            f"cache: {r.cache_bytes:,} bytes a token; plain multi-head attention would keep {r.multi_head_bytes:,} "
+            f"cache: {r.cache_bytes:,} bytes per token; plain multi-head attention would keep {r.multi_head_bytes:,} "
             f"({saved:.1%} saved)",
         ]
     )

@@ -161,7 +161,7 @@ def _check_known(values: Values, family: Family, where: str, ignore: tuple[str, 
     found = {key: value for key, value in values.items() if key not in known}
     found |= {key: value for key, value in rope.unknown(values).items() if key not in ignore}
     for key, value in found.items():
-        remedy = f"is not one that mtp_jax knows for {family.model_type} and may change what the model computes; "
+        remedy = f"is not one that mtp_jax reads for {family.model_type} and may change what the model computes; "
         remedy += f"if it does not, {imported_with(f'--ignore={key}', f'ignore=({key!r},)')}"
         raise bad(where, key, value, remedy)
 
@@ -236,10 +236,10 @@ def _read_mtp(values: Values, family: Family, model: ModelConfig, where: str, de
     shared = typed(where, f"{CONVENTIONS_KEY}.shared_depths", stated.get("shared_depths", False), bool)
     stored = typed(where, f"{CONVENTIONS_KEY}.depth", stated.get("depth", modules), int)
     if (stored != modules and not shared) or (shared and modules != 1):
-        remedy = f"does not fit {CONVENTIONS_KEY}={short(stated)}; shared depths are one module, others one a depth"
+        remedy = f"does not fit {CONVENTIONS_KEY}={short(stated)}; shared depths are one module, others one per depth"
         raise bad(where, MTP_KEY, modules, remedy)
     if depth is not None and not (0 <= depth <= stored or (shared and depth > 0)):
-        raise UserError(f"depth={depth}: {where} has {stored} MTP layers; ask for 0 to {stored}")
+        raise UserError(f"depth={depth}: {where} has {stored} MTP layers; give 0 to {stored}")
     wanted = stored if depth is None else depth
     out: Values = {"family": family.conventions}
     if wanted:
@@ -315,7 +315,7 @@ def from_config(config: Config, layout: str, base: Values | None = None) -> Valu
       UserError: the layout cannot represent the model (see `layout_of`), model.vocab_size is None, or `base` has
         another layout.
     """
-    family = family_named(layout, "the layout asked for")
+    family = family_named(layout, "the requested layout")
     _check_held(config, family)
     if config.model.vocab_size is None:
         raise UserError("model.vocab_size=None: config.json states a size; set it to that of the trained embedding")
@@ -415,7 +415,7 @@ def _check_held(config: Config, family: Family) -> None:
     if family.heads_divide and model.embed_dim % model.num_heads:
         raise UserError(
             f"model.num_heads={model.num_heads}: does not divide model.embed_dim={model.embed_dim}, which transformers "
-            f"asks of {layout}; train the model with a divisor to export it"
+            f"requires of {layout}; train the model with a divisor to export it"
         )
 
 

@@ -234,9 +234,9 @@ def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorI
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
     except safetensors.SafetensorError as error:
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise UserError(
-            f"{path}: is not a valid safetensors file ({said}; it has {stamp[0]} bytes); download it again"
+            f"{path}: is not a valid safetensors file ({message}; it has {stamp[0]} bytes); download it again"
         ) from error
     header.pop("__metadata__", None)
     infos = {}

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 def _import_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--hf", required=True, help="the Hugging Face folder")
     flags.add_argument("--workdir", required=True, help="the folder to make")
-    flags.add_argument("--family", help="that the folder must be of; default: as its config.json says")
+    flags.add_argument("--family", help="required family of the folder; default: that of its config.json")
     flags.add_argument("--depth", type=int, choices=[0], help="0: leave the MTP layers out")
     flags.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the checkpoint; default: as the files are")
     flags.add_argument("--ignore", default="", help="comma-separated fields of config.json that do not matter")
@@ -151,13 +151,13 @@ def notes(config: Config, layout: str) -> list[str]:
     out, depth = [], kind_of(config).depth
     if depth and config.model.num_layers not in FAMILIES[layout].ignored_layers:
         out.append(
-            f"transformers knows MTP layers by the numbers of released models; in {layout} from layer "
+            f"transformers recognises MTP layers by the layer numbers of released models; in {layout} from layer "
             f"{config.model.num_layers} on it calls them unexpected and ignores them"
         )
     if depth > 1 and conventions(config.mtp).recycled_hidden == "before_norm":
         out.append(
             "serving engines normalise the hidden state between depths, this model was trained without "
-            "(mtp.recycled_hidden=before_norm): depths beyond 1 may draft worse there than eval.py says"
+            "(mtp.recycled_hidden=before_norm): depths beyond 1 may draft worse there than eval.py reports"
         )
     return out
 

@@ -150,7 +150,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                 wanted = {name: saved[name] for name in names if saved.get(name)}
                 opened = chunked_checkpoint.open_arrays(self.directory / str(step) / ITEM, wanted)
                 return step, {name: opened.get(name, {}) for name in names}
-        raise CheckpointError(f"{self.directory}: has no sound checkpoint; it has steps {self.steps() or 'none'}")
+        raise CheckpointError(f"{self.directory}: has no valid checkpoint; it has steps {self.steps() or 'none'}")
 
     def saved_part(self, names: tuple[str, ...], step: int | None = None) -> dict[str, PyTree] | None:
         """Returns shapes and dtypes of the named parts as saved: nested dicts of ShapeDtypeStructs.
@@ -231,7 +231,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
                     self._report_broken(step, problem)
             broken.append(step)
         raise CheckpointError(
-            f"{self.directory}: none of its checkpoints is sound (steps {broken}, see above); "
+            f"{self.directory}: none of its checkpoints is valid (steps {broken}, see above); "
             "restore one from a copy, or remove them to start over"
         )
 
@@ -260,16 +260,16 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         index, count = _process()
         finder = index
         if count > 1:
-            sound = multihost_utils.process_allgather(np.asarray(problem is None))
-            finder = int(np.argmin(sound))
-            if problem is None and not sound.all():
+            is_valid = multihost_utils.process_allgather(np.asarray(problem is None))
+            finder = int(np.argmin(is_valid))
+            if problem is None and not is_valid.all():
                 problem = f"process {finder} found a fault"
         if problem is not None and index in (0, finder):
             self._report_broken(step, problem)
         return problem, is_checked
 
     def _report_broken(self, step: int, problem: str) -> None:
-        _report(f"checkpoint {self.directory / str(step)} is broken ({problem}); looking for an older one")
+        _report(f"checkpoint {self.directory / str(step)} is corrupt ({problem}); looking for an older one")
 
     def _check_fits(self, step: int, abstract: dict[str, PyTree], partial: bool) -> None:
         """Compares names and shapes of the saved leaves with those of `abstract`."""
@@ -278,9 +278,9 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         missing = [n for n in wanted if n not in saved]
         extra = [] if partial else [n for n in saved if n not in wanted]
         differing = [n for n in wanted if n in saved and tuple(saved[n]) != tuple(wanted[n])]
-        problems = [f"has no {missing[0]}{_more(missing)}"] if missing else []
-        problems += [f"has {extra[0]}{_more(extra)}, which this run has not"] if extra else []
-        problems += [f"{n} is {saved[n]}, this run's is {wanted[n]}{_more(differing)}" for n in differing[:1]]
+        problems = [f"has no {missing[0]}{_and_more(missing)}"] if missing else []
+        problems += [f"has {extra[0]}{_and_more(extra)}, which this run has not"] if extra else []
+        problems += [f"{n} is {saved[n]}, this run's is {wanted[n]}{_and_more(differing)}" for n in differing[:1]]
         if problems:
             raise CheckpointError(f"{self.directory / str(step)}: is of another model: {'; '.join(problems)}")
 
@@ -289,7 +289,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             for step in broken:
                 _rename_broken(self.directory, step)
         if broken and _process()[1] > 1:
-            multihost_utils.sync_global_devices("broken checkpoints renamed")
+            multihost_utils.sync_global_devices("corrupt checkpoints renamed")
         if broken:
             self._last_saved = None
             if self._manager is not None:
@@ -373,7 +373,7 @@ def _name(path: jax.tree_util.KeyPath) -> str:
     return "/".join(str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a))) for k in path)
 
 
-def _more(items: list[str]) -> str:
+def _and_more(items: list[str]) -> str:
     return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
 
 

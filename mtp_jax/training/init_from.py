@@ -108,25 +108,25 @@ def _opened(path: str) -> Iterator[Source]:
         yield Source(config, shapes, read)
 
 
-def _differences(there: Config | None, here: Config, takes_mtp: bool) -> list[str]:
+def _differences(source: Config | None, run: Config, takes_mtp: bool) -> list[str]:
     """Returns the settings that decide what the weights compute and do not show in their shapes."""
-    if there is None:
+    if source is None:
         return []
-    old = {key: value for key, value, _ in walk(there.model)}
-    pairs = [(f"model.{k}", old[k], value) for k, value, setting in walk(here.model) if setting.may_change == "never"]
+    old = {key: value for key, value, _ in walk(source.model)}
+    pairs = [(f"model.{k}", old[k], value) for k, value, setting in walk(run.model) if setting.may_change == "never"]
     if takes_mtp:
-        was, now = (dataclasses.asdict(conventions(c.mtp)) for c in (there, here))
+        was, now = (dataclasses.asdict(conventions(c.mtp)) for c in (source, run))
         pairs += [(f"mtp.{key}", was[key], now[key]) for key in was]
-    return [f"{key} is {now!r} here and was {was!r} there" for key, was, now in pairs if was != now]
+    return [f"{key} is {now!r} in this run and was {was!r} in the source" for key, was, now in pairs if was != now]
 
 
-def _misfit(there: Tree, wanted: Tree, part: str) -> str | None:
-    """Returns the first weight of `part` that is missing in `there` or has another shape; None if all fit."""
+def _misfit(available: Tree, wanted: Tree, part: str) -> str | None:
+    """Returns the first weight of `part` that is missing in `available` or has another shape; None if all fit."""
     for kind in MODEL_PARTS:
-        saved = _shapes(there.get(kind, {}).get(part, {}))
+        saved = _shapes(available.get(kind, {}).get(part, {}))
         for name, shape in _shapes(wanted[kind].get(part, {})).items():
             if saved.get(name) != shape:
-                has = f"is {saved[name]}" if name in saved else "is not there"
+                has = f"is {saved[name]}" if name in saved else "is missing"
                 hint = "; set mtp.parameter_matched=false" if "blocks" in name and name in saved else ""
                 return f"{part}.{name} {has}, this run's is {shape}{hint}"
     return None

@@ -52,8 +52,8 @@ def _check_start(run: Run, workdir: str) -> None:
     """Rejects what would fail later: fewer steps than the run has done, initial weights that do not fit."""
     saved = Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS)
     steps, num_steps = saved.steps(), run.config.training.num_steps
-    there = saved.saved_part(("params", "opt_state")) if steps else None
-    if there and there["params"] and not there["opt_state"]:
+    parts = saved.saved_part(("params", "opt_state")) if steps else None
+    if parts and parts["params"] and not parts["opt_state"]:
         raise UserError(
             f"--workdir={workdir}: holds imported weights and no training state; start a run in another folder with "
             f"--config.init_from={workdir}"
@@ -126,7 +126,7 @@ def _steps(run: Run, first_step: int, saved: Checkpoints, writer: MetricsWriter,
     return state
 
 
-MAX_WAITING = 256  # steps whose metrics stay on the device between two log points
+MAX_STEPS_ON_DEVICE = 256  # steps whose metrics stay on the device between two log points
 
 
 class _Log:
@@ -152,7 +152,7 @@ class _Log:
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.waiting.append((step, metrics))
-        if len(self.waiting) > MAX_WAITING:  # the older half is computed: fetching it does not wait
+        if len(self.waiting) > MAX_STEPS_ON_DEVICE:  # the older half is computed: fetching it does not wait
             self.check(len(self.waiting) // 2)
 
     def check(self, num: int | None = None) -> None:

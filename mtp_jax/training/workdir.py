@@ -69,10 +69,10 @@ def changes(config: Config, workdir: str | os.PathLike[str]) -> list[str]:
     Raises:
       UserError: its config.json cannot be used, or belongs to another run: a key differs that may not change.
     """
-    there = read_config(workdir)
-    old, new = ({key: value for key, value, _ in walk(c)} for c in (there, config))
+    saved = read_config(workdir)
+    old, new = ({key: value for key, value, _ in walk(c)} for c in (saved, config))
     differing = [key for key in old | new if old.get(key) != new.get(key)]
-    free = {key for c in (there, config) for key, _, setting in walk(c) if setting.may_change == "resume"}
+    free = {key for c in (saved, config) for key, _, setting in walk(c) if setting.may_change == "resume"}
     bound = [key for key in differing if key not in free]
     if bound:
         shown = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in bound)

@@ -194,7 +194,7 @@ def random_workdir(tmp_path_factory):
         (["--tasks=arc_easy", "--data_dir={data}", "--samples=/nowhere/x"], "--samples=/nowhere/x: its folder"),
         (["--tasks=arc_easy", "--data_dir={data}", "--samples={empty}"], "is a folder; give a .jsonl file"),
         (["--tasks=humaneval", "--data_dir={data}"], "humaneval: runs programs the model wrote; add --allow_code_exec"),
-        (["--tasks=mmlu_anatomy,mmlu_stem", "--data_dir={data}"], "--tasks: asks for mmlu_anatomy twice"),
+        (["--tasks=mmlu_anatomy,mmlu_stem", "--data_dir={data}"], "--tasks: lists mmlu_anatomy twice"),
         (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=25"], "arc_easy has num_fewshot: 0 in its file"),
         (["--tasks=mmlu_anatomy", "--data_dir={data}", "--num_fewshot=6"], "has 5 examples; use at most 5"),
         (["--tasks=own", "--tasks_dir={beams}", "--data_dir={data}"], "--tasks=own: generation_kwargs: num_beams=4 is"),

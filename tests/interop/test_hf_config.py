@@ -808,7 +808,7 @@ def flash_with_local(local):
 REFUSED = [
     (
         V3 | {"foo": 3},
-        "field 'foo'=3 is not one that mtp_jax knows for deepseek_v3",
+        "field 'foo'=3 is not one that mtp_jax reads for deepseek_v3",
         "--workdir=DIR --ignore=foo` and give DIR",
     ),
     (

@@ -472,7 +472,7 @@ def test_an_index_that_is_broken(sharded):
     for text, said in {
         "{": "cannot be read as JSON (",
         "[" * 100_000: "is nested deeper than",
-        '{"weight_map": {"a": "x", "a": "y"}}': "cannot be read as JSON ('a' is there twice)",
+        '{"weight_map": {"a": "x", "a": "y"}}': "cannot be read as JSON ('a' occurs twice)",
         "[]": "holds a list, not a JSON object",
     }.items():
         (folder / INDEX).write_text(text)

@@ -94,7 +94,7 @@ def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypat
 
 
 def test_cudnn_has_no_sinks(as_on_hopper):
-    with pytest.raises(UserError, match="model.attention_kernel=cudnn: it knows no attention sinks"):
+    with pytest.raises(UserError, match="model.attention_kernel=cudnn: it does not support attention sinks"):
         attention.attend(*inputs()[:3], Mask(), 0.3, jnp.zeros(4), kernel="cudnn")
 
 

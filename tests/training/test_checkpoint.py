@@ -208,7 +208,7 @@ def test_no_sound_step_is_an_error_of_one_line_and_nothing_is_renamed(tmp_path):
     save_steps(tmp_path, 1, 2)
     flip(tmp_path, 1)
     truncate(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="none of its checkpoints is sound") as error:
+    with pytest.raises(CheckpointError, match="none of its checkpoints is valid") as error:
         restore(tmp_path)
     assert "\n" not in str(error.value)
     assert (tmp_path / "1").exists() and (tmp_path / "2").exists()
@@ -269,7 +269,7 @@ def test_a_reader_passes_over_a_broken_step_and_renames_nothing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore_part(None, {"step": saved_step()})[0] == 1
         assert (tmp_path / "2").exists()
-        with pytest.raises(CheckpointError, match="none of its checkpoints is sound"):
+        with pytest.raises(CheckpointError, match="none of its checkpoints is valid"):
             checkpoints.restore_part(2, {"step": saved_step()})
     with Checkpoints(tmp_path / "absent") as checkpoints:
         assert checkpoints.saved_part(("params",)) is None

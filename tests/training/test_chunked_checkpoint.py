@@ -91,4 +91,4 @@ def test_a_broken_newest_step_is_passed_over(tmp_path, capfd):
     with Checkpoints(tmp_path) as saved:
         step, opened = saved.open_part(("params",))
     assert step == 1 and jnp.array_equal(opened["params"]["a"][...], jnp.ones(3))
-    assert "2 is broken" in capfd.readouterr().err
+    assert "2 is corrupt" in capfd.readouterr().err

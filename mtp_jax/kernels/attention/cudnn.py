@@ -48,7 +48,7 @@ def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, and this is {q_BTHQ.dtype}"
     if sinks_H is not None:
-        return "it knows no attention sinks"
+        return "it does not support attention sinks"
     if not isinstance(mask.first, int) or mask.first or length != k_BSGQ.shape[1]:
         return "it takes whole rows, and these are sharded over the context axis"
     if dims not in UNEQUAL and (dims[0] != dims[1] or dims[0] % 8 or dims[0] > 256):

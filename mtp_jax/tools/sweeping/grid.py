@@ -53,7 +53,7 @@ def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
         config = load_config(config_file, fixed + _flags(used))
         name = run_name(list(used), keys, config)
         if name in runs and len(used) == len(chosen):
-            raise UserError(f"--over: asks for {name} twice; give each value once")
+            raise UserError(f"--over: lists {name} twice; give each value once")
         runs.setdefault(name, Planned(name, (*fixed, *_flags(used)), config))
     return list(runs.values())
 
