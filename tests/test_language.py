@@ -1,4 +1,4 @@
-"""Terms of docstrings, comments and documents; each pattern matches one that earlier versions used."""
+"""Terms of docstrings, comments, documents, messages and names; each pattern matches one that earlier versions used."""
 
 import ast
 import io
@@ -17,10 +17,16 @@ _COUNTED = (
 TERMS = {  # pattern, the term to write
     r"\b[Cc]ut(s|ting)?\b": "shard, split, truncate, cut off",
     r"\b(house|jail|walls?)\b(?! clock)": "architecture, sandbox, isolation",
-    r"\b[Tt]runk\b": "decoder",
+    r"\b[Tt]runks?\b": "decoder",
+    r"\b[Ww]ir(ing|ed)\b": "conventions",
+    r"\bspread\b": "dispatch, standard deviation",
+    r"\b(draft\w*|speculative|decoding) rounds?\b": "speculative step",
+    r"\b(says?|speaks?|asks?|knows?|wants?|meets?)\b": "state, report, require, support, connect",
+    r"\b(cannot|can|be) (tell|told)\b": "distinguish",
     r"\bskeleton\b": "abstract model",
     r"\btake[ns]? apart\b": "unstack",
     r"\bsound\b": "valid",
+    r"(?<!\.)\bbroken\b": "corrupt",
     r"\bforetell|\bforetold\b": "predict",
     r"\bways\b(?! of)": "conventions, directions",
     r"\b(is|are|was|be) said\b": "is stated, is reported",
@@ -29,6 +35,22 @@ TERMS = {  # pattern, the term to write
     r"\bmosaic\b": "pallas_hopper",
     r"\brented?\b": "",
 }
+# Words of identifiers, between underscores. `trunk` itself is a name in the weights tree, which checkpoints keep.
+NAMES = {
+    "cut": "split, truncate",
+    "cuts": "split, truncate",
+    "trunk": "decoder",
+    "ways": "conventions",
+    "wiring": "conventions",
+    "spread": "mean_and_std, dispatch",
+    "spelled": "name, text",
+    "sound": "valid",
+    "skeleton": "abstract_model",
+    "jail": "sandbox",
+    "house": "layering",
+}
+IN_WEIGHTS = {"trunk"}
+SEEDS = {"fim first cut", "fim second cut"}  # of random numbers, which another text would change
 # Names in code and quotations of programs.
 QUOTED = re.compile(r"`[^`]*`|\"[^\"]*\"|'[^'\s]*'")
 # A docstring begins with a noun phrase or a verb.
@@ -55,6 +77,25 @@ def texts(path):
             yield token.start[0], token.string
 
 
+def messages(path):
+    """Yields (line, text) of every string of several words that is not a docstring, the parts of f-strings too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            if node not in alone and node.value not in SEEDS:
+                yield node.lineno, node.value
+
+
+def identifiers(path):
+    """Yields (line, name) of every variable, argument, attribute, function and class."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for field in ("id", "arg", "attr", "name"):
+            name = getattr(node, field, None)
+            if isinstance(name, str):
+                yield getattr(node, "lineno", 1), name
+
+
 def questions(path):
     """Yields (line, text) of docstrings that begin with a question word."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -64,19 +105,26 @@ def questions(path):
                 yield getattr(node, "lineno", 1), found.splitlines()[0]
 
 
-def findings(paths):
-    """Returns a line for each text of `paths` with a term to replace, and for each docstring that is a question."""
+def findings(paths, root=ROOT):
+    """Returns a line for each text or name with a term to replace, and for each docstring that is a question."""
     out = []
     for path in paths:
-        for number, text in texts(path):
+        is_python = path.suffix == ".py"
+        for number, text in [*texts(path), *(messages(path) if is_python else ())]:
             plain = QUOTED.sub("", text)
             out += [
-                f"{path.relative_to(ROOT)}:{number}: {match.group()!r}, write {term!r}: {text.strip()}"
+                f"{path.relative_to(root)}:{number}: {match.group()!r}, write {term!r}: {text.strip()}"
                 for pattern, term in TERMS.items()
                 if (match := re.search(pattern, plain))
             ]
-        if path.suffix == ".py":
-            out += [f"{path.relative_to(ROOT)}:{number}: a question: {text}" for number, text in questions(path)]
+        if is_python:
+            out += [f"{path.relative_to(root)}:{number}: a question: {text}" for number, text in questions(path)]
+            out += [
+                f"{path.relative_to(root)}:{number}: name {name}, write {NAMES[word]!r}"
+                for number, name in identifiers(path)
+                for word in name.lower().split("_")
+                if word in NAMES and name not in IN_WEIGHTS
+            ]
     return out
 
 
@@ -100,7 +148,21 @@ def test_texts_use_the_terms_of_the_field(part):
 
 def test_terms_are_found():
     """Texts with a term to replace are found; texts without one, or with one in a quoted name, are not."""
-    lines = ["the trunk is cut", "two rows a device", "nobody reads it", "what is said of it"]
-    assert all(any(re.search(pattern, line) for pattern in TERMS) for line in lines)
+    lines = ["the trunk is cut", "two rows a device", "nobody reads it", "what is said of it", "a broken file"]
+    lines += ["--over: asks for a twice", "the wiring of depth 2", "each draft round", "which cannot be told"]
+    for line in lines:
+        assert any(re.search(pattern, line) for pattern in TERMS), line
     good = ["the decoder is sharded", "a token is read", "`trunk` in a name", "rows per device", "wall clock"]
+    good += ["400.broken is a folder", "is not known", "rounds of the all-to-all"]
     assert not any(re.search(pattern, QUOTED.sub("", line)) for pattern in TERMS for line in good)
+
+
+def test_messages_and_names_are_read(tmp_path):
+    """Literals and parts of f-strings, of several words and not in docstrings; names by their words."""
+    file = tmp_path / "module.py"
+    file.write_text(
+        '"""Docstring."""\nKEY = "trunk"\n\n\ndef f(num_cut, seed):\n'
+        '    raise ValueError(f"{seed} asks for it")\n\n\nmodel.trunk = "fim first cut"\n'
+    )
+    found = findings([file], tmp_path)
+    assert [line.partition(", write")[0] for line in found] == ["module.py:6: 'asks'", "module.py:5: name num_cut"]
