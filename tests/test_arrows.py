@@ -1,4 +1,4 @@
-"""Imports point down only: the picture of the house, held by walking the source with ast."""
+"""The layering of docs/design.md: modules import from lower layers only. Checked by walking the source with ast."""
 
 import ast
 import pathlib
@@ -7,8 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# From low to high; a unit imports from strictly lower lines, and freely inside itself.
-LINES = [
+# From low to high; a unit imports from strictly lower layers, and freely inside itself.
+LAYERS = [
     ["mtp_jax.errors", "mtp_jax.typing"],
     ["mtp_jax.files"],
     ["mtp_jax.config", "mtp_jax.targets"],
@@ -28,19 +28,18 @@ LINES = [
 ]
 
 
-def line_of(lines):
-    """Number of the line of each unit, which may have one only: it is its level."""
-    units = [unit for line in lines for unit in line]
+def layer_numbers(layers):
+    """Returns unit -> number of its layer, 0 for the lowest; raises ValueError for a unit in two layers."""
+    units = [unit for layer in layers for unit in layer]
     twice = sorted({unit for unit in units if units.count(unit) > 1})
     if twice:
-        raise ValueError(f"LINES names {', '.join(twice)} twice; keep the lowest line that its imports allow")
-    return {unit: number for number, line in enumerate(lines) for unit in line}
+        raise ValueError(f"LAYERS lists {', '.join(twice)} twice; keep the lowest layer that its imports allow")
+    return {unit: number for number, layer in enumerate(layers) for unit in layer}
 
 
-LINE_OF = line_of(LINES)
-FIRST_TO_MEET_DATA = LINE_OF["mtp_jax.training"]  # data and model meet in the training loop, not below
-OURS = {unit.split(".")[0] for unit in LINE_OF}
-NOBODY_IMPORTS = {"mtp_jax.tools"}
+LAYER_OF = layer_numbers(LAYERS)
+FIRST_WITH_DATA = LAYER_OF["mtp_jax.training"]  # below it, model code does not import data
+NEVER_IMPORTED = {"mtp_jax.tools"}
 
 
 def violations(root):
@@ -50,7 +49,7 @@ def violations(root):
         module = _module_name(path, root)
         unit = unit_of(module)
         if unit is None:
-            out.append(f"{path.relative_to(root)}: has no line in tests/test_arrows.py; give it one")
+            out.append(f"{path.relative_to(root)}: is in no layer of tests/test_arrows.py; add it to one")
             continue
         for line_number, imported in _imports(path, module, root):
             reason = _refusal(unit, unit_of(imported))
@@ -60,26 +59,26 @@ def violations(root):
 
 
 def unit_of(module):
-    """The unit of LINES that holds a module; None for an mtp_jax module that no line names."""
+    """The unit of LAYERS that holds a module; None for an mtp_jax module in no layer."""
     parts = module.split(".")
     if parts[0] != "mtp_jax":
         return parts[0]
     name = ".".join(parts[:2])
-    return name if name in LINE_OF else None
+    return name if name in LAYER_OF else None
 
 
 def _refusal(importer, imported):
     if imported == importer:
         return ""
     if imported is None:
-        return "it has no line in tests/test_arrows.py; give it one"
-    if LINE_OF[imported] >= LINE_OF[importer]:
+        return "it is in no layer of tests/test_arrows.py; add it to one"
+    if LAYER_OF[imported] >= LAYER_OF[importer]:
         return "imports point down only"
-    if imported in NOBODY_IMPORTS:
-        return "nothing imports the command lines"
-    below_training = LINE_OF["mtp_jax.layers"] <= LINE_OF[importer] < FIRST_TO_MEET_DATA
+    if imported in NEVER_IMPORTED:
+        return "no module imports the command lines"
+    below_training = LAYER_OF["mtp_jax.layers"] <= LAYER_OF[importer] < FIRST_WITH_DATA
     if imported == "mtp_jax.data" and below_training:
-        return "data and model meet in training only"
+        return "model code imports data from training on only"
     return ""
 
 
@@ -119,9 +118,9 @@ def _is_module(name, root):
     return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def test_a_unit_with_two_lines_is_refused():
-    with pytest.raises(ValueError, match="LINES names b twice"):
-        line_of([["a", "b"], ["c", "b"]])
+def test_a_unit_in_two_layers_is_refused():
+    with pytest.raises(ValueError, match="LAYERS lists b twice"):
+        layer_numbers([["a", "b"], ["c", "b"]])
 
 
 def test_imports_point_down_only():
@@ -129,7 +128,7 @@ def test_imports_point_down_only():
     assert not found, "\n".join(found)
 
 
-def _house(root, files):
+def _source_tree(root, files):
     for name in ("config", "targets", "sharding", "decoder", "model", "language_model"):
         files.setdefault(f"mtp_jax/{name}.py", "")
     units = ("data", "kernels", "layers", "losses", "mtp", "decoding", "interop", "training", "evaluation", "tools")
@@ -154,11 +153,11 @@ def _house(root, files):
     ],
 )
 def test_imports_that_point_down_pass(tmp_path, name, text):
-    assert violations(_house(tmp_path, {name: text})) == []
+    assert violations(_source_tree(tmp_path, {name: text})) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "says"),
+    ("name", "text", "reason"),
     [
         ("mtp_jax/config.py", "from mtp_jax import targets", "point down only"),
         ("mtp_jax/data/pipeline.py", "from mtp_jax.model import Model", "point down only"),
@@ -168,22 +167,22 @@ def test_imports_that_point_down_pass(tmp_path, name, text):
         ("mtp_jax/decoder.py", "from mtp_jax.mtp import sequential", "point down only"),
         ("mtp_jax/mtp/sequential.py", "from mtp_jax.model import MTPModel", "point down only"),
         ("mtp_jax/model.py", "from mtp_jax import load", "point down only"),
-        ("mtp_jax/layers/mla.py", "from mtp_jax.data.packing import pack", "meet in training"),
-        ("mtp_jax/losses/driver.py", "from mtp_jax import data", "meet in training"),
-        ("mtp_jax/interop/weights.py", "import mtp_jax.data.tokenizer", "meet in training"),
-        ("train.py", "from mtp_jax.tools import report", "nothing imports"),
-        ("mtp_jax/helpers.py", "", "has no line"),
-        ("mtp_jax/model.py", "import mtp_jax.helpers", "has no line"),
+        ("mtp_jax/layers/mla.py", "from mtp_jax.data.packing import pack", "from training on"),
+        ("mtp_jax/losses/driver.py", "from mtp_jax import data", "from training on"),
+        ("mtp_jax/interop/weights.py", "import mtp_jax.data.tokenizer", "from training on"),
+        ("train.py", "from mtp_jax.tools import report", "no module imports"),
+        ("mtp_jax/helpers.py", "", "is in no layer"),
+        ("mtp_jax/model.py", "import mtp_jax.helpers", "is in no layer"),
         ("configs/tiny.py", "import train", "point down only"),
     ],
 )
-def test_an_import_that_points_up_is_found(tmp_path, name, text, says):
-    found = violations(_house(tmp_path, {name: text}))
-    assert len(found) == 1 and says in found[0], found
+def test_an_import_that_points_up_is_found(tmp_path, name, text, reason):
+    found = violations(_source_tree(tmp_path, {name: text}))
+    assert len(found) == 1 and reason in found[0], found
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A kind of multi-token prediction is known by name in mtp_jax/mtp/ alone.
+# The names of the kinds of multi-token prediction occur in mtp_jax/mtp/ alone.
 
 KIND_NAMES = {"parallel", "sequential", "nextlat"}  # "top" is a word of its own
 
@@ -215,7 +214,7 @@ def _is_mtp(node):
     return (isinstance(node, ast.Attribute) and node.attr == "mtp") or (isinstance(node, ast.Name) and node.id == "mtp")
 
 
-def test_no_kind_is_known_by_name_outside_its_package():
+def test_names_of_kinds_occur_in_their_package_only():
     found = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in _source_files(ROOT)
@@ -229,5 +228,5 @@ def test_no_kind_is_known_by_name_outside_its_package():
     "source",
     ["if config.mtp.kind == NONE:\n    pass", "x = mtp.kind in KINDS", "run({'parallel': 1})", "k = 'nextlat'"],
 )
-def test_a_kind_known_by_name_is_found(source):
+def test_the_name_of_a_kind_is_found(source):
     assert kinds_named(source)
