@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
 from mtp_jax.errors import warn_once
 from mtp_jax.files import read_json
-from mtp_jax.interop import config_json, weights
+from mtp_jax.interop import config_json, folder_checks, weights
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
 from mtp_jax.interop.json_fields import REMEDY
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
@@ -105,10 +105,10 @@ def open_model(
         raise UserError(f"--family={family}: {where} has model_type={model_type}; give that one")
     files = TensorFolder(folder)
     blocks = layout.layer.format(layer="{}")
-    weights.check_count(files, "num_hidden_layers", values.get("num_hidden_layers"), blocks, where)
+    folder_checks.check_count(files, "num_hidden_layers", values.get("num_hidden_layers"), blocks, where)
     config = config_json.to_config(values, where, ignore, depth)
     if config.model.num_experts and not layout.stacked:
-        weights.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
+        folder_checks.check_count(files, layout.keys["num_experts"], config.model.num_experts, ".experts.{}.", where)
     mtp = tuple(layout.module_layer.format(layer=config.model.num_layers + k, depth=k) for k in range(MAX_DEPTH))
     if depth is None and kind_of(config).depth and not any(name.startswith(mtp) for name in files.infos):
         warn_once(f"{where} states {kind_of(config).depth} MTP layer(s) and the files have none: loaded at depth 0")
@@ -118,7 +118,7 @@ def open_model(
     listed = weights.tensors(config, model_type)
     if not is_checked:
         left_out = (*layout.left_out, *(mtp if depth == 0 else ()))
-        weights.check_folder(files, listed, str(folder), mtp, left_out)
+        folder_checks.check_tensors(files, listed, str(folder), mtp, left_out)
     origin = _origin(files, listed, config, model_type)
     dtypes = {weights.stored_dtype(files, t.name) for t in listed if t.path[0] == "params" and not t.repeats}
     dtype = param_dtype or ("bfloat16" if dtypes <= {"BF16", "F8_E4M3", weights.MXFP4} else "float32")
