@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     validated, decoded = ([t for t in tasks if t in known] for known in (VALIDATION_TASKS, DECODE_TASKS))
     decode_tasks.check(args, decoded)
     names = [t for t in tasks if t not in VALIDATION_TASKS + DECODE_TASKS]
-    plan = benchmarks.plan(args, names) if names else None
+    selection = benchmarks.select(args, names) if names else None
     if args.check_only:
         return
     distributed.initialize(args)
@@ -68,14 +68,14 @@ def main(argv: list[str]) -> None:
         text, found = validation.run(args.workdir, validated, args.limit)
         values |= found
         done(text)
-    if decoded or plan:
+    if decoded or selection:
         model = decode_tasks.load_model(args.workdir)
         values |= {} if model.step is None else {"step": model.step}
         for task, (text, found) in decode_tasks.run(args, decoded, model).items() if decoded else ():
             values[task] = found
             done(text)
-        if plan:
-            text, values["benchmarks"] = benchmarks.run(plan, args, model)
+        if selection:
+            text, values["benchmarks"] = benchmarks.run(selection, args, model)
             done(text)
 
 

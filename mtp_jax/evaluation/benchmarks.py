@@ -49,7 +49,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Selection:
     """Benchmarks that exist and may run.
 
     Attributes:
@@ -62,7 +62,7 @@ class Plan:
     manager: "TaskManager"
 
 
-def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
+def select(args: argparse.Namespace, names: Sequence[str]) -> Selection:
     """Finds the tasks and loads their documents, before a model is loaded.
 
     Raises:
@@ -88,7 +88,7 @@ def plan(args: argparse.Namespace, names: Sequence[str]) -> Plan:
     for name in names:
         tasks += _load(manager, name)
     _check([leaf for top in tasks for leaf in _leaves(top)], args)
-    return Plan(list(names), tasks, manager)
+    return Selection(list(names), tasks, manager)
 
 
 def _check(leaves: "list[ConfigurableTask]", args: argparse.Namespace) -> None:
@@ -180,7 +180,7 @@ def _leaves(top: "ConfigurableTask | Group") -> "list[ConfigurableTask]":
     return top.get_all_tasks() if hasattr(top, "get_all_tasks") else [top]
 
 
-def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str, dict[str, Benchmark]]:
+def run(selection: Selection, args: argparse.Namespace, model: LanguageModel) -> tuple[str, dict[str, Benchmark]]:
     """Runs the benchmarks; returns a table, and values for JSON (see `values_of`).
 
     Raises:
@@ -200,8 +200,8 @@ def run(plan: Plan, args: argparse.Namespace, model: LanguageModel) -> tuple[str
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the tables only
         results: JsonObject = simple_evaluate(
             model=answers,
-            tasks=plan.tasks,
-            task_manager=plan.manager,  # otherwise it reads the files of all its own tasks, for seconds
+            tasks=selection.tasks,
+            task_manager=selection.manager,  # otherwise it reads the files of all its own tasks, for seconds
             num_fewshot=args.num_fewshot,
             limit=args.limit,
             bootstrap_iters=BOOTSTRAP,

@@ -24,7 +24,7 @@ from mtp_jax import cli
 from mtp_jax.config import UserError
 from mtp_jax.model import validate
 from mtp_jax.tools.sweeping import children, run_folder
-from mtp_jax.tools.sweeping.grid import Planned, plan
+from mtp_jax.tools.sweeping.grid import SweepRun, expand
 from mtp_jax.tools.sweeping.runner import Commands, Runner
 from mtp_jax.training.workdir import CONFIG_FILE, changes, read_config
 
@@ -34,7 +34,7 @@ OF_THE_SWEEP = ("workdir", "output", "tasks", "check_only")  # flags of eval.py 
 def main(argv: list[str]) -> None:
     args, fixed, eval_flags = _parse(argv)
     root = pathlib.Path(args.workdir)
-    runs = plan(args.config, fixed, args.over)
+    runs = expand(args.config, fixed, args.over)
     own = runs[args.share[0] :: args.share[1]]
     _check(args, root, runs, eval_flags)
     commands = Commands(args.config, root, args.tasks, eval_flags)
@@ -90,7 +90,7 @@ def _share(text: str | None) -> tuple[int, int]:
     return share
 
 
-def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[Planned], eval_flags: list[str]) -> None:
+def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[SweepRun], eval_flags: list[str]) -> None:
     """Refuses a sweep that would fail later; the cheapest checks come first.
 
     Raises:
@@ -117,7 +117,7 @@ def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[Planned], ev
     children.check_evaluation([f"--tasks={','.join(args.tasks)}", *eval_flags], root)
 
 
-def _check_folder(path: pathlib.Path, run: Planned) -> None:
+def _check_folder(path: pathlib.Path, run: SweepRun) -> None:
     """Checks that an existing folder belongs to this run."""
     if not (path / CONFIG_FILE).is_file():
         return

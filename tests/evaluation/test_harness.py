@@ -62,7 +62,7 @@ def evaluate(lm, monkeypatch, tmp_path):
         decode_tasks.add_flags(flags)
         benchmarks.add_flags(flags)
         args = flags.parse_args([*argv, f"--samples={tmp_path / 'samples.jsonl'}"])
-        _, values = benchmarks.run(benchmarks.plan(args, args.tasks.split(",")), args, model)
+        _, values = benchmarks.run(benchmarks.select(args, args.tasks.split(",")), args, model)
         samples = {}
         for line in (tmp_path / "samples.jsonl").read_text().splitlines():
             sample = json.loads(line)

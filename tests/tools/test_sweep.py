@@ -13,7 +13,7 @@ from mtp_jax.config import UserError, load_config
 from mtp_jax.evaluation import decode_tasks
 from mtp_jax.tools import sweep
 from mtp_jax.tools.sweeping import children, run_folder
-from mtp_jax.tools.sweeping.grid import parse_over, plan
+from mtp_jax.tools.sweeping.grid import expand, parse_over
 from mtp_jax.tools.sweeping.runner import Commands, Runner, RunsFailed, Stopped
 from mtp_jax.training.metrics import read_metrics
 from tests.commands import CPU, QUICK, SMALL, command, run_here, run_process
@@ -24,7 +24,7 @@ DENSE = [*SMALL, "--config.model.num_experts=0"]
 
 
 def names(*overs, fixed=()):
-    return [run.name for run in plan(TINY, list(fixed), list(overs))]
+    return [run.name for run in expand(TINY, list(fixed), list(overs))]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_overs_multiply_and_the_last_varies_fastest():
 
 def test_a_run_is_what_train_py_makes_of_its_overrides():
     fixed = ["--config.training.num_steps=7"]
-    (_, run) = plan(TINY, fixed, ["mtp.weight_values,mtp.weight_boundaries=((),()),((0.2,0.1),(0,5))"])
+    (_, run) = expand(TINY, fixed, ["mtp.weight_values,mtp.weight_boundaries=((),()),((0.2,0.1),(0,5))"])
     assert run.overrides == (*fixed, "--config.mtp.weight_values=(0.2,0.1)", "--config.mtp.weight_boundaries=(0,5)")
     assert run.config == load_config(TINY, run.overrides)
     assert (run.config.mtp.weight_values, run.config.training.num_steps) == ((0.2, 0.1), 7)
@@ -75,7 +75,7 @@ def test_the_baseline_is_run_once_however_deep_the_others_are():
         *("kind=none,seed=0", "kind=none,seed=1", "depth=1,kind=sequential,seed=0", "depth=1,kind=sequential,seed=1"),
         *("depth=2,kind=sequential,seed=0", "depth=2,kind=sequential,seed=1"),
     ]
-    (first, *_) = plan(TINY, [], ["mtp.depth=1,2", "mtp.kind=none,sequential"])
+    (first, *_) = expand(TINY, [], ["mtp.depth=1,2", "mtp.kind=none,sequential"])
     assert first.overrides == ("--config.mtp.kind=none",)  # not the depth of whichever came first
 
 
@@ -249,7 +249,7 @@ EVALUATE = TRAIN.replace("train ", "eval ") + "; pathlib.Path(sys.argv[1], 'eval
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
     """A Runner of `num` runs whose commands are Python one-liners; code(script, run number) -> source."""
-    runs = plan(TINY, [], ["seed=0,1,2,3"])
+    runs = expand(TINY, [], ["seed=0,1,2,3"])
 
     def make(num=4, code=lambda script, _: TRAIN if script == "train.py" else EVALUATE, cores=(None,)):
         def line(self, script, run):
@@ -287,7 +287,7 @@ def test_other_tasks_evaluate_again_without_training(scripted, tmp_path):
 
 
 def test_a_model_without_depths_is_not_asked_to_draft(tmp_path):
-    runs = plan(TINY, [], ["mtp.kind=none,parallel"])
+    runs = expand(TINY, [], ["mtp.kind=none,parallel"])
     commands = Commands(TINY, tmp_path, ["loss", "speculative", "advice"], ["--limit=2"])
     assert commands.evaluation(runs[0]) == ["--tasks=loss", "--limit=2"]
     assert commands.evaluation(runs[1]) == ["--tasks=loss,speculative,advice", "--limit=2"]
@@ -342,7 +342,7 @@ def test_a_run_that_another_sweep_is_at_is_waited_for_and_not_done_twice(scripte
 def test_two_sweeps_in_one_folder_share_the_work(tmp_path):
     code = (
         "import sys; from mtp_jax.tools.sweeping import run_folder, runner, grid; import pathlib\n"
-        f"runs, root = grid.plan({TINY!r}, [], ['seed=0,1,2,3']), pathlib.Path({str(tmp_path)!r})\n"
+        f"runs, root = grid.expand({TINY!r}, [], ['seed=0,1,2,3']), pathlib.Path({str(tmp_path)!r})\n"
         f"slow = 'import time; time.sleep(0.5);' + {TRAIN!r}\n"
         f"code = lambda script: slow if script == 'train.py' else {EVALUATE!r}\n"
         "line = lambda self, script, run: [sys.executable, '-c', code(script), str(root / run.name)]\n"

@@ -20,7 +20,7 @@ MAX_VALUE, MAX_NAME = 40, 200  # characters; file names may have 255
 
 
 @dataclass(frozen=True)
-class Planned:
+class SweepRun:
     """A run: the name of its folder, its overrides for train.py, and the resulting config."""
 
     name: str
@@ -28,7 +28,7 @@ class Planned:
     config: Config
 
 
-def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
+def expand(config_file: str, fixed: list[str], overs: list[str]) -> list[SweepRun]:
     """Returns the runs of a sweep in order; the last --over varies fastest.
 
     A run without multi-token prediction ignores the other mtp keys: they are in neither its overrides nor its name, and
@@ -45,7 +45,7 @@ def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
     swept = [parse_over(text) for text in overs]
     keys = [key for over in swept for key in over[0]]
     _check_keys(keys, fixed)
-    runs: dict[str, Planned] = {}
+    runs: dict[str, SweepRun] = {}
     for parts in itertools.product(*swept):
         chosen = {key: value for part in parts for key, value in part.items()}
         config = load_config(config_file, fixed + _flags(chosen))
@@ -54,7 +54,7 @@ def plan(config_file: str, fixed: list[str], overs: list[str]) -> list[Planned]:
         name = run_name(list(used), keys, config)
         if name in runs and len(used) == len(chosen):
             raise UserError(f"--over: lists {name} twice; give each value once")
-        runs.setdefault(name, Planned(name, (*fixed, *_flags(used)), config))
+        runs.setdefault(name, SweepRun(name, (*fixed, *_flags(used)), config))
     return list(runs.values())
 
 
@@ -104,7 +104,7 @@ def _flags(chosen: dict[str, str]) -> list[str]:
 
 def _split(text: str, flag: str) -> list[str]:
     """Splits at commas outside parentheses, brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
+    parts, level, quote = [""], 0, ""
     for char in text:
         at_start = not parts[-1].strip() or parts[-1].rstrip()[-1] in "([,"
         if quote:
@@ -112,16 +112,16 @@ def _split(text: str, flag: str) -> list[str]:
         elif char in "'\"" and at_start:
             quote = char
         elif char in "([":
-            depth += 1
+            level += 1
         elif char in ")]":
-            depth -= 1
-        elif char == "," and depth == 0:
+            level -= 1
+        elif char == "," and level == 0:
             parts.append("")
             continue
         parts[-1] += char
-        if depth < 0:
+        if level < 0:
             break
-    if depth or quote:
+    if level or quote:
         raise UserError(f"--over={flag}: parentheses or quotes do not match; {FORMS}")
     parts = [part.strip() for part in parts]
     if not all(parts):

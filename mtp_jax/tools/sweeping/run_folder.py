@@ -13,7 +13,7 @@ import shlex
 
 from mtp_jax.config import UserError, to_dict
 from mtp_jax.files import read_json, write_text
-from mtp_jax.tools.sweeping.grid import Planned
+from mtp_jax.tools.sweeping.grid import SweepRun
 from mtp_jax.typing import JsonObject
 
 SWEEP_FILE, EVAL_FILE, LOCK_FILE = "sweep.json", "eval.json", ".sweep.lock"
@@ -34,7 +34,7 @@ def try_lock(folder: pathlib.Path) -> int | None:
     return descriptor
 
 
-def prepare(root: pathlib.Path, runs: list[Planned]) -> None:
+def prepare(root: pathlib.Path, runs: list[SweepRun]) -> None:
     """Creates the folder of each run and writes its settings to sweep.json.
 
     Raises:

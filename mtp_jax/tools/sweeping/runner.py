@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from mtp_jax.evaluation.decode_tasks import OWN_FLAGS
 from mtp_jax.mtp import kind_of
 from mtp_jax.tools.sweeping import children, run_folder
-from mtp_jax.tools.sweeping.grid import Planned
+from mtp_jax.tools.sweeping.grid import SweepRun
 from mtp_jax.training.metrics import clock
 
 DRAFTING = ("speculative", "advice")  # tasks of eval.py that require a model with extra depths
@@ -36,10 +36,10 @@ class Commands:
     tasks: list[str]
     eval_flags: list[str]
 
-    def folder(self, run: Planned) -> pathlib.Path:
+    def folder(self, run: SweepRun) -> pathlib.Path:
         return self.root / run.name
 
-    def evaluation(self, run: Planned) -> list[str]:
+    def evaluation(self, run: SweepRun) -> list[str]:
         """Returns the flags of eval.py; empty if there is nothing to measure."""
         tasks = [task for task in self.tasks if kind_of(run.config).max_drafts != 0 or task not in DRAFTING]
         flags = self.eval_flags
@@ -49,17 +49,17 @@ class Commands:
             flags = [flag for flag in flags if flag.removeprefix("--").partition("=")[0] not in theirs]
         return [f"--tasks={','.join(tasks)}", *flags] if tasks else []
 
-    def is_trained(self, run: Planned) -> bool:
+    def is_trained(self, run: SweepRun) -> bool:
         """Returns whether train.py completed the config's last step."""
         return run_folder.read_record(self.folder(run)).get("trained") == run.config.training.num_steps
 
-    def is_complete(self, run: Planned) -> bool:
+    def is_complete(self, run: SweepRun) -> bool:
         """Returns whether the run is trained, and evaluated with the current flags."""
         wanted, path = self.evaluation(run), self.folder(run)
         evaluated = run_folder.read_record(path).get("evaluated") == wanted and (path / run_folder.EVAL_FILE).is_file()
         return self.is_trained(run) and (evaluated or not wanted)
 
-    def line(self, script: str, run: Planned) -> list[str]:
+    def line(self, script: str, run: SweepRun) -> list[str]:
         """Returns the command line of a script for this run."""
         workdir = f"--workdir={self.folder(run)}"
         if script == "train.py":
@@ -72,7 +72,7 @@ class Commands:
 class Task:
     """A run in progress: its command, start time and cores."""
 
-    run: Planned
+    run: SweepRun
     number: int
     lock: int
     cores: frozenset[int] | None
@@ -87,13 +87,13 @@ class Runner:
     """Runner of the commands, all in the thread that calls `run`: Linux ends a child with the *thread* that started
     it."""
 
-    def __init__(self, commands: Commands, runs: list[Planned], cores: list[frozenset[int] | None]):
+    def __init__(self, commands: Commands, runs: list[SweepRun], cores: list[frozenset[int] | None]):
         self.commands = commands
         self.waiting = deque(enumerate(runs, 1))
         self.num_runs = len(runs)
         self.free_cores = list(cores)
         self.active: list[Task] = []
-        self.failed: list[Planned] = []
+        self.failed: list[SweepRun] = []
         self.told_of: set[str] = set()  # runs already reported as locked by another sweep
         self.num_done = self.num_before = self.num_signals = 0
 
@@ -143,7 +143,7 @@ class Runner:
             else:
                 self._begin(number, run, lock)
 
-    def _begin(self, number: int, run: Planned, lock: int) -> None:
+    def _begin(self, number: int, run: SweepRun, lock: int) -> None:
         path, script = self.commands.folder(run), "eval.py"
         record = {k: v for k, v in run_folder.read_record(path).items() if k not in ("error", "evaluated")}
         if not self.commands.is_trained(run):
@@ -157,7 +157,7 @@ class Runner:
         self.active.append(Task(run, number, lock, cores, script, process, log_start))
 
     def _start(
-        self, script: str, run: Planned, cores: frozenset[int] | None, lock: int
+        self, script: str, run: SweepRun, cores: frozenset[int] | None, lock: int
     ) -> tuple[subprocess.Popen, int]:
         """Returns (process, offset of its output in its log)."""
         line, log = self.commands.line(script, run), self.commands.folder(run) / run_folder.LOGS[script]
@@ -213,7 +213,7 @@ class Runner:
         after = clock(time.monotonic() - task.began)
         self._say(task.number, task.run, f"{task.script} failed after {after}: {error} ({log})")
 
-    def _say(self, number: int, run: Planned, text: str) -> None:
+    def _say(self, number: int, run: SweepRun, text: str) -> None:
         print(f"[{number}/{self.num_runs}] {run.name}: {text}", flush=True)
 
     def _conclude(self) -> None:
