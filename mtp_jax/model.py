@@ -127,7 +127,8 @@ class AbstractModel(NamedTuple):
     def shardings(self, mesh: jax.sharding.Mesh) -> tuple[Tree, Tree]:
         """Returns the shardings of params and biases."""
         is_info = lambda x: isinstance(x, ParamInfo)  # noqa: E731
-        params = jax.tree.map(lambda info: sharding.named(mesh, info.axes), self.infos, is_leaf=is_info)
+        place = lambda info, leaf: sharding.named_weight(mesh, info.axes, leaf.shape)  # noqa: E731
+        params = jax.tree.map(place, self.infos, self.params, is_leaf=is_info)
         return params, jax.tree.map(lambda _: sharding.named(mesh, ()), self.biases)
 
 

@@ -1,7 +1,7 @@
 """The device mesh and the table from logical axes to mesh axes; layers refer to logical axes only."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from mtp_jax.config import MeshConfig, UserError, mesh_sizes
 Axes = tuple[str | None, ...]
 
 # Weights: "embed" is sharded over fsdp, and over expert unless the weight has an "experts" dim; otherwise every device
-# of the expert axis would hold a copy of the weights outside the experts. Activations: rows are sharded over data, fsdp
-# and expert (outside the experts the latter is another data axis), positions over context.
+# of the expert axis would hold a copy of the weights outside the experts. `weight_spec` moves these axes to a leading
+# dim of the weight. Activations: rows are sharded over data, fsdp and expert (outside the experts the latter is another
+# data axis), positions over context.
 LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
@@ -28,6 +29,9 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "layers": (),  # leading dim of stacked weights
 }
+# Dims before "embed" that take over its mesh axes. Not "vocab": looking up tokens in a table that is split by token
+# moves whole activations, in one split by "embed" only a part.
+LEADING = ("experts", "ffn", "heads")
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
@@ -81,16 +85,54 @@ def spec(axes: Axes) -> PartitionSpec:
     A mesh axis shards only the first dim of an array that maps to it: expert shards the "experts" dim of expert
     weights, and the model dim of all other weights.
     """
-    dims: list[tuple[str, ...] | None] = []
+    return _partition(_mesh_axes(axes))
+
+
+def _mesh_axes(axes: Axes) -> list[tuple[str, ...]]:
+    """Returns the mesh axes of each dim; a mesh axis belongs to the first dim that maps to it."""
+    dims: list[tuple[str, ...]] = []
     for name in axes:
-        used = {axis for dim in dims if dim for axis in dim}
-        dims.append(tuple(a for a in LOGICAL_AXES.get(name or "", ()) if a not in used) or None)
-    return PartitionSpec(*dims)
+        used = {axis for dim in dims for axis in dim}
+        dims.append(tuple(a for a in LOGICAL_AXES.get(name or "", ()) if a not in used))
+    return dims
+
+
+def _partition(dims: list[tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(dim or None for dim in dims))
+
+
+def weight_spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Returns the PartitionSpec in which a weight is stored: `spec`, with the mesh axes of "embed" moved forward.
+
+    They shard the first dim before "embed" that is in `LEADING` and that they divide, together with its own mesh axes:
+    [experts, embed, ffn] is split by expert. The shards of a leading dim are contiguous, so an all-gather only
+    concatenates them. Shards of another dim must be transposed before it, after it, and again for the reduce-scatter of
+    the gradient, unless the consumer reads them in either order; GPU kernels for experts do not.
+
+    Args:
+      shape: of the weight, one size per axis name.
+      sizes: of the mesh axes.
+    """
+    dims = _mesh_axes(axes)
+    if "embed" in axes:
+        last = axes.index("embed")
+        moved = dims[last]
+        for dim in range(last):
+            together = dims[dim] + moved
+            if axes[dim] in LEADING and shape[dim] % math.prod(sizes[axis] for axis in together) == 0:
+                dims[dim], dims[last] = together, ()
+                break
+    return _partition(dims)
 
 
 def named(mesh: jax.sharding.Mesh, axes: Axes) -> NamedSharding:
     """Returns the sharding of logical axes on a mesh."""
     return NamedSharding(mesh, spec(axes))
+
+
+def named_weight(mesh: jax.sharding.Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """Returns the sharding in which a weight is stored on a mesh."""
+    return NamedSharding(mesh, weight_spec(axes, shape, mesh.shape))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -99,6 +141,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def constrain_weight(weight: jax.Array, axes: Axes) -> jax.Array:
+    """Constrains a weight to the sharding in which it is stored; no-op without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, weight_spec(axes, weight.shape, mesh.shape))
 
 
 def local(fn: Callable[..., Any], in_axes: tuple[Axes, ...], out_axes: Axes) -> Callable[..., Any]:

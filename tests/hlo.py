@@ -9,15 +9,20 @@ import numpy as np
 OPS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
 LINE = re.compile(rf"= (.+?) ({'|'.join(OPS)})(?:-start)?\((.*)")
 NAMED = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+LAYOUT = re.compile(r"\]\{([\d,]+)")
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
-    """results: (dtype, shape) of each array that comes out. axes: of the mesh, that its groups of devices span."""
+    """results: (dtype, shape) of each array that comes out. axes: of the mesh, that its groups of devices span.
+
+    is_contiguous: whether the dim that is gathered or scattered is the leading one of row-major arrays.
+    """
 
     op: str
     results: list[tuple[str, tuple[int, ...]]]
     axes: frozenset[str]
+    is_contiguous: bool = True
 
     @property
     def floats(self):
@@ -37,8 +42,14 @@ def collectives(text, mesh):
         found = LINE.search(line)
         if found:
             results, op, rest = found.groups()
-            out.append(Collective(op, arrays(results), _axes(rest, mesh)))
+            out.append(Collective(op, arrays(results), _axes(rest, mesh), _is_contiguous(results, rest)))
     return out
+
+
+def _is_contiguous(results, rest):
+    is_leading = re.search(r"dimensions=\{(\d+)\}", rest)
+    orders = [_ints(order) for order in LAYOUT.findall(results)]
+    return (is_leading is None or is_leading.group(1) == "0") and all(o == sorted(o, reverse=True) for o in orders)
 
 
 def _axes(rest, mesh):

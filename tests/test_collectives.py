@@ -80,6 +80,20 @@ def test_the_reader_finds_expert_weights_that_are_collected():
     assert expert_weights([gathered], config)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"fsdp": 2, "expert": 2}, {"fsdp": 2, "tensor": 2}], ids="_".join)
+def test_weights_are_gathered_by_concatenation(sizes):
+    """Over a leading dim and in row-major order: shards of another dim are transposed before and after."""
+    config, found = crossing(sizes, "--config.model.moe_dispatch=ragged")
+    gathered = [c for c in found if c.op == "all-gather" and "fsdp" in c.axes and c.floats]
+    model = config.model
+    shapes = {shape for c in gathered for shape in c.floats}
+    experts, width = model.num_experts // sizes.get("expert", 1), model.expert_dim // sizes.get("tensor", 1)
+    assert {(experts, model.embed_dim, width), (experts, width, model.embed_dim)} <= shapes
+    assert not [c for c in gathered if not c.is_contiguous]
+    moved = {shape for c in found if "all-to-all" in c.op for shape in c.floats}
+    assert all(config.data.sequence_length in shape or shape[-1] == model.embed_dim for shape in moved), moved
+
+
 def test_the_loss_never_gathers_logits():
     """With the vocabulary cut over `tensor`, what crosses that axis is a number a token."""
     config, found = crossing({"fsdp": 2, "tensor": 4})
@@ -131,6 +145,12 @@ def test_groups_of_devices_are_read_in_every_way_xla_writes_them(line, axes):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=2), jax.devices()[:8])
     (found,) = hlo.collectives(f"ENTRY\n  {line}\n  %d = f32[8] add(%a, %a)", mesh)
     assert found.axes == axes and found.op in line
+
+
+def test_contiguous_shards_are_told_from_others():
+    mesh = make_mesh(MeshConfig(data=8), jax.devices()[:8])
+    lines = LISTED, NAMED, LISTED.replace("{1,0}", "{0,1}", 1)
+    assert [hlo.collectives(line, mesh)[0].is_contiguous for line in lines] == [True, False, False]
 
 
 def test_the_shapes_of_all_results_are_read():

@@ -6,10 +6,11 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from mtp_jax.config import MeshConfig, UserError, load_config, mesh_sizes
 from mtp_jax.model import abstract_model, validate
-from mtp_jax.sharding import LOGICAL_AXES, make_mesh
+from mtp_jax.sharding import LOGICAL_AXES, make_mesh, weight_spec
 from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, run_steps, tiny
 
@@ -60,7 +61,8 @@ def test_weights_and_moments_are_really_cut():
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     abstract = make_trainer(config, mesh).abstract_state
     gate = abstract["params"]["trunk"]["blocks"]["ffn"]["gate"]  # [layers, experts, embed, ffn]
-    assert gate.sharding.shard_shape(gate.shape) == (gate.shape[0], *(n // 2 for n in gate.shape[1:]))
+    layers, experts, dim, width = gate.shape
+    assert gate.sharding.shard_shape(gate.shape) == (layers, experts // 4, dim, width // 2)
     by_shape = {}
     for leaf in jax.tree.leaves(abstract["opt_state"]):
         by_shape.setdefault(leaf.shape, set()).add(leaf.sharding.shard_shape(leaf.shape))
@@ -74,6 +76,24 @@ def test_weights_outside_the_experts_are_cut_by_the_expert_axis_too():
     blocks = make_trainer(config, mesh).abstract_state["params"]["trunk"]["blocks"]
     for leaf, cut in ((blocks["ffn"]["gate"], 8), (blocks["attention"]["kv_a"], 8)):
         assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cut == leaf.size
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("experts", "embed", "ffn"), (8, 64, 32), (("expert", "fsdp"), None, "tensor")),
+        (("layers", "experts", "ffn", "embed"), (4, 8, 32, 64), (None, ("expert", "fsdp"), "tensor", None)),
+        (("experts", "embed", "ffn"), (6, 64, 32), ("expert", "fsdp", "tensor")),  # 4 does not divide 6 experts
+        (("ffn", "embed"), (32, 64), (("tensor", "fsdp", "expert"), None)),
+        (("heads", None, "embed"), (4, 16, 64), ("tensor", None, ("fsdp", "expert"))),  # 8 does not divide 4 heads
+        (("embed", "heads", None), (64, 4, 24), (("fsdp", "expert"), "tensor", None)),
+        (("vocab", "embed"), (96, 64), ("tensor", ("fsdp", "expert"))),
+        (("ffn",), (32,), ("tensor",)),
+    ],
+)
+def test_weights_are_sharded_along_the_first_dim_that_divides(axes, shape, expected):
+    sizes = {"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2}
+    assert weight_spec(axes, shape, sizes) == PartitionSpec(*expected)
 
 
 def test_every_logical_axis_goes_to_axes_of_the_mesh():

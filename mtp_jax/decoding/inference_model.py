@@ -21,7 +21,7 @@ from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, DecoderInputs, Kind, MainModel, kind_of
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain, constrain_weight
 from mtp_jax.typing import Cache, PyTree
 
 
@@ -114,7 +114,7 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
             return variable
         is_cast = info.is_matrix and "router" not in info.axes  # the router computes in float32
         value = variable[...].astype(dtype if is_cast else variable.dtype)
-        return variable.replace(constrain(value, *info.axes))
+        return variable.replace(constrain_weight(value, info.axes))
 
     def ready(module: Any) -> Any:
         return jax.tree.map(one, module, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import constrain_weight
 from mtp_jax.typing import PyTree
 
 
@@ -36,7 +36,7 @@ def cast_layer(weights: nnx.State, layer_taps: nnx.State) -> nnx.State:
         if info is None:
             return variable.replace(weight)
         info = info.unstacked()
-        return variable.replace(constrain(weight, *info.axes), info=info)
+        return variable.replace(constrain_weight(weight, info.axes), info=info)
 
     return jax.tree.map(one, weights, layer_taps, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

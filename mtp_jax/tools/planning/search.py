@@ -18,7 +18,7 @@ from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import weights
 from mtp_jax.mtp import kind_of
-from mtp_jax.sharding import spec
+from mtp_jax.sharding import weight_spec
 from mtp_jax.tools.planning import estimate
 from mtp_jax.tools.planning.compile import CompilerError, resolve
 from mtp_jax.tools.planning.estimate import GIB, Plan
@@ -124,7 +124,7 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     moment_count = 2 if config.optimizer.name == "adamw" else 1
     state = 0.0
     for _, info, leaf in weights(config.architecture):  # weight, moments, gradient
-        num_parts = math.prod(sizes[axis] for axes in spec(info.axes) for axis in _names(axes))
+        num_parts = math.prod(sizes[axis] for axes in weight_spec(info.axes, leaf.shape, sizes) for axis in _names(axes))
         state += leaf.size / num_parts * (param_bytes + moment_count * moments + 4)
     rows = config.data.batch_size / config.training.grad_accum_steps / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens = rows * config.data.sequence_length / sizes["context"]
