@@ -124,7 +124,8 @@ def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     moment_count = 2 if config.optimizer.name == "adamw" else 1
     state = 0.0
     for _, info, leaf in weights(config.architecture):  # weight, moments, gradient
-        num_parts = math.prod(sizes[axis] for axes in weight_spec(info.axes, leaf.shape, sizes) for axis in _names(axes))
+        dims = weight_spec(info.axes, leaf.shape, sizes)
+        num_parts = math.prod(sizes[axis] for axes in dims for axis in _names(axes))
         state += leaf.size / num_parts * (param_bytes + moment_count * moments + 4)
     rows = config.data.batch_size / config.training.grad_accum_steps / (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens = rows * config.data.sequence_length / sizes["context"]
