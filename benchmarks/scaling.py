@@ -32,8 +32,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
 
-# Compiler flags by name, accepted by the jaxlibs of jax 0.10 and 0.11. An unknown flag ends the process.
-_HIDING = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
+# Compiler flags by name; the jaxlibs of jax 0.10.2 and 0.11.2 accept them. An unknown flag ends the process. With 0.11.2
+# --xla_gpu_enable_latency_hiding_scheduler=true alone compiles the same program as no flag.
+_HIDING = "--xla_gpu_enable_latency_hiding_scheduler=true"
+_ESTIMATED = "--xla_gpu_enable_analytical_sol_latency_estimator=true"  # from a model of the GPU and its links
+_PARALLEL = "--xla_gpu_experimental_parallel_collective_overlap_limit=2"
 _COMBINED = (
     "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=67108864",
@@ -47,13 +50,12 @@ _PIPELINED = (
 )
 FLAGS: dict[str, tuple[str, ...]] = {
     "default": (),
-    "overlap": _HIDING,
-    # Latencies from a model of the GPU and its links instead of constants.
-    "estimated": (*_HIDING, "--xla_gpu_enable_analytical_sol_latency_estimator=true"),
-    "combined": (*_HIDING, *_COMBINED),
-    "launch": (*_HIDING, *_PIPELINED, *_COMBINED),  # launch/xla_flags.sh
-    # Collectives before waiting compute kernels.
-    "priority": (*_HIDING, "--xla_gpu_enable_highest_priority_async_stream=true"),
+    "overlap": (_HIDING, _ESTIMATED, _PARALLEL),
+    "estimated": (_HIDING, _ESTIMATED),
+    "parallel": (_HIDING, _PARALLEL),
+    "combined": (_HIDING, *_COMBINED),
+    "launch": (_HIDING, *_PIPELINED, *_COMBINED),  # launch/xla_flags.sh
+    "priority": (_HIDING, "--xla_gpu_enable_highest_priority_async_stream=true"),  # collectives before other kernels
 }
 
 
