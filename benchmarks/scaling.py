@@ -32,8 +32,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.jsonl"
 
-# Compiler flags by name; the jaxlibs of jax 0.10.2 and 0.11.2 accept them. An unknown flag ends the process. With 0.11.2
-# --xla_gpu_enable_latency_hiding_scheduler=true alone compiles the same program as no flag.
+# Compiler flags by name; the jaxlibs of jax 0.10.2 and 0.11.2 accept them. An unknown flag ends the process. With jax
+# 0.11.2 --xla_gpu_enable_latency_hiding_scheduler=true alone compiles the same program as no flag.
 _HIDING = "--xla_gpu_enable_latency_hiding_scheduler=true"
 _ESTIMATED = "--xla_gpu_enable_analytical_sol_latency_estimator=true"  # from a model of the GPU and its links
 _PARALLEL = "--xla_gpu_experimental_parallel_collective_overlap_limit=2"
