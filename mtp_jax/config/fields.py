@@ -16,7 +16,9 @@ Number = int | float
 # never: another value makes another run. resume: a run may continue with another value, since every step computes the
 # same (training.num_steps also changes the schedules). new_run: the weights have the same meaning for every value, so a
 # run may start from the weights of one with another value; fields that may change on resume may change here too.
-MayChange = Literal["never", "new_run", "resume"]
+# by_name: another value makes another run, whose state has the same form; a run continues with it if it is asked to by
+# name (train.py --change=KEY), and its config.json records the change.
+MayChange = Literal["never", "new_run", "by_name", "resume"]
 
 
 @dataclass(frozen=True)

@@ -155,8 +155,10 @@ def _read_json(path: str) -> dict[str, Any]:
 def with_own_tokenizer(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
     """Returns the values of a config.json, with the workdir's own tokenizer where the named one does not exist.
 
-    An imported model brings a copy of its tokenizer into the workdir; folders may have been moved since.
+    The record of earlier changes ("history") is left out. An imported model brings a copy of its tokenizer into the
+    workdir; folders may have been moved since.
     """
+    values = {key: value for key, value in values.items() if key != "history"}
     own, data = workdir / "hf" / "tokenizer.json", values.get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(named, str) or named == "bytes" or pathlib.Path(named).expanduser().exists() or not own.is_file():

@@ -249,16 +249,18 @@ class OptimizerConfig:
     """The optimizer of optax: AdamW or Muon, its schedule and its gradient clipping."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = setting(1e-3, at_least=0, at_most=1e30)
-    schedule: Literal["constant", "cosine", "wsd", "deepseek"] = "cosine"
-    warmup_steps: int = setting(100, at_least=0, below=2**31)
-    final_fraction: float = setting(0.1, at_least=0, at_most=1)  # of the peak, at the end of cosine and wsd
-    decay_fraction: float = setting(0.2, at_least=0, at_most=1)  # wsd: share of the steps spent in the final decay
+    learning_rate: float = setting(1e-3, at_least=0, at_most=1e30, may_change="by_name")
+    schedule: Literal["constant", "cosine", "wsd", "deepseek"] = setting("cosine", may_change="by_name")
+    warmup_steps: int = setting(100, at_least=0, below=2**31, may_change="by_name")
+    # of the peak, at the end of cosine and wsd
+    final_fraction: float = setting(0.1, at_least=0, at_most=1, may_change="by_name")
+    # wsd: share of the steps spent in the final decay
+    decay_fraction: float = setting(0.2, at_least=0, at_most=1, may_change="by_name")
     beta1: float = setting(0.9, at_least=0, below=1)
     beta2: float = setting(0.95, at_least=0, below=1)
     eps: float = setting(1e-8, above=0, at_most=1)
-    weight_decay: float = setting(0.1, at_least=0, at_most=1e6)  # on matrices only
-    clip_norm: float = setting(1.0, at_least=0, at_most=1e30)  # 0: no clipping
+    weight_decay: float = setting(0.1, at_least=0, at_most=1e6, may_change="by_name")  # on matrices only
+    clip_norm: float = setting(1.0, at_least=0, at_most=1e30, may_change="by_name")  # 0: no clipping
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     muon: MuonConfig = MuonConfig()
 

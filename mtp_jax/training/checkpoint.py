@@ -98,8 +98,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         if self._config is not None and not self._config.async_save:
             self.wait()
 
-    def restore_latest(self, abstract_state: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]] | None:
-        """Returns the newest valid step as (step, state), or None if there are no steps.
+    def restore_latest(
+        self, abstract_state: dict[str, PyTree], step: int | None = None
+    ) -> tuple[int, dict[str, PyTree]] | None:
+        """Returns the newest valid step, or the given one, as (step, state), or None if there are no steps.
 
         A step that fails verification is reported on stderr and skipped; the folder of one newer than the restored step
         is renamed to `<step>.broken`, so that training can save that step again.
@@ -107,16 +109,18 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         Args:
           abstract_state: ShapeDtypeStructs with shardings. The mesh and process count may differ from those that saved;
             floating-point arrays are cast to these dtypes.
+          step: the step to restore; newer ones are renamed like corrupt ones.
 
         Raises:
-          CheckpointError: no step is valid, or the newest valid one belongs to another model.
+          CheckpointError: no step is valid (or `step` is not), or the newest valid one belongs to another model.
         """
         self.wait()
         if not self.steps():
             return None
-        step, state, broken = self._restore_newest(abstract_state, partial=False)
-        self._move_aside(broken)
-        return step, state
+        steps = None if step is None else [step]
+        restored, state, broken = self._restore_newest(abstract_state, partial=False, steps=steps)
+        self._move_aside(broken if step is None else [each for each in self.steps() if each > step])
+        return restored, state
 
     def restore_part(self, step: int | None, abstract: dict[str, PyTree]) -> tuple[int, dict[str, PyTree]]:
         """Returns (step, part of the state) of `step`, or of the newest valid step if None; reads nothing else.
