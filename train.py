@@ -1,7 +1,7 @@
 """Train a model: python train.py --config=configs/NAME.py --workdir=DIR [--config.section.key=VALUE ...]
 
-Running the same command again continues from the newest checkpoint. Exit codes: 0 done, 1 a failed run, 2 unusable
-arguments or config.
+Running the same command again continues from the newest checkpoint; --resume_step and --change choose another one, or
+other settings. Exit codes: 0 done, 1 a failed run, 2 unusable arguments or config.
 """
 
 import numpy as np
@@ -13,6 +13,16 @@ def main(argv: list[str]) -> None:
     flags = cli.parser(__doc__)
     flags.add_argument("--config", required=True, help="a Python file with get_config(), as in configs/")
     flags.add_argument("--workdir", required=True, help="where config, metrics and checkpoints go")
+    flags.add_argument(
+        "--resume_step", type=int, metavar="N", help="continue from this checkpoint, not the newest; 0: start over"
+    )
+    flags.add_argument(
+        "--change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a setting that a continued run may change, such as optimizer.learning_rate; may be given several times",
+    )
     distributed.add_flags(flags)
     args, overrides = cli.parse(flags, argv)
     resolved = config.load_config(args.config, overrides)
@@ -20,7 +30,8 @@ def main(argv: list[str]) -> None:
 
     from mtp_jax.training import loop  # imports jax: errors in the arguments are reported before
 
-    report(loop.train(resolved, args.workdir), args.workdir)
+    resume = loop.Resume(args.resume_step, tuple(args.change))
+    report(loop.train(resolved, args.workdir, resume, loop.process_start()), args.workdir)
 
 
 def report(run, workdir: str) -> None:
@@ -32,7 +43,7 @@ def report(run, workdir: str) -> None:
     is_main = jax.process_index() == 0
     if run.config.data.validation_fraction:
         with jax.set_mesh(run.mesh):
-            results = validation.validate(run, run.config.training.eval_batches)
+            results = validation.validate(run, run.state, run.config.training.eval_batches)
         if is_main:
             print(f"\nvalidation, {results[0].num_targets:,} held-out tokens\n{validation.table(results)}")
     sample(run, is_main)

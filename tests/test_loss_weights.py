@@ -18,6 +18,7 @@ from mtp_jax.mtp import Scales, kind_of
 from mtp_jax.sharding import make_mesh
 from mtp_jax.training.step import loss_scales, make_trainer, rows_of
 from tests.mtp.kinds import batch_of, small, steps
+from tests.test_mistakes import scalars
 from tests.test_targets import packed_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -73,7 +74,7 @@ def one_device():
 
         def step(batch):
             state, metrics = trainer.step(trainer.init(), jax.device_put(batch, trainer.batch_sharding))
-            return {name: float(value) for name, value in jax.device_get(metrics).items()}, jax.device_get(state)
+            return scalars(metrics), jax.device_get(state)
 
         def evaluated(batch):
             return jax.device_get(trainer.evaluate(trainer.init(), batch, np.ones(config.model.vocab_size, np.int32)))

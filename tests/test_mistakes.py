@@ -33,6 +33,11 @@ def rows(config, seed=0, num_padding=0):
     return {name: array.astype(np.int32) for name, array in zip(names, arrays, strict=True)}
 
 
+def scalars(metrics):
+    """The metrics of a step as Python floats, without the norms of the parts of the model."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
+
+
 def run_steps(config, batches, num_devices=1):
     """(final state, metrics of each step) on the first `num_devices` devices."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
@@ -41,7 +46,7 @@ def run_steps(config, batches, num_devices=1):
         state, out = trainer.init(), []
         for batch in batches:
             state, metrics = trainer.step(state, jax.device_put(batch, trainer.batch_sharding))
-            out.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+            out.append(scalars(metrics))
         return jax.device_get(state), out
 
 

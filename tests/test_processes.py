@@ -12,6 +12,7 @@ from mtp_jax.training.metrics import read_metrics
 from tests.commands import SMALL, finish, run_process, start_two
 
 CONFIG = ["--config=configs/tiny.py", *SMALL, "--config.training.sample_tokens=4", "--config.training.num_steps=30"]
+CONFIG += ["--config.training.eval_every=10"]
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.context=2"]
 
 
@@ -39,8 +40,11 @@ def test_two_processes_train_as_one(alone, tmp_path):
     for row, wanted in zip(found, expected, strict=True):
         for name in ("loss", "loss_main", "loss_mtp_1", "loss_mtp_2"):
             assert row[name] == pytest.approx(wanted[name], rel=1e-5), (row["step"], name)
+        for name in (name for name in wanted if name.startswith("validation_loss")):  # of both processes' rows
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3), (row["step"], name)
         # Two steps of this run have gradients three times as large as the others, with rounding magnified 1,000 times.
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=2e-3), row["step"]
+    assert [row["step"] for row in expected if "validation_loss_main" in row] == [10, 20, 30]
     biases = [final_biases(workdir) for workdir in (alone[0], tmp_path / "run")]
     assert biases[0] and all(abs(bias).max() > 0.01 for bias in biases[0].values())  # they have moved
     for name, bias in biases[0].items():

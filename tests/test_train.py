@@ -19,6 +19,7 @@ from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
 from mtp_jax.training.run import restore, set_up, with_vocabulary
+from mtp_jax.training.validation import validate
 from mtp_jax.training.workdir import open_workdir, read_config
 from tests.commands import CPU, SMALL, command, run_process
 from tests.conftest import ROOT
@@ -363,3 +364,78 @@ def test_lambda_and_the_curriculum_show_in_the_metrics(tmp_path):
     for row in lines:
         active = row["loss_mtp_1"] + (row["loss_mtp_2"] if row["step"] > 3 else 0)  # depth 2 from half way on
         assert row["loss"] == pytest.approx(row["loss_main"] + row["mtp_lambda"] * active / 2, rel=1e-5), row["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Validation during training, profiles, goodput, trouble
+
+SHORT = ["--config.training.num_steps=8", "--config.checkpoint.every=4", "--config.mtp.depth=1"]
+VALIDATED = [*SHORT, "--config.training.eval_every=3", "--config.training.log_every=2"]
+VALUES = ["loss_main", "loss_mtp_1", "bits_per_byte", "agreement_mtp_1", "tokens_per_forward"]
+
+
+@pytest.mark.usefixtures("one_device")
+def test_validation_during_training_changes_no_weight_and_resumes(tmp_path, capsys):
+    plain = loop.train(small(*SHORT), str(tmp_path / "plain")).state
+    config = small(*VALIDATED, "--config.training.profile=2:3")
+    workdir = tmp_path / "run"
+    run = loop.train(config, str(workdir))
+    printed = capsys.readouterr().out
+    for part in ("params", "biases", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, plain[part], run.state[part])
+    lines = metrics(workdir)
+    assert [row["step"] for row in lines] == [2, 3, 4, 6, 8]
+    names = {f"validation_{name}" for name in VALUES}
+    for row in lines:
+        found = {name for name in row if name.startswith("validation_")}
+        assert found == (names if row["step"] in (3, 6) else set())
+        if found:
+            assert row["validation_bits_per_byte"] == pytest.approx(row["validation_loss_main"] / math.log(2), rel=0.01)
+            assert row["validation_tokens_per_forward"] == pytest.approx(1 + row["validation_agreement_mtp_1"])
+            assert f"validation {row['validation_loss_main']:.3f}" in printed
+    # It is what eval.py measures on the same weights.
+    with jax.set_mesh(run.mesh):
+        results = validate(run, run.state, config.training.eval_batches)
+    assert results[0].loss < lines[1]["validation_loss_main"] and results[0].num_targets > 50
+
+    assert list((workdir / "profile").rglob("*.xplane.pb")) and "profile  steps up to 3 in " in printed
+    goodput = json.loads((workdir / "goodput.json").read_text())
+    assert (goodput["first_step"], goodput["last_step"]) == (0, 8) and "goodput  " in printed
+    assert all(goodput["seconds"][cause] > 0 for cause in ("startup", "step", "checkpoint", "validation", "profile"))
+
+    # From an earlier step by name: the same lines come again, and the newer checkpoint is out of the way.
+    resumed = loop.train(config, str(workdir), loop.Resume(step=4))
+    for part in ("params", "biases", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, plain[part], resumed.state[part])
+    for row, wanted in zip(metrics(workdir), lines, strict=True):
+        assert {k: v for k, v in row.items() if k not in UNTIMED} == {
+            k: v for k, v in wanted.items() if k not in UNTIMED
+        }
+    assert "resumed  from step 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_device")
+def test_a_diverged_run_is_rescued_in_its_workdir(tmp_path, capsys, caplog):
+    """The learning rate that ruins it is replaced before the first checkpoint freely, and after it by name."""
+    ruinous = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=0"]
+    steady = ["--config.optimizer.learning_rate=1e-3", "--config.optimizer.warmup_steps=0"]
+    workdir = str(tmp_path / "run")
+    with pytest.raises(loop.NonFiniteLoss, match="step 2: loss=nan, .*; there is no checkpoint yet, so") as error:
+        loop.train(small(*SHORT, *ruinous), workdir)
+    assert "gradient not finite in " in str(error.value)
+    loop.train(small(*SHORT, *steady, "--config.training.num_steps=4"), workdir)
+    assert "starting over with optimizer.learning_rate 1e+30 -> 0.001" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="--change=optimizer.learning_rate, or start from its weights"):
+        loop.train(small(*SHORT, *ruinous), workdir)
+    by_name = loop.Resume(changes=("optimizer.learning_rate",))
+    skipping = small(*SHORT, *ruinous, "--config.training.skip_nonfinite=2", "--config.checkpoint.every=100")
+    with pytest.raises(loop.NonFiniteLoss, match="step 8: .* in 3 steps in a row, training.skip_nonfinite=2; cont"):
+        loop.train(skipping, workdir, by_name)
+    assert "training.num_steps 4 -> 8" in capsys.readouterr().out and "; skipped" in caplog.text
+    assert loop.train(small(*SHORT, *steady), workdir, by_name).step == 8
+    history = json.loads((tmp_path / "run" / "config.json").read_text())["history"]
+    assert [(row["step"], row["new"]) for row in history] == [(4, 1e30), (4, 1e-3)]
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 9))
+    assert loop.train(small(*SHORT, *steady), workdir, loop.Resume(step=0)).step == 8
+    assert (tmp_path / "run" / "checkpoints.superseded" / "8").is_dir()

@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
+import re
 
 from mtp_jax.config.fields import UserError, check_bounds
-from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, RopeConfig
+from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, RopeConfig, TrainingConfig
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
@@ -22,6 +23,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     _check_pattern(config.model)
     _check_rope(config.model.rope)
     _check_experts(config)
+    _check_training(config)
     sizes = mesh_sizes(config.mesh, num_devices)
     _check_mesh(config, sizes)
     vocab = config.model.vocab_size
@@ -52,6 +54,32 @@ def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
     if free:
         sizes[free[0]] = num_devices // product
     return sizes
+
+
+def profiled_steps(training: TrainingConfig) -> range:
+    """Returns the steps of training.profile, the first and the last included; empty if there are none.
+
+    Raises:
+      UserError: it is not two numbers of steps in order.
+    """
+    if not training.profile:
+        return range(0)
+    found = re.fullmatch(r"(\d{1,10}):(\d{1,10})", training.profile)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(
+            f"training.profile={training.profile!r}: must be the first and the last step to trace, such as 10:12"
+        )
+    return range(first, last + 1)
+
+
+def _check_training(config: Config) -> None:
+    profiled_steps(config.training)
+    if config.training.eval_every and not config.data.validation_fraction:
+        raise UserError(
+            f"training.eval_every={config.training.eval_every}: there are no held-out documents "
+            "(data.validation_fraction=0); raise that, or set training.eval_every=0"
+        )
 
 
 def _check_pattern(model: ModelConfig) -> None:

@@ -276,8 +276,19 @@ class TrainingConfig:
     # tokens whose logits are in memory at one time
     loss_chunk: int = setting(4096, at_least=1, below=2**31, may_change="resume")
     z_loss_weight: float = setting(0.0, at_least=0, at_most=1e6)
-    # validation batches of the final table
+    # steps in a row that may be skipped because their loss or gradients are not finite: weights, optimizer state and
+    # router biases stay as they are, and one more ends the run. 0: the first such step ends the run
+    skip_nonfinite: int = setting(0, at_least=0, below=2**31, may_change="resume")
+    # held-out validation every so many steps; 0: only after the last step
+    eval_every: int = setting(0, at_least=0, below=2**31, may_change="resume")
+    # batches of each validation, that of the final table included
     eval_batches: int = setting(16, at_least=1, below=2**31, may_change="resume")
+    # a main loss above its running median by so many median absolute deviations is reported; 0: none is
+    spike_threshold: float = setting(10.0, at_least=0, at_most=1e6, may_change="resume")
+    # first and last step to trace with xprof's profiler, as "10:12"; empty: none
+    profile: str = setting("", may_change="resume")
+    # where metrics go beside metrics.jsonl: tensorboard, wandb
+    trackers: tuple[str, ...] = setting(("tensorboard",), may_change="resume")
     sample_prompt: str = setting("def ", may_change="resume")
     sample_tokens: int = setting(200, at_least=0, at_most=2**24, may_change="resume")
 

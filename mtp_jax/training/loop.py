@@ -1,70 +1,125 @@
-"""The training loop, in order of execution: data, mesh, state, steps, checkpoints."""
+"""The training loop, in order of execution: data, mesh, state, steps. What happens beside the steps is in `stages`."""
 
-import collections
 import os
 import pathlib
-import signal
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 
 from mtp_jax.config import Config, UserError
 from mtp_jax.model import Tree, count_parameters
 from mtp_jax.mtp import kind_of
+from mtp_jax.training import resume as resumes
+from mtp_jax.training import trackers
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
-from mtp_jax.training.flops import peak_flops, train_flops_per_token
+from mtp_jax.training.clock import Clock
 from mtp_jax.training.init_from import check_source, copy_sides, load_from
-from mtp_jax.training.metrics import MetricsWriter, Progress, check_finite, peak_memory_gib
+from mtp_jax.training.notices import notice
+from mtp_jax.training.resume import Resume
 from mtp_jax.training.run import Run, global_batches, set_up
+from mtp_jax.training.stages import STAGES, NonFiniteLoss, Preempted, Session, Stage
+from mtp_jax.training.step import Batch
+
+__all__ = ["NonFiniteLoss", "Preempted", "Resume", "process_start", "train"]
 
 
-class Preempted(RuntimeError):
-    """The run received a signal to stop and has saved its state. Exit code 1: it is not finished."""
-
-
-def train(config: Config, workdir: str) -> Run:
+def train(config: Config, workdir: str, resume: Resume | None = None, started: float | None = None) -> Run:
     """Trains `config` in `workdir`, from its newest checkpoint if it has one.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      resume: the checkpoint and the settings to continue with; None: the newest checkpoint and the settings so far.
+      started: start of the process in the seconds of time.time(), for the time until the first step; None: now.
 
     Raises:
       UserError: a config, data or workdir that cannot be used; nothing was written.
       CheckpointError, NonFiniteLoss, Preempted: the run failed or was stopped.
     """
-    started = _process_start()
+    clock, resume, folder = Clock(started), resume or Resume(), pathlib.Path(workdir)
+    resumes.check(resume, config)
+    trackers.check(config.training.trackers)
     run = set_up(config)
     is_main = jax.process_index() == 0
-    _check_start(run, workdir)
-    workdirs.open_workdir(workdir, run.config, is_main)
+    is_new = resumes.is_new(resume, folder)
+    step = 0 if is_new else _check_start(run, folder, resume)
+    if not is_new and (folder / workdirs.CONFIG_FILE).exists() and is_main:
+        bent = resumes.bent_schedule(workdirs.read_config(folder), run.config, step)
+        if bent:
+            notice(bent)
+    if is_new and run.config.init_from:
+        check_source(run.config.init_from, run.trainer.abstract_state)
+    workdirs.open_workdir(workdir, run.config, is_main, is_new=is_new, by_name=resume.changes, step=step)
+    if is_new and is_main and (aside := resumes.set_aside(folder)):
+        print(f"the checkpoints of the earlier run are now in {aside}", flush=True)
     if is_main:
         if config.init_from:
             copy_sides(config.init_from, workdir)
         _announce(run)
-    with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS, config.checkpoint) as saved:
-        first_step, state = _first_state(run, saved, is_main)
-        run = replace(run, state=state)
-        with MetricsWriter(workdir, first_step or None, is_main) as writer:
-            return replace(run, state=_steps(run, first_step, saved, writer, started))
+    with jax.set_mesh(run.mesh), Checkpoints(folder / workdirs.CHECKPOINTS, config.checkpoint) as saved:
+        step, state = _initial_state(run) if is_new else _restored_state(run, saved, resume.step)
+        session = Session(run, folder, saved, clock, step, state)
+        return replace(run, state=run_steps(session, [make() for make in STAGES]))
 
 
-def _check_start(run: Run, workdir: str) -> None:
-    """Rejects what would fail later: fewer steps than the run has done, initial weights that do not fit."""
-    saved = Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS)
-    steps, num_steps = saved.steps(), run.config.training.num_steps
-    parts = saved.saved_part(("params", "opt_state")) if steps else None
+def run_steps(session: Session, stages: Sequence[Stage]) -> Tree:
+    """Runs the steps up to training.num_steps, or until a stage stops them, and returns the state.
+
+    Between two log points the host does not wait for the device.
+    """
+    session.stages, run, clock = stages, session.run, session.clock
+    batches = global_batches(run, "train", session.step)
+    try:
+        for stage in stages:
+            stage.start(session)
+        while session.step < run.config.training.num_steps and not session.is_stopped:
+            for stage in stages:
+                stage.before_step(session)
+            batch = _next_batch(batches, session)
+            with clock.counting("step"), jax.profiler.StepTraceAnnotation("train", step_num=session.step + 1):
+                state, metrics = run.trainer.step(session.state, batch)
+            session.advance(state, metrics)
+            for stage in stages:
+                stage.after_step(session)
+        for stage in stages:
+            stage.finish(session)
+    finally:
+        for stage in reversed(stages):
+            stage.close()
+        batches.close()
+    return session.state
+
+
+def _next_batch(batches: Iterator[Batch], session: Session) -> Batch:
+    """Returns the next batch. The wait is not counted as data where the device was still computing the steps before."""
+    before = session.clock.seconds["data"]
+    with session.clock.counting("data"):
+        batch = next(batches)
+    if session.metrics and not cast(Any, session.metrics["loss"]).is_ready():
+        session.clock.move(session.clock.seconds["data"] - before, "data", "step")
+    return batch
+
+
+def _check_start(run: Run, workdir: pathlib.Path, resume: Resume) -> int:
+    """Returns the step to continue from; rejects weights without a training state, and fewer steps than are done."""
+    saved, num_steps = Checkpoints(workdir / workdirs.CHECKPOINTS), run.config.training.num_steps
+    step = saved.steps()[-1] if resume.step is None else resume.step
+    parts = saved.saved_part(("params", "opt_state"))
     if parts and parts["params"] and not parts["opt_state"]:
         raise UserError(
             f"--workdir={workdir}: holds imported weights and no training state; start a run in another folder with "
             f"--config.init_from={workdir}"
         )
-    if steps and steps[-1] > num_steps:
+    if step > num_steps:
         raise UserError(
-            f"training.num_steps={num_steps}: the run in {workdir} is at step {steps[-1]} already; "
-            f"use at least {steps[-1]}, or another --workdir"
+            f"training.num_steps={num_steps}: the run in {workdir} is at step {step} already; "
+            f"use at least {step}, an earlier step with --resume_step, or another --workdir"
         )
-    if run.config.init_from and not steps:
-        check_source(run.config.init_from, run.trainer.abstract_state)
+    return step
 
 
 def _announce(run: Run) -> None:
@@ -79,151 +134,26 @@ def _announce(run: Run) -> None:
     print(f"mesh     {axes} ({jax.devices()[0].device_kind}, {jax.process_count()} process(es))", flush=True)
 
 
-def _first_state(run: Run, saved: Checkpoints, is_main: bool) -> tuple[int, Tree]:
-    """Returns (steps done, state) of the newest valid checkpoint, or with fresh weights, or with those of init_from."""
-    restored = saved.restore_latest(run.trainer.abstract_state)
-    if restored is not None:
-        if is_main:
-            print(f"resumed  from step {restored[0]}", flush=True)
-        return restored
+def _restored_state(run: Run, saved: Checkpoints, step: int | None) -> tuple[int, Tree]:
+    """Returns (step, state) of a checkpoint; None: the newest valid one."""
+    restored = saved.restore_latest(run.trainer.abstract_state, step)
+    assert restored is not None, "there is a checkpoint"
+    if jax.process_index() == 0:
+        print(f"resumed  from step {restored[0]}", flush=True)
+    return restored
+
+
+def _initial_state(run: Run) -> tuple[int, Tree]:
+    """Returns (0, state) with fresh weights, or with those of init_from."""
     state = run.trainer.init()
     if run.config.init_from:
         state, note = load_from(run.config.init_from, run.config, state, run.trainer.abstract_state)
-        if is_main:
+        if jax.process_index() == 0:
             print(f"weights  {note}", flush=True)
     return 0, state
 
 
-def _steps(run: Run, first_step: int, saved: Checkpoints, writer: MetricsWriter, started: float) -> Tree:
-    """Runs the steps. Between two log points the host does not wait for the device."""
-    config, state = run.config, run.state
-    num_steps, every = config.training.num_steps, config.training.log_every
-    log = _Log(config, writer, first_step)
-    stop = _StopSignal()
-    batches = global_batches(run, "train", first_step)
-    done = first_step
-    try:
-        for done in range(first_step + 1, num_steps + 1):
-            state, metrics = run.trainer.step(state, next(batches))
-            log.add(done, metrics)
-            if done == first_step + 1:
-                jax.block_until_ready(metrics)
-                log.started(f"first step done {time.time() - started:.1f} s after the start, compilation included")
-            is_last, stopped = done == num_steps, stop.reached(done)
-            if done % every == 0 or is_last or stopped:
-                log.write(on_grid=done % every == 0 or is_last)
-            if done % config.checkpoint.every == 0 or is_last or stopped:
-                log.check()  # a state that is not finite is never saved
-                saved.save(done, state)
-                log.pause_over()
-            if stopped and not is_last:
-                saved.wait()
-                raise Preempted(f"stopped by a signal at step {done}, state saved; run the same command to go on")
-    finally:
-        stop.restore()
-        batches.close()
-    saved.wait()
-    return state
-
-
-MAX_STEPS_ON_DEVICE = 256  # steps whose metrics stay on the device between two log points
-
-
-class _Log:
-    """Metrics kept on the device until a log point, then checked, written and printed."""
-
-    def __init__(self, config: Config, writer: MetricsWriter, first_step: int):
-        self.config, self.writer = config, writer
-        self.progress = Progress(config.training.num_steps)
-        self.waiting: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self.newest: dict[str, float] = {}
-        self.timed_step, self.timed_at, self.first_seconds = first_step, time.perf_counter(), 0.0
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self.peak = peak * jax.device_count() if peak else None
-        self.tokens_per_step = config.data.batch_size * config.data.sequence_length
-        self.flops_per_token = train_flops_per_token(config)
-
-    def started(self, note: str) -> None:
-        """Restarts the clock after the first step, most of which is compilation."""
-        self.first_seconds = time.perf_counter() - self.timed_at
-        self.timed_step, self.timed_at = self.timed_step + 1, time.perf_counter()
-        if jax.process_index() == 0:
-            print(note, flush=True)
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self.waiting.append((step, metrics))
-        if len(self.waiting) > MAX_STEPS_ON_DEVICE:  # the older half is computed: fetching it does not wait
-            self.check(len(self.waiting) // 2)
-
-    def check(self, num: int | None = None) -> None:
-        """Fetches the waiting metrics (the `num` oldest) and raises at the first loss that is not finite."""
-        count = len(self.waiting) if num is None else num
-        fetched = jax.device_get([self.waiting.popleft() for _ in range(count)])
-        for step, metrics in fetched:
-            self.newest = {name: float(value) for name, value in metrics.items()}
-            self.newest_step = step
-            check_finite(step, self.newest)
-
-    def write(self, on_grid: bool) -> None:
-        """Writes a line to metrics.jsonl and the terminal; off the grid (a stopped run) to the terminal only."""
-        self.check()
-        step, now = self.newest_step, time.perf_counter()
-        seconds, steps = now - self.timed_at, step - self.timed_step
-        if steps == 0:  # the first step is a log point, or a checkpoint was saved in between
-            steps, seconds = 1, self.first_seconds
-        rate = steps * self.tokens_per_step / seconds
-        self.timed_step, self.timed_at = step, now
-        record: dict[str, Any] = {"tokens": step * self.tokens_per_step} | self.newest
-        record["tokens_per_second"] = rate
-        record["mfu"] = rate * self.flops_per_token / self.peak if self.peak else None
-        record["peak_memory_gib"] = peak_memory_gib(jax.local_devices())
-        if on_grid:
-            self.writer.write(step, record)
-        if jax.process_index() == 0:
-            print(self.progress.line(step, record), flush=True)
-
-    def pause_over(self) -> None:
-        """Restarts the clock at the step just checked, so that the checkpoint does not count as step time."""
-        self.timed_step, self.timed_at = self.newest_step, time.perf_counter()
-
-
-class _StopSignal:
-    """SIGTERM and SIGINT request a checkpoint and the end of the run; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self.previous: dict[int, Any] = {}
-        # With several processes jax.distributed has its own handler, which agrees with the others on a step.
-        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        try:
-            for number in numbers:
-                self.previous[number] = signal.signal(number, self._set)
-        except ValueError:  # not the main thread (a notebook's): signals stay as they are
-            pass
-
-    def _set(self, number: int, frame: Any) -> None:
-        del frame
-        self.is_set = True
-        self._give_back(number)
-
-    def _give_back(self, number: int) -> None:
-        before = self.previous[number]
-        signal.signal(number, signal.SIG_DFL if before is None else before)  # None: a handler not made in Python
-
-    def reached(self, step: int) -> bool:
-        """Returns whether to stop after this step; the same on every process."""
-        if jax.process_count() == 1:
-            return self.is_set
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.reached_preemption_sync_point(step))
-
-    def restore(self) -> None:
-        for number in self.previous:
-            self._give_back(number)
-
-
-def _process_start() -> float:
+def process_start() -> float:
     """Returns the start time of this process, in the seconds of time.time()."""
     try:
         ticks = int(pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])

@@ -1,4 +1,4 @@
-"""Output of a run's metrics: metrics.jsonl, TensorBoard, the terminal; and an error when one is not finite."""
+"""Output of a run's metrics: metrics.jsonl and the line of the terminal."""
 
 import json
 import math
@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
-
-from tensorboardX import SummaryWriter
 
 from mtp_jax.files import write_text
 from mtp_jax.typing import JsonObject
@@ -25,12 +23,8 @@ METRICS_FILE = "metrics.jsonl"
 Scalar = Any  # a Python, numpy or jax number, or None
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or a gradient became NaN or infinite. The message is one line. Exit code 1."""
-
-
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
-    """Appends to metrics.jsonl, one JSON object per logged step, and to TensorBoard's events.
+    """Appends to metrics.jsonl, one JSON object per logged step.
 
     A run resumed from a checkpoint continues the file: lines after the checkpoint's step are dropped, since those steps
     are repeated, and so is a line left incomplete by a kill. So that no step is missing, the line of a step must be
@@ -38,42 +32,36 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """
 
     def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, is_main: bool = True):
-        """Opens the files.
+        """Opens the file.
 
         Args:
           workdir: the run's folder.
           resume_step: step of the restored checkpoint; None: a fresh start, so no line is kept.
           is_main: whether this process writes; the others do nothing.
         """
-        self._file = self._events = None
+        self._file = None
         if not is_main:
             return
         path = pathlib.Path(workdir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(path, -1 if resume_step is None else resume_step)
         self._file = path.open("a")
-        # purge_step hides what an earlier attempt logged from there on
-        self._events = SummaryWriter(str(path.parent), purge_step=None if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
         """Writes and flushes one line. Values are numbers, jax or numpy scalars; None and non-finite become null."""
-        if self._file is None or self._events is None:
+        if self._file is None:
             return
         values = {"step": step} | {k: plain(v) for k, v in metrics.items()}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
-        for key, value in values.items():
-            if key != "step" and value is not None:
-                self._events.add_scalar(key, value, step)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        if self._file is not None and self._events is not None:
+        if self._file is not None:
             self._file.close()
-            self._events.close()
 
 
 class Progress:
@@ -92,6 +80,8 @@ class Progress:
         parts = [f"step {step}/{self._num_steps}"]
         if values.get("loss") is not None:
             parts.append(f"loss {values['loss']:.3f}{_terms(values)}")
+        if values.get("validation_loss_main") is not None:
+            parts.append(f"validation {values['validation_loss_main']:.3f}")
         if (speed := values.get("tokens_per_second")) is not None:
             parts.append(f"{_short(speed)} tok/s")
         if (mfu := values.get("mfu")) is not None:
@@ -102,21 +92,6 @@ class Progress:
             each = (now - self._first[1]) / (step - self._first[0])
             parts.append(f"ETA {clock(each * (self._num_steps - step))}")
         return "  ".join(parts)
-
-
-def check_finite(step: int, metrics: Mapping[str, Scalar]) -> None:
-    """Checks that every loss and the gradient norm are finite.
-
-    Raises:
-      NonFiniteLoss: some are NaN or infinite; the message names the step and every such term.
-    """
-    watched = {k: plain(v) for k, v in metrics.items() if k.startswith("loss") or k == "grad_norm"}
-    bad = [f"{k}={v}" for k, v in watched.items() if v is not None and not math.isfinite(v)]
-    if bad:
-        raise NonFiniteLoss(
-            f"step {step}: {', '.join(bad)}; lower optimizer.learning_rate or raise optimizer.warmup_steps "
-            "(no checkpoint holds this state)"
-        )
 
 
 def peak_memory_gib(devices: Iterable["jax.Device"]) -> float:

@@ -21,7 +21,7 @@ import optax.contrib
 
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.layers.param import ParamInfo
-from mtp_jax.training import schedules
+from mtp_jax.training import gradient_groups, schedules
 
 Tree = Any  # nested dicts of the parameters' structure
 
@@ -49,7 +49,7 @@ def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.Gradien
         "muon": optax.chain(_muon(config, labels, infos), decay, down),
     }
     used = set(jax.tree.leaves(labels))
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = _clip(config.clip_norm, infos) if config.clip_norm else optax.identity()
     in_float32 = optax.stateless(lambda grads, _: optax.tree.cast(grads, jnp.float32))
     return optax.chain(in_float32, clip, optax.partition({k: v for k, v in rules.items() if k in used}, labels))
 
@@ -62,6 +62,11 @@ def label(config: OptimizerConfig, info: ParamInfo) -> str:
     if config.name == "muon" and not multiplied & {"vocab", "router"}:
         return "muon"
     return "adam_decayed"
+
+
+def num_updates(opt_state: Any) -> jax.Array:
+    """Returns the number of updates that an optimizer state has received, int32: its schedule's count."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
 def state_shardings(
@@ -88,6 +93,16 @@ def state_shardings(
         return replicated
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, abstract_params))
+
+
+def _clip(max_norm: float, infos: Tree) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with the norm that the step reports, so that it is computed once."""
+
+    def clipped(grads: Tree, _: Tree) -> Tree:
+        norm = gradient_groups.norm(infos, grads)
+        return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), grads)
+
+    return optax.stateless(clipped)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -76,9 +76,9 @@ def _check_gone(workdir: pathlib.Path) -> None:
         last = read_metrics(workdir / METRICS_FILE)[-1]["step"]
     except (OSError, ValueError, IndexError):
         return
-    there = workdir / CHECKPOINTS
+    folder = workdir / CHECKPOINTS
     # A save that was interrupted leaves its own temporary folder.
-    if last > read_config(workdir).checkpoint.every and not (there.is_dir() and any(there.iterdir())):
+    if last > read_config(workdir).checkpoint.every and not (folder.is_dir() and any(folder.iterdir())):
         raise UserError(
             f"--workdir={workdir}: its metrics reach step {last} and its checkpoints are gone; restore "
             f"{CHECKPOINTS}/, or start the run over with --resume_step=0"
@@ -87,14 +87,14 @@ def _check_gone(workdir: pathlib.Path) -> None:
 
 def set_aside(workdir: pathlib.Path) -> str | None:
     """Renames the folder of checkpoints of a run that starts over; returns its new name, or None if there are none."""
-    there = workdir / CHECKPOINTS
-    if not Checkpoints(there).steps():
+    folder = workdir / CHECKPOINTS
+    if not Checkpoints(folder).steps():
         return None
     target, number = workdir / f"{CHECKPOINTS}.superseded", 0
     while target.exists():
         number += 1
         target = workdir / f"{CHECKPOINTS}.superseded.{number}"
-    there.rename(target)
+    folder.rename(target)
     return str(target)
 
 

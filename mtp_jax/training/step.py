@@ -17,8 +17,9 @@ from mtp_jax.losses import DepthSums, depth_sums, evaluate, token_terms, weight_
 from mtp_jax.model import AbstractModel, Tree, abstract_model, init
 from mtp_jax.mtp import Kind, Scales, kind_of
 from mtp_jax.targets import Rows
-from mtp_jax.training import optimizer, schedules
+from mtp_jax.training import gradient_groups, optimizer, schedules
 
+GROUP_NORMS = "grad_norms"  # the only metric that is not a scalar: float32[G], see `gradient_groups`
 Batch = dict[str, jax.Array]  # tokens, segment_ids, positions: int32[B, T + 1 + D]
 
 
@@ -28,6 +29,7 @@ class Aux(NamedTuple):
     sums: DepthSums
     extra: dict[str, tuple[jax.Array, jax.Array]]
     stats: dict[str, RouterStats | None]  # of the decoder's stacked modules, and "mtp"
+    balance: jax.Array  # the balance loss of all routers, float32
 
 
 def rows_of(batch: Batch, kind: Kind) -> Rows:
@@ -65,7 +67,8 @@ class Trainer(NamedTuple):
     """The jitted functions of a config and the sharding of its state.
 
     init() -> state; step(state, batch) -> (state, metrics), which donates the old state;
-    evaluate(state, batch, token_bytes) -> sums. state: {"params", "biases", "opt_state", "step"}.
+    evaluate(state, batch, token_bytes) -> sums. state: {"params", "biases", "opt_state", "step"}. groups: parts of the
+    model whose gradient norms are the metric GROUP_NORMS.
     """
 
     init: Callable[[], Tree]
@@ -74,6 +77,7 @@ class Trainer(NamedTuple):
     abstract_state: Tree
     batch_sharding: Any
     abstract: AbstractModel
+    groups: list[tuple[str, int | None]]
 
 
 def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
@@ -111,6 +115,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
         abstract_state=abstract,
         batch_sharding=rows,
         abstract=built,
+        groups=gradient_groups.names(trained_infos, trained_part(config, built.params)[0]),
     )
 
 
@@ -136,6 +141,7 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
     """Returns (state, batch) -> (state, metrics); see `Trainer`."""
     grads_of = jax.value_and_grad(make_loss(config, built), has_aux=True)
     kind = kind_of(config)
+    infos = trained_part(config, built.infos)[0]
 
     def step(state: Tree, batch: Batch) -> tuple[Tree, dict[str, jax.Array]]:
         rows = rows_of(batch, kind)
@@ -152,16 +158,25 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
             return grads_of(trained, frozen, state["biases"], rows, scales, num_rows)
 
         (loss, aux), grads = _accumulate(micro, rows, config.training.grad_accum_steps)
+        grad_norm = gradient_groups.norm(infos, grads)
+        done = optimizer.num_updates(state["opt_state"])
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state["opt_state"], trained)
             params = {**frozen, **optax.apply_updates(trained, updates)}
         biases = move_biases(config, state["biases"], aux.stats, state["step"])
         metrics = step_metrics(config, loss, aux, count_K) | {
             "mtp_lambda": scales.weight,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": schedules.learning_rate(config.optimizer, config.training.num_steps)(state["step"]),
+            "grad_norm": grad_norm,
+            GROUP_NORMS: gradient_groups.norms(infos, grads),
+            "learning_rate": schedules.learning_rate(config.optimizer, config.training.num_steps)(done),
         }
-        return {"params": params, "biases": biases, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        changed = {"params": params, "biases": biases, "opt_state": opt_state}
+        if config.training.skip_nonfinite:
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            kept = {name: state[name] for name in changed}
+            changed = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), changed, kept)
+            metrics["skipped_steps"] = state["step"] + 1 - optimizer.num_updates(changed["opt_state"])
+        return {**changed, "step": state["step"] + 1}, metrics
 
     return step
 
@@ -178,12 +193,13 @@ def make_loss(config: Config, built: AbstractModel):
             terms = model.terms(out.hidden, rows, scales, config.training.z_loss_weight)
             total, sums = evaluate(terms, config.training.loss_chunk)
         mtp_stats = _active(out.mtp_stats, scales.depth_N)
-        for decoder_stats in out.decoder_stats.values():
-            total += config.model.balance_loss_weight * balance(decoder_stats, num_rows_K[:1])
-        total += config.model.balance_loss_weight * balance(mtp_stats, num_rows_K[1:])
+        parts = [balance(decoder_stats, num_rows_K[:1]) for decoder_stats in out.decoder_stats.values()]
+        parts.append(balance(mtp_stats, num_rows_K[1:]))
+        for part in parts:
+            total += config.model.balance_loss_weight * part
         named = {t.name: (s.value.sum(), s.num.sum()) for t, s in zip(terms, sums, strict=True) if t.name}
         stats = jax.lax.stop_gradient({**out.decoder_stats, "mtp": mtp_stats})
-        return total, Aux(depth_sums(terms, sums), named, stats)
+        return total, Aux(depth_sums(terms, sums), named, stats, jax.lax.stop_gradient(sum(parts, jnp.float32(0.0))))
 
     return loss
 
@@ -256,6 +272,7 @@ def step_metrics(config: Config, loss: jax.Array, aux: Aux, count_K: jax.Array) 
         load_LE = jnp.concatenate(loads)
         ratio_L = load_LE.max(-1) / jnp.maximum(load_LE.mean(-1), 1e-9)
         out["moe_load_max_over_mean"] = ratio_L.max()
+        out["moe_balance_loss"] = aux.balance
     return out
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.evaluation import validation
+from mtp_jax.training.validation import as_metrics, results_of
 from tests.conftest import ROOT
 from tests.decoding.trained import train_small
 
@@ -24,7 +25,7 @@ SUMS = {
 
 @pytest.fixture
 def results():
-    return validation._results({name: np.array(values) for name, values in SUMS.items()})
+    return results_of({name: np.array(values) for name, values in SUMS.items()})
 
 
 def test_rates_go_by_their_own_counts(results):
@@ -39,6 +40,17 @@ def test_a_depth_without_targets_is_not_a_perfect_one(results):
     assert "nan" in validation.table(results).splitlines()[3]
     values = json.loads(json.dumps(validation.as_json(results, "loss"), allow_nan=False))
     assert values["mtp_2"] == {"loss": None, "bits_per_byte": None, "accuracy": None, "num_targets": 0}
+
+
+def test_the_metrics_of_a_step_are_those_of_the_table(results):
+    assert as_metrics(results) == {
+        **{"validation_loss_main": 0.8, "validation_loss_mtp_1": 0.75, "validation_loss_mtp_2": None},
+        "validation_bits_per_byte": results[0].bits_per_byte,
+        **{"validation_agreement_mtp_1": 0.8, "validation_agreement_mtp_2": None},
+        "validation_tokens_per_forward": None,  # a depth without targets has no rate
+    }
+    assert as_metrics(results[:2])["validation_tokens_per_forward"] == results[1].expected_tokens == 1.8
+    assert as_metrics(results[:1])["validation_tokens_per_forward"] == 1.0
 
 
 MEASURE = """
