@@ -8,21 +8,21 @@
                   --data_dir (or MTP_DATA_DIR) those of configs/tasks read local files; --tasks_dir=DIR adds your own
 
 --output writes the values as JSON, and beside it the same as Markdown and as a plot (.md, .png).
-Exit codes: 0 done, 1 a failed run, 2 unusable arguments.
 """
 
 import pathlib
 
-from mtp_jax import cli, distributed
-from mtp_jax.config import UserError
+from mtp_jax import cli, signals
+from mtp_jax.errors import UserError
 
 VALIDATION_TASKS, DECODE_TASKS = ("loss", "acceptance"), ("speculative", "advice")
 
 
 def main(argv: list[str]) -> None:
+    from mtp_jax import distributed
     from mtp_jax.evaluation import benchmarks, decode_tasks, results
 
-    flags = cli.parser(__doc__)
+    flags = cli.parser(__doc__, cli.EXIT_CODES)
     flags.add_argument("--workdir", required=True, help="of a run of train.py, or a Hugging Face folder")
     flags.add_argument("--tasks", default="loss,acceptance", help="comma-separated")
     flags.add_argument("--output", help="write the results to this .json file, and beside it as .md and .png")
@@ -80,4 +80,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signals.install()  # before the slow imports
     cli.run(main)

@@ -1,16 +1,17 @@
 """Train a model: python train.py --config=configs/NAME.py --workdir=DIR [--config.section.key=VALUE ...]
 
 Running the same command again continues from the newest checkpoint; --resume_step and --change choose another one, or
-other settings. Exit codes: 0 done, 1 a failed run, 2 unusable arguments or config.
+other settings. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save the state at the end of the current step and end the run; a
+second one ends it at once.
 """
 
-import numpy as np
-
-from mtp_jax import cli, config, distributed
+from mtp_jax import cli, signals
 
 
 def main(argv: list[str]) -> None:
-    flags = cli.parser(__doc__)
+    from mtp_jax import config, distributed
+
+    flags = cli.parser(__doc__, cli.EXIT_CODES)
     flags.add_argument("--config", required=True, help="a Python file with get_config(), as in configs/")
     flags.add_argument("--workdir", required=True, help="where config, metrics and checkpoints go")
     flags.add_argument(
@@ -53,6 +54,8 @@ def report(run, workdir: str) -> None:
 
 def sample(run, is_main: bool) -> None:
     """Prints a text of training.sample_tokens tokens, drafted by the extra depths if there are any."""
+    import numpy as np
+
     from mtp_jax.decoding import generator, samplers
     from mtp_jax.mtp import kind_of
 
@@ -80,4 +83,5 @@ def sample(run, is_main: bool) -> None:
 
 
 if __name__ == "__main__":
+    signals.install()  # before the slow imports
     cli.run(main)

@@ -1,18 +1,30 @@
-"""Common parts of the command lines: flags, config overrides, and errors as one line with an exit code."""
+"""Common parts of the command lines: flags, config overrides, logging, and errors as one line with an exit code.
+
+Imports only the standard library and light modules: train.py and eval.py import it before they handle signals.
+"""
 
 import argparse
-import os
+import logging
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from mtp_jax.config import UserError
-from mtp_jax.errors import first_line, warn_once
+from mtp_jax import streams
+from mtp_jax.errors import EXIT_FAILED, UserError, first_line, warn_once
+from mtp_jax.signals import EXIT_INTERRUPTED
 
-EXIT_FAILED, EXIT_UNUSABLE = 1, 2
 RENAMED = {"--draft_length": "--num_speculative_tokens"}  # flags of earlier versions
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the run failed; what is not a mistake in the input shows its traceback
+  2    unusable arguments, config or input: the same command fails the same
+  75   preempted: stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2, state saved; run the same command to go on
+  76   another process of the run is lost, or a step stalled; run the same command to go on
+  130  interrupted by Ctrl-C, state saved; run the same command to go on
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,10 +32,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     """Returns an argument parser with --debug that raises UserError for unusable arguments."""
-    out = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    layout = argparse.RawDescriptionHelpFormatter
+    out = _Parser(description=description, epilog=epilog, formatter_class=layout, allow_abbrev=False)
+    out.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return out
 
 
@@ -42,26 +55,52 @@ def parse(flags: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Nam
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Calls main(argv) and exits with 0, 1 (a failed run) or 2 (unusable arguments or config).
+    """Calls main(argv) and exits with the code of its end, see EXIT_CODES.
 
-    An error is one line on stderr; --debug adds the traceback.
+    An error of this package is one line on stderr, and --debug adds the traceback; any other error is a traceback.
+    Output that cannot be written is dropped.
     """
     argv = sys.argv[1:]
+    streams.protect()
+    set_up_logging()
     try:
         main(argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
     except Exception as error:
         sys.stdout.flush()
-        if "--debug" in argv:
+        if "--debug" in argv or not _is_own(error):
             traceback.print_exc()
-        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_UNUSABLE if isinstance(error, UserError) else EXIT_FAILED)
-    except KeyboardInterrupt:
+        if _is_own(error):
+            print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(getattr(error, "exit_code", EXIT_FAILED))
+    except KeyboardInterrupt:  # of a command that does not handle signals
         print("error: interrupted", file=sys.stderr, flush=True)
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def set_up_logging(process_index: int | None = None) -> None:
+    """Sends the logger `mtp_jax` to stderr, as lines with time, level and, among several processes, the index of this
+    one. A logger that has another handler keeps it."""
+    logger = logging.getLogger("mtp_jax")
+    if any(not isinstance(handler, _Handler) for handler in logger.handlers):
+        return
+    where = "" if process_index is None else f" process {process_index}"
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname)s %(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+
+
+class _Handler(logging.StreamHandler):
+    """Writes to sys.stderr as it is when a line is logged."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: object) -> None:
+        del value
 
 
 def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
@@ -76,9 +115,6 @@ def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
         raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
 
 
-def describe(error: Exception) -> str:
-    """Returns one line: the message of an error of this package; of any other, its type and first line."""
-    message = first_line(error)
-    if type(error).__module__.startswith("mtp_jax"):
-        return message
-    return f"{type(error).__name__}: {message} (--debug shows where)"
+def _is_own(error: Exception) -> bool:
+    """Returns whether an error is one of this package, whose message is one line with the remedy."""
+    return type(error).__module__.startswith("mtp_jax")

@@ -1,11 +1,18 @@
-"""User errors, the first line of any other error, and notices on stderr."""
+"""Exit codes, user errors, the first line of any other error, and notices on stderr."""
 
 import functools
+import logging
 import sys
+
+EXIT_DONE, EXIT_FAILED, EXIT_UNUSABLE = 0, 1, 2
+EXIT_LOST = 76  # EX_PROTOCOL of sysexits.h: another process is lost, or no step ends any more
+# 75 (state saved after a signal) and 130 (Ctrl-C) are in signals.py
 
 
 class UserError(ValueError):
     """An input that cannot be used. The message is one line: the field, its value, the remedy. Exit code 2."""
+
+    exit_code = EXIT_UNUSABLE
 
 
 def first_line(error: BaseException) -> str:
@@ -15,5 +22,9 @@ def first_line(error: BaseException) -> str:
 
 @functools.cache
 def warn_once(line: str) -> None:
-    """Prints a line on stderr, once per process."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    """Logs a line as a warning of the logger `mtp_jax`, once per process; prints it on stderr if none is set up."""
+    logger = logging.getLogger("mtp_jax")
+    if logger.handlers:
+        logger.warning("note: %s", line)
+    else:
+        print(f"note: {line}", file=sys.stderr, flush=True)

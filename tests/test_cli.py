@@ -251,14 +251,22 @@ def test_debug_shows_where(monkeypatch, capfd, tmp_path):
     assert lines[0].startswith("Traceback") and lines[-1].startswith("error: mtp.kind='serial'")
 
 
-def test_a_fault_of_ours_is_one_line_too(monkeypatch, capfd, tmp_path):
+def test_a_bug_shows_its_traceback(monkeypatch, capfd, tmp_path):
     def broken(*_):
         raise KeyError("first line\nsecond line")
 
     monkeypatch.setattr(loop, "train", broken)
     assert run_here(monkeypatch, train_script.main, f"--config={TINY}", f"--workdir={tmp_path / 'run'}") == 1
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: KeyError: ") and "--debug" in line
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("KeyError: ")
+    assert any("in broken" in line for line in lines)
+
+
+def test_help_lists_the_exit_codes(monkeypatch, capfd):
+    for main in (train_script.main, eval_script.main):
+        assert run_here(monkeypatch, main, "--help") == 0
+        printed = capfd.readouterr().out
+        assert all(re.search(rf"^  {code} +\w", printed, re.MULTILINE) for code in (0, 1, 2, 75, 76, 130))
 
 
 @pytest.mark.usefixtures("one_device", "quick_compilation")

@@ -3,14 +3,17 @@
 There is no iterator state to save. A run resumes, on any number of processes, from the number of the next step.
 """
 
+import contextlib
 import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
 
+from mtp_jax import signals
 from mtp_jax.data.packing import Rows, random_bits
 
 Batch = dict[str, np.ndarray]
@@ -104,6 +107,7 @@ class Batches:
             threads = min(self._prefetch, _MAX_THREADS)
             return steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
         _mark_flags_as_parsed()
+        resource_tracker.ensure_running()  # its start, where a worker is the first to need it, unblocks signals
         ahead = -(-self._prefetch // self._num_workers)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         workers = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=ahead)
@@ -115,13 +119,18 @@ class BatchIterator(Iterator[Batch], AbstractContextManager["BatchIterator"]):
 
     def __init__(self, dataset: grain.IterDataset, start_step: int):
         self.step = start_step  # that of the next batch
-        self._iterators = [iter(dataset)]  # a list that the finalizer empties: it must hold no reference to self
+        with signals.blocked():
+            # a list that the finalizer empties: it must hold no reference to self
+            self._iterators = [iter(dataset)]
+        self._is_started = False
         self._finalizer = weakref.finalize(self, _close_all, self._iterators)  # also at exit, where workers would hang
 
     def __next__(self) -> Batch:
         if not self._iterators:
             raise ValueError("this iterator is closed")
-        batch = next(self._iterators[0])
+        with contextlib.nullcontext() if self._is_started else signals.blocked():  # the first starts the workers
+            batch = next(self._iterators[0])
+        self._is_started = True
         self.step += 1
         # arrays of a worker are in shared memory, which the owner of the batch would have to release
         return {name: np.array(value) for name, value in batch.items()}

@@ -12,7 +12,7 @@ import argparse
 import json
 import pathlib
 
-from mtp_jax import cli, config
+from mtp_jax import cli, config, signals
 from mtp_jax.config import UserError
 from mtp_jax.tools.planning.topology import Topology, open_topology, prepare_environment
 from mtp_jax.typing import JsonObject
@@ -66,4 +66,5 @@ def _write(output: pathlib.Path | None, result: JsonObject) -> None:
 
 
 if __name__ == "__main__":
+    signals.install()  # Ctrl-C during a compilation
     cli.run(main)
