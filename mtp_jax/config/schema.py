@@ -291,6 +291,8 @@ class TrainingConfig:
     trackers: tuple[str, ...] = setting(("tensorboard",), may_change="resume")
     sample_prompt: str = setting("def ", may_change="resume")
     sample_tokens: int = setting(200, at_least=0, at_most=2**24, may_change="resume")
+    # seconds without a finished step (or 20 times the median step, where that is longer) that end the run; 0: never
+    stall_seconds: int = setting(1800, at_least=0, below=2**31, may_change="resume")
 
 
 @dataclass(frozen=True)

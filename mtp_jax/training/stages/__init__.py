@@ -9,11 +9,13 @@ from mtp_jax.training.stages.spikes import ReportSpikes
 from mtp_jax.training.stages.stage import Session, Stage
 from mtp_jax.training.stages.stop import Preempted, StopAtSignal
 from mtp_jax.training.stages.validate import Validate
+from mtp_jax.training.stages.watch import EndStalledRun
 
 # In the order of their hooks: a stage may use what an earlier one has added to `Session.values` or to the metrics.
 STAGES: tuple[type[Stage], ...] = (
     ReportGoodput,
     StopAtSignal,
+    EndStalledRun,
     Profile,
     StopAtNonFinite,
     ReportSpikes,
