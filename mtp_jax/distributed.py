@@ -5,17 +5,19 @@ for one. This module therefore decides, from the environment and before jax star
 """
 
 import argparse
+import ctypes
 import glob
 import os
 import pathlib
 import re
+import signal
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtp_jax.config import UserError
-from mtp_jax.errors import first_line
+from mtp_jax import cli, signals
+from mtp_jax.errors import EXIT_LOST, UserError, first_line
 
 # When a peer dies, the others wait in a collective for this long: 30 s end them within a minute, and no healthy process
 # is silent for as long, since a thread outside Python sends the heartbeats.
@@ -73,8 +75,40 @@ def initialize(args: argparse.Namespace) -> None:
             f"several processes (found by {cluster.source}) did not connect: {first_line(error)}; look at the other "
             "processes, and whether the coordinator's port is open to them"
         ) from error
+    _end_clearly_without_a_peer()
+    if signals.STOP.is_installed and (native := signals.native_handler(signal.SIGTERM)):
+        signals.STOP.forward_to(signal.SIGTERM, native)
+    cli.set_up_logging(jax.process_index())
     if jax.process_index() == 0:
         print(f"peers    {jax.process_count()} processes, found by {cluster.source}", flush=True)
+
+
+# Referenced here for as long as C may call it.
+_ON_ABORT = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _abort())
+
+
+def _end_clearly_without_a_peer() -> None:
+    """Ends this process with EXIT_LOST and one line where jax's client would abort it (exit code 134).
+
+    The client ends its process by abort() when a peer has sent no heartbeat for too long or the coordinator is gone.
+    It has an option for a callback instead, which jaxlib cannot call (its argument, an absl::Status, has no Python
+    type: std::bad_cast ends the process as well). So the handler of SIGABRT is set, in C, because those of the signal
+    module run after abort() has ended the process. The signal comes from the failing thread itself, not in the middle
+    of other work, so the handler may run Python.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.restype = ctypes.c_void_p
+    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    library.signal(signal.SIGABRT, ctypes.cast(_ON_ABORT, ctypes.c_void_p))
+
+
+def _abort() -> None:
+    os.write(
+        2,
+        b"error: the runtime of jax ended this process, most likely because another one of the run died or stopped; "
+        b"look at the other processes, and run the same command again to go on from the newest checkpoint\n",
+    )
+    signals.end_process(EXIT_LOST)
 
 
 def detect(
