@@ -8,6 +8,10 @@
 #   PYTHON               python with jax[tpu] on every worker (default .venv/bin/python, below FOLDER)
 #   MTP_MAX_RESTARTS     and the other settings of supervise.sh, which runs on each worker
 #
+# On each worker supervise.sh restarts train.py after every exit code but 0, 2 and 130 (see there); the exit code of this
+# command is that of gcloud, which fails when that of a worker is not 0. A lost connection is SIGHUP to each worker: the
+# state is saved.
+#
 # --workdir is a folder that every worker sees (Filestore, or any other network disk). The run ends when this command
 # is stopped or loses its connection: run it in tmux. Several slices: the same with `gcloud compute tpus
 # queued-resources ssh NAME --node=all --worker=all`.

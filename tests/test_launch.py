@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,8 @@ def supervised(count, *codes):
         ([0], 0, 1),
         ([1, 0], 0, 2),
         ([134, 137, 0], 0, 3),
+        ([75, 76, 0], 0, 3),  # preempted, a lost peer
+        ([1, 130], 130, 2),  # Ctrl-C
         ([2], 2, 1),  # unusable arguments: the same again would fail the same
         ([1, 2], 2, 2),
         ([1, 1, 1, 3], 3, 4),  # given up
@@ -42,15 +45,66 @@ def test_the_supervisor_restarts_what_failed(tmp_path, codes, code, starts):
     assert ("given up after 3 restarts" in found[2]) == (code == 3)
 
 
-def test_the_supervisor_passes_sigterm_on_and_starts_nothing_again():
-    child = 'trap "echo saved; exit 1" TERM; echo ready; while :; do sleep 0.05; done'
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_supervisor_passes_a_signal_on_and_starts_nothing_again(number):
+    child = 'trap "echo saved; exit 75" TERM; echo ready; while :; do sleep 0.05; done'
     process = subprocess.Popen(
         ["launch/supervise.sh", "bash", "-c", child], cwd=ROOT, env=QUICK, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     assert process.communicate(timeout=30)[0] == "saved\n"
-    assert process.returncode == 1
+    assert process.returncode == 75
+
+
+def test_the_supervisor_waits_longer_after_each_failure(tmp_path):
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")  # no test waits for it
+    (tmp_path / "sleep").chmod(0o755)
+    env = {**QUICK, "PATH": f"{tmp_path}:{PLAIN['PATH']}", "MTP_RESTART_SECONDS": "100", "MTP_MAX_RESTARTS": "5"}
+    codes = ["1", "1", "1", "76", "1", "0"]
+    command = ["launch/supervise.sh", "bash", "-c", LEAVE, str(tmp_path / "count"), *codes]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert re.findall(r"in (\d+) s", done.stderr) == ["100", "200", "300", "300", "100"]
+
+
+def batch(tmp_path, srun, **env):
+    """Starts launch/slurm.sbatch with `srun` as given, and a scontrol that records its arguments."""
+    for name, text in (("srun", srun), ("scontrol", f'echo "$@" >> {tmp_path}/requeued')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**QUICK, "PATH": f"{tmp_path}:{PLAIN['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7", **env}
+    return subprocess.Popen(
+        ["bash", "launch/slurm.sbatch", "--config=c.py"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "env", "is_requeued"),
+    [
+        (0, {}, False),
+        (1, {}, False),
+        (2, {}, False),
+        (75, {}, True),
+        (76, {}, True),
+        (76, {"SLURM_RESTART_COUNT": "100"}, False),
+        (130, {}, False),
+    ],
+)
+def test_a_slurm_job_goes_back_into_the_queue_after_some_exit_codes(code, env, is_requeued, tmp_path):
+    process = batch(tmp_path, f"exit {code}", **env)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (tmp_path / "requeued").exists() == is_requeued
+
+
+def test_a_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp_path):
+    process = batch(tmp_path, 'trap "exit 75" TERM; echo ready; while :; do sleep 0.05; done')
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
 def test_the_supervisor_wants_a_command():
@@ -112,6 +166,8 @@ def test_the_jobset_is_consistent():
     assert spec["parallelism"] == spec["completions"] and spec["backoffLimit"] == 0
     pod = spec["template"]["spec"]
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
+    rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"]}
+    assert rules == {"FailJob": [2], "Count": [1, 75, 76, 130]}
     sides = [int(side) for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")]
     chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"] * spec["completions"]
     assert sides[0] * sides[1] * sides[2] == chips
