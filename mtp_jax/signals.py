@@ -207,7 +207,7 @@ NativeHandler = Callable[[int], None]
 def native_handler(number: signal.Signals) -> NativeHandler | None:
     """Returns the handler of a signal that was installed in C, as a function; None where there is none.
 
-    Resets the signal to its default. (Python's signal module only says that such a handler exists.)
+    Resets the signal to its default. (Python's signal module only reports that such a handler exists.)
     """
     library = ctypes.CDLL(None)
     library.signal.restype = ctypes.c_void_p
