@@ -24,7 +24,9 @@ sys.path.insert(0, str(ROOT))  # train.py and eval.py are imported by name
 
 import pytest  # noqa: E402
 
-from tests.object_store import bucket, object_store  # noqa: E402, F401
+from tests.object_store import ALWAYS, bucket, object_store  # noqa: E402, F401
+
+os.environ.update(ALWAYS)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script: so would what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -6,7 +6,7 @@ per test) are offered to all tests by conftest.py. `bucket.env` is the environme
 child process use the store; the fixture sets the same in this process.
 
 Beyond the emulator, the server checks the preconditions ifGenerationMatch and ifMetagenerationMatch, returns the
-generation of an object that it sends, moves objects, and injects faults (`Bucket.inject`).
+generation of an object that it sends, moves objects, cancels uploads, and injects faults (`Bucket.inject`).
 """
 
 import contextlib
@@ -26,8 +26,17 @@ from dataclasses import dataclass
 
 import pytest
 
-FAULTS = ("429", "500", "503", "timeout", "closed_before", "closed_after", "slow")
+FAULTS = ("400", "429", "500", "503", "timeout", "closed_before", "closed_after", "slow")
 HOLD_SECONDS = 60.0  # a request that times out is held this long, unless the test says otherwise
+
+ALWAYS = {  # read when the clients are imported
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the bucket's type over gRPC
+    "GOOGLE_CLOUD_PROJECT": "test",
+    # No credentials are looked up
+    "FSSPEC_GCS_TOKEN": "anon",
+    "NO_GCE_CHECK": "true",
+    "GCE_METADATA_ROOT": "localhost:1",
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,7 @@ class ObjectStore:
         return {
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "STORAGE_EMULATOR_HOST": self.url,
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the bucket's type over gRPC
-            "GOOGLE_CLOUD_PROJECT": "test",
-            # No credentials are looked up
-            "FSSPEC_GCS_TOKEN": "anon",
-            "NO_GCE_CHECK": "true",
-            "GCE_METADATA_ROOT": "localhost:1",
+            **ALWAYS,
         }
 
     def call(self, method, path, values=None):
@@ -223,6 +227,8 @@ def _handler_class():
                     if self.precondition_fails(path):
                         self.rfile.read(int(self.headers.get("Content-Length") or 0))
                         self.refuse(412, "conditionNotMet")
+                    elif self.command == "DELETE" and "upload_id=" in self.path:
+                        self.refuse(499, "cancelled")  # the emulator has neither this request nor the next
                     elif not self.move(path):
                         carry_out()
                 answer = self.wfile
@@ -271,7 +277,7 @@ def _handler_class():
             return False
 
         def move(self, path):
-            """Moves an object; the emulator has no such request."""
+            """Moves an object, if the request is for that."""
             found = re.fullmatch(r".*/b/([^/]+)/o/(.+)/moveTo/o/(.+)", path)
             if not found:
                 return False

@@ -22,7 +22,7 @@ from mtp_jax.config.aliases import Section, current_key, old_names, renamed
 from mtp_jax.config.fields import UserError, item_section, key_hints
 from mtp_jax.config.schema import Config
 from mtp_jax.errors import first_line
-from mtp_jax.files import read_json
+from mtp_jax.storage import read_json
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import pathlib
 from typing import NotRequired, TypedDict
 
 from mtp_jax.config import UserError
-from mtp_jax.files import write_text
+from mtp_jax.storage import write_text
 from mtp_jax.typing import JsonObject, PyTree
 
 Bar = tuple[str, float, float | None]  # label, value and its standard error

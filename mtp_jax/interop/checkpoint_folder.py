@@ -24,13 +24,14 @@ from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
 from mtp_jax.errors import warn_once
-from mtp_jax.files import read_json
+from mtp_jax.storage import read_json
 from mtp_jax.interop import config_json, folder_checks, weights
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
 from mtp_jax.interop.json_fields import REMEDY
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
 from mtp_jax.interop.weights import BIAS_DTYPE, Tensor
 from mtp_jax.mtp import kind_of
+from mtp_jax.storage import read_json
 from mtp_jax.typing import JsonObject, Tree
 
 SIDE_FOLDER = "hf"  # in a workdir

@@ -23,7 +23,6 @@ from mtp_jax.config import (
     walk,
     with_values,
 )
-from mtp_jax.files import read_json
 from mtp_jax.interop import rope_scaling as rope
 from mtp_jax.interop import windows
 from mtp_jax.interop.families import FAMILIES, UNSUPPORTED, Family, Values
@@ -31,6 +30,7 @@ from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
 from mtp_jax.interop.json_fields import FIELD_TYPES, REMEDY, SETTINGS, bad, imported_with, short, typed
 from mtp_jax.model import validate
 from mtp_jax.mtp import RELEASED, kind_of
+from mtp_jax.storage import read_json
 
 MTP_KEY = "num_nextn_predict_layers"
 CONVENTIONS_KEY = "mtp_conventions"  # written by mtp_jax only: where MTP modules differ from the preset

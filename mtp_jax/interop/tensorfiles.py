@@ -18,8 +18,8 @@ import numpy as np
 import safetensors
 
 from mtp_jax.config import UserError
-from mtp_jax.files import read_json
 from mtp_jax.interop.json_fields import REMEDY
+from mtp_jax.storage import read_json
 from mtp_jax.typing import JsonObject
 
 DTYPES = {

@@ -8,12 +8,12 @@ import jax
 
 from mtp_jax import data, sharding
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
-from mtp_jax.files import read_json
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop import config_json
 from mtp_jax.interop.weights import place
 from mtp_jax.language_model.model import LanguageModel
 from mtp_jax.model import Tree, abstract_model
+from mtp_jax.storage import read_json
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
 

@@ -9,7 +9,7 @@ import pathlib
 import re
 from typing import TypedDict
 
-from mtp_jax.files import read_json, write_text
+from mtp_jax.storage import read_json, write_text
 
 
 class FileSum(TypedDict):

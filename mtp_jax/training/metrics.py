@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from mtp_jax.files import write_text
+from mtp_jax.storage import write_text
 from mtp_jax.typing import JsonObject
 
 if TYPE_CHECKING:

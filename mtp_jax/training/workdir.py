@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mtp_jax.config import Config, UserError, from_dict, to_dict, walk, with_own_tokenizer
-from mtp_jax.files import read_json, write_text
+from mtp_jax.storage import read_json, write_text
 from mtp_jax.typing import JsonObject
 
 CONFIG_FILE = "config.json"

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mtp_jax.config import Config, UserError, from_dict, renamed
-from mtp_jax.files import read_json
 from mtp_jax.mtp import reads
+from mtp_jax.storage import read_json
 from mtp_jax.tools.sweeping.run_folder import EVAL_FILE, SWEEP_FILE, read_record
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
 from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, flat

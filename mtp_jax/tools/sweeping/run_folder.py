@@ -12,7 +12,7 @@ import pathlib
 import shlex
 
 from mtp_jax.config import UserError, to_dict
-from mtp_jax.files import read_json, write_text
+from mtp_jax.storage import read_json, write_text
 from mtp_jax.tools.sweeping.grid import SweepRun
 from mtp_jax.typing import JsonObject
 

@@ -2,7 +2,7 @@
 
 import json
 
-from mtp_jax.files import write_text
+from mtp_jax.storage import write_text
 from mtp_jax.training.clock import CAUSES, Clock
 from mtp_jax.training.metrics import clock as shown_time
 from mtp_jax.training.stages.stage import Session, Stage

@@ -9,7 +9,7 @@ from mtp_jax.training.watchdog import Watchdog
 
 
 class EndStalledRun(Stage):
-    """Reports every dispatched step to a `Watchdog`, which ends the process after training.stall_seconds without one."""
+    """Reports dispatched steps to a `Watchdog`, which ends the process after training.stall_seconds without one."""
 
     def __init__(self) -> None:
         self._watchdog: Watchdog | None = None

@@ -1,0 +1,402 @@
+"""Paths on local disks and in object stores, and files and folders that appear complete or not at all.
+
+A path is an `etils.epath.Path`: a local one, absolute, or a URL (`gs://BUCKET/NAME`). An object store has neither
+folders nor a rename: a file is one object that is put at once, and a folder counts as complete when the file that is
+written last (config.json) is there. `lease.Lease` keeps a folder to one process.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+from mtp_jax.errors import UserError, first_line, warn_once
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # the same client of object stores with and without TensorFlow
+from etils import epath  # noqa: E402
+
+AnyPath = str | os.PathLike[str]
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that serves it
+MOST_LEVELS = 32  # nested objects and lists of a JSON file
+COMPLETE = "config.json"  # the file of a folder that is written last
+_PART = 16 * 2**20  # bytes copied at once
+
+
+class StorageError(OSError):
+    """A file or object that cannot be read or written for a reason outside the run. One line. Exit code 1."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])
+
+
+def path(text: AnyPath, name: str = "") -> epath.Path:
+    """Returns a path: a local one, absolute, or a URL.
+
+    Args:
+      text: a local path, `gs://BUCKET/NAME` or `s3://BUCKET/NAME`.
+      name: the flag or setting with this value, for error messages.
+
+    Raises:
+      UserError: a URL of another scheme, without a bucket or with a single slash, or of a scheme whose package is not
+        installed.
+    """
+    text = os.fspath(text)
+    shown = f"{name}={text}" if name else text
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)([^/]*)", text)
+    if match is None or (match[1] not in PACKAGES and match[2] == "/"):
+        return epath.Path(pathlib.Path(text).absolute())
+    scheme, slashes, bucket = match.groups()
+    if scheme not in PACKAGES:
+        known = " or ".join(f"{each}://" for each in PACKAGES)
+        raise UserError(f"{shown}: {scheme}:// is not supported; use a local path, {known}")
+    if slashes != "//" or not bucket:
+        raise UserError(f"{shown}: is not a URL of a bucket; write {scheme}://BUCKET/NAME")
+    if importlib.util.find_spec(PACKAGES[scheme]) is None:
+        raise UserError(f"{shown}: {scheme}:// needs a package: pip install {PACKAGES[scheme]}")
+    _set_up(scheme)
+    return epath.Path(text)
+
+
+def is_local(path: AnyPath) -> bool:
+    """Returns whether a path is one of the local file system, network mounts included."""
+    return "://" not in os.fspath(path)
+
+
+def is_url(text: AnyPath) -> bool:
+    """Returns whether a text that a user gave is a URL, of whatever scheme."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", os.fspath(text)) is not None
+
+
+@contextlib.contextmanager
+def errors(path: AnyPath) -> Iterator[None]:
+    """Turns the exceptions of an object store's client into StorageError; those of the local file system pass.
+
+    Clients raise exceptions of their own, of aiohttp and of their authentication libraries, which are not OSErrors.
+    FileNotFoundError, FileExistsError and UserError pass.
+    """
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, StorageError, UserError):
+        raise
+    except Exception as error:
+        if is_local(path):
+            raise
+        raise StorageError(errno.EIO, f"{path}: {first_line(error)[:300]}") from error
+
+
+def reason(error: OSError) -> str:
+    """Returns the reason of an OSError, without its path."""
+    return error.strerror if error.strerror and not isinstance(error, StorageError) else first_line(error)
+
+
+def exists(path: AnyPath) -> bool:
+    """Returns whether a file or folder exists; a name that is too long does not. Raises StorageError."""
+    with errors(path):
+        return epath.Path(path).exists()
+
+
+def is_file(path: AnyPath) -> bool:
+    """Returns whether a file exists. Raises StorageError."""
+    if is_local(path):
+        return os.path.isfile(path)
+    with errors(path):
+        return bool(_fs(path).isfile(os.fspath(path)))
+
+
+def is_dir(path: AnyPath) -> bool:
+    """Returns whether a folder exists; in an object store, whether an object is below it. Raises StorageError."""
+    with errors(path):
+        return epath.Path(path).is_dir()
+
+
+def names(folder: AnyPath) -> list[str]:
+    """Returns the names of the files and folders in a folder, sorted; [] if there is none. Raises OSError."""
+    try:
+        if is_local(folder):
+            return sorted(os.listdir(folder))
+        with errors(folder):
+            found = _fs(folder).ls(os.fspath(folder), detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    own = os.fspath(folder).partition("://")[2].rstrip("/")
+    return sorted({each.rstrip("/").rpartition("/")[2] for each in found if each.rstrip("/") != own})
+
+
+def size(path: AnyPath) -> int:
+    """Returns the size of a file in bytes. Raises OSError."""
+    if is_local(path):
+        return os.stat(path).st_size
+    with errors(path):
+        return int(_fs(path).info(os.fspath(path))["size"])
+
+
+def version(path: AnyPath) -> list[int | str]:
+    """Returns values that change if a file is replaced: size and modification time, or generation. Raises OSError."""
+    if is_local(path):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
+    with errors(path):
+        found = _fs(path).info(os.fspath(path))
+    kept = (found.get(key) for key in ("size", "generation", "etag", "ETag", "LastModified"))
+    return [value if isinstance(value, int) else str(value) for value in kept if value is not None]
+
+
+def open_read(path: AnyPath) -> BinaryIO:
+    """Opens a file for reading bytes; of an object, what is read is fetched in blocks. Raises OSError."""
+    if is_local(path):
+        return open(path, "rb")
+    with errors(path):
+        return cast(BinaryIO, _fs(path).open(os.fspath(path), "rb"))
+
+
+def read_bytes(path: AnyPath, start: int = 0, stop: int | None = None) -> bytes:
+    """Returns the bytes [start, stop) of a file, of an object by one ranged request. Raises OSError."""
+    if is_local(path):
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+    with errors(path):
+        if start == 0 and stop is None:
+            return bytes(_fs(path).cat_file(os.fspath(path)))
+        if stop is not None and stop <= start:
+            return b""
+        return bytes(_fs(path).cat_file(os.fspath(path), start=start, end=stop))
+
+
+def read_text(path: AnyPath) -> str:
+    """Returns the text of a UTF-8 file. Raises OSError, or UnicodeDecodeError."""
+    return read_bytes(path).decode("utf-8")
+
+
+def read_json(path: AnyPath, remedy: str, name: str = "") -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+      remedy: the end of the error message.
+      name: name of the file in that message; its path by default.
+
+    Raises:
+      UserError: the file is missing, cannot be read, is not a JSON object, has a key twice, or is nested more than
+        MOST_LEVELS deep.
+    """
+    try:
+        values = json.loads(read_text(path), object_pairs_hook=_unique)
+        is_deep = _is_nested(values, MOST_LEVELS)
+    except RecursionError:
+        is_deep = True
+    except (OSError, ValueError) as error:  # ValueError: not JSON, or not text
+        raise UserError(f"{name or path}: cannot be read as JSON ({first_line(error)}); {remedy}") from error
+    if is_deep:
+        raise UserError(f"{name or path}: is nested deeper than {MOST_LEVELS} levels; {remedy}")
+    if not isinstance(values, dict):
+        raise UserError(f"{name or path}: holds a {type(values).__name__}, not a JSON object; {remedy}")
+    return values
+
+
+def write_bytes(path: AnyPath, content: bytes) -> None:
+    """Replaces a file atomically: a killed process leaves the old file or the new one. Raises OSError."""
+    if not is_local(path):
+        try:
+            with errors(path):
+                _fs(path).pipe_file(os.fspath(path), content)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "no such bucket", os.fspath(path)) from error
+        return
+    final = pathlib.Path(path)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Replaces a file with a text in UTF-8, atomically. Raises OSError."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def make_folder(folder: AnyPath) -> None:
+    """Creates a folder and its parents; nothing in an object store. Raises OSError."""
+    if is_local(folder):
+        os.makedirs(folder, exist_ok=True)
+
+
+def remove(path: AnyPath) -> None:
+    """Removes a file or a folder with everything in it, if there is one. Raises OSError."""
+    if not is_local(path):
+        with errors(path):  # not by `rm`, which takes brackets in a name for a pattern
+            own = os.fspath(path).partition("://")[2]
+            for each in _fs(path).find(os.fspath(path)):
+                if each == own or each.startswith(f"{own}/"):
+                    with contextlib.suppress(FileNotFoundError):
+                        _fs(path).rm_file(each)
+    elif os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        pathlib.Path(path).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: AnyPath) -> Iterator[BinaryIO]:
+    """Yields a new file to write bytes to in order; on disk, or one object, when the block ends without an error.
+
+    Raises OSError; FileExistsError if a local file is there.
+    """
+    if is_local(path):
+        with open(path, "xb") as local:
+            yield local
+            local.flush()
+            os.fsync(local.fileno())
+        return
+    with errors(path):
+        file = _fs(path).open(os.fspath(path), "wb", block_size=_PART, autocommit=False)
+    try:
+        yield file
+    except BaseException:
+        with contextlib.suppress(Exception):
+            file.close()
+            file.discard()
+        raise
+    with errors(path):
+        file.close()
+        file.commit()
+
+
+def copy(source: AnyPath, target: AnyPath, most: float = math.inf) -> bool:
+    """Copies a file to a new one. Returns False, and leaves nothing, if it is over `most` bytes.
+
+    The bytes are counted while they are read: the size that a device reports says nothing. Raises OSError.
+    """
+    count = 0
+    with contextlib.suppress(_TooLarge), open_read(source) as file, writing(target) as output:
+        while part := file.read(_PART):
+            count += len(part)
+            if count > most:
+                raise _TooLarge
+            output.write(part)
+    if count > most:
+        remove(target)
+    return count <= most
+
+
+class _TooLarge(Exception):
+    pass
+
+
+def refuse_existing(target: AnyPath) -> None:
+    """Raises UserError if `target` exists and is not an empty folder."""
+    final = path(target)
+    found = names(final)
+    if found and not is_local(final) and COMPLETE not in found:
+        raise UserError(
+            f"{target}: is being written, or was left by a process that was killed (it has no {COMPLETE}); remove it, "
+            "or give another folder"
+        )
+    if found or is_file(final):
+        raise UserError(f"{target}: exists already; give a folder that does not")
+
+
+@contextlib.contextmanager
+def fresh_folder(target: AnyPath, num_bytes: int = 0) -> Iterator[epath.Path]:
+    """Yields a folder to fill, which is complete at `target` when the block ends and removed if the block fails.
+
+    On a local disk the folder is next to the target until then, as .NAME.partial-XXXXXXXX, and is renamed. A killed
+    process leaves it behind; the next one reports it. In an object store it is the target, and the block must write
+    config.json last: a folder without it is not complete.
+
+    Args:
+      num_bytes: number of bytes to be written; refused at once if the disk has less free space.
+
+    Raises:
+      UserError: target exists and is not empty, its parent cannot be written, or the disk is full.
+      StorageError: the object store fails.
+    """
+    refuse_existing(target)
+    final = path(target)
+    if is_local(final):
+        with _renamed_folder(target, num_bytes) as partial:
+            yield partial
+        return
+    try:
+        yield final
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(final)
+        raise
+
+
+@contextlib.contextmanager
+def _renamed_folder(target: AnyPath, num_bytes: int) -> Iterator[epath.Path]:
+    final = pathlib.Path(target).resolve()
+    prefix = f".{final.name}.partial-"
+    for left in (name for name in names(final.parent) if name.startswith(prefix)):
+        warn_once(f"{final.parent / left} is being written, or was left by a process that was killed; remove it then")
+    partial = final.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(final.parent).free
+        if num_bytes > free:
+            raise UserError(
+                f"{target}: needs {num_bytes / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}; free some or give "
+                "another folder"
+            )
+        partial.mkdir()
+        yield epath.Path(partial)
+        if final.exists():  # empty; kept, as a process may have it as its current folder
+            for each in sorted(partial.iterdir(), key=lambda path: (path.name == COMPLETE, path.name)):
+                os.replace(each, final / each.name)
+        else:
+            os.rename(partial, final)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror or error}); nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _fs(path: AnyPath) -> Any:
+    """Returns the fsspec file system of a URL."""
+    import fsspec
+
+    return fsspec.filesystem(os.fspath(path).partition("://")[0])
+
+
+def _set_up(scheme: str) -> None:
+    """Configures the client of a scheme before its first use, as long as the user has not."""
+    from fsspec import config
+
+    # Another process may have written since a folder was listed
+    config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    # Failures are reported in one line where they matter; the client would print a traceback for each retry
+    logging.getLogger(PACKAGES[scheme]).addHandler(logging.NullHandler())
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; raises on equal keys, of which Python would silently keep the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return content
+
+
+def _is_nested(value: Any, levels: int) -> bool:
+    """Returns whether objects and lists are nested deeper than `levels`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_nested(each, levels - 1) for each in inner)
