@@ -1,83 +1,155 @@
-"""Checksums of the files of a checkpoint step, stored beside its folder.
+"""Checksums of the contents of arrays, and the list of leaves that is stored with a checkpoint.
 
-Each of n processes takes every n-th of the sorted files, both when writing and when verifying.
+The checksum of an array is a pair of sums over its elements, modulo 2^32:
+
+    r_i, c_i = position of element i in row-major and in column-major order, modulo 2^32
+    m_i      = mix(bits_i ^ (0x9E3779B1 * r_i))
+    checksum = (sum_i m_i, sum_i m_i * (2 c_i + 1))
+
+`mix` is the finalizer of MurmurHash3, a bijection of 32-bit numbers, so a change of one element always shows. The sums
+do not depend on the sharding, the mesh or the number of processes, and those of an array's blocks add up to its own.
 """
 
+import functools
 import hashlib
 import json
-import pathlib
-import re
-from typing import TypedDict
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from mtp_jax.storage import read_json, write_text
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mtp_jax.typing import PyTree
+
+Sums = tuple[int, int]
+Path = tuple[str, ...]
 
 
-class FileSum(TypedDict):
-    size: int
-    sha256: str
+class Leaf(NamedTuple):
+    """One array of a checkpoint: its keys from the root, shape, name of its dtype, and checksum."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    sums: Sums
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.path)
 
 
-_NAME = re.compile(r"(\d+)\.checksums(?:\.\d+of(\d+))?\.(?:json|partial)")
+class NonFinite(ValueError):
+    """An array has values that are not finite. The message is its name."""
 
 
-def write(directory: pathlib.Path, step: int, index: int, count: int) -> None:
-    """Writes size and sha256 of this process's share of the step's files, into a file that is created atomically.
+def block_sums(
+    block: Any, starts: Sequence[int] | None = None, shape: tuple[int, ...] | None = None
+) -> Sequence[jax.Array]:
+    """Returns the checksum of a block of an array as two uint32 scalars, and a bool: all of its values are finite.
 
     Args:
-      directory: the folder that holds the step's folder.
-      index: index of this process.
-      count: number of processes.
+      block: a jax or numpy array of 1, 2 or 4 bytes per element.
+      starts: the first index of the block in each dim; None: 0.
+      shape: of the whole array; None: of the block.
+
+    Raises:
+      ValueError: an element has another size.
     """
-    folder = directory / str(step)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())[index::count]
-    sums = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    path = directory / (f"{step}.checksums.json" if count == 1 else f"{step}.checksums.{index}of{count}.json")
-    write_text(path, json.dumps(sums, indent=1) + "\n")
+    dtype = block.dtype
+    if (
+        jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+        or dtype.itemsize not in (1, 2, 4)
+        or dtype.name.endswith("int4")
+    ):
+        raise ValueError(f"arrays of {dtype} have no checksum; use a dtype of 1, 2 or 4 bytes")
+    first = np.asarray(starts if starts is not None else [0] * block.ndim, np.uint64).astype(np.uint32)
+    return _sums(block, first, shape=tuple(block.shape if shape is None else shape))
 
 
-def verify(directory: pathlib.Path, step: int, index: int, count: int) -> tuple[str | None, bool]:
-    """Returns (the problem in this process's share of the step's files or None, whether checksums exist)."""
-    folder = directory / str(step)
-    if not any(folder.iterdir()):
-        return "its folder is empty", False
+@functools.partial(jax.jit, static_argnames="shape")
+def _sums(block: jax.Array, starts: jax.Array, shape: tuple[int, ...]) -> Sequence[jax.Array]:
+    row_major = column_major = jnp.uint32(0)
+    for dim in range(block.ndim):
+        at = lax.broadcasted_iota(jnp.uint32, block.shape, dim) + starts[dim]
+        row_major += at * jnp.uint32(math.prod(shape[dim + 1 :]) % 2**32)
+        column_major += at * jnp.uint32(math.prod(shape[:dim]) % 2**32)
+    mixed = _mix(_bits(block) ^ (row_major * jnp.uint32(0x9E3779B1)))
+    is_float = jnp.issubdtype(block.dtype, jnp.floating)
+    is_finite = jnp.isfinite(block.astype(jnp.float32)) if is_float else jnp.ones(block.shape, jnp.bool_)
+    # One reduction of three operands: XLA would compute three, and their operands three times.
+    return lax.reduce(
+        (mixed, mixed * (2 * column_major + 1), is_finite),
+        (jnp.uint32(0), jnp.uint32(0), jnp.bool_(True)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] & b[2]),
+        tuple(range(block.ndim)),
+    )
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Returns the bit patterns as uint32."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def leaf_path(path: jax.tree_util.KeyPath) -> Path:
+    """Returns the keys of a path as text; dict keys, fields and indices alike, since container types differ on disk."""
+    return tuple(str(next(getattr(k, a) for a in ("key", "name", "idx") if hasattr(k, a))) for k in path)
+
+
+def flatten(tree: PyTree) -> dict[Path, Any]:
+    """Returns the leaves of a pytree by path."""
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def list_leaves(tree: PyTree, check_finite: bool = True) -> list[Leaf]:
+    """Returns every array of `tree` with its checksum, all computed on the devices before the host waits.
+
+    Raises:
+      NonFinite: `check_finite` is true and an array has values that are not finite.
+      ValueError: an array of an unsupported dtype.
+    """
+    leaves = flatten(tree)
+    found = jax.device_get({path: block_sums(leaf) for path, leaf in leaves.items()})
+    for path, (_, _, is_finite) in found.items():
+        if check_finite and not is_finite:
+            raise NonFinite("/".join(path))
+    return [
+        Leaf(path, tuple(leaf.shape), leaf.dtype.name, (int(found[path][0]), int(found[path][1])))
+        for path, leaf in leaves.items()
+    ]
+
+
+def to_json(leaves: Sequence[Leaf]) -> dict[str, Any]:
+    """Returns the JSON object that is stored with a checkpoint."""
+    values = [[list(leaf.path), list(leaf.shape), leaf.dtype, list(leaf.sums)] for leaf in leaves]
+    return {"leaves": values, "sha256": _digest(values)}
+
+
+def from_json(text: str) -> list[Leaf]:
+    """Reads the text of `to_json`.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
     try:
-        sums = _read(directory, step)
-    except ValueError as error:
-        return f"its checksums cannot be read: {error}", True
-    if sums is None:
-        return None, False
-    for name in sorted(sums)[index::count]:
-        path, entry = folder / name, sums[name]
-        if not path.is_file():
-            return f"{name} is missing", True
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} of {entry['size']} bytes", True
-        if _sha256(path) != entry["sha256"]:
-            return f"{name} is not what was written", True
-    return None, True
+        content = json.loads(text)
+        values, digest = content["leaves"], content["sha256"]
+        if digest != _digest(values) or not values:
+            raise ValueError("its list of leaves is not what was written")
+        return [Leaf(tuple(path), tuple(shape), dtype, tuple(sums)) for path, shape, dtype, sums in values]
+    except (LookupError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError("its list of leaves cannot be read") from error
 
 
-def remove_orphans(directory: pathlib.Path) -> None:
-    """Removes checksums of steps that no longer exist."""
-    for path in directory.glob("*.checksums*"):
-        match = _NAME.fullmatch(path.name)
-        if match and not (directory / match[1]).exists():
-            path.unlink(missing_ok=True)
-
-
-def _read(directory: pathlib.Path, step: int) -> dict[str, FileSum] | None:
-    """Returns the sums of all files, or None if a process has not written its own."""
-    by_count: dict[int, list[pathlib.Path]] = {}
-    for path in directory.glob(f"{step}.checksums*.json"):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            by_count.setdefault(int(match[2] or 1), []).append(path)
-    for count, paths in by_count.items():
-        if len(paths) == count:
-            return {name: entry for path in paths for name, entry in read_json(path, "remove it").items()}
-    return None
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

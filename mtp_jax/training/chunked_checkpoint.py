@@ -1,13 +1,12 @@
-"""Checkpoints larger than memory, written and read in orbax's format one chunk at a time.
+"""Arrays of a checkpoint that are read and written in parts, so that a checkpoint may be larger than memory.
 
-orbax dispatches on the type of a leaf. The two handlers here take leaves that can be read in parts: on saving, each
-chunk is read and handed to tensorstore in turn; on restoring, the stored array is opened and not read. The result is an
-ordinary checkpoint, which any other code restores as arrays.
+orbax stores each array in zarr format under its name, in an OCDBT database in the folder; both formats are those of
+tensorstore, which reads them here. On writing, a handler is registered for the type of the leaves.
 """
 
-import asyncio
-import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,10 +15,10 @@ import tensorstore as ts
 from etils import epath
 from orbax.checkpoint import type_handlers
 
+from mtp_jax.training import checksums
 from mtp_jax.typing import Index, JsonObject, PyTree, ReadableArray
 
 CHUNK_BYTES = 64 * 2**20
-_IN_FLIGHT = 2  # chunks read and not yet written
 
 
 class StoredArray:
@@ -33,8 +32,26 @@ class StoredArray:
     def __getitem__(self, index: Index) -> np.ndarray:
         return self._store[index].read().result()
 
+    def sums(self) -> checksums.Sums:
+        """Returns the checksum; reads one stored chunk at a time."""
+        sums = _Sums(self.shape)
+        for block in _blocks(self.shape, [int(n or 1) for n in self._store.chunk_layout.read_chunk.shape or ()]):
+            sums.add(self[block], block)
+        return sums.total()
 
-def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] = lambda num_elements: None) -> None:
+
+def open_array(directory: epath.Path, path: checksums.Path) -> StoredArray:
+    """Opens one array of the checkpoint item in `directory`.
+
+    Raises:
+      ValueError: it does not exist or cannot be read.
+    """
+    return StoredArray(ts.open(_spec(directory, ".".join(path)), open=True, read=True).result())
+
+
+def save(
+    directory: epath.Path, tree: PyTree, progress: Callable[[int], None] = lambda num_elements: None
+) -> list[checksums.Leaf]:
     """Writes `tree` into `directory` in orbax's format. On failure the caller removes what was written.
 
     Args:
@@ -43,104 +60,98 @@ def save(directory: pathlib.Path, tree: PyTree, progress: Callable[[int], None] 
         `split_order`, the order in which its dims are split into chunks (default: from the first on).
       progress: called with the number of elements of each chunk written.
 
+    Returns:
+      The leaves with the checksums of what was written.
+
     Raises:
-      The errors of tensorstore, such as a full disk.
+      The errors of tensorstore, such as a full disk, and those of the leaves.
     """
-    leaves = jax.tree.map(_Source, tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
-    writer = _Writer(progress)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(_Source, writer))
-    with ocp.Checkpointer(handler) as checkpointer:
-        try:
-            checkpointer.save(epath.Path(directory), args=ocp.args.PyTreeSave(leaves))
-        except ValueError:  # orbax reports missing arrays; the writer has the cause
-            if writer.error is None:
-                raise
-    if writer.error is not None:
-        raise writer.error
-
-
-def open_arrays(directory: pathlib.Path, abstract: PyTree) -> PyTree:
-    """Returns the stored arrays under the names of `abstract`, as `StoredArray`s.
-
-    Args:
-      directory: a checkpoint in orbax's format.
-      abstract: nested dicts with the names of the arrays to open; the leaves are ignored.
-    """
-    arguments = ocp.args.PyTreeRestore(
-        item=abstract,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=StoredArray), abstract),
-        partial_restore=True,
-    )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=_registry(StoredArray, _Opener())).restore(
-        epath.Path(directory), args=arguments
-    )
-
-
-def _registry(kind: type, handler: type_handlers.TypeHandler) -> type_handlers.TypeHandlerRegistry:
-    """Returns a registry for one type. orbax warns of registries that cannot handle jax arrays."""
-    return type_handlers.create_type_handler_registry((kind, handler), (jax.Array, type_handlers.ArrayHandler()))
+    sources = jax.tree.map(_Source, tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+    registry = type_handlers.create_type_handler_registry(
+        (_Source, _Writer(progress)), (jax.Array, type_handlers.ArrayHandler())
+    )  # orbax warns of registries that cannot handle jax arrays
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(sources))
+    return [
+        checksums.Leaf(path, leaf.shape, leaf.dtype.name, leaf.sums.total())
+        for path, leaf in checksums.flatten(sources).items()
+    ]
 
 
 class _Source:
-    """A leaf to save, of any type that can be indexed."""
+    """A leaf to save, of any type that can be indexed.
+
+    Attributes:
+      chunk: shape of the largest block within CHUNK_BYTES that splits as few dims as possible.
+      sums: of the blocks written so far.
+    """
 
     def __init__(self, array: ReadableArray):
         self.array, self.shape, self.dtype = array, tuple(array.shape), np.dtype(array.dtype)
         self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
         self.nbytes = self.size * self.dtype.itemsize
-        self.chunk = _chunk_shape(self.shape, self.dtype.itemsize, getattr(array, "split_order", range(self.ndim)))
-
-    def blocks(self) -> Iterator[tuple[slice, ...]]:
-        """Yields the slices of every chunk."""
-        num_chunks = tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
-        for corner in np.ndindex(num_chunks):
-            starts = [i * c for i, c in zip(corner, self.chunk, strict=True)]
-            yield tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, self.chunk, self.shape, strict=True))
-
-
-def _chunk_shape(shape: tuple[int, ...], itemsize: int, split_order: Iterable[int]) -> list[int]:
-    """Returns the largest block within CHUNK_BYTES that splits as few dims as possible."""
-    chunk = [max(n, 1) for n in shape]
-    for dim in split_order:
-        rest = itemsize * int(np.prod(chunk)) // chunk[dim]
-        if rest * chunk[dim] <= CHUNK_BYTES:
-            break
-        chunk[dim] = max(1, CHUNK_BYTES // rest)
-    return chunk
+        self.chunk = [max(n, 1) for n in self.shape]
+        for dim in getattr(array, "split_order", range(self.ndim)):
+            rest = self.dtype.itemsize * int(np.prod(self.chunk)) // self.chunk[dim]
+            if rest * self.chunk[dim] <= CHUNK_BYTES:
+                break
+            self.chunk[dim] = max(1, CHUNK_BYTES // rest)
+        self.sums = _Sums(self.shape)
 
 
 class _Writer(type_handlers.NumpyHandler):
-    """Saves `_Source`s as ordinary arrays."""
+    """Saves `_Source`s as ordinary arrays, one block after the other; a block is read while the last one is written."""
 
     def __init__(self, progress: Callable[[int], None]):
-        super().__init__(deepcopy_host_arrays=False)
+        super().__init__()
         self._progress = progress
-        self.error: Exception | None = None  # raised when orbax is done: its thread would print a traceback
-        self._free: asyncio.Semaphore | None = None
 
-    async def _open_and_write(self, value: _Source, tspec: JsonObject, ts_context: ts.Context) -> None:
-        try:
-            await self._write(value, tspec, ts_context)
-        except Exception as error:
-            self.error = self.error or error
-
-    async def _write(self, value: _Source, tspec: JsonObject, ts_context: ts.Context) -> None:
-        self._free = self._free or asyncio.Semaphore(_IN_FLIGHT)
-        tspec["metadata"]["chunks"] = value.chunk
-        store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        for block in value.blocks():
-            async with self._free:
-                if self.error is not None:
-                    return
+    async def serialize(
+        self,
+        values: Sequence[_Source],
+        infos: Sequence[type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[Any]:
+        writing = None
+        for value, info in zip(values, infos, strict=True):
+            metadata = {"shape": value.shape, "chunks": value.chunk, "compressor": {"id": "zstd", "level": 1}}
+            spec = _spec(info.parent_dir, info.name) | {"dtype": value.dtype.name, "metadata": metadata}
+            store = await ts.open(spec, create=True, context=info.ts_context)
+            for block in _blocks(value.shape, value.chunk):
                 part = np.asarray(value.array[block])
-                await store[block].write(part, can_reference_source_data_indefinitely=True)
+                value.sums.add(part, block)
+                if writing is not None:
+                    await writing
+                writing = store[block].write(part, can_reference_source_data_indefinitely=True)
                 self._progress(part.size)
+        if writing is not None:
+            await writing
+        return []
 
 
-class _Opener(type_handlers.NumpyHandler):
-    """Restores leaves as `StoredArray`s."""
+class _Sums:
+    """Sum of the checksums of an array's blocks."""
 
-    async def deserialize(self, infos, args=None):
-        specs = [ts.Spec(type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)) for info in infos]
-        opening = [ts.open(s, open=True, context=info.ts_context) for s, info in zip(specs, infos, strict=True)]
-        return [StoredArray(store) for store in await asyncio.gather(*opening)]
+    def __init__(self, shape: tuple[int, ...]):
+        self._shape, self._first, self._second = shape, 0, 0
+
+    def add(self, part: np.ndarray, block: tuple[slice, ...]) -> None:
+        first, second, _ = checksums.block_sums(part, [each.start for each in block], self._shape)
+        self._first, self._second = self._first + int(first), self._second + int(second)
+
+    def total(self) -> checksums.Sums:
+        return self._first % 2**32, self._second % 2**32
+
+
+def _blocks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Yields the slices of every chunk of an array."""
+    for corner in np.ndindex(*(-(-n // c) for n, c in zip(shape, chunk, strict=True))):
+        starts = [i * c for i, c in zip(corner, chunk, strict=True)]
+        yield tuple(slice(s, min(s + c, n)) for s, c, n in zip(starts, chunk, shape, strict=True))
+
+
+def _spec(directory: epath.Path, name: str) -> JsonObject:
+    """Returns tensorstore's spec of an array in the folder of a checkpoint item."""
+    folder = os.fspath(directory).rstrip("/") + "/"
+    base = folder if "://" in folder else {"driver": "file", "path": folder}
+    return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name + "/"}}

@@ -75,13 +75,13 @@ def test_what_a_leaf_raises_is_reported_and_nothing_stays(tmp_path, capfd):
         def __getitem__(self, index):
             raise OSError("the file is gone")
 
-    state = {"params": {"a": np.ones(3), "b": Broken(np.ones(3))}}
+    state = {"params": {"a": np.ones(3, np.float32), "b": Broken(np.ones(3, np.float32))}}
     with pytest.raises(CheckpointError, match="cannot save step 0: the file is gone"):
         write_streamed(tmp_path, 0, state)
     assert Checkpoints(tmp_path).steps() == [] and "Traceback" not in capfd.readouterr().err
 
 
-def test_a_broken_newest_step_is_passed_over(tmp_path, capfd):
+def test_a_corrupt_newest_step_is_passed_over(tmp_path, capfd):
     for step in (1, 2):
         write_streamed(tmp_path, step, {"params": {"a": np.full(3, step, np.float32)}})
     data = max((tmp_path / "2").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -92,3 +92,15 @@ def test_a_broken_newest_step_is_passed_over(tmp_path, capfd):
         step, opened = saved.open_part(("params",))
     assert step == 1 and jnp.array_equal(opened["params"]["a"][...], jnp.ones(3))
     assert "2 is corrupt" in capfd.readouterr().err
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path, monkeypatch):
+    (tmp_path / "run[1]").mkdir()
+    monkeypatch.chdir(tmp_path / "run[1]")
+    write_streamed("checkpoints", 0, tree())
+    with Checkpoints("checkpoints") as saved:
+        _, opened = saved.open_part(("params", "biases"))
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[...], b), opened, tree())
+        _, restored = saved.restore_part(None, saved.saved_part(("params",)))
+        jax.tree.map(np.testing.assert_array_equal, restored["params"], tree()["params"])
+    assert [p.name for p in (tmp_path / "run[1]" / "checkpoints").iterdir()] == ["0"]

@@ -39,7 +39,7 @@ class StopAtNonFinite(Stage):
                 notice(f"{found}; skipped", step)
             return
         count = f" in {self._in_a_row} steps in a row, training.skip_nonfinite={allowed}" if is_skipped else ""
-        raise NonFiniteLoss(f"step {step}: {found}{count}; {_advice(session)}")
+        raise NonFiniteLoss(f"step {step}: {found}{count}; {advice(session)}")
 
 
 def non_finite_terms(metrics: dict[str, Any]) -> list[str]:
@@ -48,8 +48,8 @@ def non_finite_terms(metrics: dict[str, Any]) -> list[str]:
     return [f"{name}={metrics[name]}" for name in watched if not math.isfinite(metrics.get(name, 0.0))]
 
 
-def _advice(session: Session) -> str:
-    """Returns what can be changed in this workdir: anything before the first checkpoint, then by name."""
+def advice(session: Session) -> str:
+    """Returns what a user can change in this workdir: anything before the first checkpoint, then by name."""
     steps = session.saved.steps()
     if not steps:
         return (
