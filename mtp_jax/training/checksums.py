@@ -10,7 +10,6 @@ The checksum of an array is a pair of sums over its elements, modulo 2^32:
 do not depend on the sharding, the mesh or the number of processes, and those of an array's blocks add up to its own.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -65,17 +64,19 @@ def block_sums(
         or dtype.name.endswith("int4")
     ):
         raise ValueError(f"arrays of {dtype} have no checksum; use a dtype of 1, 2 or 4 bytes")
-    first = np.asarray(starts if starts is not None else [0] * block.ndim, np.uint64).astype(np.uint32)
-    return _sums(block, first, shape=tuple(block.shape if shape is None else shape))
+    sizes = tuple(block.shape if shape is None else shape)
+    first = starts if starts is not None else [0] * block.ndim
+    rows = [math.prod(sizes[dim + 1 :]) % 2**32 for dim in range(block.ndim)]
+    columns = [math.prod(sizes[:dim]) % 2**32 for dim in range(block.ndim)]
+    return _sums(block, *(np.asarray(numbers, np.uint64).astype(np.uint32) for numbers in (first, rows, columns)))
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def _sums(block: jax.Array, starts: jax.Array, shape: tuple[int, ...]) -> Sequence[jax.Array]:
+@jax.jit
+def _sums(block: jax.Array, starts: jax.Array, rows: jax.Array, columns: jax.Array) -> Sequence[jax.Array]:
     row_major = column_major = jnp.uint32(0)
     for dim in range(block.ndim):
         at = lax.broadcasted_iota(jnp.uint32, block.shape, dim) + starts[dim]
-        row_major += at * jnp.uint32(math.prod(shape[dim + 1 :]) % 2**32)
-        column_major += at * jnp.uint32(math.prod(shape[:dim]) % 2**32)
+        row_major, column_major = row_major + at * rows[dim], column_major + at * columns[dim]
     mixed = _mix(_bits(block) ^ (row_major * jnp.uint32(0x9E3779B1)))
     is_float = jnp.issubdtype(block.dtype, jnp.floating)
     is_finite = jnp.isfinite(block.astype(jnp.float32)) if is_float else jnp.ones(block.shape, jnp.bool_)
