@@ -35,7 +35,7 @@ class StorageError(OSError):
     """A file or object that cannot be read or written for a reason outside the run. One line. Exit code 1."""
 
     def __str__(self) -> str:
-        return str(self.args[-1])
+        return f"{self.filename}: {self.strerror}" if self.filename else str(self.strerror)
 
 
 def path(text: AnyPath, name: str = "") -> epath.Path:
@@ -90,12 +90,12 @@ def errors(path: AnyPath) -> Iterator[None]:
     except Exception as error:
         if is_local(path):
             raise
-        raise StorageError(errno.EIO, f"{path}: {first_line(error)[:300]}") from error
+        raise StorageError(errno.EIO, first_line(error)[:300], os.fspath(path)) from error
 
 
 def reason(error: OSError) -> str:
     """Returns the reason of an OSError, without its path."""
-    return error.strerror if error.strerror and not isinstance(error, StorageError) else first_line(error)
+    return error.strerror or first_line(error)
 
 
 def exists(path: AnyPath) -> bool:
@@ -125,8 +125,10 @@ def names(folder: AnyPath) -> list[str]:
             return sorted(os.listdir(folder))
         with errors(folder):
             found = _fs(folder).ls(os.fspath(folder), detail=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) or isinstance(error, FileNotFoundError):
+            return []
+        raise
     own = os.fspath(folder).partition("://")[2].rstrip("/")
     return sorted({each.rstrip("/").rpartition("/")[2] for each in found if each.rstrip("/") != own})
 

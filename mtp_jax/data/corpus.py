@@ -5,7 +5,8 @@ import functools
 import hashlib
 import math
 import os
-from typing import Literal
+import sys
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,6 +48,20 @@ class Corpus:
         """A hash of the documents and their ids: equal on every process of a run, and before and after a resume."""
         parts = [self.tokenizer.fingerprint.encode(), self.store.hashes.tobytes(), self.store.offsets.tobytes()]
         return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that tell this corpus from another: a hash of the documents' text and one of the tokenizer, and,
+        for messages, the number and size of the documents and their origin.
+        """
+        python = f" of Python {sys.version.split()[0]}" if self.config.data.source == "python_source" else ""
+        return {
+            "documents": hashlib.blake2b(self.store.hashes.tobytes(), digest_size=16).hexdigest(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "num_documents": len(self.store),
+            "num_bytes": int(self.store.num_bytes.sum()),
+            "origin": f"{self.config.data.source}{python}",
+        }
 
     def num_tokens(self, split: Split) -> int:
         """Returns the number of tokens of the split as stored: bos and eos count, FIM marks do not."""

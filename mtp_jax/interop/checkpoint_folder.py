@@ -24,7 +24,6 @@ from flax.traverse_util import flatten_dict
 
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
 from mtp_jax.errors import warn_once
-from mtp_jax.storage import read_json
 from mtp_jax.interop import config_json, folder_checks, weights
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
 from mtp_jax.interop.json_fields import REMEDY

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 import jax
+from etils import epath
 
+from mtp_jax import storage
 from mtp_jax.config import Config, UserError
 from mtp_jax.model import Tree, count_parameters
 from mtp_jax.mtp import kind_of
@@ -40,30 +42,32 @@ def train(config: Config, workdir: str, resume: Resume | None = None, started: f
       UserError: a config, data or workdir that cannot be used; nothing was written.
       CheckpointError, NonFiniteLoss, Preempted: the run failed or was stopped.
     """
-    clock, resume, folder = Clock(started), resume or Resume(), pathlib.Path(workdir)
+    clock, resume, folder = Clock(started), resume or Resume(), storage.path(workdir, "--workdir")
     resumes.check(resume, config)
     trackers.check(config.training.trackers)
     run = set_up(config)
     is_main = jax.process_index() == 0
     is_new = resumes.is_new(resume, folder)
     step = 0 if is_new else _check_start(run, folder, resume)
-    if not is_new and (folder / workdirs.CONFIG_FILE).exists() and is_main:
+    if not is_new and storage.is_file(folder / workdirs.CONFIG_FILE) and is_main:
         bent = resumes.bent_schedule(workdirs.read_config(folder), run.config, step)
         if bent:
             notice(bent)
     if is_new and run.config.init_from:
         check_source(run.config.init_from, run.trainer.abstract_state)
-    workdirs.open_workdir(workdir, run.config, is_main, is_new=is_new, by_name=resume.changes, step=step)
-    if is_new and is_main and (aside := resumes.set_aside(folder)):
-        print(f"the checkpoints of the earlier run are now in {aside}", flush=True)
-    if is_main:
-        if config.init_from:
-            copy_sides(config.init_from, workdir)
-        _announce(run)
-    with jax.set_mesh(run.mesh), Checkpoints(folder / workdirs.CHECKPOINTS, config.checkpoint) as saved:
-        step, state = _initial_state(run) if is_new else _restored_state(run, saved, resume.step)
-        session = Session(run, folder, saved, clock, step, state)
-        return replace(run, state=run_steps(session, [make() for make in STAGES]))
+    with workdirs.hold(workdir, is_main) as lease:
+        workdirs.open_workdir(workdir, run.config, is_main, is_new=is_new, by_name=resume.changes, step=step)
+        workdirs.check_data(workdir, run.corpus, is_main, is_new)
+        if is_new and is_main and (aside := resumes.set_aside(folder)):
+            print(f"the checkpoints of the earlier run are now in {aside}", flush=True)
+        if is_main:
+            if config.init_from:
+                copy_sides(config.init_from, workdir)
+            _announce(run)
+        with jax.set_mesh(run.mesh), Checkpoints(folder / workdirs.CHECKPOINTS, config.checkpoint) as saved:
+            step, state = _initial_state(run) if is_new else _restored_state(run, saved, resume.step)
+            session = Session(run, folder, saved, clock, step, state, lease=lease)
+            return replace(run, state=run_steps(session, [make() for make in STAGES]))
 
 
 def run_steps(session: Session, stages: Sequence[Stage]) -> Tree:
@@ -104,7 +108,7 @@ def _next_batch(batches: Iterator[Batch], session: Session) -> Batch:
     return batch
 
 
-def _check_start(run: Run, workdir: pathlib.Path, resume: Resume) -> int:
+def _check_start(run: Run, workdir: epath.Path, resume: Resume) -> int:
     """Returns the step to continue from; rejects weights without a training state, and fewer steps than are done."""
     saved, num_steps = Checkpoints(workdir / workdirs.CHECKPOINTS), run.config.training.num_steps
     step = saved.steps()[-1] if resume.step is None else resume.step

@@ -1,67 +1,179 @@
 """Output of a run's metrics: metrics.jsonl and the line of the terminal."""
 
+import contextlib
+import errno
 import json
 import math
 import os
-import pathlib
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from mtp_jax.storage import write_text
+import numpy as np
+
+from mtp_jax import storage
+from mtp_jax.errors import warn_once
+from mtp_jax.lease import Lease, LeaseLost, cannot_write
+from mtp_jax.training.metrics_file import LinesFile, parse_lines
 from mtp_jax.typing import JsonObject
 
 if TYPE_CHECKING:
     import jax
 
 METRICS_FILE = "metrics.jsonl"
-
+_STORE_SECONDS = 5.0  # between two puts of an object
+_LAST_SECONDS = 300.0  # for which the last lines of a run are tried to be stored
 
 Scalar = Any  # a Python, numpy or jax number, or None
 
 
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
-    """Appends to metrics.jsonl, one JSON object per logged step.
+    """Writes metrics.jsonl, one JSON object per logged step.
 
     A run resumed from a checkpoint continues the file: lines after the checkpoint's step are dropped, since those steps
-    are repeated, and so is a line left incomplete by a kill. So that no step is missing, the line of a step must be
-    written before the checkpoint of that step is saved.
+    are repeated, and so is a line that a kill or a fault of the disk left unreadable. So that no step is missing, a
+    checkpoint may be saved only after `flush` has returned True.
+
+    A background thread stores what an object store does not have yet, every few seconds.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int | None, is_main: bool = True):
-        """Opens the file.
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        resume_step: int | None,
+        is_main: bool = True,
+        lease: Lease | None = None,
+        flush_others: Callable[[], None] = lambda: None,
+    ):
+        """Opens the files.
 
         Args:
           workdir: the run's folder.
           resume_step: step of the restored checkpoint; None: a fresh start, so no line is kept.
           is_main: whether this process writes; the others do nothing.
+          lease: nothing is written unless it is held; None: no lease is needed.
+          flush_others: called whenever the lines are stored, from any thread; must not raise.
+
+        Raises:
+          UserError: the folder cannot be written.
+          StorageError: the object store fails, or the disk is full.
         """
-        self._file = None
+        self._lines: LinesFile | None = None
+        self._lease, self._lost, self._flush_others = lease, False, flush_others
         if not is_main:
             return
-        path = pathlib.Path(workdir) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(path, -1 if resume_step is None else resume_step)
-        self._file = path.open("a")
+        folder = storage.path(workdir)
+        try:
+            storage.make_folder(folder)
+            self._lines = LinesFile(folder / METRICS_FILE, -1 if resume_step is None else resume_step)
+        except OSError as error:
+            raise cannot_write(f"--workdir={workdir}", error) from error
+        self._shown = folder / METRICS_FILE
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._store_periodically, name="metrics", daemon=True)
+        self._thread.start()
 
     def write(self, step: int, metrics: Mapping[str, Scalar]) -> None:
-        """Writes and flushes one line. Values are numbers, jax or numpy scalars; None and non-finite become null."""
-        if self._file is None:
+        """Adds one line. Values are numbers, jax or numpy scalars; None and non-finite become null.
+
+        On a local disk the line is in the file when this returns, unless the disk is full.
+
+        Raises:
+          LeaseLost: another process writes to this workdir.
+        """
+        if self._lines is None:
             return
+        if self._lost and self._lease is not None:
+            self._lease.check()
         values = {"step": step} | {k: plain(v) for k, v in metrics.items()}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._lines.append(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            self._report(error)
+
+    def flush(self, is_last: bool = False) -> bool:
+        """Stores all lines, before a checkpoint of the newest step is saved. Collective.
+
+        Args:
+          is_last: try for minutes, and raise if that fails.
+
+        Returns:
+          Whether all lines are stored, the same on every process. If not, no checkpoint should be saved now.
+
+        Raises:
+          LeaseLost: another process writes to this workdir.
+          StorageError: `is_last`, and the lines cannot be stored.
+        """
+        import jax
+        from jax.experimental import multihost_utils
+
+        lost = None
+        try:
+            is_stored = self._lines is None or self._stored(_LAST_SECONDS if is_last else 0.0)
+        except LeaseLost as error:
+            is_stored, lost = False, error
+        if jax.process_count() > 1:
+            is_stored, is_lost = multihost_utils.broadcast_one_to_all(np.asarray([is_stored, lost is not None]))
+            lost = LeaseLost("the first process has lost the lease of the workdir") if is_lost and not lost else lost
+        if lost is not None:
+            raise lost
+        if is_last and not is_stored:
+            raise storage.StorageError(
+                errno.EIO, f"{METRICS_FILE} cannot be written (see above), so the last step is not saved; run it again"
+            )
+        return bool(is_stored)
+
+    def _stored(self, seconds: float) -> bool:
+        """Stores everything, trying again for `seconds`; returns whether that succeeded."""
+        deadline, pause = time.monotonic() + seconds, 1.0
+        while True:
+            try:
+                if self._lines is None or self._lease is None or self._lease.check():
+                    if self._lines is not None:
+                        self._lines.flush()
+                    self._flush_others()
+                    return True
+                warn_once("the lease of the workdir has expired and its store cannot be reached; nothing is saved now")
+            except OSError as error:
+                self._report(error)
+            if time.monotonic() + pause > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+    def _store_periodically(self) -> None:
+        pause = _STORE_SECONDS
+        while not self._ended.wait(pause):
+            started = time.monotonic()
+            try:
+                self._stored(0.0)
+            except LeaseLost:
+                self._lost = True
+                return
+            pause = max(_STORE_SECONDS, 20 * (time.monotonic() - started))  # a long file is put less often
+
+    def _report(self, error: OSError) -> None:
+        warn_once(f"{self._shown}: cannot be written now ({storage.reason(error)}); its lines are kept and tried again")
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Stores what is not stored yet, if that can be done, and closes the files."""
+        if self._lines is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(LeaseLost):
+            if not self._lost:
+                self._stored(0.0)
+        self._lines.close()
+        self._lines = None
 
 
 class Progress:
@@ -110,36 +222,15 @@ def peak_memory_gib(devices: Iterable["jax.Device"]) -> float:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[JsonObject]:
-    """Returns the lines of a metrics.jsonl, without an incomplete last one.
-
-    Raises:
-      ValueError: a line other than the last is not a JSON object.
+    """Returns the lines of a metrics.jsonl, local or by its URL; those that are not JSON objects with a step are
+    reported on stderr and left out. Raises OSError.
     """
-    lines = pathlib.Path(path).read_text().split("\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row = line
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-        elif row is not None and number < len(lines):  # an incomplete line has no newline
-            raise ValueError(f"{path}: line {number} is not a JSON object with a step; remove it")
-    return rows
+    return [row for row, _ in parse_lines(storage.read_bytes(path), str(path))]
 
 
 def plain(value: Scalar) -> float | None:
     """Converts any scalar to a Python int, float or None."""
     return value.item() if hasattr(value, "item") else value
-
-
-def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Rewrites the file with the lines up to `step`, atomically."""
-    if not path.exists():
-        return
-    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step]
-    write_text(path, "".join(kept))
 
 
 def _terms(values: Mapping[str, float | None]) -> str:

@@ -10,13 +10,16 @@
 A new run in a workdir with checkpoints keeps them in checkpoints.superseded.
 """
 
-import pathlib
 from dataclasses import dataclass
 
+from etils import epath
+
+from mtp_jax import storage
 from mtp_jax.config import Config, UserError, walk
 from mtp_jax.training import schedules
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
+from mtp_jax.training.notices import notice
 from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config
 
 # relative difference of the learning rate at the step of a resume, beyond which the schedule counts as another one
@@ -53,7 +56,7 @@ def check(resume: Resume, config: Config) -> None:
             raise UserError(f"--change={key}: cannot change in a run; by name may change {', '.join(by_name)}")
 
 
-def is_new(resume: Resume, workdir: pathlib.Path) -> bool:
+def is_new(resume: Resume, workdir: epath.Path) -> bool:
     """Returns whether the run starts from its beginning, in a workdir in which it may.
 
     Raises:
@@ -65,36 +68,37 @@ def is_new(resume: Resume, workdir: pathlib.Path) -> bool:
     if resume.step is not None and resume.step not in steps:
         found = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise UserError(f"--resume_step={resume.step}: no checkpoint of this step in {workdir}; {found}")
-    if not steps and (workdir / CONFIG_FILE).exists():
+    if not steps and storage.is_file(workdir / CONFIG_FILE):
         _check_gone(workdir)
     return not steps
 
 
-def _check_gone(workdir: pathlib.Path) -> None:
+def _check_gone(workdir: epath.Path) -> None:
     """Raises UserError if the run in `workdir` has saved checkpoints, of which nothing is left."""
-    try:
-        last = read_metrics(workdir / METRICS_FILE)[-1]["step"]
-    except (OSError, ValueError, IndexError):
-        return
-    folder = workdir / CHECKPOINTS
-    # A save that was interrupted leaves its own temporary folder.
-    if last > read_config(workdir).checkpoint.every and not (folder.is_dir() and any(folder.iterdir())):
+    path = workdir / METRICS_FILE
+    rows = read_metrics(path) if storage.is_file(path) else []
+    newest = rows[-1]["step"] if rows else 0
+    # A save may end as late as the next one begins, so a run that was killed has one from two intervals on.
+    if newest > 2 * read_config(workdir).checkpoint.every:
         raise UserError(
-            f"--workdir={workdir}: its metrics reach step {last} and its checkpoints are gone; restore "
-            f"{CHECKPOINTS}/, or start the run over with --resume_step=0"
+            f"--workdir={workdir}: its {METRICS_FILE} goes to step {newest} and {CHECKPOINTS}/ has no checkpoint; "
+            "restore them, use another folder, or start over in this one with --resume_step=0"
         )
+    if newest:
+        notice(f"{workdir} has metrics up to step {newest} and no checkpoint; the run starts over")
 
 
-def set_aside(workdir: pathlib.Path) -> str | None:
+def set_aside(workdir: epath.Path) -> str | None:
     """Renames the folder of checkpoints of a run that starts over; returns its new name, or None if there are none."""
     folder = workdir / CHECKPOINTS
     if not Checkpoints(folder).steps():
         return None
     target, number = workdir / f"{CHECKPOINTS}.superseded", 0
-    while target.exists():
+    while storage.exists(target):
         number += 1
         target = workdir / f"{CHECKPOINTS}.superseded.{number}"
-    folder.rename(target)
+    with storage.errors(folder):
+        folder.rename(target)
     return str(target)
 
 

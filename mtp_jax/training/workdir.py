@@ -1,26 +1,32 @@
-"""The folder of a run: its config.json, and the check that a run may continue in it.
+"""The folder of a run: its config.json, the lease of its process, and the checks that a run may continue in it.
 
-A workdir holds config.json (the resolved config), metrics.jsonl, TensorBoard events and checkpoints/. Every process
-of the run must see it under the same path.
+A workdir, local or a URL of an object store, holds config.json (the resolved config), data.json (fingerprints of the
+documents and the tokenizer), metrics.jsonl, TensorBoard events, checkpoints/ and, while a run writes to it, lease.json.
+Every process of the run must see it under the same path.
 """
 
+import contextlib
 import json
-import os
-import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import numpy as np
+
+from mtp_jax import storage
 from mtp_jax.config import Config, UserError, from_dict, to_dict, walk, with_own_tokenizer
-from mtp_jax.storage import read_json, write_text
+from mtp_jax.data import Corpus
+from mtp_jax.lease import Lease, cannot_write
+from mtp_jax.storage import read_json
 from mtp_jax.typing import JsonObject
 
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 CHECKPOINTS = "checkpoints"
 HISTORY = "history"  # key of config.json: the changes that were asked for by name
 
 
 def open_workdir(
-    workdir: str | os.PathLike[str],
+    workdir: storage.AnyPath,
     config: Config,
     is_main: bool = True,
     *,
@@ -43,10 +49,10 @@ def open_workdir(
       UserError: `workdir` is a file or cannot be written; its config.json is invalid, or missing beside checkpoints; or
         it belongs to another run, with the keys that differ and both values.
     """
-    path = pathlib.Path(workdir)
-    if path.exists() and not path.is_dir():
+    path = storage.path(workdir, "--workdir")
+    if storage.is_file(path):
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
-    has_config = (path / CONFIG_FILE).exists()
+    has_config = storage.is_file(path / CONFIG_FILE)
     history: list[JsonObject] = []
     changed: list[str] = []
     if has_config and is_new:
@@ -58,33 +64,107 @@ def open_workdir(
         return
     if changed:
         print(f"{'starting over' if is_new else 'continuing'} with {', '.join(changed)}")
-    if not is_new and not has_config and any(p.name.isdigit() for p in (path / CHECKPOINTS).glob("*")):
+    if not is_new and not has_config and any(name.isdecimal() for name in storage.names(path / CHECKPOINTS)):
         raise UserError(
             f"--workdir={workdir}: has checkpoints but no {CONFIG_FILE}, so the run they belong to is unknown; "
             "restore the file or use another folder"
         )
     values = to_dict(config) | ({HISTORY: history} if history else {})
-    _write(path, json.dumps(values, indent=2) + "\n")
+    try:
+        storage.make_folder(path)
+        storage.write_text(path / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise cannot_write(f"--workdir={workdir}", error) from error
 
 
-def read_config(workdir: str | os.PathLike[str]) -> Config:
+@contextlib.contextmanager
+def hold(workdir: storage.AnyPath, is_main: bool = True) -> Iterator[Lease | None]:
+    """Keeps the workdir to this run: the main process holds its lease (`Lease`). Collective.
+
+    Yields:
+      The lease; None on the other processes.
+
+    Raises:
+      UserError: another run has the workdir, or it cannot be written; on every process.
+      StorageError: the object store fails.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    with contextlib.ExitStack() as stack:
+        lease, refusal = None, None
+        try:
+            lease = stack.enter_context(Lease(workdir)) if is_main else None
+        except (UserError, OSError) as error:
+            refusal = error
+        if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.asarray(refusal is None)):
+            refusal = refusal or UserError(f"--workdir={workdir}: was refused to the first process; see its error")
+        if refusal is not None:
+            raise refusal
+        yield lease
+
+
+def check_data(workdir: storage.AnyPath, corpus: Corpus, is_main: bool = True, is_new: bool = False) -> None:
+    """Checks that the documents and the tokenizer are those the run began with, and records those of a new run.
+
+    Args:
+      is_main: whether this process writes; the others only check.
+      is_new: the run starts from its beginning, so that any data replace those of an earlier attempt.
+
+    Raises:
+      UserError: they differ; the message names what does.
+    """
+    path = storage.path(workdir, "--workdir") / DATA_FILE
+    found = "" if is_new else data_differences(workdir, corpus)
+    if found:
+        raise UserError(
+            f"--workdir={workdir}: holds a run on other data: {found}; restore them, use another folder (with "
+            f"--config.init_from={workdir} for its weights), or remove {path} to go on with the new ones"
+        )
+    if is_main and (is_new or not storage.is_file(path)):
+        try:
+            storage.write_text(path, json.dumps(corpus.identity, indent=1) + "\n")
+        except OSError as error:
+            raise cannot_write(f"--workdir={workdir}", error) from error
+
+
+def data_differences(workdir: storage.AnyPath, corpus: Corpus) -> str:
+    """Returns how documents and tokenizer differ from those of the run in `workdir`, in words; "" if they do not.
+
+    Raises:
+      UserError: data.json cannot be read.
+    """
+    path = storage.path(workdir, "--workdir") / DATA_FILE
+    if not storage.is_file(path):  # a run of an earlier version, or one that has not begun
+        return ""
+    old, new = storage.read_json(path, "remove it to go on with the data as they are"), corpus.identity
+    out = []
+    if old.get("tokenizer") != new["tokenizer"]:
+        out.append(f"the tokenizer {corpus.config.data.tokenizer} has other ids")
+    elif old.get("documents") != new["documents"]:
+        shown = [f"{each.get('num_documents')} documents of {each.get('num_bytes')} bytes" for each in (old, new)]
+        were = f" ({old.get('origin')})" if old.get("origin") != new["origin"] else ""
+        out.append(f"the text of {corpus.config.data.source} was {shown[0]}{were} and is {shown[1]}")
+    return ", ".join(out)
+
+
+def read_config(workdir: storage.AnyPath) -> Config:
     """Returns the config of the run in `workdir`.
 
     Raises:
       UserError: no such folder, no config.json, or one that is not JSON or not a config.
     """
-    path = pathlib.Path(workdir) / CONFIG_FILE
-    if not path.parent.is_dir():
-        raise UserError(f"--workdir={workdir}: no such folder")
-    if not path.is_file():
-        raise UserError(f"--workdir={workdir}: has no {CONFIG_FILE}; give the folder of a run")
+    path = storage.path(workdir, "--workdir") / CONFIG_FILE
+    if not storage.is_file(path):
+        problem = f"has no {CONFIG_FILE}; give the folder of a run" if storage.is_dir(path.parent) else "no such folder"
+        raise UserError(f"--workdir={workdir}: {problem}")
     values = read_json(path, "restore it or use another --workdir")
     if "model_type" in values:
         raise UserError(f"{path.parent}: is a Hugging Face folder; import it first (mtp_jax.tools.convert import)")
     return from_dict(with_own_tokenizer(values, path.parent), str(path))
 
 
-def changes(config: Config, workdir: str | os.PathLike[str], by_name: Collection[str] = ()) -> list[str]:
+def changes(config: Config, workdir: storage.AnyPath, by_name: Collection[str] = ()) -> list[str]:
     """Returns the differences of `config` from the run in `workdir`, as `key old -> new`.
 
     Args:
@@ -129,9 +209,9 @@ def _named(saved: Config, config: Config, step: int) -> list[JsonObject]:
     ]
 
 
-def _history(path: pathlib.Path) -> list[JsonObject]:
+def _history(path: storage.AnyPath) -> list[JsonObject]:
     """Returns the changes by name that config.json records; none if it is not a list."""
-    found = read_json(path / CONFIG_FILE, "restore it or use another --workdir").get(HISTORY)
+    found = read_json(storage.path(path) / CONFIG_FILE, "restore it or use another --workdir").get(HISTORY)
     return found if isinstance(found, list) else []
 
 
@@ -147,11 +227,3 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[prefix + key] = value
     return out
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / CONFIG_FILE, text)
-    except OSError as error:
-        raise UserError(f"--workdir={path}: cannot be written ({error.strerror}); use another folder") from error

@@ -2,12 +2,20 @@
 
 import json
 import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax import storage
+from mtp_jax.errors import warn_once
+from mtp_jax.lease import LEASE_FILE, Lease, LeaseLost
 from mtp_jax.training import metrics as metrics_lib
 from mtp_jax.training.metrics import MetricsWriter, Progress, peak_memory_gib, read_metrics
 
@@ -20,7 +28,12 @@ def write(workdir, steps, resume_step=None):
 
 
 def steps_of(workdir):
-    return [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+    return [row["step"] for row in read_metrics(storage.path(workdir) / "metrics.jsonl")]
+
+
+@pytest.fixture(params=["local", "gs"])
+def folder(request, tmp_path):
+    return str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("bucket").url + "/run"
 
 
 def test_every_write_is_on_disk_at_once(tmp_path):
@@ -39,33 +52,156 @@ def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
     assert line == {"step": 1, "loss": None, "grad_norm": None}
 
 
-def test_resume_continues_without_missing_or_repeated_steps(tmp_path):
+def test_resume_continues_without_missing_or_repeated_steps(folder):
+    write(folder, range(1, 9))
+    write(folder, range(6, 11), resume_step=5)
+    assert steps_of(folder) == list(range(1, 11))
+
+
+def test_resume_drops_a_torn_last_line(folder, capsys):
+    write(folder, range(1, 4))
+    path = storage.path(folder) / "metrics.jsonl"
+    storage.write_bytes(path, storage.read_bytes(path) + b'{"step": 4, "lo')
+    assert steps_of(folder) == [1, 2, 3]
+    write(folder, [4, 5], resume_step=3)
+    assert steps_of(folder) == [1, 2, 3, 4, 5]
+    assert not capsys.readouterr().err
+
+
+def test_a_start_from_the_beginning_keeps_no_line(folder):
+    write(folder, range(1, 4))
+    write(folder, [1])
+    assert steps_of(folder) == [1]
+
+
+BAD_LINES = [b"garbage", b"\xff\xfe", b'{"step": 3, "lo', b"[1]", b'{"loss": 1}', b'{"step": "3"}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("bad", BAD_LINES)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_bad_line_is_reported_and_never_blocks_a_resume(folder, bad, place, capsys):
+    write(folder, [1, 2])
+    path = storage.path(folder) / "metrics.jsonl"
+    lines = storage.read_bytes(path).splitlines(keepends=True)
+    lines.insert(place, bad + b"\n")
+    storage.write_bytes(path, b"".join(lines))
+    warn_once.cache_clear()
+    write(folder, [3, 4], resume_step=2)
+    assert f"metrics.jsonl: line {place + 1} is not a JSON object with a step and is dropped" in capsys.readouterr().err
+    assert steps_of(folder) == [1, 2, 3, 4]
+
+
+def test_a_repeated_step_is_kept_once(folder):
+    path = storage.path(folder) / "metrics.jsonl"
+    storage.make_folder(folder)
+    storage.write_text(path, "".join(f'{{"step": {step}}}\n' for step in (1, 2, 1, 2, 3)))
+    write(folder, [4], resume_step=3)
+    assert steps_of(folder) == [1, 2, 3, 4]
+
+
+def test_a_resume_needs_no_space_on_a_full_disk(tmp_path, monkeypatch):
     write(tmp_path, range(1, 9))
-    write(tmp_path, range(6, 11), resume_step=5)
-    assert steps_of(tmp_path) == list(range(1, 11))
-
-
-def test_resume_drops_a_torn_last_line(tmp_path):
-    write(tmp_path, range(1, 4))
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "lo')
-    assert steps_of(tmp_path) == [1, 2, 3]
-    write(tmp_path, [4, 5], resume_step=3)
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: pytest.fail("a copy is written"))
+    MetricsWriter(tmp_path, 5).close()
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_a_start_from_the_beginning_keeps_no_line(tmp_path):
-    write(tmp_path, range(1, 4))
-    write(tmp_path, [1])
-    assert steps_of(tmp_path) == [1]
+def limited(size):
+    """In a child process: files may have `size` bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
-def test_a_bad_line_in_the_middle_is_not_passed_over(tmp_path):
-    write(tmp_path, [1, 2])
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("garbage\n" + path.read_text())
-    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
-        write(tmp_path, [3], resume_step=2)
+def full_disk(workdir):
+    """Writes lines while files may have 400 bytes, and goes on when there is space."""
+    writer = MetricsWriter(workdir, None)
+    limited(400)
+    for step in range(1, 21):
+        writer.write(step, {"loss": 1.0 / step})
+    stored = writer.flush()
+    assert not stored and steps_of(workdir) == list(range(1, len(steps_of(workdir)) + 1))
+    limited(resource.RLIM_INFINITY)
+    assert writer.flush()
+    writer.close()
+
+
+def test_a_full_disk_loses_no_line_and_is_reported_once(tmp_path, project_root):
+    code = f"from tests.training.test_metrics import full_disk; full_disk({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project_root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path) == list(range(1, 21))
+    reports = [line for line in done.stderr.splitlines() if "cannot be written" in line]
+    assert len(reports) == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_an_object_is_put_from_time_to_time_and_at_a_flush(bucket, monkeypatch):
+    monkeypatch.setattr(metrics_lib, "_STORE_SECONDS", 0.2)
+    writer = MetricsWriter(bucket.url + "/run", None)
+    writer.write(1, {"loss": 1.0})
+    deadline = time.monotonic() + 30
+    while not bucket.objects():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for step in range(2, 50):
+        writer.write(step, {"loss": 1.0})
+    puts = len([path for method, path, _ in bucket.requests() if method == "POST"])
+    assert puts < 10
+    assert writer.flush() and steps_of(bucket.url + "/run") == list(range(1, 50))
+    writer.close()
+    names = sorted(bucket.objects())
+    assert len(names) == 2 and names[0].startswith("run/events.out.tfevents.") and names[1] == "run/metrics.jsonl"
+
+
+def test_a_failing_store_loses_no_line(bucket, capsys):
+    workdir = bucket.url + "/run"
+    writer = MetricsWriter(workdir, None)
+    bucket.inject("400", times=None, match="POST")  # which is not retried by the client
+    writer.write(1, {"loss": 1.0})
+    warn_once.cache_clear()
+    assert not writer.flush() and not writer.flush()
+    assert capsys.readouterr().err.count("metrics.jsonl: cannot be written now (") == 1
+    bucket.clear()
+    writer.write(2, {"loss": 1.0})
+    assert writer.flush(is_last=True) and steps_of(workdir) == [1, 2]
+    writer.close()
+
+
+def test_the_last_lines_that_cannot_be_stored_are_an_error(bucket, monkeypatch):
+    monkeypatch.setattr(metrics_lib, "_LAST_SECONDS", 2.0)
+    writer = MetricsWriter(bucket.url + "/run", None)
+    bucket.inject("400", times=None, match="POST")
+    writer.write(1, {"loss": 1.0})
+    with pytest.raises(storage.StorageError, match="metrics.jsonl cannot be written") as error:
+        writer.flush(is_last=True)
+    assert "\n" not in str(error.value)
+    writer.close()
+
+
+def test_events_that_cannot_be_put_are_reported_and_end_nothing(bucket, capsys):
+    writer = MetricsWriter(bucket.url + "/run", None)
+    writer.write(1, {"loss": 1.0})
+    warn_once.cache_clear()
+    bucket.inject("400", times=1, match="POST", skip=1)  # the lines are put first
+    assert writer.flush()
+    assert "TensorBoard's events cannot be written (injected, 400)\n" in capsys.readouterr().err
+    assert writer.flush() and len(bucket.objects()) == 2  # put again
+    writer.close()
+
+
+def test_a_run_that_lost_its_lease_writes_no_line(bucket):
+    workdir = bucket.url + "/run"
+    with Lease(workdir, seconds=1) as lease:
+        writer = MetricsWriter(workdir, None, lease=lease)
+        writer.write(1, {"loss": 1.0})
+        assert writer.flush()
+        path = storage.path(workdir) / LEASE_FILE
+        storage.write_text(path, json.dumps(storage.read_json(path, "") | {"id": "other", "processes": "other"}))
+        time.sleep(1.5)
+        writer.write(2, {"loss": 1.0})
+        with pytest.raises(LeaseLost, match="taken over by a run on host"):
+            writer.flush()
+        writer.close()
+    assert steps_of(workdir) == [1]
 
 
 def test_only_the_main_process_writes(tmp_path):

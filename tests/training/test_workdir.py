@@ -6,9 +6,11 @@ import tarfile
 
 import pytest
 
-from mtp_jax.config import Config, DataConfig, MeshConfig, MTPConfig, TrainingConfig, UserError
+from mtp_jax import storage
+from mtp_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, MTPConfig, TrainingConfig, UserError
 from mtp_jax.config.aliases import old_names
-from mtp_jax.training.workdir import changes, flat, open_workdir, read_config
+from mtp_jax.data import ByteTokenizer, prepare
+from mtp_jax.training.workdir import changes, check_checkpoints, check_data, flat, open_workdir, read_config
 from tests.golden_runs import CHECKPOINTS
 
 CONFIG = Config(mtp=MTPConfig(kind="sequential", weight=0.3, weight_values=(0.1,), weight_boundaries=(10,)))
@@ -109,3 +111,79 @@ def test_a_workdir_from_before_keys_had_other_names_is_the_same_run(tmp_path):
     new = flat(json.loads((tmp_path / "config.json").read_text()))
     kept = {old_names(Config).get(key, key): value for key, value in old.items()}
     assert {key: new[key] for key in kept} == kept
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Makes the corpus of some texts, in a cache of its own."""
+
+    def make(*texts, **settings):
+        for i, text in enumerate(texts):
+            (tmp_path / f"{i}.txt").write_text(text)
+        settings = {"source": "text_files", "files": str(tmp_path / "*.txt"), **settings}
+        data = DataConfig(cache_dir=str(tmp_path / "cache"), batch_size=1, sequence_length=8, **settings)
+        return prepare(Config(data=dataclasses.replace(data, validation_fraction=0.0)))
+
+    return make
+
+
+@pytest.fixture(params=["local", "gs"])
+def workdir(request, tmp_path):
+    return str(tmp_path / "run") if request.param == "local" else request.getfixturevalue("bucket").url + "/run"
+
+
+def test_a_run_continues_on_its_data_only(corpus, workdir):
+    before = corpus("one text " * 9)
+    open_workdir(workdir, before.config)
+    check_data(workdir, before)
+    check_data(workdir, corpus("one text " * 9))
+    with pytest.raises(UserError) as error:
+        check_data(workdir, corpus("one text " * 9, "more"))
+    message = str(error.value)
+    assert "the text of text_files was 1 documents of 81 bytes and is 2 documents of 85 bytes" in message
+    path = storage.path(workdir) / "data.json"
+    assert message.endswith(f"or remove {path} to go on with the new ones") and "\n" not in message
+    storage.remove(path)
+    check_data(workdir, corpus("one text " * 9, "more"))
+
+
+def test_a_run_continues_with_its_tokenizer_only(corpus, tmp_path):
+    before = corpus("one text " * 9)
+    open_workdir(tmp_path / "run", before.config)
+    check_data(tmp_path / "run", before, is_main=False)
+    assert not (tmp_path / "run" / "data.json").exists()
+    check_data(tmp_path / "run", before)
+    other = dataclasses.replace(before, tokenizer=ByteTokenizer())
+    other.tokenizer.fingerprint = "other"
+    with pytest.raises(UserError, match="holds a run on other data: the tokenizer bytes has other ids; restore them"):
+        check_data(tmp_path / "run", other)
+
+
+def test_checkpoints_that_vanished_are_missed(workdir):
+    config = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(every=10))
+    open_workdir(workdir, config)
+    for last, is_refused in ((0, False), (10, False), (20, False), (21, True), (1000, True)):
+        rows = "".join(f'{{"step": {step}}}\n' for step in range(1, last + 1))
+        storage.write_text(storage.path(workdir) / "metrics.jsonl", rows)
+        check_checkpoints(workdir, [10])
+        if is_refused:
+            with pytest.raises(UserError, match=f"goes to step {last} and checkpoints/ has no checkpoint"):
+                check_checkpoints(workdir, [])
+        else:
+            check_checkpoints(workdir, [])
+
+
+def test_a_workdir_in_an_object_store(bucket):
+    open_workdir(bucket.url + "/a/run", CONFIG)
+    open_workdir(bucket.url + "/a/run", CONFIG)
+    assert read_config(bucket.url + "/a/run") == CONFIG and list(bucket.objects()) == ["a/run/config.json"]
+    assert "seed was 0 and is 1" in _refused(bucket.url + "/a/run", dataclasses.replace(CONFIG, seed=1))
+    for where, message in (("", "has no config.json"), ("/none", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            read_config(f"{bucket.url}/a{where}")
+    with pytest.raises(UserError, match="cannot be written .no such bucket."):
+        open_workdir("gs://no-such-bucket/run", CONFIG)
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    assert "cannot be written (File name too long)" in _refused(tmp_path / ("x" * 300))

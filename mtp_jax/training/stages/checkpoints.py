@@ -17,6 +17,8 @@ class SaveCheckpoints(Stage):
             return
         session.fetch()
         with session.paused("checkpoint"):
+            if not session.trackers.flush(is_last=ends):  # no step is saved whose lines are not
+                return
             try:
                 session.saved.save(session.step, session.state, must_succeed=ends)
             except NonFiniteState as error:

@@ -23,7 +23,9 @@ class LogMetrics(Stage):
         self._trackers = trackers.Trackers([])
 
     def start(self, session: Session) -> None:
-        self._trackers = trackers.open_trackers(session.workdir, session.config, session.first_step or None)
+        resume_step = session.first_step or None
+        self._trackers = trackers.open_trackers(session.workdir, session.config, resume_step, session.lease)
+        session.trackers = self._trackers
         self._progress = Progress(session.config.training.num_steps)
         self._newest: dict[str, Any] = {}
         self._started = time.perf_counter()

@@ -2,19 +2,21 @@
 
 import collections
 import contextlib
-import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from mtp_jax.config import Config
+from mtp_jax.lease import Lease
 from mtp_jax.model import Tree
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.clock import Clock
 from mtp_jax.training.run import Run
+from mtp_jax.training.trackers import Trackers
 
 MAX_STEPS_ON_DEVICE = 256  # steps whose metrics stay on the device between two log points
 
@@ -66,6 +68,8 @@ class Session:
       saved: its checkpoints.
       clock: the time of the run by cause.
       step: steps done. first_step: of these, done by earlier attempts.
+      lease: of the workdir; None on processes other than the main one.
+      trackers: metrics.jsonl and the others, opened by the stage that writes them.
       state: after `step` steps. It is donated to the next step.
       metrics: of step `step`, on the device.
       values: what a stage adds to the line of the current step in the metrics; a step with values is logged.
@@ -73,11 +77,13 @@ class Session:
     """
 
     run: Run
-    workdir: pathlib.Path
+    workdir: epath.Path
     saved: Checkpoints
     clock: Clock
     step: int
     state: Tree
+    lease: Lease | None = None
+    trackers: Trackers = field(default_factory=lambda: Trackers([]))
     stages: Sequence[Stage] = ()
     metrics: dict[str, jax.Array] = field(default_factory=dict)
     first_step: int = 0

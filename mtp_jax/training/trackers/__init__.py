@@ -1,11 +1,10 @@
 """Trackers of metrics: metrics.jsonl, and those that training.trackers names.
 
-A tracker is one file and a line in TRACKERS. metrics.jsonl is part of the run, so it is always written and a failure to
-write it ends the run; a failure of another tracker is reported once, and the run goes on without that tracker.
+A tracker is one file and a line in TRACKERS. metrics.jsonl is part of the run: it is always written, and no checkpoint
+is saved whose lines are not. A failure of another tracker is reported once, and the run goes on without that tracker.
 """
 
 import importlib.util
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import jax
 
 from mtp_jax.config import Config, UserError
 from mtp_jax.errors import first_line
+from mtp_jax.lease import Lease
+from mtp_jax.storage import AnyPath
 from mtp_jax.training.metrics import MetricsWriter, plain
 from mtp_jax.training.notices import notice
 from mtp_jax.training.trackers.tensorboard import TensorBoard
@@ -50,12 +51,12 @@ class Trackers:
           trackers: (name, tracker); these may fail.
           writer: of metrics.jsonl, whose errors are raised; None: not written.
         """
-        self._trackers, self._writer = dict(trackers), writer
+        self._trackers, self.writer = dict(trackers), writer
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records the values of a step; values are numbers, numpy or jax scalars, or None."""
-        if self._writer is not None:
-            self._writer.write(step, metrics)
+        if self.writer is not None:
+            self.writer.write(step, metrics)
         values = {name: plain(value) for name, value in metrics.items()}
         for name, tracker in list(self._trackers.items()):
             try:
@@ -63,9 +64,21 @@ class Trackers:
             except Exception as error:
                 self._drop(name, error, step)
 
+    def flush(self, is_last: bool = False) -> bool:
+        """Stores the lines of metrics.jsonl (`MetricsWriter.flush`), and what the trackers buffer. Collective."""
+        return self.writer is None or self.writer.flush(is_last)
+
+    def flush_others(self) -> None:
+        """Writes what the trackers buffer; metrics.jsonl is not one of them."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.flush()
+            except Exception as error:
+                self._drop(name, error, None)
+
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self.writer is not None:
+            self.writer.close()
         for name, tracker in list(self._trackers.items()):
             try:
                 tracker.close()
@@ -74,19 +87,19 @@ class Trackers:
 
     def _drop(self, name: str, error: Exception, step: int | None) -> None:
         notice(f"training.trackers: {name} has failed and is no longer written ({first_line(error)})", step)
-        del self._trackers[name]
+        self._trackers.pop(name, None)
 
 
-def open_trackers(workdir: str | os.PathLike[str], config: Config, resume_step: int | None) -> Trackers:
-    """Returns the trackers of a run; on processes other than the main one they do nothing."""
-    if jax.process_index():
-        return Trackers([])
+def open_trackers(workdir: AnyPath, config: Config, resume_step: int | None, lease: Lease | None = None) -> Trackers:
+    """Returns the trackers of a run; on processes other than the main one they write nothing."""
+    is_main = jax.process_index() == 0
     opening = Opening(workdir, config, resume_step)
     opened = []
-    writer = MetricsWriter(workdir, resume_step)
-    for name in config.training.trackers:
+    for name in config.training.trackers if is_main else ():
         try:
             opened.append((name, TRACKERS[name][0](opening)))
         except Exception as error:  # of a service, such as no network or no account
             notice(f"training.trackers: {name} cannot be opened ({first_line(error)}); the run goes on without it")
-    return Trackers(opened, writer)
+    trackers = Trackers(opened)
+    trackers.writer = MetricsWriter(workdir, resume_step, is_main, lease, trackers.flush_others)
+    return trackers

@@ -1,10 +1,10 @@
 """The interface of a tracker: where the metrics of a run go beside metrics.jsonl."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mtp_jax.config import Config
+from mtp_jax.storage import AnyPath
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Opening:
     an earlier attempt may have logged; None: a fresh start.
     """
 
-    workdir: str | os.PathLike[str]
+    workdir: AnyPath
     config: Config
     resume_step: int | None
 
@@ -30,5 +30,8 @@ class Tracker:
         """Records the values of a step; None for a value that is unknown."""
         raise NotImplementedError
 
+    def flush(self) -> None:
+        """Writes what is buffered. Called every few seconds from a thread of its own, and before checkpoints."""
+
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Writes what is buffered and releases the tracker."""
