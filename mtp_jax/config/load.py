@@ -8,7 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
-import pathlib
+import os
 import re
 import sys
 import traceback
@@ -17,7 +17,9 @@ import typing
 from typing import Any, Literal, TypeVar
 
 import ml_collections
+from etils import epath
 
+from mtp_jax import storage
 from mtp_jax.config.aliases import Section, current_key, old_names, renamed
 from mtp_jax.config.fields import UserError, item_section, key_hints
 from mtp_jax.config.schema import Config
@@ -116,7 +118,7 @@ def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
 
 
 def _run_config_file(path: str) -> dict[str, Any]:
-    if not pathlib.Path(path).is_file():
+    if not storage.is_file(storage.path(path, "--config")):
         raise UserError(f"--config={path}: no such file; give a Python file with get_config(), as in configs/")
     if path.endswith(".json"):
         return _read_json(path)
@@ -149,10 +151,10 @@ def _read_json(path: str) -> dict[str, Any]:
     values = read_json(path, "give the config.json of a workdir", f"--config={path}")
     if "model_type" in values:
         raise UserError(f"--config={path}: not a config of a run; give the config.json of a workdir")
-    return with_own_tokenizer(values, pathlib.Path(path).parent)
+    return with_own_tokenizer(values, storage.path(path).parent)
 
 
-def with_own_tokenizer(values: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+def with_own_tokenizer(values: dict[str, Any], workdir: epath.Path) -> dict[str, Any]:
     """Returns the values of a config.json, with the workdir's own tokenizer where the named one does not exist.
 
     The record of earlier changes ("history") is left out. An imported model brings a copy of its tokenizer into the
@@ -161,10 +163,12 @@ def with_own_tokenizer(values: dict[str, Any], workdir: pathlib.Path) -> dict[st
     values = {key: value for key, value in values.items() if key != "history"}
     own, data = workdir / "hf" / "tokenizer.json", values.get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
-    if not isinstance(named, str) or named == "bytes" or pathlib.Path(named).expanduser().exists() or not own.is_file():
+    if not isinstance(named, str) or named == "bytes" or storage.exists(storage.path(os.path.expanduser(named))):
+        return values
+    if not storage.is_file(own):
         return values
     print(f"data.tokenizer={named} is gone; using {own}", file=sys.stderr)
-    return {**values, "data": {**values["data"], "tokenizer": str(own.absolute())}}
+    return {**values, "data": {**values["data"], "tokenizer": str(own)}}
 
 
 def _parse_override(override: str) -> tuple[str, str]:

@@ -3,13 +3,14 @@
 import functools
 import hashlib
 import json
-import pathlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from mtp_jax import storage
 from mtp_jax.config import UserError
 from mtp_jax.errors import first_line
 from mtp_jax.typing import JsonObject
@@ -119,7 +120,7 @@ _FIM_NAMES = (
 class HFTokenizer:
     """A tokenizer.json, read by the `tokenizers` library."""
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: storage.AnyPath):
         """Reads a tokenizer.json.
 
         Args:
@@ -131,7 +132,7 @@ class HFTokenizer:
         import tokenizers  # imported here: byte-level runs do not need it
 
         try:
-            content = pathlib.Path(path).read_bytes()
+            content = storage.read_bytes(path)
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"data.tokenizer={path}: not a readable tokenizer.json ({first_line(error)})") from error
@@ -213,17 +214,17 @@ def load(name_or_path: str) -> Tokenizer:
     """Returns the tokenizer that `data.tokenizer` names.
 
     Args:
-      name_or_path: "bytes", a tokenizer.json, or a folder that holds one.
+      name_or_path: "bytes", a tokenizer.json, or a folder that holds one; local or a URL.
 
     Raises:
       UserError: no such file, or not a tokenizer.json.
     """
     if name_or_path == "bytes":
         return ByteTokenizer()
-    path = pathlib.Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = storage.path(os.path.expanduser(name_or_path), "data.tokenizer")
+    if storage.is_dir(path):
         path = path / "tokenizer.json"
-    if not path.is_file():
+    if not storage.is_file(path):
         raise UserError(f"data.tokenizer={name_or_path}: no such file; use bytes, or the path of a tokenizer.json")
     return HFTokenizer(path)
 

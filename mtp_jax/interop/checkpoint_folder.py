@@ -6,22 +6,19 @@ mtp_jax.json (`Origin`), which describes the imported files so that an export ca
 
 import collections
 import dataclasses
-import glob
 import json
 import math
 import os
-import pathlib
-import shutil
-import sys
-import uuid
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict
 
+from mtp_jax import storage
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
 from mtp_jax.errors import warn_once
 from mtp_jax.interop import config_json, folder_checks, weights
@@ -63,21 +60,21 @@ class HFModel:
     values: of config.json. arrays: {"params": ..., "biases": ...} with lazy leaves in `config.model.param_dtype`.
     """
 
-    path: pathlib.Path
+    path: epath.Path
     config: Config
     values: JsonObject
     origin: Origin
     arrays: Tree
 
 
-def is_hf_folder(path: str | os.PathLike[str]) -> bool:
+def is_hf_folder(path: storage.AnyPath) -> bool:
     """True if config.json is Hugging Face's: it has a model_type, ours does not; raises UserError if unreadable."""
-    file = pathlib.Path(path) / "config.json"
-    return file.is_file() and "model_type" in read_json(file, REMEDY)
+    file = storage.path(path) / "config.json"
+    return storage.is_file(file) and "model_type" in read_json(file, REMEDY)
 
 
 def open_model(
-    path: str | os.PathLike[str],
+    path: storage.AnyPath,
     family: str | None = None,
     ignore: tuple[str, ...] = (),
     depth: int | None = None,
@@ -87,6 +84,7 @@ def open_model(
     """Opens a folder as a model and checks it; reads only headers, and tensors that should repeat others.
 
     Args:
+      path: a local folder, or a URL of one in an object store.
       family: required family; None accepts the one in config.json.
       ignore: unknown fields of config.json that are known to have no effect.
       depth: MTP depth to keep; 0 drops the MTP layers. None keeps the depth of config.json, or 0 (with a warning) if
@@ -97,7 +95,7 @@ def open_model(
     Raises:
       UserError: a folder that is not a model of a known family; states the file, tensor or field, and the remedy.
     """
-    folder = pathlib.Path(path)
+    folder = storage.path(path)
     values = config_json.read_config(folder)
     where, model_type = str(folder / "config.json"), values["model_type"]
     layout = config_json.family_named(model_type, where)
@@ -148,13 +146,13 @@ def _kind(tensor: Tensor, model_type: str) -> str:
 
 
 def write_model(
-    target: str | os.PathLike[str],
+    target: storage.AnyPath,
     config: Config,
     arrays: Tree,
-    sides: pathlib.Path | None = None,
+    sides: storage.AnyPath | None = None,
     family: str | None = None,
     dtype: str | None = None,
-    tokenizer: pathlib.Path | None = None,
+    tokenizer: storage.AnyPath | None = None,
     progress: Callable[[int], None] = lambda num_elements: None,
 ) -> tuple[str, str]:
     """Writes a model as a Hugging Face folder, which appears complete or not at all.
@@ -182,11 +180,11 @@ def write_model(
     _set_dtype(values, dtypes, base if origin else None)
     specs = {t.name: (dtypes[t.name], t.shape) for t in listed}
     num_bytes = sum(math.prod(shape) * DTYPES[kind].itemsize for kind, shape in specs.values())
-    with fresh_folder(target, num_bytes) as partial:
+    with storage.fresh_folder(target, num_bytes) as partial:
         _copy_sides(sides, partial)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, partial / "tokenizer.json")
-        (partial / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            storage.remove(partial / "tokenizer.json")
+            storage.copy(tokenizer, partial / "tokenizer.json")
 
         def counted() -> Iterator[tuple[str, np.ndarray]]:
             written = weights.their_arrays(arrays, listed, {n: DTYPES[d] for n, d in dtypes.items()})
@@ -196,6 +194,7 @@ def write_model(
                 progress(0 if name in repeats else array.size)
 
         write_folder(partial, specs, counted())
+        storage.write_text(partial / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return model_type, _main_dtype(dtypes)
 
 
@@ -266,10 +265,11 @@ def _main_dtype(dtypes: dict[str, str]) -> str:
     return names[collections.Counter(dtypes.values()).most_common(1)[0][0]]
 
 
-def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin | None]:
+def _read_sides(folder: storage.AnyPath | None) -> tuple[JsonObject | None, Origin | None]:
     """Returns config.json and `Origin` of an imported model; (None, None) if the model was not imported."""
-    if sides is None or not (sides / ORIGIN_FILE).is_file():
+    if folder is None or not storage.is_file(storage.path(folder) / ORIGIN_FILE):
         return None, None
+    sides = storage.path(folder)
     try:
         origin = Origin(**read_json(sides / ORIGIN_FILE, REMEDY))
     except TypeError as error:
@@ -277,81 +277,62 @@ def _read_sides(sides: pathlib.Path | None) -> tuple[JsonObject | None, Origin |
     return config_json.read_config(sides), origin
 
 
-def save_sides(source: HFModel | pathlib.Path, workdir: str | os.PathLike[str]) -> None:
+def save_sides(source: HFModel | storage.AnyPath, workdir: storage.AnyPath) -> None:
     """Writes `hf/` of a workdir: the other files of an opened folder and its `Origin`, or a copy of another workdir's
     `hf/`. An existing `hf/` is kept.
+
+    Raises:
+      UserError: a file cannot be copied, or is a link that leads out of its folder.
     """
-    target = pathlib.Path(workdir) / SIDE_FOLDER
-    if target.exists() or (isinstance(source, pathlib.Path) and not source.is_dir()):
+    target = storage.path(workdir) / SIDE_FOLDER
+    if storage.is_file(target / "config.json") or storage.names(target):
         return
-    with fresh_folder(target) as partial:
-        if isinstance(source, pathlib.Path):
-            _copy_sides(source, partial, with_origin=True)
-        else:
-            _copy_sides(source.path, partial)
-            shutil.copyfile(source.path / "config.json", partial / "config.json")
-            text = json.dumps(dataclasses.asdict(source.origin), indent=1)
-            (partial / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")
+    if not isinstance(source, HFModel):
+        if storage.is_dir(source):
+            with storage.fresh_folder(target) as partial:
+                _copy_sides(source, partial, with_origin=True)
+        return
+    with storage.fresh_folder(target) as partial:
+        _copy_sides(source.path, partial)
+        text = json.dumps(dataclasses.asdict(source.origin), indent=1)
+        storage.write_text(partial / ORIGIN_FILE, text + "\n")
+        storage.copy(source.path / "config.json", partial / "config.json")
 
 
-def _copy_sides(source: pathlib.Path | None, target: pathlib.Path, with_origin: bool = False) -> None:
+def _copy_sides(source: storage.AnyPath | None, target: epath.Path, with_origin: bool = False) -> None:
     """Copies tokenizer, generation settings, remote code and licence: the files directly in the folder except weights,
     config.json and files above 128 MiB.
     """
-    for path in sorted(source.iterdir()) if source is not None and source.is_dir() else ():
-        is_ours = path.name in (ORIGIN_FILE, "config.json") and not with_origin
-        if path.is_dir() or path.name.startswith(".") or path.name.endswith((*_WEIGHTS, ".index.json")) or is_ours:
+    if source is None:
+        return
+    folder = storage.path(source)
+    for name in sorted(storage.names(folder), key=lambda name: name == storage.COMPLETE):  # config.json comes last
+        path = folder / name
+        is_ours = name in (ORIGIN_FILE, "config.json") and not with_origin
+        if name.startswith(".") or name.endswith((*_WEIGHTS, ".index.json")) or is_ours or storage.is_dir(path):
             continue
         try:
-            if path.stat().st_size <= _LARGEST_SIDE_FILE:
-                shutil.copyfile(path, target / path.name)
+            _check_side_file(path)
+            storage.copy(path, target / name, _LARGEST_SIDE_FILE)
         except OSError as error:
-            raise UserError(f"{path}: cannot be copied ({error.strerror}); restore or remove it") from error
+            raise UserError(f"{path}: cannot be copied ({storage.reason(error)}); restore or remove it") from error
 
 
-def refuse_existing(target: str | os.PathLike[str]) -> None:
-    """Raises UserError if `target` exists and is not an empty folder."""
-    final = pathlib.Path(target).resolve()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"{target}: exists already; give a folder that does not")
+def _check_side_file(path: epath.Path) -> None:
+    """Refuses what would bring files from elsewhere into a workdir and from there into an export.
 
-
-@contextmanager
-def fresh_folder(target: str | os.PathLike[str], num_bytes: int = 0) -> Iterator[pathlib.Path]:
-    """Yields a folder to fill, which is renamed to `target` when the block ends and removed if the block fails.
-
-    Until then it is next to the target, as .NAME.partial-XXXXXXXX. A killed process leaves it behind; the next one
-    reports it.
-
-    Args:
-      num_bytes: number of bytes to be written; refused at once if the disk has less free space.
+    A link may lead to a file of the same folder, or of the same model in a download cache: there a snapshot has links
+    to ../../blobs.
 
     Raises:
-      UserError: target exists and is not empty, its parent cannot be written, or the disk is full.
+      UserError: a link out of the folder, or no regular file.
     """
-    refuse_existing(target)
-    final = pathlib.Path(target).resolve()
-    for left in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
-        print(
-            f"note: {left} is being written, or was left by a process that was killed; remove it then", file=sys.stderr
-        )
-    partial = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(final.parent).free
-        if num_bytes > free:
-            raise UserError(
-                f"{target}: needs {num_bytes / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}; free some or give "
-                "another folder"
-            )
-        partial.mkdir()
-        yield partial
-        if final.exists():  # empty; kept, as a process may have it as its current folder
-            for path in sorted(partial.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
-                os.replace(path, final / path.name)
-        else:
-            os.rename(partial, final)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); nothing was left there") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not storage.is_local(path):
+        return
+    real, folder = os.path.realpath(path), os.path.realpath(path.parent)
+    blobs = os.path.join(os.path.dirname(os.path.dirname(folder)), "blobs")
+    is_in_cache = os.path.basename(os.path.dirname(folder)) == "snapshots" and os.path.dirname(real) == blobs
+    if os.path.dirname(real) != folder and not is_in_cache:
+        raise UserError(f"{path}: is a link to {real}, outside its folder; replace it with a copy, or remove it")
+    if not stat.S_ISREG(os.stat(real).st_mode):
+        raise UserError(f"{path}: is not a regular file; remove it")

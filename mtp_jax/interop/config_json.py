@@ -6,10 +6,10 @@ configuration and modelling code; serving engines for MTP layers.
 
 import copy
 import dataclasses
-import pathlib
 import typing
 from typing import Any
 
+from mtp_jax import storage
 from mtp_jax.config import (
     CONVENTIONS,
     Config,
@@ -56,16 +56,16 @@ TELLING = (
 # --- config.json -> Config --------------------------------------------------------------------------------------------
 
 
-def read_config(folder: str | pathlib.Path) -> Values:
+def read_config(folder: storage.AnyPath) -> Values:
     """Reads config.json of a Hugging Face folder.
 
     Raises:
       UserError: the folder does not exist or has no config.json; the file is not a JSON object or has no model_type.
     """
-    path = pathlib.Path(folder) / "config.json"
-    if not path.parent.is_dir():
-        raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors files")
-    if not path.is_file():
+    path = storage.path(folder) / "config.json"
+    if not storage.is_file(path):
+        if not storage.is_dir(path.parent):
+            raise UserError(f"{folder}: no such folder; give one that holds config.json and safetensors files")
         raise UserError(f"{folder}: holds no config.json; give the folder of a Hugging Face model")
     values = read_json(path, REMEDY)
     if "model_type" not in values:

@@ -6,17 +6,21 @@ safetensors library checks a file. Its numpy functions do not read fp8, map the 
 it, and hold a whole shard in memory to write it, so bytes are read and written here.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
+from etils import epath
 
+from mtp_jax import storage
 from mtp_jax.config import UserError
 from mtp_jax.interop.json_fields import REMEDY
 from mtp_jax.storage import read_json
@@ -46,6 +50,7 @@ _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _METADATA = {"format": "pt"}  # transformers refuses files without it
+_LONGEST_HEADER = 100_000_000  # the library refuses longer ones
 _WRITE_BYTES = 1 << 26  # copied at a time if an array is not contiguous
 
 
@@ -54,7 +59,7 @@ class TensorInfo(NamedTuple):
 
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
-    path: pathlib.Path
+    path: epath.Path
     start: int
     stop: int
 
@@ -63,7 +68,8 @@ class TensorFolder:
     """The tensors of a Hugging Face folder, read on request; no file is kept open.
 
     They are in model.safetensors, or in the shards that model.safetensors.index.json names, or, if neither exists, in
-    all *.safetensors files of the folder. Several threads may read at the same time.
+    all *.safetensors files of the folder. Several threads may read at the same time. In an object store only the bytes
+    of what is read are fetched, so neither a disk nor memory for a whole file is needed.
 
     Attributes:
       infos: name -> TensorInfo, in order of file and offset.
@@ -73,10 +79,10 @@ class TensorFolder:
       UserError: no such folder or no files in it; an index or header that is corrupt or contradicts the files.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder: storage.AnyPath):
+        self.folder = storage.path(folder)
         self.infos: dict[str, TensorInfo] = {}
-        self._stamps: dict[pathlib.Path, tuple[int, int]] = {}
+        self._stamps: dict[epath.Path, list[int | str]] = {}  # versions of the files
         paths, shard_of = _find_files(self.folder)
         for path in paths:
             self._stamps[path], infos = _read_header(path)
@@ -113,12 +119,11 @@ class TensorFolder:
             shape = (max(0, end - begin), *shape[1:])
         num_bytes = math.prod(shape) * dtype.itemsize
         try:
-            with open(info.path, "rb") as file:
-                data = np.fromfile(file, np.uint8, num_bytes, offset=start)
-                stamp = _stamp(file)  # after reading, to detect changes during the read
+            data = _read(info.path, start, num_bytes)
+            stamp = storage.version(info.path)  # after reading, to detect changes during the read
         except OSError as error:
             raise UserError(
-                f"{info.path}: tensor {name!r} cannot be read ({error.strerror}); check the file"
+                f"{info.path}: tensor {name!r} cannot be read ({storage.reason(error)}); check the file"
             ) from error
         if stamp != self._stamps[info.path] or data.size < num_bytes:
             sizes = f"{self._stamps[info.path][0]} bytes then, {stamp[0]} now"
@@ -137,14 +142,16 @@ class TensorFolder:
                 raise UserError(f"{index}: does not name tensor {name!r} of {info.path.name}; download both again")
 
 
-def _stamp(file: BinaryIO) -> tuple[int, int]:
-    """Returns (size in bytes, time of the last modification in ns)."""
-    stat = os.fstat(file.fileno())
-    return stat.st_size, stat.st_mtime_ns
+def _read(path: epath.Path, start: int, num_bytes: int) -> np.ndarray:
+    """Returns bytes of a file, uint8[at most num_bytes]."""
+    if not storage.is_local(path):
+        return np.frombuffer(bytearray(storage.read_bytes(path, start, start + num_bytes)), np.uint8)
+    with open(path, "rb") as file:
+        return np.fromfile(file, np.uint8, num_bytes, offset=start)
 
 
 def write_folder(
-    folder: str | os.PathLike[str],
+    folder: storage.AnyPath,
     specs: Mapping[str, tuple[str, tuple[int, ...]]],
     arrays: Iterable[tuple[str, np.ndarray]],
     shard_bytes: int = 5_000_000_000,
@@ -164,8 +171,8 @@ def write_folder(
       ValueError: arrays that do not match specs; too few or too many.
       FileExistsError: a file already exists.
     """
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = storage.path(folder)
+    storage.make_folder(target)
     shards = _split(specs, shard_bytes)
     width = max(5, len(str(len(shards))))
     files = [f"model-{i + 1:0{width}}-of-{len(shards):0{width}}.safetensors" for i in range(len(shards))]
@@ -173,66 +180,66 @@ def write_folder(
         files = [_FILE]
     stream = iter(arrays)
     for file_name, names in zip(files, shards, strict=True):
-        with open(folder / file_name, "xb") as file:
+        with storage.writing(target / file_name) as file:
             file.write(_header({name: specs[name] for name in names}))
             for name in names:
                 _write_next(file, stream, name, *specs[name])
-            _sync(file)
     for name, _ in stream:
         raise ValueError(f"array {name!r} comes after the last of {len(specs)} specs")
     if len(shards) > 1:
         total = sum(_num_bytes(*spec) for spec in specs.values())
         weight_map = {name: file_name for file_name, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        with open(folder / _INDEX, "xb") as file:
+        with storage.writing(target / _INDEX) as file:
             file.write(json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
-            _sync(file)
 
 
-def _find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
+def _find_files(folder: epath.Path) -> tuple[list[epath.Path], dict[str, str] | None]:
     """Returns (the files in order, the index's tensor -> file, or None without an index)."""
-    if not folder.is_dir():
+    if not storage.is_dir(folder):
         raise UserError(f"{folder}: is not a folder; give one that has {_FILE} or its shards")
     single, index = folder / _FILE, folder / _INDEX
-    if index.is_file():
+    if storage.is_file(index):
         shard_of = _read_index(index)
         files = sorted(set(shard_of.values()))
-        if single.is_file() and _FILE not in files:
+        if storage.is_file(single) and _FILE not in files:
             raise UserError(f"{folder}: has {_FILE} and {_INDEX}, which does not name it; remove one of them")
         return [folder / name for name in files], shard_of
-    if single.is_file():
+    if storage.is_file(single):
         return [single], None
-    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    if paths:
-        return paths, None
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+    names = storage.names(folder)
+    found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    if found:
+        return [folder / name for name in found], None
+    pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         raise UserError(f"{folder}: has {pickled[0]} and no *.safetensors; pickled weights are not read, convert them")
     raise UserError(f"{folder}: has no *.safetensors file; give a folder that has {_FILE} or its shards")
 
 
-def _read_index(path: pathlib.Path) -> dict[str, str]:
+def _read_index(path: epath.Path) -> dict[str, str]:
     shard_of = read_json(path, REMEDY).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{path}: has no weight_map of tensors to files; download it again")
+    there = set(storage.names(path.parent))
     for name, shard in shard_of.items():
         if not isinstance(shard, str) or pathlib.PurePath(shard).name != shard:  # nothing outside the folder is read
             raise UserError(f"{path}: puts tensor {name!r} into {shard!r}, which is no file name; download it again")
-        if not (path.parent / shard).is_file():
+        if shard not in there:
             raise UserError(f"{path}: puts tensor {name!r} into {shard!r}, which is missing; download that file")
     return shard_of
 
 
-def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorInfo]]:
+def _read_header(path: epath.Path) -> tuple[list[int | str], dict[str, TensorInfo]]:
     """Returns (stamp, tensors by offset) of a file, whose bytes they cover exactly: the library refuses all others."""
     try:
-        with open(path, "rb") as file:
-            stamp = _stamp(file)
-            with safetensors.safe_open(path, framework="np"):
+        stamp = storage.version(path)
+        with _local_header(path) as local, open(local, "rb") as file:
+            with safetensors.safe_open(local, framework="np"):
                 start = 8 + int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(start - 8))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        raise UserError(f"{path}: cannot be read ({storage.reason(error)}); check the file") from error
     except safetensors.SafetensorError as error:
         message = " ".join(str(error).split())
         raise UserError(
@@ -247,6 +254,23 @@ def _read_header(path: pathlib.Path) -> tuple[tuple[int, int], dict[str, TensorI
         begin, end = entry["data_offsets"]
         infos[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]), path, start + begin, start + end)
     return stamp, infos
+
+
+@contextlib.contextmanager
+def _local_header(path: epath.Path) -> Iterator[str]:
+    """Yields a local file with the header and the size of `path`, which the library needs to check them: the file
+    itself, or of an object a sparse one without the tensors.
+    """
+    if storage.is_local(path):
+        yield os.fspath(path)
+        return
+    size = storage.size(path)
+    length = int.from_bytes(storage.read_bytes(path, 0, min(8, size)), "little")
+    with tempfile.NamedTemporaryFile(prefix="mtp_jax_header_") as file:
+        file.write(storage.read_bytes(path, 0, min(8 + min(length, _LONGEST_HEADER), size)))
+        file.truncate(size)
+        file.flush()
+        yield file.name
 
 
 def _num_bytes(dtype: str, shape: Iterable[int]) -> int:
@@ -296,8 +320,3 @@ def _write_next(
     for begin in range(0, len(rows), step):
         band = np.ascontiguousarray(rows[begin : begin + step], DTYPES[dtype].newbyteorder("<"))
         file.write(band.reshape(-1).view(np.uint8).data)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,12 +1,12 @@
 """Loading of a trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
 
 import os
-import pathlib
 from typing import Any, Literal
 
 import jax
+from etils import epath
 
-from mtp_jax import data, sharding
+from mtp_jax import data, sharding, storage
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop import config_json
@@ -49,26 +49,26 @@ def load(
     placed = sharding.make_mesh(axes, devices)
     changes = {"mesh": axes} | ({} if compute_dtype is None else {"model.compute_dtype": compute_dtype})
     if hf_folder.is_hf_folder(path):
-        return _from_folder(pathlib.Path(path), changes, placed, depth, ignore)
+        return _from_folder(storage.path(path), changes, placed, depth, ignore)
     if depth is not None or ignore:
         raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
-    return _from_workdir(pathlib.Path(path), changes, placed)
+    return _from_workdir(storage.path(path), changes, placed)
 
 
 def _from_folder(
-    path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
+    path: epath.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
 ) -> LanguageModel:
     opened = hf_folder.open_model(path, ignore=ignore, depth=depth)
     context = config_json.longest_text(opened.values, str(path / "config.json"))  # the model's, not that of a run
     config = with_values(opened.config, changes | {"data.sequence_length": context})
     params, biases = place(opened.arrays, _abstract(config, mesh)).values()
-    has_tokenizer = (path / "tokenizer.json").is_file()
+    has_tokenizer = storage.is_file(path / "tokenizer.json")
     tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
     eos_ids = _eos_ids(path, config.model.vocab_size or 0)
     return LanguageModel(config, params, biases, tokenizer, mesh, eos_ids=eos_ids)
 
 
-def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
+def _eos_ids(folder: epath.Path, vocab: int) -> tuple[int, ...]:
     """Returns the end-of-text ids of a Hugging Face folder.
 
     They are those of generation_config.json, else of config.json, as in transformers. Ids that the model does not have
@@ -78,7 +78,7 @@ def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
       UserError: a file that cannot be read, or values that are not ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
-        values = read_json(path, "fetch the file again") if path.is_file() else {}
+        values = read_json(path, "fetch the file again") if storage.is_file(path) else {}
         if (found := values.get("eos_token_id")) is None:
             continue
         ids = found if isinstance(found, list) else [found]
@@ -88,11 +88,11 @@ def _eos_ids(folder: pathlib.Path, vocab: int) -> tuple[int, ...]:
     return ()
 
 
-def _from_workdir(path: pathlib.Path, changes: Values, mesh: jax.sharding.Mesh) -> LanguageModel:
+def _from_workdir(path: epath.Path, changes: Values, mesh: jax.sharding.Mesh) -> LanguageModel:
     config = with_values(workdirs.read_config(path), changes)
-    is_import = (path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE).is_file()
+    is_import = storage.is_file(path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE)
     named = config.data.tokenizer
-    has_tokenizer = named == "bytes" or pathlib.Path(named).expanduser().exists() or not is_import
+    has_tokenizer = named == "bytes" or not is_import or storage.exists(storage.path(os.path.expanduser(named)))
     tokenizer = data.load_tokenizer(named) if has_tokenizer else None
     eos_ids = (
         _eos_ids(path / hf_folder.SIDE_FOLDER, config.model.vocab_size or 0) if is_import and named != "bytes" else ()

@@ -13,13 +13,14 @@ Exit codes: 0 done, 1 failed, 2 unusable arguments or files.
 import argparse
 import json
 import math
-import pathlib
+import os
 import signal
 from collections.abc import Iterable
 
 import tqdm
+from etils import epath
 
-from mtp_jax import cli
+from mtp_jax import cli, storage
 from mtp_jax.config import Config, UserError, to_dict, with_values
 from mtp_jax.mtp import NONE, kind_of
 from mtp_jax.typing import ReadableArray
@@ -67,25 +68,26 @@ def import_(args: argparse.Namespace) -> None:
     from mtp_jax.training.checkpoint import CheckpointError, write_streamed
 
     ignore = tuple(name for name in args.ignore.split(",") if name)
-    has_tokenizer = (pathlib.Path(args.hf) / "tokenizer.json").is_file()
-    folder.refuse_existing(args.workdir)
+    workdir = storage.path(args.workdir, "--workdir")
+    has_tokenizer = storage.is_file(storage.path(args.hf, "--hf") / "tokenizer.json")
+    storage.refuse_existing(args.workdir)
     model = folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype)
     if args.check is not None:
         _refuse_check(args.check, args.hf, has_tokenizer, model.config)
     leaves = list(flatten_dict(model.arrays).values())
     num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
     print(f"{args.hf}: {describe(model.config)}")
-    with folder.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as bar:
+    with storage.fresh_folder(args.workdir, num_bytes) as partial, _bar(leaves, "import") as bar:
         folder.save_sides(model, partial)
         try:
             write_streamed(partial / workdirs.CHECKPOINTS, 0, model.arrays, bar.update)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
         # Set even if the folder has no tokenizer, so that a run fails instead of reading bytes.
-        tokenizer = pathlib.Path(args.workdir).absolute() / "hf" / "tokenizer.json"
+        tokenizer = workdir / "hf" / "tokenizer.json"
         config = with_values(model.config, {"data.tokenizer": str(tokenizer)})
         text = json.dumps(to_dict(config), indent=2) + "\n"
-        (partial / workdirs.CONFIG_FILE).write_text(text)
+        storage.write_text(partial / workdirs.CONFIG_FILE, text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
     if not has_tokenizer:
         print(f"note: there is no tokenizer.json; set data.tokenizer in {args.workdir}/config.json before its next use")
@@ -101,7 +103,7 @@ def _refuse_check(text_file: str, hf: str, has_tokenizer: bool, config: Config) 
         raise UserError(f"--check: {hf} has no tokenizer.json, so no text can be read; leave --check out")
     if not kind_of(config).depth:
         raise UserError(f"--check: {hf} has no MTP layers to compare conventions of; leave --check out")
-    if text_file and not pathlib.Path(text_file).is_file():
+    if text_file and not storage.is_file(storage.path(text_file, "--check")):
         raise UserError(f"--check={text_file}: no such file; give a text file")
 
 
@@ -114,7 +116,7 @@ def export(args: argparse.Namespace) -> None:
     from mtp_jax.training.checkpoint import Checkpoints
     from mtp_jax.training.init_from import MODEL_PARTS
 
-    workdir = pathlib.Path(args.workdir)
+    workdir = storage.path(args.workdir, "--workdir")
     config = workdirs.read_config(workdir)
     with Checkpoints(workdir / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
@@ -134,13 +136,13 @@ def export(args: argparse.Namespace) -> None:
         print(f"note: {note}")
 
 
-def _tokenizer_file(config: Config) -> pathlib.Path | None:
+def _tokenizer_file(config: Config) -> epath.Path | None:
     """Returns the tokenizer.json of the model's training; None for bytes, or if an import had none."""
     if config.data.tokenizer == "bytes":
         return None
-    path = pathlib.Path(config.data.tokenizer).expanduser()
-    path = path / "tokenizer.json" if path.is_dir() else path
-    return path if path.is_file() else None
+    path = storage.path(os.path.expanduser(config.data.tokenizer))
+    path = path / "tokenizer.json" if storage.is_dir(path) else path
+    return path if storage.is_file(path) else None
 
 
 def notes(config: Config, layout: str) -> list[str]:

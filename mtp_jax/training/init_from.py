@@ -3,13 +3,13 @@ the shards of the mesh. The main model must match; MTP modules may be new.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict
 
+from mtp_jax import storage
 from mtp_jax.config import Config, UserError, conventions, walk
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop.weights import place
@@ -74,13 +74,13 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
 
 def copy_sides(path: str, workdir: str) -> None:
     """Copies the side files of an imported model (tokenizer, config.json of its family) to a workdir that has none."""
-    if (pathlib.Path(workdir) / hf_folder.SIDE_FOLDER).exists():
+    if storage.names(storage.path(workdir) / hf_folder.SIDE_FOLDER):
         return
     if hf_folder.is_hf_folder(path):
         model = hf_folder.open_model(path, is_checked=True)
         hf_folder.save_sides(model, workdir)
     else:
-        hf_folder.save_sides(pathlib.Path(path) / hf_folder.SIDE_FOLDER, workdir)
+        hf_folder.save_sides(storage.path(path) / hf_folder.SIDE_FOLDER, workdir)
 
 
 @contextmanager
@@ -89,13 +89,13 @@ def _opened(path: str) -> Iterator[Source]:
         model = hf_folder.open_model(path)
         yield Source(model.config, model.arrays, lambda wanted: (path, place(model.arrays, wanted)))
         return
-    checkpoints = pathlib.Path(path) / CHECKPOINTS
-    if not checkpoints.is_dir():
+    checkpoints = storage.path(path, "init_from") / CHECKPOINTS
+    if not storage.is_dir(checkpoints):
         raise UserError(
             f"init_from={path}: has no {CHECKPOINTS}/ folder and is no Hugging Face folder; give the workdir of a "
             "trained run, or a folder with config.json and safetensors"
         )
-    config = read_config(path) if (pathlib.Path(path) / CONFIG_FILE).is_file() else None
+    config = read_config(path) if storage.is_file(storage.path(path) / CONFIG_FILE) else None
     with Checkpoints(checkpoints) as saved:
         shapes = saved.saved_part(MODEL_PARTS)
         if shapes is None:

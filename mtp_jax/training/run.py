@@ -1,13 +1,12 @@
 """A run prepared for training or evaluation: data, mesh, step, and the weights of a checkpoint."""
 
-import pathlib
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from mtp_jax import data, sharding
+from mtp_jax import data, sharding, storage
 from mtp_jax.config import Config, MeshConfig, UserError
 from mtp_jax.data.corpus import Split
 from mtp_jax.model import Tree, validate
@@ -51,7 +50,7 @@ def restore(workdir: str) -> Run:
         num_devices = next(n for n in range(num_devices, 0, -1) if config.data.batch_size % n == 0)
         config = replace(config, mesh=MeshConfig(), training=parts)
     run = set_up(config, num_devices)
-    with jax.set_mesh(run.mesh), Checkpoints(pathlib.Path(workdir) / workdirs.CHECKPOINTS) as saved:
+    with jax.set_mesh(run.mesh), Checkpoints(storage.path(workdir) / workdirs.CHECKPOINTS) as saved:
         if not saved.steps():
             raise UserError(f"--workdir={workdir}: has no checkpoints yet; train it first")
         step, state = saved.restore_part(None, {name: run.trainer.abstract_state[name] for name in MODEL_PARTS})
