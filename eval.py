@@ -10,8 +10,6 @@
 --output writes the values as JSON, and beside it the same as Markdown and as a plot (.md, .png).
 """
 
-import pathlib
-
 from mtp_jax import cli, signals
 from mtp_jax.errors import UserError
 
@@ -19,7 +17,7 @@ VALIDATION_TASKS, DECODE_TASKS = ("loss", "acceptance"), ("speculative", "advice
 
 
 def main(argv: list[str]) -> None:
-    from mtp_jax import distributed
+    from mtp_jax import distributed, storage
     from mtp_jax.evaluation import benchmarks, decode_tasks, results
 
     flags = cli.parser(__doc__, cli.EXIT_CODES)
@@ -60,7 +58,7 @@ def main(argv: list[str]) -> None:
         if jax.process_index() == 0:
             print(text if len(texts) == 1 else f"\n{text}", flush=True)
             if args.output:
-                results.write(pathlib.Path(args.output), args.workdir, texts, values)
+                results.write(storage.path(args.output), args.workdir, texts, values)
 
     if validated:
         from mtp_jax.evaluation import validation

@@ -5,7 +5,7 @@ Imports only the standard library and light modules: train.py and eval.py import
 
 import argparse
 import logging
-import pathlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -103,16 +103,18 @@ class _Handler(logging.StreamHandler):
         del value
 
 
-def write_output(flag: str, path: str | pathlib.Path, text: str) -> None:
-    """Writes the file that --`flag` names.
+def write_output(flag: str, path: str | os.PathLike[str], text: str) -> None:
+    """Writes the file that --`flag` names, a local path or a URL.
 
     Raises:
       UserError: it cannot be written.
     """
+    from mtp_jax import storage
+
     try:
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        storage.write_text(storage.path(path, f"--{flag}"), text + "\n")
     except OSError as error:
-        raise UserError(f"--{flag}={path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--{flag}={path}: cannot be written ({storage.reason(error)})") from error
 
 
 def _is_own(error: Exception) -> bool:

@@ -152,6 +152,19 @@ def version(path: AnyPath) -> list[int | str]:
     return [value if isinstance(value, int) else str(value) for value in kept if value is not None]
 
 
+def glob(pattern: str) -> list[str]:
+    """Returns the URLs of the objects that a URL with wildcards matches, sorted; ** matches any number of folders.
+
+    An object of exactly this name is the only match. Raises StorageError.
+    """
+    with errors(pattern):
+        fs, scheme = _fs(pattern), pattern.partition("://")[0]
+        if fs.isfile(pattern):
+            return [pattern]
+        found = fs.glob(pattern, detail=True)
+    return sorted(f"{scheme}://{name}" for name, info in found.items() if info["type"] == "file")
+
+
 def open_read(path: AnyPath) -> BinaryIO:
     """Opens a file for reading bytes; of an object, what is read is fetched in blocks. Raises OSError."""
     if is_local(path):

@@ -2,6 +2,7 @@
 
 import ast
 import glob
+import io
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 
+from mtp_jax import storage
 from mtp_jax.config import UserError
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -35,13 +37,21 @@ def match_files(files: str) -> list[str]:
     """Returns the files that match `data.files`, sorted within each pattern, each once.
 
     Args:
-      files: comma-separated globs, or a Python tuple of them as text; ** matches any number of folders.
+      files: comma-separated globs, local ones and URLs, or a Python tuple of them as text; ** matches any number of
+        folders.
 
     Raises:
       UserError: no pattern, a pattern that matches no file, or one that names a folder.
     """
     paths: dict[str, None] = {}
     for pattern in _patterns(files):
+        if storage.is_url(pattern):
+            storage.path(pattern, "data.files")  # raises UserError if it cannot be served
+            found = storage.glob(pattern)
+            if not found:
+                raise UserError(f"data.files={pattern}: matches no object; for a folder, write {pattern}/**")
+            paths |= dict.fromkeys(found)
+            continue
         expanded = os.path.expanduser(pattern)
         found = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if found == [expanded] and os.path.isdir(expanded):
@@ -97,13 +107,15 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
                 yield from _json_documents(path, text_field)
             else:
                 # newline="" keeps \r\n, so no character is changed
-                with open(path, encoding="utf-8", newline="") as file:
+                with io.TextIOWrapper(storage.open_read(path), encoding="utf-8", newline="") as file:
                     for i, text in enumerate(split_lines(file, max_document_chars)):
                         yield f"{path}:{i}", text
         except UnicodeDecodeError as error:
             raise UserError(f"data.files: {path}: not UTF-8 ({error.reason}); convert it or leave it out") from error
         except OSError as error:
-            raise UserError(f"data.files: {path}: cannot be read ({error.strerror}); mend it or drop it") from error
+            raise UserError(
+                f"data.files: {path}: cannot be read ({storage.reason(error)}); mend it or drop it"
+            ) from error
 
 
 def split_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:
@@ -132,7 +144,7 @@ def split_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:
 
 def _json_documents(path: str, text_field: str) -> Iterator[tuple[str, str]]:
     # bytes, so that lines end at \n only: str.splitlines would also split at U+2028 inside a string
-    with open(path, "rb") as file:
+    with storage.open_read(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

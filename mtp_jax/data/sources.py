@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from absl import logging
 
+from mtp_jax import storage
 from mtp_jax.config import DataConfig, UserError
 from mtp_jax.data import cache, documents
 from mtp_jax.errors import first_line
@@ -81,20 +82,20 @@ def _python_source(data: DataConfig) -> Source:
 def _text_files(data: DataConfig) -> Source:
     paths = documents.match_files(data.files)
     settings = (data.text_field, data.max_document_chars)
-    key = cache.key_of("text_files", 1, settings, _stamps([os.path.abspath(p) for p in paths], "data.files"))
+    key = cache.key_of("text_files", 1, settings, _stamps([os.fspath(storage.path(p)) for p in paths], "data.files"))
     read = functools.partial(documents.text_documents, paths, *settings)
     return Source(f"data.files={data.files}", key, functools.partial(_read_own, data, key, read))
 
 
-def _stamps(paths: Sequence[str], where: str) -> list[tuple[str, int, int]]:
-    """Returns (path, size, modification time) of each file, which differ for a changed file."""
-    stamps = []
+def _stamps(paths: Sequence[str], where: str) -> list[tuple[int | str, ...]]:
+    """Returns (path, size, modification time or version) of each file, which differ for a changed file."""
+    stamps: list[tuple[int | str, ...]] = []
     for path in paths:
         try:
-            status = os.stat(path)
+            stamps.append((path, *storage.version(path)))
         except OSError as error:
-            raise UserError(f"{where}: {path}: cannot be read ({error.strerror}); mend it, or leave it out") from error
-        stamps.append((path, status.st_size, status.st_mtime_ns))
+            reason = storage.reason(error)
+            raise UserError(f"{where}: {path}: cannot be read ({reason}); mend it, or leave it out") from error
     return stamps
 
 

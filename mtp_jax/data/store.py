@@ -84,7 +84,7 @@ def write(directory: pathlib.Path, texts: Iterable[str], tokenizer: Tokenizer, n
                 if not len(ids):  # a tokenizer that strips may leave nothing
                     continue
                 encoded = text.encode()
-                np.concatenate([bos, ids, eos]).astype(dtype).tofile(file)
+                file.write(np.concatenate([bos, ids, eos]).astype(dtype).tobytes())
                 offsets.append(offsets[-1] + len(bos) + len(ids) + len(eos))
                 hashes.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
                 num_bytes.append(len(encoded))

@@ -1,12 +1,14 @@
 """Output files of eval.py: JSON for programs, Markdown and a plot for people."""
 
+import io
 import json
 import math
-import pathlib
 from typing import NotRequired, TypedDict
 
+from etils import epath
+
+from mtp_jax import storage
 from mtp_jax.config import UserError
-from mtp_jax.storage import write_text
 from mtp_jax.typing import JsonObject, PyTree
 
 Bar = tuple[str, float, float | None]  # label, value and its standard error
@@ -45,17 +47,18 @@ def check_output(path: str) -> None:
     """
     if not path.endswith(".json"):
         raise UserError(f"--output={path}: must end in .json")
-    if not pathlib.Path(path).absolute().parent.is_dir():
+    output = storage.path(path, "--output")
+    if storage.is_local(output) and not storage.is_dir(output.parent):
         raise UserError(f"--output={path}: its folder does not exist; make it first")
-    partial = pathlib.Path(path).with_suffix(".partial")
+    partial = output.with_suffix(".partial")
     try:
-        partial.touch()
-        partial.unlink()
+        storage.write_bytes(partial, b"")
+        storage.remove(partial)
     except OSError as error:
-        raise UserError(f"--output={path}: cannot be written ({error.strerror}); use another folder") from error
+        raise UserError(f"--output={path}: cannot be written ({storage.reason(error)}); use another folder") from error
 
 
-def write(path: pathlib.Path, workdir: str, texts: list[str], values: JsonObject) -> None:
+def write(path: epath.Path, workdir: str, texts: list[str], values: JsonObject) -> None:
     """Writes the values to `path`, and beside it NAME.md and, if there is something to plot, NAME.png.
 
     The JSON is written last, so it exists only with the others.
@@ -63,8 +66,8 @@ def write(path: pathlib.Path, workdir: str, texts: list[str], values: JsonObject
     has_picture = draw(values, path.with_suffix(".png"), workdir)
     picture = f"\n![{workdir}]({path.with_suffix('.png').name})\n" if has_picture else ""
     tables = "\n".join(f"```\n{text}\n```\n" for text in texts)
-    path.with_suffix(".md").write_text(f"# {workdir}\n\n{tables}{picture}", encoding="utf-8")
-    write_text(path, json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n")
+    storage.write_text(path.with_suffix(".md"), f"# {workdir}\n\n{tables}{picture}")
+    storage.write_text(path, json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n")
 
 
 def without_nan(values: PyTree) -> PyTree:
@@ -76,7 +79,7 @@ def without_nan(values: PyTree) -> PyTree:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def draw(values: JsonObject, path: pathlib.Path, title: str) -> bool:
+def draw(values: JsonObject, path: epath.Path, title: str) -> bool:
     """Draws a bar chart of the results; returns False if there is nothing to draw."""
     panels = [panel for panel in (_losses(values), _acceptance(values), _benchmarks(values)) if panel]
     if not panels:
@@ -99,7 +102,9 @@ def draw(values: JsonObject, path: pathlib.Path, title: str) -> bool:
         axis.set_title(name, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    storage.write_bytes(path, picture.getvalue())
     return True
 
 

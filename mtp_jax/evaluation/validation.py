@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
+from mtp_jax.errors import warn_once
 from mtp_jax.training.run import restore
 from mtp_jax.training.validation import DepthResult, validate
+from mtp_jax.training.workdir import data_differences
 
 
 def run(workdir: str, tasks: list[str], num_batches: int | None) -> tuple[str, dict[str, Any]]:
@@ -16,6 +18,8 @@ def run(workdir: str, tasks: list[str], num_batches: int | None) -> tuple[str, d
       UserError: no run in `workdir`.
     """
     restored = restore(workdir)
+    if differences := data_differences(workdir, restored.corpus):
+        warn_once(f"the held-out documents are not those of the run: {differences}")
     with jax.set_mesh(restored.mesh):
         results = validate(restored, restored.state, num_batches or restored.config.training.eval_batches)
     title = f"step {restored.step}, {results[0].num_targets:,} held-out tokens"

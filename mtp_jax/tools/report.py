@@ -12,9 +12,10 @@ Exit code 2 with one line if a workdir has no metrics, or a sweep no runs.
 """
 
 import json
-import pathlib
 
-from mtp_jax import cli
+from etils import epath
+
+from mtp_jax import cli, storage
 from mtp_jax.config import UserError
 from mtp_jax.tools.reporting.runs import Run, load_runs
 from mtp_jax.tools.reporting.table import Table
@@ -30,7 +31,8 @@ def main(argv: list[str]) -> None:
     args = flags.parse_args(argv)
     if not args.workdir and not args.sweep:
         raise UserError("--workdir or --sweep is needed: the folder of a run, or one with runs below it; see --help")
-    output = pathlib.Path(args.output or pathlib.Path([*args.sweep, *args.workdir][0]) / "report.png")
+    first = [*args.sweep, *args.workdir][0]
+    output = storage.path(args.output, "--output") if args.output else storage.path(first) / "report.png"
     if output.suffix != ".png":
         raise UserError(f"--output={output}: must end in .png")
     runs = load_runs(args.workdir, args.sweep)
@@ -59,7 +61,7 @@ def make_tables(runs: list[Run], variants: list, source: str) -> list[Table]:
     return [*out, seeds] if seeds else out
 
 
-def _draw(variants: list, output: pathlib.Path) -> None:
+def _draw(variants: list, output: epath.Path) -> None:
     from mtp_jax.tools.reporting import pictures
 
     if not any(run.rows for variant in variants for run in variant.runs):
@@ -70,7 +72,7 @@ def _draw(variants: list, output: pathlib.Path) -> None:
         pictures.draw(variants, output)
         has_bars = pictures.draw_benchmarks(variants, bars)
     except OSError as error:
-        raise UserError(f"--output={output}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--output={output}: cannot be written ({storage.reason(error)})") from error
     print(f"curves: {output}")
     if has_bars:
         print(f"benchmarks: {bars}")

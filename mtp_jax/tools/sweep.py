@@ -20,7 +20,7 @@ import pathlib
 import re
 from dataclasses import replace
 
-from mtp_jax import cli
+from mtp_jax import cli, storage
 from mtp_jax.config import UserError
 from mtp_jax.model import validate
 from mtp_jax.tools.sweeping import children, run_folder
@@ -33,6 +33,11 @@ OF_THE_SWEEP = ("workdir", "output", "tasks", "check_only")  # flags of eval.py 
 
 def main(argv: list[str]) -> None:
     args, fixed, eval_flags = _parse(argv)
+    if storage.is_url(args.workdir):
+        raise UserError(
+            f"--workdir={args.workdir}: a sweep appends to the logs of its runs, which object stores cannot do; give a "
+            "local folder"
+        )
     root = pathlib.Path(args.workdir)
     runs = expand(args.config, fixed, args.over)
     own = runs[args.share[0] :: args.share[1]]

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtp_jax import storage
 from mtp_jax.config import UserError
 from mtp_jax.data import documents
 
@@ -83,3 +84,16 @@ def test_synthetic_documents_are_a_function_of_the_seed():
         if " + " in line and " = " in line:
             a, _, b, _, c = line.split()
             assert int(a) + int(b) == int(c)
+
+
+def test_files_in_an_object_store(bucket):
+    root = storage.path(bucket.url) / "books"
+    for name, text in (("a.txt", "one\r\n"), ("sub/b.txt", "two\n"), ("c.jsonl", '{"text": "three"}\n')):
+        storage.write_text(root / name, text)
+    paths = documents.match_files(f"{bucket.url}/books/**/*.txt,{bucket.url}/books/c.jsonl")
+    assert paths == [f"{bucket.url}/books/{name}" for name in ("a.txt", "sub/b.txt", "c.jsonl")]
+    assert [text for _, text in documents.text_documents(paths, "text", 100)] == ["one\r\n", "two\n", "three"]
+    with pytest.raises(UserError, match=f"data.files={bucket.url}/books: matches no object; for a folder, write"):
+        documents.match_files(f"{bucket.url}/books")
+    with pytest.raises(UserError, match="ftp:// is not supported"):
+        documents.match_files("ftp://x/*")

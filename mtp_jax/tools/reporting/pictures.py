@@ -1,19 +1,21 @@
 """Curves over training and bars of benchmarks, as PNGs."""
 
+import io
 import math
-import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.rcsetup import cycler
 from matplotlib.typing import LineStyleType
 
+from mtp_jax import storage
 from mtp_jax.config import UserError
 from mtp_jax.tools.reporting.runs import Rows, Run
 from mtp_jax.tools.reporting.variants import Variant, shown_benchmarks
@@ -54,7 +56,7 @@ LegendEntry = tuple[str, str, LineStyleType]  # label, colour, line
 
 
 @matplotlib.rc_context(RC)
-def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
+def draw(variants: Sequence[Variant], output: epath.Path) -> None:
     """Draws curves over steps, one panel per group of metrics that any run has.
 
     A single run has one colour per depth. Several runs have one panel per depth and one colour per variant: the seeds
@@ -90,7 +92,7 @@ def draw(variants: Sequence[Variant], output: pathlib.Path) -> None:
 
 
 @matplotlib.rc_context(RC)
-def draw_benchmarks(variants: Sequence[Variant], output: pathlib.Path) -> bool:
+def draw_benchmarks(variants: Sequence[Variant], output: epath.Path) -> bool:
     """Draws bars: one panel per benchmark, each with its own scale, and one colour per variant. Error bars are the
     sample standard deviation over seeds, or the task's standard error for a single seed. Returns False if no run has a
     benchmark.
@@ -225,9 +227,12 @@ def _legend_label(variant: Variant) -> str:
     return f"{variant.label()} ({len(variant.runs)} seeds)" if len(variant.runs) > 1 else variant.label()
 
 
-def _save(figure: Figure, output: pathlib.Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=130 if len(figure.axes) <= 12 else 90)  # saves a megabyte if there are many panels
+def _save(figure: Figure, output: epath.Path) -> None:
+    picture = io.BytesIO()
+    dpi = 130 if len(figure.axes) <= 12 else 90  # saves a megabyte if there are many panels
+    figure.savefig(picture, dpi=dpi, format="png")
+    storage.make_folder(output.parent)
+    storage.write_bytes(output, picture.getvalue())
 
 
 def _style(index: int) -> LineStyleType:

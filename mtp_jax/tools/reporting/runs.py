@@ -6,6 +6,9 @@ import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from etils import epath
+
+from mtp_jax import storage
 from mtp_jax.config import Config, UserError, from_dict, renamed
 from mtp_jax.mtp import reads
 from mtp_jax.storage import read_json
@@ -28,7 +31,7 @@ class Run:
     """
 
     name: str
-    path: pathlib.Path
+    path: epath.Path
     rows: Rows
     config: JsonObject | None = None
     evaluation: JsonObject = field(default_factory=dict)
@@ -88,51 +91,59 @@ def load_runs(workdirs: Iterable[str], sweeps: Iterable[str] = ()) -> list[Run]:
     Raises:
       UserError: a workdir does not exist or has no metrics, a sweep has no runs, or a file cannot be read.
     """
-    paths: dict[pathlib.Path, tuple[pathlib.Path, str]] = {}  # resolved folder -> (path, flag) as given
+    paths: dict[str, tuple[epath.Path, str]] = {}  # resolved folder -> (path, flag) as given
     for workdir in workdirs:
         _check_workdir(workdir)
-        paths.setdefault(pathlib.Path(workdir).resolve(), (pathlib.Path(workdir), f"--workdir={workdir}"))
+        path = storage.path(workdir, "--workdir")
+        paths.setdefault(_resolved(path), (path, f"--workdir={workdir}"))
     for sweep in sweeps:
         found = find_runs(sweep)
         if not found:
             raise UserError(f"--sweep={sweep}: no run in it or below it")
         for path in found:
-            paths.setdefault(path.resolve(), (path, f"--sweep={sweep}"))
-    names = short_names([str(path) for path in paths])
+            paths.setdefault(_resolved(path), (path, f"--sweep={sweep}"))
+    names = short_names(list(paths))
     return [_load(path, name, flag) for (path, flag), name in zip(paths.values(), names, strict=True)]
 
 
-def find_runs(root: str) -> list[pathlib.Path]:
+def _resolved(path: epath.Path) -> str:
+    return os.path.realpath(path) if storage.is_local(path) else os.fspath(path)
+
+
+def find_runs(root: str) -> list[epath.Path]:
     """Returns the folders of runs in and below `root`, sorted by name; folders inside a run are not searched.
 
     Raises:
       UserError: `root` does not exist.
     """
-    if not pathlib.Path(root).is_dir():
+    folder = storage.path(root, "--sweep")
+    if not storage.is_dir(folder):
         raise UserError(f"--sweep={root}: no such folder")
-    found = []
-    for folder, below, files in os.walk(root):
-        if {METRICS_FILE, SWEEP_FILE} & set(files):
-            found.append(pathlib.Path(folder))
-            below.clear()
-        below[:] = sorted(name for name in below if name != CHECKPOINTS)
-    return found
+    return _runs_below(folder)
+
+
+def _runs_below(folder: epath.Path) -> list[epath.Path]:
+    names = storage.names(folder)
+    if {METRICS_FILE, SWEEP_FILE} & set(names):
+        return [folder]
+    below = [folder / name for name in names if name != CHECKPOINTS]
+    return [run for path in below if storage.is_dir(path) and not os.path.islink(path) for run in _runs_below(path)]
 
 
 def _check_workdir(workdir: str) -> None:
-    path = pathlib.Path(workdir)
-    if not path.is_dir():
+    path = storage.path(workdir, "--workdir")
+    if not storage.is_dir(path):
         raise UserError(f"--workdir={workdir}: no such folder")
-    if not (path / METRICS_FILE).is_file():
-        below = any((child / METRICS_FILE).is_file() for child in path.iterdir() if child.is_dir())
+    if not storage.is_file(path / METRICS_FILE):
+        below = any(storage.is_file(path / name / METRICS_FILE) for name in storage.names(path))
         remedy = f"give the folder of a run, or --sweep={workdir}" if below else "give the folder of a run"
         raise UserError(f"--workdir={workdir}: has no {METRICS_FILE}; {remedy}")
 
 
-def _load(path: pathlib.Path, name: str, flag: str) -> Run:
+def _load(path: epath.Path, name: str, flag: str) -> Run:
     metrics = path / METRICS_FILE
     try:
-        rows = read_metrics(metrics) if metrics.is_file() else []
+        rows = read_metrics(metrics) if storage.is_file(metrics) else []
         record = read_record(path)
         config = _read_json(path / CONFIG_FILE) or record.get("config")
         evaluation = _read_json(path / EVAL_FILE) or {}
@@ -143,13 +154,13 @@ def _load(path: pathlib.Path, name: str, flag: str) -> Run:
     return Run(name, path, rows, config, evaluation, record.get("error", ""))
 
 
-def _read_json(path: pathlib.Path) -> JsonObject | None:
-    return read_json(path, "write it again, or remove it") if path.is_file() else None
+def _read_json(path: epath.Path) -> JsonObject | None:
+    return read_json(path, "write it again, or remove it") if storage.is_file(path) else None
 
 
 def short_names(paths: list[str]) -> list[str]:
     """Returns the shortest ends of the paths, all with the same number of parts, that are unique."""
-    parts = [pathlib.Path(p).resolve().parts for p in paths]
+    parts = [pathlib.PurePath(_resolved(storage.path(p))).parts for p in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shlex
 
+from mtp_jax import storage
 from mtp_jax.config import UserError, to_dict
 from mtp_jax.storage import read_json, write_text
 from mtp_jax.tools.sweeping.grid import SweepRun
@@ -53,10 +54,10 @@ def prepare(root: pathlib.Path, runs: list[SweepRun]) -> None:
         os.close(lock)
 
 
-def read_record(folder: pathlib.Path) -> JsonObject:
+def read_record(folder: storage.AnyPath) -> JsonObject:
     """Returns the contents of sweep.json; {} if there is none."""
-    path = folder / SWEEP_FILE
-    return read_json(path, "remove it") if path.is_file() else {}
+    path = storage.path(folder) / SWEEP_FILE
+    return read_json(path, "remove it") if storage.is_file(path) else {}
 
 
 def write_record(folder: pathlib.Path, record: JsonObject) -> None:

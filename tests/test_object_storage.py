@@ -1,0 +1,125 @@
+"""A run on gs:// from the first command to the last: trained, killed, resumed, evaluated, exported, imported."""
+
+import json
+import subprocess
+import time
+
+import pytest
+
+from mtp_jax import storage
+from mtp_jax.training.metrics import read_metrics
+from tests.commands import QUICK, ROOT, SMALL, command, finish, run_process, start_two
+
+CONFIG = [
+    *("--config=configs/tiny.py", *SMALL, "--config.data.source=synthetic", "--config.training.num_steps=12"),
+    "--config.checkpoint.every=4",
+]
+STEPS = list(range(1, 13))
+
+
+def rows(workdir):
+    return read_metrics(storage.path(workdir) / "metrics.jsonl")
+
+
+def losses(workdir):
+    return [(row["step"], row["loss"]) for row in rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Losses of the same run on a local disk."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    done = run_process("train.py", *CONFIG, f"--workdir={workdir}", env=QUICK)
+    assert done.returncode == 0, done.stderr
+    return losses(workdir)
+
+
+def run(bucket, script, *argv):
+    return run_process(script, *argv, env={**QUICK, **bucket.env})
+
+
+def start(bucket, *argv):
+    return subprocess.Popen(
+        command("train.py", *argv),
+        **{"cwd": ROOT, "env": {**QUICK, **bucket.env, "PYTHONUNBUFFERED": "1"}, "text": True},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_run_from_the_first_command_to_the_last(bucket, undisturbed):
+    workdir, hf = bucket.url + "/runs/a", bucket.url + "/hf"
+    first = start(bucket, *CONFIG, f"--workdir={workdir}")
+    for line in first.stdout:
+        if line.startswith("step 6/"):
+            first.kill()
+            break
+    first.communicate()
+    for _ in range(2):  # the second has nothing left to do
+        done = run(bucket, "train.py", *CONFIG, f"--workdir={workdir}")
+        assert done.returncode == 0, done.stderr
+        assert losses(workdir) == undisturbed  # exactly, no step missing or repeated
+    assert "resumed  from step 12" in done.stdout
+    names = set(storage.names(storage.path(workdir)))
+    assert {"config.json", "data.json", "metrics.jsonl", "checkpoints"} <= names and "lease.json" not in names
+
+    done = run(bucket, "eval.py", f"--workdir={workdir}", f"--output={workdir}/eval.json")
+    assert done.returncode == 0, done.stderr
+    assert storage.read_json(f"{workdir}/eval.json", "")["step"] == 12
+
+    done = run(bucket, "-m", "mtp_jax.tools.report", f"--workdir={workdir}", f"--json={bucket.url}/report.json")
+    assert done.returncode == 0, done.stderr
+    assert storage.read_bytes(f"{workdir}/report.png").startswith(b"\x89PNG")
+    assert json.loads(storage.read_text(f"{bucket.url}/report.json"))
+
+    done = run(bucket, "-m", "mtp_jax.tools.convert", "export", f"--workdir={workdir}", f"--hf={hf}")
+    assert done.returncode == 0, done.stderr
+    imported = bucket.url + "/runs/imported"
+    done = run(bucket, "-m", "mtp_jax.tools.convert", "import", f"--hf={hf}", f"--workdir={imported}")
+    assert done.returncode == 0, done.stderr
+    done = run(bucket, "-m", "mtp_jax.tools.convert", "export", f"--workdir={imported}", f"--hf={hf}2")
+    assert done.returncode == 0, done.stderr
+    weights = [storage.read_bytes(f"{each}/model.safetensors") for each in (hf, hf + "2")]
+    assert weights[0] == weights[1]
+    assert not (ROOT / "gs:").exists()
+
+
+def test_a_second_run_in_the_workdir_is_refused_at_its_start(bucket):
+    workdir = bucket.url + "/run"
+    endless = [*CONFIG, "--config.training.num_steps=100000", "--config.checkpoint.every=100000"]
+    first = start(bucket, *endless, f"--workdir={workdir}")
+    for line in first.stdout:
+        if line.startswith("step 1/"):
+            break
+    second = run(bucket, "train.py", *endless, f"--workdir={workdir}")
+    first.kill()
+    first.communicate()
+    lines = [line for line in second.stderr.splitlines() if line.startswith("error: ")]
+    assert second.returncode == 2 and len(lines) == 1, second.stderr
+    assert f"--workdir={workdir}: is in use by a run on host " in lines[0] and f"pid {first.pid}, since" in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["429", "500", "503", "timeout", "closed_before", "closed_after", "slow"])
+def test_faults_during_training_lose_nothing(bucket, undisturbed, kind):
+    workdir = bucket.url + "/run"
+    for match in ("POST", "metrics", "checkpoints", "lease", "GET"):
+        bucket.inject(kind, match=match, times=2, skip=3, seconds=2)
+    done = run(bucket, "train.py", *CONFIG, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert losses(workdir) == undisturbed
+    assert "Traceback" not in done.stderr, done.stderr
+    assert sum(bool(fault) for *_, fault in bucket.requests()) >= 8
+
+
+def test_two_processes_train_on_one_url(bucket, undisturbed):
+    workdir = bucket.url + "/run"
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.context=2"]
+    results = finish(start_two("train.py", *CONFIG, *mesh, f"--workdir={workdir}", **bucket.env))
+    assert [code for code, _ in results] == [0, 0], results
+    for (step, loss), (wanted_step, wanted) in zip(losses(workdir), undisturbed, strict=True):
+        assert step == wanted_step and loss == pytest.approx(wanted, rel=1e-4)
+    assert "lease.json" not in storage.names(storage.path(workdir))
+    started = time.monotonic()
+    again = finish(start_two("train.py", *CONFIG, *mesh, f"--workdir={workdir}", **bucket.env))
+    assert [code for code, _ in again] == [0, 0], (again, time.monotonic() - started)
+    assert [row["step"] for row in rows(workdir)] == STEPS
