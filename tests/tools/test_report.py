@@ -96,14 +96,11 @@ def test_unusable_arguments_are_one_line_and_exit_code_2(tmp_path, run):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "metrics.jsonl").write_text("")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "metrics.jsonl").write_text("x\n{}\n")
     good = make_run(tmp_path / "good", num_steps=2)
     cases = [
         ([f"--workdir={tmp_path / 'absent'}"], "no such folder"),
         ([f"--workdir={tmp_path / 'empty'}"], "has no metrics.jsonl"),
         ([f"--workdir={tmp_path / 'blank'}"], "logged nothing yet"),
-        ([f"--workdir={tmp_path / 'broken'}"], "line 1 is not a JSON object"),
         ([], "--workdir"),
         (["--workdir=a", "--wrong=1"], "--wrong=1"),
         ([f"--workdir={good}", f"--output={good / 'metrics.jsonl' / 'x.png'}"], "cannot be written (File exists)"),
@@ -462,3 +459,12 @@ def test_a_config_of_another_version_is_no_obstacle(tmp_path, run):
     (folders[0] / "config.json").write_text(json.dumps(values))
     code, out, _ = run(f"--sweep={tmp_path / 'a'}")
     assert code == 0 and "2.000 ± 1.414" in out
+
+
+def test_a_line_that_cannot_be_read_is_noted_and_left_out(tmp_path, run):
+    good = make_run(tmp_path / "good", num_steps=2)
+    path = good / "metrics.jsonl"
+    path.write_text("x\n" + path.read_text())
+    code, out, err = run(f"--workdir={good}")
+    assert code == 0 and "good" in out
+    assert "line 1 is not a JSON object with a step and is dropped" in err
