@@ -62,7 +62,7 @@ OVERRIDES = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where workdirs are, the environment of a run there, and the folder of compiled programs."""
+    """A folder of workdirs, the environment of runs in it, and the local folder of compiled programs."""
 
     folder: epath.Path
     env: dict[str, str]

@@ -256,14 +256,14 @@ def curves(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     measured = [line for line in lines if not line.get("error") and line["micro_batches"] == 1]
     for line in measured:
         axes = "+".join(part.partition("=")[0] for part in line["mesh"].split("+"))
-        ways = {f"{line['rows'] // line['num_gpus']} rows per GPU", f"{line['rows']} rows"}
-        for way in ways if line["num_gpus"] > 1 else ():
-            points = best.setdefault(f"{line['config']}, MTP {line['mtp']}, {axes}, {way}", {})
+        scalings = {f"{line['rows'] // line['num_gpus']} rows per GPU", f"{line['rows']} rows"}
+        for scaling in scalings if line["num_gpus"] > 1 else ():
+            points = best.setdefault(f"{line['config']}, MTP {line['mtp']}, {axes}, {scaling}", {})
             n, rate = line["num_gpus"], line["tokens_per_second_per_gpu"]
             points[n] = max(rate, points.get(n, 0))
             for one in measured:
                 is_same = (one["config"], one["mtp"], one["num_gpus"]) == (line["config"], line["mtp"], 1)
-                if is_same and way in (f"{one['rows']} rows per GPU", f"{one['rows']} rows"):
+                if is_same and scaling in (f"{one['rows']} rows per GPU", f"{one['rows']} rows"):
                     points[1] = max(one["tokens_per_second_per_gpu"], points.get(1, 0))
     return {label: list(points.items()) for label, points in best.items() if len(points) > 1}
 
