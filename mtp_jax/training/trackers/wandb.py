@@ -4,9 +4,9 @@ WANDB_MODE=offline writes WORKDIR/wandb for a later `wandb sync`; WANDB_PROJECT 
 """
 
 import hashlib
-import pathlib
 from collections.abc import Mapping
 
+from mtp_jax import storage
 from mtp_jax.config import to_dict
 from mtp_jax.training.trackers.tracker import Opening, Tracker
 
@@ -17,9 +17,9 @@ class WeightsAndBiases(Tracker):
     def __init__(self, opening: Opening):
         import wandb
 
-        workdir = pathlib.Path(opening.workdir).absolute()
+        workdir = storage.path(opening.workdir)
         self._run = wandb.init(
-            dir=str(workdir),
+            dir=str(workdir) if storage.is_local(workdir) else None,  # its own files are local
             name=workdir.name,
             id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
             resume="allow",
