@@ -185,6 +185,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(make, problem, m
 def test_the_workdir_of_another_config_is_refused_with_both_values(refused, tmp_path):
     config = load_config(TINY, ["--config.model.vocab_size=264"])
     open_workdir(tmp_path / "run", config)
+    _save_weights(tmp_path / "run", config)
     line = refused(
         train_script.main,
         *(f"--config={TINY}", f"--workdir={tmp_path / 'run'}"),

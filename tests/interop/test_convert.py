@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax import data
+from mtp_jax import data, storage
 from mtp_jax.config import MeshConfig, UserError, load_config
 from mtp_jax.evaluation import conventions
 from mtp_jax.interop import checkpoint_folder as hf_folder
-from mtp_jax.interop import fp8, weights
+from mtp_jax.interop import folder_checks, fp8
 from mtp_jax.interop.tensorfiles import TensorFolder, write_folder
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
@@ -604,7 +604,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_folder_is_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
     change, parts = BROKEN[name]
-    monkeypatch.setattr(weights, "_ROWS", 100)  # of the repeated tensors compared at a time, of 264
+    monkeypatch.setattr(folder_checks, "_ROWS", 100)  # of the repeated tensors compared at a time, of 264
     shutil.copytree(exported, tmp_path / "hf")
     change(tmp_path / "hf")
     assert (
@@ -674,10 +674,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, exported, action):
 
 def test_too_little_space_is_said_before_anything_is_written(monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(hf_folder.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with (
         pytest.raises(UserError, match=r"out: needs 5\.0 GiB and the disk has 0\.0"),
-        hf_folder.fresh_folder(tmp_path / "out", 5 << 30),
+        storage.fresh_folder(tmp_path / "out", 5 << 30),
     ):
         pytest.fail("the block must not run")
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import Config, UserError, with_values
+from mtp_jax.errors import warn_once
 from mtp_jax.training import trackers
 from mtp_jax.training.metrics import MetricsWriter, read_metrics
 from mtp_jax.training.trackers import Opening, Tracker, Trackers, open_trackers
@@ -44,6 +45,19 @@ def test_tensorboard_has_the_scalars_and_metrics_jsonl_the_lines(tmp_path):
 def test_without_trackers_there_is_metrics_jsonl_alone(tmp_path):
     logged(tmp_path, [1], config=with_values(CONFIG, {"training.trackers": ()}))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_events_of_an_object_store_are_put_at_a_flush_and_again_after_a_failure(bucket, capsys):
+    opened = open_trackers(bucket.url + "/run", CONFIG, None)
+    opened.write(1, {"loss": 1.0})
+    warn_once.cache_clear()
+    bucket.inject("400", times=1, match="POST", skip=1)  # the lines are put first
+    assert opened.flush()
+    assert "TensorBoard's events cannot be written (injected, 400)\n" in capsys.readouterr().err
+    assert opened.flush()
+    names = sorted(bucket.objects())
+    assert len(names) == 2 and names[0].startswith("run/events.out.tfevents.") and names[1] == "run/metrics.jsonl"
+    opened.close()
 
 
 class Breaks(Tracker):
