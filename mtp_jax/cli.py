@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mtp_jax import streams
-from mtp_jax.errors import EXIT_FAILED, UserError, first_line, warn_once
+from mtp_jax.errors import EXIT_FAILED, UserError, first_line, one_line, warn_once
 from mtp_jax.signals import EXIT_INTERRUPTED
 
 RENAMED = {"--draft_length": "--num_speculative_tokens"}  # flags of earlier versions
@@ -71,7 +71,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         if "--debug" in argv or not _is_own(error):
             traceback.print_exc()
         if _is_own(error):
-            print(f"error: {first_line(error)}", file=sys.stderr, flush=True)
+            line = one_line(error) if isinstance(error, UserError) else first_line(error)
+            print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_code", EXIT_FAILED))
     except KeyboardInterrupt:  # of a command that does not handle signals
         print("error: interrupted", file=sys.stderr, flush=True)
@@ -114,7 +115,7 @@ def write_output(flag: str, path: str | os.PathLike[str], text: str) -> None:
     try:
         storage.write_text(storage.path(path, f"--{flag}"), text + "\n")
     except OSError as error:
-        raise UserError(f"--{flag}={path}: cannot be written ({storage.reason(error)})") from error
+        raise UserError(f"--{flag}={path}: cannot be written ({storage.reason(error)}); give another path") from error
 
 
 def _is_own(error: Exception) -> bool:

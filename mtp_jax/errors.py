@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import sys
 
 EXIT_DONE, EXIT_FAILED, EXIT_UNUSABLE = 0, 1, 2
@@ -18,6 +19,20 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's text that is not blank, else the type of the exception."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def one_line(error: UserError) -> str:
+    """Returns the message of a UserError, with control characters of the values in it, line ends included, escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match[0])[1:-1], str(error))
+
+
+def short(value: object) -> str:
+    """Returns a value as shown in error messages: its repr, truncated to 100 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} of too many digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @functools.cache

@@ -46,11 +46,15 @@ def path(text: AnyPath, name: str = "") -> epath.Path:
       name: the flag or setting with this value, for error messages.
 
     Raises:
-      UserError: a URL of another scheme, without a bucket or with a single slash, or of a scheme whose package is not
-        installed.
+      UserError: an empty name, or one with a null character; a URL of another scheme, without a bucket or with a single
+        slash, or of a scheme whose package is not installed.
     """
     text = os.fspath(text)
     shown = f"{name}={text}" if name else text
+    if not text and name:
+        raise UserError(f"{shown}: is empty; give a path")
+    if "\0" in text:
+        raise UserError(f"{shown}: has a null character; remove it")
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)([^/]*)", text)
     if match is None or (match[1] not in PACKAGES and match[2] == "/"):
         return epath.Path(pathlib.Path(text).absolute())
@@ -126,7 +130,9 @@ def names(folder: AnyPath) -> list[str]:
         with errors(folder):
             found = _fs(folder).ls(os.fspath(folder), detail=False)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG) or isinstance(error, FileNotFoundError):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP) or isinstance(
+            error, FileNotFoundError
+        ):
             return []
         raise
     own = os.fspath(folder).partition("://")[2].rstrip("/")
@@ -205,7 +211,7 @@ def read_json(path: AnyPath, remedy: str, name: str = "") -> dict[str, Any]:
     """
     try:
         values = json.loads(read_text(path), object_pairs_hook=_unique)
-        is_deep = _is_nested(values, MOST_LEVELS)
+        is_deep = is_nested(values, MOST_LEVELS)
     except RecursionError:
         is_deep = True
     except (OSError, ValueError) as error:  # ValueError: not JSON, or not text
@@ -248,6 +254,8 @@ def write_text(path: AnyPath, text: str) -> None:
 def make_folder(folder: AnyPath) -> None:
     """Creates a folder and its parents; nothing in an object store. Raises OSError."""
     if is_local(folder):
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder)  # a path too long for the system raises OSError; os.makedirs recurses into its parents
         os.makedirs(folder, exist_ok=True)
 
 
@@ -380,7 +388,9 @@ def _renamed_folder(target: AnyPath, num_bytes: int) -> Iterator[epath.Path]:
     except StorageError:
         raise
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); nothing was left there") from error
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror or error}), and nothing was left there; give another folder"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -411,7 +421,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _is_nested(value: Any, levels: int) -> bool:
+def is_nested(value: Any, levels: int) -> bool:
     """Returns whether objects and lists are nested deeper than `levels`."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_is_nested(each, levels - 1) for each in inner)
+    return levels < 0 or any(is_nested(each, levels - 1) for each in inner)

@@ -75,6 +75,13 @@ def profiled_steps(training: TrainingConfig) -> range:
 
 def _check_training(config: Config) -> None:
     profiled_steps(config.training)
+    try:
+        config.training.sample_prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"training.sample_prompt={ascii(config.training.sample_prompt)}: character {error.start} is not text "
+            "(half of a surrogate pair, or a byte that is not UTF-8); remove it"
+        ) from error
     if config.training.eval_every and not config.data.validation_fraction:
         raise UserError(
             f"training.eval_every={config.training.eval_every}: there are no held-out documents "

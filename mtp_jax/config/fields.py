@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from mtp_jax.errors import UserError
+from mtp_jax.errors import UserError, short
 
 T = TypeVar("T")
 Number = int | float
@@ -136,7 +136,7 @@ def check_bounds(section: Any, in_use: Collection[str] = ()) -> None:
     for key, value, found in walk(section):
         problem = found.problem(value) if not found.when or found.when in in_use else None
         if problem:
-            raise UserError(f"{key}={value}: {problem}")
+            raise UserError(f"{key}={short(value)}: {problem}")
 
 
 def _shown(bound: Number) -> str:

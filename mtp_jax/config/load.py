@@ -23,8 +23,8 @@ from mtp_jax import storage
 from mtp_jax.config.aliases import Section, current_key, old_names, renamed
 from mtp_jax.config.fields import UserError, item_section, key_hints
 from mtp_jax.config.schema import Config
-from mtp_jax.errors import first_line
-from mtp_jax.storage import read_json
+from mtp_jax.errors import first_line, short
+from mtp_jax.storage import MOST_LEVELS, is_nested, read_json
 
 T = TypeVar("T")
 
@@ -140,6 +140,10 @@ def _run_config_file(path: str) -> dict[str, Any]:
         if isinstance(error, SystemExit):
             message = f"exits with {error.code!r}; return the config from get_config() instead"
         raise UserError(f"{path}{line}: {message}") from error
+    if isinstance(config, dict) and is_nested(config, MOST_LEVELS):
+        raise UserError(
+            f"{path}: get_config() returned a dict nested deeper than {MOST_LEVELS} levels; return a config"
+        )
     if isinstance(config, ml_collections.ConfigDict):
         return config.to_dict()
     if isinstance(config, dict):
@@ -187,7 +191,7 @@ def _from_text(text: str, hint: Any) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: brackets or signs nested deeply
         return text
 
 
@@ -220,7 +224,7 @@ class _Reader:
         if isinstance(values, ml_collections.ConfigDict):  # inside a list, where ConfigDict keeps it
             values = values.to_dict()
         if not isinstance(values, dict):
-            raise UserError(f"{prefix[:-1]}={values!r} (in {self.where}): is a section; set one of its keys")
+            raise UserError(f"{prefix[:-1]}={short(values)} (in {self.where}): is a section; set one of its keys")
         hints = typing.get_type_hints(cls)
         for name in values:
             if name not in hints:
@@ -251,11 +255,14 @@ class _Reader:
         else:
             is_bool = isinstance(value, bool)
             if kind is float and isinstance(value, (int, float)) and not is_bool:
-                return float(value)
+                try:
+                    return float(value)
+                except OverflowError:
+                    raise UserError(f"{key}={short(value)} (in {self.where}): must be finite") from None
             if isinstance(value, kind) and is_bool == (kind is bool):
                 return value
             wanted = f"must be of type {kind.__name__}, not {type(value).__name__}"
-        raise UserError(f"{key}={value!r} (in {self.where}): {wanted}")
+        raise UserError(f"{key}={short(value)} (in {self.where}): {wanted}")
 
     def unknown(self, key: str) -> UserError:
         """Returns the error for a key that does not exist, with the nearest one that does."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mtp_jax.config import ModelConfig, UserError, key_hints, walk
+from mtp_jax.errors import short
 
 REMEDY = "correct it or fetch it again"  # for a file that cannot be used
 FIELD_TYPES = key_hints(ModelConfig) | {"vocab_size": int}  # of our fields below ModelConfig
@@ -14,12 +15,6 @@ def imported_with(flag: str, argument: str) -> str:
     """Remedy for a folder that cannot be read as it is: an import, whose workdir every command accepts in its place."""
     command = f"python -m mtp_jax.tools.convert import --hf=FOLDER --workdir=DIR {flag}"
     return f"import it with `{command}` and give DIR in place of the folder (in Python: mtp_jax.load(..., {argument}))"
-
-
-def short(value: Any) -> str:
-    """Value as shown in error messages: its repr, truncated to 100 characters."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def bad(where: str, key: str, value: Any, remedy: str) -> UserError:
