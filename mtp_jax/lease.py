@@ -91,10 +91,16 @@ class _File:
         self._folder, self._shown = folder, shown
         self._path = os.fspath(folder / LEASE_FILE)
         self._descriptor: int | None = None
+        self._is_new = False  # the folder was made here
 
     def acquire(self) -> None:
         if os.path.exists(self._folder) and not os.path.isdir(self._folder):
             raise UserError(f"{self._shown}: is a file; give a folder")
+        if os.path.islink(self._folder) and not os.path.exists(self._folder):
+            raise UserError(
+                f"{self._shown}: is a link to {os.readlink(self._folder)}, which leads nowhere; remove the link"
+            )
+        self._is_new = not os.path.isdir(self._folder)
         try:
             storage.make_folder(self._folder)
             self._descriptor = self._locked()
@@ -132,6 +138,8 @@ class _File:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)  # before the lock is released: a later holder's file stays
+                if self._is_new:
+                    os.rmdir(self._folder)  # fails unless nothing was written, as where a run was refused
             os.close(self._descriptor)
             self._descriptor = None
 

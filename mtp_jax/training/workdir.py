@@ -11,12 +11,14 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mtp_jax import storage
 from mtp_jax.config import Config, UserError, from_dict, to_dict, walk, with_own_tokenizer
 from mtp_jax.data import Corpus
 from mtp_jax.lease import Lease, cannot_write
 from mtp_jax.storage import read_json
+from mtp_jax.training.metrics import METRICS_FILE
 from mtp_jax.typing import JsonObject
 
 CONFIG_FILE = "config.json"
@@ -52,6 +54,7 @@ def open_workdir(
     path = storage.path(workdir, "--workdir")
     if storage.is_file(path):
         raise UserError(f"--workdir={workdir}: is a file; give a folder")
+    _check_kinds(workdir, path)
     has_config = storage.is_file(path / CONFIG_FILE)
     history: list[JsonObject] = []
     changed: list[str] = []
@@ -64,11 +67,8 @@ def open_workdir(
         return
     if changed:
         print(f"{'starting over' if is_new else 'continuing'} with {', '.join(changed)}")
-    if not is_new and not has_config and any(name.isdecimal() for name in storage.names(path / CHECKPOINTS)):
-        raise UserError(
-            f"--workdir={workdir}: has checkpoints but no {CONFIG_FILE}, so the run they belong to is unknown; "
-            "restore the file or use another folder"
-        )
+    if not is_new and any(name.isdecimal() for name in storage.names(path / CHECKPOINTS)):
+        check_has_config(path)
     values = to_dict(config) | ({HISTORY: history} if history else {})
     try:
         storage.make_folder(path)
@@ -148,16 +148,45 @@ def data_differences(workdir: storage.AnyPath, corpus: Corpus) -> str:
     return ", ".join(out)
 
 
-def read_config(workdir: storage.AnyPath) -> Config:
+def _check_kinds(workdir: storage.AnyPath, path: epath.Path) -> None:
+    """Refuses a folder in the place of a file of the run, and a file in that of its checkpoints, before a step."""
+    for name in (CONFIG_FILE, DATA_FILE, METRICS_FILE):
+        if storage.is_local(path) and storage.is_dir(path / name):
+            raise UserError(
+                f"--workdir={workdir}: {name} in it is a folder, not a file; remove it, or use another workdir"
+            )
+    if storage.is_file(path / CHECKPOINTS):
+        raise UserError(
+            f"--workdir={workdir}: {CHECKPOINTS} in it is a file, not a folder; remove it, or use another workdir"
+        )
+
+
+def check_has_config(workdir: epath.Path) -> None:
+    """Raises UserError if a workdir with checkpoints has no config.json, so that their run is unknown."""
+    if not storage.is_file(workdir / CONFIG_FILE):
+        raise UserError(
+            f"--workdir={workdir}: has checkpoints but no {CONFIG_FILE}, so the run they belong to is unknown; "
+            "restore the file or use another folder"
+        )
+
+
+def read_config(workdir: storage.AnyPath, name: str = "--workdir") -> Config:
     """Returns the config of the run in `workdir`.
+
+    Args:
+      name: the flag or argument with this value, for error messages.
 
     Raises:
       UserError: no such folder, no config.json, or one that is not JSON or not a config.
     """
-    path = storage.path(workdir, "--workdir") / CONFIG_FILE
+    path = storage.path(workdir, name) / CONFIG_FILE
     if not storage.is_file(path):
-        problem = f"has no {CONFIG_FILE}; give the folder of a run" if storage.is_dir(path.parent) else "no such folder"
-        raise UserError(f"--workdir={workdir}: {problem}")
+        problem = "no such folder; give the folder of a run"
+        if storage.is_file(path.parent):
+            problem = "is a file; give the folder of a run"
+        elif storage.is_dir(path.parent):
+            problem = f"has no {CONFIG_FILE}; give the folder of a run"
+        raise UserError(f"{name}={workdir}: {problem}")
     values = read_json(path, "restore it or use another --workdir")
     if "model_type" in values:
         raise UserError(f"{path.parent}: is a Hugging Face folder; import it first (mtp_jax.tools.convert import)")
