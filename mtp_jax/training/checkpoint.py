@@ -36,7 +36,7 @@ from orbax.checkpoint.path import atomicity
 
 from mtp_jax import storage
 from mtp_jax.config import CheckpointConfig, UserError
-from mtp_jax.errors import first_line
+from mtp_jax.errors import EXIT_UNUSABLE, first_line
 from mtp_jax.training import checksums, chunked_checkpoint
 from mtp_jax.training.saving import LAST_SAVE_DELAYS, SaveSchedule
 from mtp_jax.typing import PyTree
@@ -50,6 +50,12 @@ _T = TypeVar("_T")
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be saved or restored. The message is one line. Exit code 1."""
+
+
+class UnusableCheckpoint(CheckpointError):
+    """A checkpoint that is missing, corrupt or of another model: the same command fails the same. Exit code 2."""
+
+    exit_code = EXIT_UNUSABLE
 
 
 class NonFiniteState(CheckpointError):
@@ -392,20 +398,24 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         found = _of_first_process(self.steps())
         if not found or step not in (None, *found):
             wanted = "has no checkpoints" if step is None else f"has no step {step}; it has {found or 'none'}"
-            raise CheckpointError(f"{self.directory}: {wanted}")
+            raise UnusableCheckpoint(f"{self.directory}: {wanted}")
         return found if step is None else [step]
 
     def _newest_valid(self, steps: list[int], read: Callable[[int], _T]) -> tuple[int, _T]:
         """Returns the newest step that `read` does not find corrupt, and what it returned."""
+        problems: list[tuple[int, _Corrupt]] = []
         for step in reversed(steps):
             try:
-                return step, read(step)
+                value = read(step)
             except _Corrupt as error:
-                if _process()[0] == 0:
-                    _report(f"checkpoint {self.directory / str(step)} is corrupt: {error}")
-        raise CheckpointError(
-            f"{self.directory}: none of its checkpoints is valid (steps {steps}, see above); "
-            "restore one from a copy, or remove them to start over"
+                problems.append((step, error))
+                continue
+            for corrupt, problem in problems if _process()[0] == 0 else ():
+                _report(f"checkpoint {self.directory / str(corrupt)} is corrupt: {problem}")
+            return step, value
+        raise UnusableCheckpoint(
+            f"{self.directory}: none of its checkpoints is valid (steps {steps}; {problems[0][0]}: {problems[0][1]}"
+            f"{_more(problems)}); restore one from a copy, or remove them to start over"
         )
 
     def _together(self, read: Callable[[], _T]) -> _T:
@@ -476,7 +486,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             shapes = f"is {saved[path].shape}, this run's is {tuple(wanted[path].shape)}"
             problems.append(f"{names[path]} {shapes}{_more(differing)}")
         if problems:
-            raise CheckpointError(f"{self.directory / str(step)}: is of another model: {'; '.join(problems)}")
+            raise UnusableCheckpoint(f"{self.directory / str(step)}: is of another model: {'; '.join(problems)}")
 
     # ---- paths
 
