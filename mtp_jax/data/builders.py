@@ -21,7 +21,7 @@ class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
         """Builder of the documents of a source.
 
         Args:
-          source: name of the source, for errors.
+          source: the setting that names the source and its value, for errors.
           read: yields (origin, text).
           options: passed to `GeneratorBasedBuilder`.
         """
@@ -40,4 +40,4 @@ class Documents(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # typ
         for i, (origin, text) in enumerate(self._read()):
             yield i, {"text": text, "origin": origin}
         if i < 0:  # TFDS would fail an assertion
-            raise UserError(f"data.source={self._source}: holds no text; give files that are not empty")
+            raise UserError(f"{self._source}: holds no text; give files that are not empty")

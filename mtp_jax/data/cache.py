@@ -29,6 +29,7 @@ def root(data: DataConfig) -> pathlib.Path:
     text = data.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax"
     if storage.is_url(text):
         raise UserError(f"data.cache_dir={text}: tokens are mapped into memory, which needs a local folder; name one")
+    storage.path(text, "data.cache_dir")  # raises UserError if it is no path
     return pathlib.Path(text).expanduser()
 
 
@@ -50,7 +51,7 @@ def entry(folder: pathlib.Path, key: str, build: Callable[[pathlib.Path], None])
       UserError: the cache cannot be written. An OSError of `build` for another reason is raised as it is.
     """
     final = folder / key
-    if final.is_dir() and _problem(final) is None:
+    if os.path.isdir(final) and _problem(final) is None:  # of a name that is too long, pathlib raises
         return final
     try:
         folder.mkdir(parents=True, exist_ok=True)

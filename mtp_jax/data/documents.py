@@ -1,6 +1,7 @@
 """Documents as text: the files to read, and their division into documents."""
 
 import ast
+import codecs
 import glob
 import io
 import json
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from mtp_jax import storage
 from mtp_jax.config import UserError
+from mtp_jax.errors import short
 
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -56,6 +58,9 @@ def match_files(files: str) -> list[str]:
         found = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
         if found == [expanded] and os.path.isdir(expanded):
             raise UserError(f"data.files={pattern}: is a folder; use {os.path.join(pattern, '**', '*.txt')}")
+        for path in found:
+            if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):  # read without an end
+                raise UserError(f"data.files={pattern}: {path} is a device or a pipe, not a file; leave it out")
         found = [path for path in found if not os.path.isdir(path)]
         if not found:
             raise UserError(f"data.files={pattern}: matches no file (from {os.getcwd()})")
@@ -70,10 +75,14 @@ def _patterns(files: str) -> list[str]:
     else:
         try:
             patterns = list(ast.literal_eval(text))
-        except (SyntaxError, ValueError, TypeError) as error:
-            raise UserError(f"data.files={files}: not a tuple of strings; use comma-separated globs") from error
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise UserError(f"data.files={files}: not a tuple of strings; use comma-separated globs")
+            is_tuple = all(isinstance(pattern, str) for pattern in patterns)
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            is_tuple = False
+        if not is_tuple:
+            raise UserError(
+                f"data.files={files}: not a tuple of strings, which a first ( or [ announces; for a file of this name "
+                f"write ./{text}, or use comma-separated globs"
+            )
     patterns = [pattern for pattern in patterns if pattern]
     if not patterns:
         raise UserError("data.files is empty: data.source=text_files needs globs, as in data.files='books/**/*.txt'")
@@ -152,20 +161,40 @@ def _json_documents(path: str, text_field: str) -> Iterator[tuple[str, str]]:
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
             except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+                if line.startswith(codecs.BOM_UTF8):
+                    raise UserError(
+                        f"{where}: begins with a byte order mark, as where files were joined; remove these three bytes"
+                    ) from error
+                raise UserError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno}); correct the line or remove it"
+                ) from error
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+                raise UserError(
+                    f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file or remove the line"
+                ) from error
+            except RecursionError as error:
+                raise UserError(f"{where}: objects or lists are nested too deeply; remove the line") from error
+            except ValueError as error:  # an integer of more digits than Python reads
+                raise UserError(f"{where}: a number has too many digits; write it as a string or remove it") from error
             if not isinstance(value, dict):
                 raise UserError(f"{where}: not a JSON object, as in {{{json.dumps(text_field)}: ...}}")
             if text_field not in value:
-                raise UserError(f"{where}: has no field {text_field!r}, only {sorted(value)}; set data.text_field")
+                raise UserError(
+                    f"{where}: has no field {text_field!r}, only {short(sorted(value))}; set data.text_field"
+                )
             text = value[text_field]
             if not isinstance(text, str):
-                raise UserError(f"{where}: field {text_field!r} is {type(text).__name__}, not a string")
+                kind = "null" if text is None else type(text).__name__
+                raise UserError(
+                    f"{where}: field {text_field!r} is {kind}, not a string; set data.text_field, or remove the line "
+                    '(an empty string, "", is left out)'
+                )
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise UserError(f"{where}: field {text_field!r} holds half a surrogate pair, not text") from error
+                raise UserError(
+                    f"{where}: field {text_field!r} holds half a surrogate pair, not text; remove it"
+                ) from error
             if text:
                 yield f"{path}:{number}", text
 

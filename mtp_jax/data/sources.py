@@ -103,11 +103,13 @@ def _read_own(data: DataConfig, key: str, read: Callable[[], Iterator[tuple[str,
     """Yields texts of files through a TFDS dataset, prepared in the cache first if it is not there."""
     import tensorflow_datasets as tfds
 
+    source = f"data.files={data.files}" if data.source == "text_files" else f"data.source={data.source}"
+
     def prepare(folder: pathlib.Path) -> None:
         from mtp_jax.data import builders
 
         with _quiet():
-            builders.Documents(data.source, read, data_dir=folder, file_format="array_record").download_and_prepare()
+            builders.Documents(source, read, data_dir=folder, file_format="array_record").download_and_prepare()
 
     folder = cache.entry(cache.root(data) / "sources", key, prepare)
     # The builder that is opened depends on the files alone, not on the code that wrote them
@@ -161,7 +163,10 @@ def _open_builder(data: DataConfig) -> "DatasetBuilder":
             f"name{where}; the built-in sources are python_source, text_files and synthetic"
         ) from error
     except Exception as error:
-        raise UserError(f"data.source={data.source}: TFDS cannot open it{where} ({first_line(error)})") from error
+        raise UserError(
+            f"data.source={data.source}: TFDS cannot open it{where} ({first_line(error)}); give the name or the folder "
+            "of a TFDS dataset, or one of python_source, text_files and synthetic"
+        ) from error
     if builder.is_prepared():
         return builder
     try:

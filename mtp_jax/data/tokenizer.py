@@ -1,11 +1,12 @@
 """Tokenizers with one interface: bytes, or a Hugging Face tokenizer.json."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +15,8 @@ from mtp_jax import storage
 from mtp_jax.config import UserError
 from mtp_jax.errors import first_line
 from mtp_jax.typing import JsonObject
+
+MAX_VOCABULARY = 2**24  # ids, as of model.vocab_size
 
 
 class FIMTokens(NamedTuple):
@@ -142,7 +145,15 @@ class HFTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise UserError(f"data.tokenizer={path}: its vocabulary is empty; give a tokenizer.json with tokens")
         self.vocab_size = max(ids.values()) + 1  # ids may have gaps, so this may exceed their number
+        if self.vocab_size > MAX_VOCABULARY:
+            raise UserError(
+                f"data.tokenizer={path}: has an id {self.vocab_size - 1:,}, and ids stay below {MAX_VOCABULARY:,}; "
+                "number its tokens from 0"
+            )
+        self._where = f"data.tokenizer={path}"
         self.bos_id: int | None = next((ids[n] for n in _BOS_NAMES if n in ids), None)
         self.eos_id: int | None = next((ids[n] for n in _EOS_NAMES if n in ids), None)
         fim = (FIMTokens(ids[a], ids[b], ids[c]) for a, b, c in _FIM_NAMES if {a, b, c} <= ids.keys())
@@ -153,11 +164,25 @@ class HFTokenizer:
         self.fingerprint = hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with self._errors():
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._errors():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(e.ids, np.int32) for e in encodings]
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turns the library's errors, of the type Exception itself, into UserError: they are of the tokenizer.json."""
+        try:
+            yield
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise UserError(
+                f"{self._where}: cannot encode a text ({first_line(error)}); correct the file, or use another tokenizer"
+            ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if self._is_text(i)], skip_special_tokens=True)
