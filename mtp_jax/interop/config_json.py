@@ -33,6 +33,7 @@ from mtp_jax.mtp import RELEASED, kind_of
 from mtp_jax.storage import read_json
 
 MTP_KEY = "num_nextn_predict_layers"
+LONGEST = 2**24  # tokens, as of data.sequence_length
 CONVENTIONS_KEY = "mtp_conventions"  # written by mtp_jax only: where MTP modules differ from the preset
 # Names of the same key in different layouts and versions of transformers; a family uses the name in its tables.
 SYNONYMS = (
@@ -103,12 +104,14 @@ def longest_text(hf: Values, where: str) -> int:
     """Returns max_position_embeddings: the context length in tokens, with transformers' default where it is absent.
 
     Raises:
-      UserError: an unknown layout, or a value that is not an integer of at least 2.
+      UserError: an unknown layout, or a value that is not an integer from 2 to 2^24.
     """
     family = family_named(hf.get("model_type"), where)
     value = _field(_own_names(hf, family, where), family, where, "max_position_embeddings", int)
     if value < 2:
         raise bad(where, "max_position_embeddings", value, "leaves no room for a text; must be at least 2")
+    if value > LONGEST:
+        raise bad(where, "max_position_embeddings", value, f"must be at most {LONGEST}; correct the file")
     return value
 
 

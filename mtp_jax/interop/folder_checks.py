@@ -32,6 +32,12 @@ def check_count(folder: TensorFolder, key: str, value: object, name: str, where:
     """
     pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d{1,9})"))
     found = 1 + max((int(match[1]) for match in map(pattern.search, folder.infos) if match), default=-1)
+    short = name.removeprefix("model.")
+    if not found and short != name and any(each.startswith(short.partition("{}")[0]) for each in folder.infos):
+        raise UserError(
+            f"{where}: its tensors are named {short.format(0)}* and not {name.format(0)}*, as those of a model "
+            "without its head; save the whole model (of the class ...ForCausalLM) and give that folder"
+        )
     if isinstance(value, int) and value > found:
         raise UserError(
             f"{where}: field {key!r}={value} is more than the {found} in the files; one is of another model"

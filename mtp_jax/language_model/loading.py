@@ -47,6 +47,7 @@ def load(
     """
     axes, devices = (MeshConfig(), jax.devices()[:1]) if mesh is None else (mesh, jax.devices())
     placed = sharding.make_mesh(axes, devices)
+    storage.path(path, "path")
     changes = {"mesh": axes} | ({} if compute_dtype is None else {"model.compute_dtype": compute_dtype})
     if hf_folder.is_hf_folder(path):
         return _from_folder(storage.path(path), changes, placed, depth, ignore)
@@ -89,7 +90,7 @@ def _eos_ids(folder: epath.Path, vocab: int) -> tuple[int, ...]:
 
 
 def _from_workdir(path: epath.Path, changes: Values, mesh: jax.sharding.Mesh) -> LanguageModel:
-    config = with_values(workdirs.read_config(path), changes)
+    config = with_values(workdirs.read_config(path, "path"), changes)
     is_import = storage.is_file(path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE)
     named = config.data.tokenizer
     has_tokenizer = named == "bytes" or not is_import or storage.exists(storage.path(os.path.expanduser(named)))
