@@ -32,7 +32,11 @@ def main(argv: list[str]) -> None:
     if not args.workdir and not args.sweep:
         raise UserError("--workdir or --sweep is needed: the folder of a run, or one with runs below it; see --help")
     first = [*args.sweep, *args.workdir][0]
-    output = storage.path(args.output, "--output") if args.output else storage.path(first) / "report.png"
+    output = (
+        storage.path(args.output, "--output")
+        if args.output
+        else storage.path(first, "--sweep" if args.sweep else "--workdir") / "report.png"
+    )
     if output.suffix != ".png":
         raise UserError(f"--output={output}: must end in .png")
     runs = load_runs(args.workdir, args.sweep)

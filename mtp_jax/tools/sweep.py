@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
             f"--workdir={args.workdir}: a sweep appends to the logs of its runs, which object stores cannot do; give a "
             "local folder"
         )
+    storage.path(args.workdir, "--workdir")  # raises UserError if it is no path
     root = pathlib.Path(args.workdir)
     runs = expand(args.config, fixed, args.over)
     own = runs[args.share[0] :: args.share[1]]
@@ -102,8 +103,15 @@ def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[SweepRun], e
       UserError: the arguments or the config of a run are unusable.
       CheckFailed: a check cannot be made.
     """
-    if root.exists() and not root.is_dir():
+    if os.path.exists(root) and not os.path.isdir(root):
         raise UserError(f"--workdir={root}: is a file; give a folder")
+    for run in runs:
+        try:
+            os.lstat(root / run.name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:  # a name that is too long, a file in place of a parent
+            raise UserError(f"--workdir={root}: cannot be used ({error.strerror}); give another folder") from error
     children.check_scripts()
     children.shares_of_cores(args.jobs)
     for run in runs:
@@ -124,7 +132,8 @@ def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[SweepRun], e
 
 def _check_folder(path: pathlib.Path, run: SweepRun) -> None:
     """Checks that an existing folder belongs to this run."""
-    if not (path / CONFIG_FILE).is_file():
+    run_folder.read_record(path)  # raises UserError if it cannot be read
+    if not storage.is_file(path / CONFIG_FILE):
         return
     config = run.config
     if config.model.vocab_size is None:  # the run has set the tokenizer's

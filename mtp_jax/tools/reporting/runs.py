@@ -5,11 +5,13 @@ import os
 import pathlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from etils import epath
 
 from mtp_jax import storage
 from mtp_jax.config import Config, UserError, from_dict, renamed
+from mtp_jax.errors import short
 from mtp_jax.mtp import reads
 from mtp_jax.storage import read_json
 from mtp_jax.tools.sweeping.run_folder import EVAL_FILE, SWEEP_FILE, read_record
@@ -150,8 +152,31 @@ def _load(path: epath.Path, name: str, flag: str) -> Run:
     except ValueError as error:
         raise UserError(str(error)) from error
     if not rows and flag.startswith("--workdir"):
-        raise UserError(f"{flag}: its {METRICS_FILE} is empty; the run has logged nothing yet")
+        is_empty = not storage.size(metrics)
+        problem = "is empty; the run has logged nothing yet" if is_empty else "has no line that can be read; restore it"
+        raise UserError(f"{flag}: its {METRICS_FILE} {problem}")
+    _check_types(path, rows, config)
     return Run(name, path, rows, config, evaluation, record.get("error", ""))
+
+
+def _check_types(path: epath.Path, rows: Rows, config: Any) -> None:
+    """Raises UserError for metrics that are not numbers, and a config that is not made of sections."""
+    for row in rows:
+        for key, value in row.items():
+            if value is not None and not isinstance(value, (int, float)):
+                shown = f"{path / METRICS_FILE}: step {row['step']}: {key}={short(value)}"
+                raise UserError(f"{shown} is not a number; correct the line or remove it")
+    problem = None
+    if config is not None and not isinstance(config, dict):
+        problem = f"holds a {type(config).__name__} as its config"
+    elif config:
+        training = config.get("training", {})
+        steps = training.get("num_steps", 0) if isinstance(training, dict) else training
+        if not isinstance(training, dict) or type(steps) is not int:
+            problem = f"has training.num_steps={short(steps)}, which is not an integer"
+    if problem:
+        file = CONFIG_FILE if storage.is_file(path / CONFIG_FILE) else SWEEP_FILE
+        raise UserError(f"{path / file}: {problem}; write it again, or remove it")
 
 
 def _read_json(path: epath.Path) -> JsonObject | None:
