@@ -111,6 +111,7 @@ def _next_batch(batches: Iterator[Batch], session: Session) -> Batch:
 def _check_start(run: Run, workdir: epath.Path, resume: Resume) -> int:
     """Returns the step to continue from; rejects weights without a training state, and fewer steps than are done."""
     saved, num_steps = Checkpoints(workdir / workdirs.CHECKPOINTS), run.config.training.num_steps
+    workdirs.check_has_config(workdir)
     step = saved.steps()[-1] if resume.step is None else resume.step
     parts = saved.saved_part(("params", "opt_state"))
     if parts and parts["params"] and not parts["opt_state"]:

@@ -20,7 +20,7 @@ from mtp_jax.training import schedules
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import METRICS_FILE, read_metrics
 from mtp_jax.training.notices import notice
-from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, check_has_config, read_config
+from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config
 
 # relative difference of the learning rate at the step of a resume, beyond which the schedule counts as another one
 LEARNING_RATE_TOLERANCE = 0.01
@@ -70,8 +70,6 @@ def is_new(resume: Resume, workdir: epath.Path) -> bool:
         raise UserError(f"--resume_step={resume.step}: no checkpoint of this step in {workdir}; {found}")
     if not steps and storage.is_file(workdir / CONFIG_FILE):
         _check_gone(workdir)
-    if steps:
-        check_has_config(workdir)
     return not steps
 
 
