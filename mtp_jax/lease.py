@@ -252,7 +252,7 @@ class _Object:
         return (bytes(found.value) if found.state == "value" else None), found.stamp.generation
 
     def _store(self) -> Any:
-        import tensorstore  # has conditional writes for every object store it knows
+        import tensorstore  # has conditional writes for every object store
 
         if not hasattr(self, "_opened"):
             self._opened = tensorstore.KvStore.open(self._url.removesuffix(LEASE_FILE)).result()

@@ -303,7 +303,7 @@ def writing(path: AnyPath) -> Iterator[BinaryIO]:
 def copy(source: AnyPath, target: AnyPath, most: float = math.inf) -> bool:
     """Copies a file to a new one. Returns False, and leaves nothing, if it is over `most` bytes.
 
-    The bytes are counted while they are read: the size that a device reports says nothing. Raises OSError.
+    The bytes are counted while they are read: the size that a device reports is 0. Raises OSError.
     """
     count = 0
     with contextlib.suppress(_TooLarge), open_read(source) as file, writing(target) as output:

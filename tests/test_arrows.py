@@ -10,8 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From low to high; a unit imports from strictly lower layers, and freely inside itself.
 LAYERS = [
     ["mtp_jax.errors", "mtp_jax.typing", "mtp_jax.signals", "mtp_jax.streams"],
-    ["mtp_jax.storage", "mtp_jax.cli"],
-    ["mtp_jax.lease"],
+    ["mtp_jax.storage"],
+    ["mtp_jax.cli", "mtp_jax.lease"],
     ["mtp_jax.config", "mtp_jax.targets", "mtp_jax.distributed"],
     ["mtp_jax.data", "mtp_jax.sharding"],
     ["mtp_jax.kernels"],

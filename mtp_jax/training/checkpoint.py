@@ -431,7 +431,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         except OSError as error:
             is_corrupt = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
             problem = self._first_line(error) if is_corrupt else f"UNAVAILABLE: {self._first_line(error)}"
-        except Exception as error:  # orbax and tensorstore raise anything when they meet other bytes
+        except Exception as error:  # orbax and tensorstore raise errors of any type for corrupt bytes
             problem = self._first_line(error)
         problem = _agreed(problem)
         if problem.startswith(_STORE_FAILURES):
