@@ -78,8 +78,11 @@ def _check_gone(workdir: epath.Path) -> None:
     path = workdir / METRICS_FILE
     rows = read_metrics(path) if storage.is_file(path) else []
     newest = rows[-1]["step"] if rows else 0
-    # A save may end as late as the next one begins, so a run that was killed has one from two intervals on.
-    if newest > 2 * read_config(workdir).checkpoint.every:
+    config = read_config(workdir)
+    # A save may end as late as the next one begins, so a run that was killed has one from two intervals on. The last
+    # save creates the folder.
+    is_complete = newest >= config.training.num_steps
+    if newest > 2 * config.checkpoint.every or (is_complete and not storage.is_dir(workdir / CHECKPOINTS)):
         raise UserError(
             f"--workdir={workdir}: its {METRICS_FILE} goes to step {newest} and {CHECKPOINTS}/ has no checkpoint; "
             "restore them, use another folder, or start over in this one with --resume_step=0"

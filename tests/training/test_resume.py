@@ -19,11 +19,17 @@ def a_run(workdir, checkpoints=(), logged=0):
     """A workdir with a config, steps of checkpoints and metrics up to a step."""
     open_workdir(workdir, CONFIG)
     for step in checkpoints:
-        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+        commit(workdir, step)
     with MetricsWriter(workdir, None) as writer:
         for step in range(1, logged + 1):
             writer.write(step, {"loss": 1.0})
     return workdir
+
+
+def commit(workdir, step):
+    folder = workdir / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    (folder / "commit_success.txt").write_text("")
 
 
 def refused(function, *arguments, **kwargs):
@@ -46,22 +52,31 @@ def test_starting_over_keeps_the_checkpoints_under_another_name(tmp_path):
     assert set_aside(workdir) == str(tmp_path / "checkpoints.superseded")
     assert sorted(path.name for path in (tmp_path / "checkpoints.superseded").iterdir()) == ["10", "20"]
     assert is_new(Resume(0), workdir) and set_aside(workdir) is None
-    (workdir / "checkpoints" / "10").mkdir(parents=True)
+    commit(workdir, 10)
     assert set_aside(workdir) == str(tmp_path / "checkpoints.superseded.1")
 
 
 def test_checkpoints_that_have_vanished_are_not_started_over_in_silence(tmp_path):
-    message = refused(is_new, Resume(), a_run(tmp_path, logged=11))
-    assert "its metrics reach step 11 and its checkpoints are gone" in message and "--resume_step=0" in message
+    message = refused(is_new, Resume(), a_run(tmp_path, logged=21))
+    assert "its metrics.jsonl goes to step 21 and checkpoints/ has no checkpoint" in message
+    assert "--resume_step=0" in message
     (tmp_path / "checkpoints").mkdir()  # an empty folder is no better
     refused(is_new, Resume(), tmp_path)
     assert is_new(Resume(0), tmp_path)
     assert "it has none" in refused(is_new, Resume(10), tmp_path)
 
 
-@pytest.mark.parametrize("logged", [0, 5, 10])
+def test_the_checkpoints_of_a_complete_short_run_that_have_vanished_are_missed(tmp_path):
+    workdir = a_run(tmp_path, logged=5)
+    open_workdir(workdir, with_values(CONFIG, {"training.num_steps": 5}))
+    assert "goes to step 5 and checkpoints/ has no checkpoint" in refused(is_new, Resume(), workdir)
+    (workdir / "checkpoints").mkdir()  # killed in its first save
+    assert is_new(Resume(), workdir)
+
+
+@pytest.mark.parametrize("logged", [0, 5, 10, 20])
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tmp_path, logged):
-    """At step 10 it may have died between the line of the step and the commit of its checkpoint."""
+    """At step 20 the checkpoint of step 10 may not have been committed."""
     assert is_new(Resume(), a_run(tmp_path, logged=logged))
 
 

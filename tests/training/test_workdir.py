@@ -7,10 +7,10 @@ import tarfile
 import pytest
 
 from mtp_jax import storage
-from mtp_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, MTPConfig, TrainingConfig, UserError
+from mtp_jax.config import Config, DataConfig, MeshConfig, MTPConfig, TrainingConfig, UserError
 from mtp_jax.config.aliases import old_names
 from mtp_jax.data import ByteTokenizer, prepare
-from mtp_jax.training.workdir import changes, check_checkpoints, check_data, flat, open_workdir, read_config
+from mtp_jax.training.workdir import changes, check_data, flat, open_workdir, read_config
 from tests.golden_runs import CHECKPOINTS
 
 CONFIG = Config(mtp=MTPConfig(kind="sequential", weight=0.3, weight_values=(0.1,), weight_boundaries=(10,)))
@@ -157,20 +157,6 @@ def test_a_run_continues_with_its_tokenizer_only(corpus, tmp_path):
     other.tokenizer.fingerprint = "other"
     with pytest.raises(UserError, match="holds a run on other data: the tokenizer bytes has other ids; restore them"):
         check_data(tmp_path / "run", other)
-
-
-def test_checkpoints_that_vanished_are_missed(workdir):
-    config = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(every=10))
-    open_workdir(workdir, config)
-    for last, is_refused in ((0, False), (10, False), (20, False), (21, True), (1000, True)):
-        rows = "".join(f'{{"step": {step}}}\n' for step in range(1, last + 1))
-        storage.write_text(storage.path(workdir) / "metrics.jsonl", rows)
-        check_checkpoints(workdir, [10])
-        if is_refused:
-            with pytest.raises(UserError, match=f"goes to step {last} and checkpoints/ has no checkpoint"):
-                check_checkpoints(workdir, [])
-        else:
-            check_checkpoints(workdir, [])
 
 
 def test_a_workdir_in_an_object_store(bucket):
