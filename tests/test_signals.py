@@ -20,7 +20,7 @@ TRAIN = [
     *("--config.model.num_layers=1", "--config.model.num_dense_layers=1", "--config.model.num_experts=0"),
     *("--config.model.embed_dim=32", "--config.model.attention=gqa", "--config.mtp.kind=none"),
     *("--config.data.sequence_length=16", "--config.data.batch_size=2", "--config.training.sample_tokens=0"),
-    *("--config.checkpoint.every=3",),
+    *("--config.checkpoint.every=3", "--config.optimizer.schedule=constant"),  # of any length
 ]
 ENV = {**QUICK, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
 ENDLESS = "--config.training.num_steps=1000000"

@@ -107,7 +107,8 @@ class Batches:
             threads = min(self._prefetch, _MAX_THREADS)
             return steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
         _mark_flags_as_parsed()
-        resource_tracker.ensure_running()  # its start, where a worker is the first to need it, unblocks signals
+        with signals.blocked():  # the tracker ignores SIGINT and SIGTERM only
+            resource_tracker.ensure_running()  # where a worker is the first to need it, its start unblocks signals
         ahead = -(-self._prefetch // self._num_workers)
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         workers = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=ahead)
