@@ -170,13 +170,11 @@ def digest_of(workdir: epath.Path) -> str:
 
     from mtp_jax.training.checkpoint import Checkpoints
 
-    names = ("params", "opt_state", "biases", "step")
     with Checkpoints(workdir / "checkpoints") as saved:
-        wanted = saved.saved_part(names)
-        step, state = saved.restore_part(None, {name: part for name, part in wanted.items() if part != {}})
+        step, state = saved.open_part(("params", "opt_state", "biases", "step"))
     out = hashlib.sha256(str(step).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        array = np.asarray(leaf)
+        array = np.asarray(leaf[...])
         out.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
         out.update(array.tobytes())
     return f"{step} {out.hexdigest()}"
