@@ -101,7 +101,7 @@ def test_flags_that_no_task_would_read_are_refused(monkeypatch, capsys, workdir,
     argv = [f"--tasks={tasks}", f"--{name}={GIVEN[name]}"]
     code, out, err = run_eval(monkeypatch, capsys, f"--workdir={workdir}", *argv)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
-    assert err.startswith(f"error: {argv[1]}: is read by --tasks=speculative,advice only; benchmarks write as")
+    assert err.startswith(f"error: {argv[1]}: is read by --tasks=speculative,advice only; benchmarks generate")
 
 
 @pytest.mark.parametrize("tasks", ["loss,acceptance", "gsm8k"])
