@@ -81,6 +81,7 @@ class Attempt:
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
         self.started = time.monotonic()
         self.lines: list[str] = []
+        self._has_ended = False
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._process = subprocess.Popen(
             *(place.command(workdir),),
@@ -100,17 +101,19 @@ class Attempt:
         Raises:
           TimeoutError: no such line within SECONDS.
         """
-        while True:
+        while not self._has_ended:
             try:
                 line = self._queue.get(timeout=max(0.1, self.started + SECONDS - time.monotonic()))
             except queue.Empty:
                 self.kill()
                 raise TimeoutError("\n".join(["an attempt hung after:", *self.lines[-20:]])) from None
             if line is None:
-                return None
+                self._has_ended = True
+                break
             self.lines.append(line)
             if beginnings and line.startswith(beginnings):
                 return time.monotonic() - self.started
+        return None
 
     def finish(self) -> int:
         """Waits for the end and returns the exit code."""
