@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 import sys
+from collections.abc import Sequence
 
 EXIT_DONE, EXIT_FAILED, EXIT_UNUSABLE = 0, 1, 2
 EXIT_LOST = 76  # EX_PROTOCOL of sysexits.h: another process is lost, or no step ends any more
@@ -33,6 +34,11 @@ def short(value: object) -> str:
     except ValueError:  # an integer of more digits than Python prints
         return f"a {type(value).__name__} of too many digits"
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def and_more(items: Sequence[object]) -> str:
+    """Returns ` (and 2 more)` for three items, the first of which is named before; "" for one."""
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
 
 
 @functools.cache

@@ -123,7 +123,7 @@ def text_documents(paths: Sequence[str], text_field: str, max_document_chars: in
             raise UserError(f"data.files: {path}: not UTF-8 ({error.reason}); convert it or leave it out") from error
         except OSError as error:
             raise UserError(
-                f"data.files: {path}: cannot be read ({storage.reason(error)}); mend it or drop it"
+                f"data.files: {path}: cannot be read ({storage.reason(error)}); repair it, or remove it from data.files"
             ) from error
 
 

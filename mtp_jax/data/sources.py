@@ -95,7 +95,9 @@ def _stamps(paths: Sequence[str], where: str) -> list[tuple[int | str, ...]]:
             stamps.append((path, *storage.version(path)))
         except OSError as error:
             reason = storage.reason(error)
-            raise UserError(f"{where}: {path}: cannot be read ({reason}); mend it, or leave it out") from error
+            raise UserError(
+                f"{where}: {path}: cannot be read ({reason}); repair it, or remove it from the list"
+            ) from error
     return stamps
 
 

@@ -1,11 +1,10 @@
 """Checks of the tensors of a folder against those of the model that its config.json describes."""
 
 import re
-from collections.abc import Sequence
 
 import numpy as np
 
-from mtp_jax.config import UserError
+from mtp_jax.errors import UserError, and_more
 from mtp_jax.interop import fp8, mxfp4
 from mtp_jax.interop.families import OUTSIDE_BLOCKS
 from mtp_jax.interop.json_fields import imported_with
@@ -62,7 +61,7 @@ def check_tensors(
         name = missing[0].name
         hint = f"; {_MAIN_ALONE}" if "mtp" in missing[0].path else ""
         hint = "; is tie_word_embeddings missing there?" if name == OUTSIDE_BLOCKS["unembed"] else hint
-        raise UserError(f"{where}: has no tensor {name}{_and_more(missing)}, which its config.json implies{hint}")
+        raise UserError(f"{where}: has no tensor {name}{and_more(missing)}, which its config.json implies{hint}")
     quantized = _check_mxfp4(folder, listed, where)
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].shape != t.shape:
@@ -77,7 +76,7 @@ def check_tensors(
     ]
     if kinds:
         name, dtype = kinds[0]
-        raise UserError(f"{where}: tensor {name} is {dtype}{_and_more(kinds)}; give a folder in bfloat16 or float32")
+        raise UserError(f"{where}: tensor {name} is {dtype}{and_more(kinds)}; give a folder in bfloat16 or float32")
     known = {t.name for t in listed} | quantized
     for t in listed:
         if t.name in folder.infos and folder.infos[t.name].dtype == "F8_E4M3":
@@ -92,7 +91,7 @@ def check_tensors(
         hint = ""
         if extra[0].startswith(mtp_prefixes):
             hint = f"; of MTP layers: set num_nextn_predict_layers there, or {_MAIN_ALONE}"
-        raise UserError(f"{where}: has tensor {extra[0]}{_and_more(extra)}, which its config.json does not imply{hint}")
+        raise UserError(f"{where}: has tensor {extra[0]}{and_more(extra)}, which its config.json does not imply{hint}")
     _check_repeated(folder, listed, where)
 
 
@@ -132,7 +131,3 @@ def _check_repeated(folder: TensorFolder, listed: list[Tensor], where: str) -> N
                     f"{where}: tensor {t.name} differs from {original.name}, which it should repeat; mtp_jax has one "
                     "embedding and one head for all depths"
                 )
-
-
-def _and_more(items: Sequence[object]) -> str:
-    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

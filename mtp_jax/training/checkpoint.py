@@ -36,7 +36,7 @@ from orbax.checkpoint.path import atomicity
 
 from mtp_jax import storage
 from mtp_jax.config import CheckpointConfig, UserError
-from mtp_jax.errors import EXIT_UNUSABLE, first_line
+from mtp_jax.errors import EXIT_UNUSABLE, and_more, first_line
 from mtp_jax.training import checksums, chunked_checkpoint
 from mtp_jax.training.saving import LAST_SAVE_DELAYS, SaveSchedule
 from mtp_jax.typing import PyTree
@@ -415,7 +415,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
             return step, value
         raise UnusableCheckpoint(
             f"{self.directory}: none of its checkpoints is valid (steps {steps}; {problems[0][0]}: {problems[0][1]}"
-            f"{_more(problems)}); restore one from a copy, or remove them to start over"
+            f"{and_more(problems)}); restore one from a copy, or remove them to start over"
         )
 
     def _together(self, read: Callable[[], _T]) -> _T:
@@ -480,11 +480,11 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         missing = [names[path] for path in wanted if path not in saved]
         extra = [] if is_part else [names[path] for path in saved if path not in wanted]
         differing = [path for path in wanted if path in saved and saved[path].shape != tuple(wanted[path].shape)]
-        problems = [f"has no {missing[0]}{_more(missing)}"] if missing else []
-        problems += [f"has {extra[0]}{_more(extra)}, which this run has not"] if extra else []
+        problems = [f"has no {missing[0]}{and_more(missing)}"] if missing else []
+        problems += [f"has {extra[0]}{and_more(extra)}, which this run has not"] if extra else []
         for path in differing[:1]:
             shapes = f"is {saved[path].shape}, this run's is {tuple(wanted[path].shape)}"
-            problems.append(f"{names[path]} {shapes}{_more(differing)}")
+            problems.append(f"{names[path]} {shapes}{and_more(differing)}")
         if problems:
             raise UnusableCheckpoint(f"{self.directory / str(step)}: is of another model: {'; '.join(problems)}")
 
@@ -588,10 +588,6 @@ def _quiet_orbax() -> None:
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _more(items: Sequence[object]) -> str:
-    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""
 
 
 def _abstract(leaf: checksums.Leaf) -> jax.ShapeDtypeStruct:

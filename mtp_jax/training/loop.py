@@ -89,7 +89,7 @@ def run_steps(session: Session, stages: Sequence[Stage]) -> Tree:
             session.advance(state, metrics)
             for stage in stages:
                 stage.after_step(session)
-        for stage in stages:
+        for stage in reversed(stages):
             stage.finish(session)
     finally:
         for stage in reversed(stages):

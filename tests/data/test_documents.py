@@ -1,4 +1,4 @@
-"""Which texts are read, and where they are split."""
+"""Texts that are read from files, and the places where they are split."""
 
 import os
 

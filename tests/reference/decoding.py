@@ -127,7 +127,7 @@ def distribution(logits, temperature_value, num=None, mass=None):
 
 
 def speculative_step(target, draft, num_speculative_tokens, prefix=()):
-    """What one step emits, by following every draft and every verdict: {tokens: probability}.
+    """Distribution of the tokens that one step emits, over every draft and every verdict: {tokens: probability}.
 
     Draft x ~ q is kept with probability min(1, p(x) / q(x)). Where it is not, a token from max(p - q, 0), normalised,
     ends the step; where all are kept, one from p does.

@@ -1,4 +1,4 @@
-"""Where a run goes on: earlier steps, starting over, settings that change by name, and what is refused."""
+"""Continuation of a run: earlier steps, starting over, settings that change by name, and refusals."""
 
 import json
 from dataclasses import replace

@@ -2,9 +2,11 @@
 
 import json
 
+from mtp_jax.errors import first_line
 from mtp_jax.storage import write_text
 from mtp_jax.training.clock import CAUSES, Clock
 from mtp_jax.training.metrics import clock as shown_time
+from mtp_jax.training.notices import notice
 from mtp_jax.training.stages.stage import Session, Stage
 
 FILE = "goodput.json"
@@ -25,12 +27,13 @@ class ReportGoodput(Stage):
                 print(f"first step done {seconds:.1f} s after the start, compilation included", flush=True)
 
     def finish(self, session: Session) -> None:
-        with session.paused("checkpoint"):
-            session.saved.wait()
         if session.is_main and session.step > session.first_step:
             session.clock.training_seconds()  # brings the seconds up to date
             print(summary(session.clock), flush=True)
-            write_text(session.workdir / FILE, json.dumps(as_json(session), indent=2) + "\n")
+            try:
+                write_text(session.workdir / FILE, json.dumps(as_json(session), indent=2) + "\n")
+            except OSError as error:  # of a run that is done
+                notice(f"{FILE} cannot be written ({first_line(error)})")
 
 
 def as_json(session: Session) -> dict[str, object]:

@@ -52,7 +52,10 @@ class Stage:
         return contextlib.nullcontext()
 
     def finish(self, session: "Session") -> None:
-        """Called once after the last step, also of a run that a signal has stopped, but not after an error."""
+        """Called once after the last step, also of a run that a signal has stopped, but not after an error.
+
+        The last stage comes first, so that the checkpoint is on disk before anything is reported.
+        """
 
     def close(self) -> None:
         """Releases what `start` acquired; called after an error too."""

@@ -44,8 +44,6 @@ class StopAtSignal(Stage):
 
     def finish(self, session: Session) -> None:
         if self._stops and not session.is_last:
-            with session.paused("checkpoint"):
-                session.saved.wait()
             raise Preempted(f"stopped by a signal at step {session.step}, state saved; run the same command to go on")
 
     def close(self) -> None:
