@@ -37,7 +37,7 @@ from orbax.checkpoint.path import atomicity
 from mtp_jax import storage
 from mtp_jax.config import CheckpointConfig, UserError
 from mtp_jax.errors import EXIT_UNUSABLE, and_more, first_line
-from mtp_jax.training import checksums, chunked_checkpoint
+from mtp_jax.training import checksums, chunked_checkpoint, file_checksums
 from mtp_jax.training.saving import LAST_SAVE_DELAYS, SaveSchedule
 from mtp_jax.typing import PyTree
 
@@ -444,10 +444,8 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         """Returns the list of leaves that was stored with a step."""
         try:
             text = storage.read_text(self.directory / str(step) / INTEGRITY / "metadata")  # JsonSave's file name
-        except FileNotFoundError as error:
-            raise ValueError(
-                "it has no list of its arrays: saving was interrupted, or an earlier version wrote it"
-            ) from error
+        except FileNotFoundError:
+            return file_checksums.list_leaves(self.directory, step, self._orbax_root() / str(step) / ITEM)
         return checksums.from_json(text)
 
     def _restore(self, step: int, abstract: dict[str, PyTree], is_part: bool) -> dict[str, PyTree]:
@@ -540,8 +538,8 @@ def write_streamed(
         checkpoints.close()
 
 
-def _compare(leaf: checksums.Leaf, sums: checksums.Sums) -> None:
-    if sums != leaf.sums:
+def _compare(leaf: checksums.Leaf, sums: checksums.Sums | None) -> None:
+    if leaf.sums is not None and sums != leaf.sums:
         raise _Corrupt(f"{leaf.name} is not what was written")
 
 

@@ -28,12 +28,12 @@ Path = tuple[str, ...]
 
 
 class Leaf(NamedTuple):
-    """One array of a checkpoint: its keys from the root, shape, name of its dtype, and checksum."""
+    """One array of a checkpoint: its keys from the root, shape, name of its dtype, and checksum (None: not stored)."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    sums: Sums
+    sums: Sums | None
 
     @property
     def name(self) -> str:
@@ -132,7 +132,7 @@ def list_leaves(tree: PyTree, check_finite: bool = True) -> list[Leaf]:
 
 def to_json(leaves: Sequence[Leaf]) -> dict[str, Any]:
     """Returns the JSON object that is stored with a checkpoint."""
-    values = [[list(leaf.path), list(leaf.shape), leaf.dtype, list(leaf.sums)] for leaf in leaves]
+    values = [[list(leaf.path), list(leaf.shape), leaf.dtype, list(leaf.sums or ())] for leaf in leaves]
     return {"leaves": values, "sha256": _digest(values)}
 
 
