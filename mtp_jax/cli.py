@@ -4,6 +4,7 @@ Imports only the standard library and light modules: train.py and eval.py import
 """
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from mtp_jax import streams
 from mtp_jax.errors import EXIT_FAILED, UserError, first_line, one_line, warn_once
 from mtp_jax.signals import EXIT_INTERRUPTED
 
+SECONDS_TO_EXIT = 30  # after a failed run
 RENAMED = {"--draft_length": "--num_speculative_tokens"}  # flags of earlier versions
 EXIT_CODES = """\
 exit codes:
@@ -73,10 +75,22 @@ def run(main: Callable[[list[str]], None]) -> None:
         if _is_own(error):
             line = one_line(error) if isinstance(error, UserError) else first_line(error)
             print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.exit(getattr(error, "exit_code", EXIT_FAILED))
+        code = getattr(error, "exit_code", EXIT_FAILED)
+        if code == EXIT_FAILED:
+            _limit_exit()
+        sys.exit(code)
     except KeyboardInterrupt:  # of a command that does not handle signals
         print("error: interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _limit_exit() -> None:
+    """Ends the process with EXIT_FAILED after SECONDS_TO_EXIT if the interpreter has not ended by then.
+
+    After a failed save, writes that are still under way in the threads of a library can block its end.
+    """
+    assert EXIT_FAILED == 1, "faulthandler exits with 1"
+    faulthandler.dump_traceback_later(SECONDS_TO_EXIT, exit=True, file=open(os.devnull, "w"))
 
 
 def set_up_logging(process_index: int | None = None) -> None:

@@ -278,7 +278,7 @@ DATA = {
         ["a.txt.gz: not UTF-8", "convert it"],
     ),
     "a pipe": ("a.txt", os.mkfifo, ["a.txt is a device or a pipe, not a file", "leave it out"]),
-    "a link": ("a.txt", link("none"), ["a.txt: cannot be read (No such file or directory)", "leave it out"]),
+    "a link": ("a.txt", link("none"), ["a.txt: cannot be read (No such file or directory)", "remove it from the list"]),
     "no text": ("a.txt", "", ["a.txt: holds no text", "give files"]),
 }
 TOKENIZERS = {

@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing_in_the_cache(make, problem, m
 def test_the_workdir_of_another_config_is_refused_with_both_values(refused, tmp_path):
     config = load_config(TINY, ["--config.model.vocab_size=264"])
     open_workdir(tmp_path / "run", config)
-    _save_weights(tmp_path / "run", config)
+    _save_weights(tmp_path / "run", config, opt_state={"count": jnp.zeros(())})
     line = refused(
         train_script.main,
         *(f"--config={TINY}", f"--workdir={tmp_path / 'run'}"),
@@ -85,10 +85,10 @@ def test_a_workdir_that_is_a_file_is_refused(refused, tmp_path):
     assert "is a file" in refused(train_script.main, f"--config={TINY}", f"--workdir={tmp_path / 'run'}")
 
 
-def _save_weights(workdir, config):
-    """A checkpoint of zeros in the shapes of config's model, as a run would save them."""
+def _save_weights(workdir, config, **state):
+    """Saves a checkpoint of zeros in the shapes of config's model, and what else a run would save."""
     built = abstract_model(config.architecture)
-    state = {"params": built.params, "biases": built.biases, "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    state |= {"params": built.params, "biases": built.biases, "step": jax.ShapeDtypeStruct((), jnp.int32)}
     with Checkpoints(workdir / "checkpoints", CheckpointConfig(async_save=False)) as saved:
         saved.save(1, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state))
 

@@ -78,5 +78,5 @@ def test_cases_run_in_processes_of_their_own_and_a_failed_one_has_a_line(tmp_pat
     assert done.returncode == 1, done.stderr
     assert lines["fsdp=2"]["losses"] == pytest.approx(lines["data=1"]["losses"], rel=1e-4)
     assert len(lines["fsdp=2"]["losses"]) == 2 and lines["fsdp=2"]["num_gpus"] == 2
-    assert "mesh.data=1 x mesh.fsdp=1 x mesh.expert=3" in lines["expert=3"]["error"]
+    assert "data.batch_size=4: does not divide over the mesh" in lines["expert=3"]["error"]
     assert "| fsdp=2 | 2 | 4 |" in done.stdout

@@ -569,18 +569,24 @@ def _of_first_process(steps: list[int]) -> list[int]:
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Drops the tracebacks of failed saves: those that orbax logs, whose exceptions it raises too, and those that
-    tensorstore prints when a write ends after the event loop in which orbax waited for it."""
+    """Drops the tracebacks of failed saves: those that orbax logs, whose exceptions it raises too, those of the writes
+    that failed beside the one that orbax raises, and those that tensorstore prints when a write ends after the event
+    loop in which orbax waited for it."""
     folder, hook = f"{os.sep}orbax{os.sep}", sys.unraisablehook
 
     def is_wanted(record: logging.LogRecord) -> bool:
         return record.levelno < logging.WARNING or folder not in record.pathname
+
+    def is_retrieved(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, ValueError) and "never retrieved" in record.getMessage())
 
     def report(unraisable: "sys.UnraisableHookArgs") -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     logging.getLogger("absl").addFilter(is_wanted)
+    logging.getLogger("asyncio").addFilter(is_retrieved)
     sys.unraisablehook = report
 
 
