@@ -211,29 +211,78 @@ class MTPConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The documents, and their division into rows."""
+class SourceConfig:
+    """Documents of one origin, and their division into rows."""
 
-    # python_source, text_files, synthetic, or the name of a TFDS dataset with a text feature
+    # python_source, text_files, synthetic, hf:NAME (a Hugging Face dataset by name or folder), or the name of a TFDS
+    # dataset
     source: str = "python_source"
-    files: str = ""  # text_files: comma-separated globs of .txt, .md, .py ... or .jsonl
-    text_field: str = "text"  # jsonl field or TFDS feature
-    split: str = "train"  # TFDS split
-    tfds_dir: str = ""  # TFDS data_dir; empty: TFDS's own default
-    tokenizer: str = "bytes"  # bytes, or the path of a Hugging Face tokenizer.json
-    sequence_length: int = setting(256, at_least=1, at_most=2**24)  # T; a row carries T + 1 + D tokens
-    batch_size: int = setting(8, at_least=1, at_most=2**24)  # rows per step over all devices
-    packing: Literal["packed", "contiguous"] = "packed"  # packed: attention stays within a document
-    shuffle: bool = True  # the documents of the stream, and the rows of the batches
-    validation_fraction: float = setting(0.02, at_least=0, at_most=1)  # share of the documents, chosen by hash
+    # text_files: comma-separated globs of .txt, .md, .py ..., .jsonl, .json, .parquet, .arrow, .arrayrecord, each also
+    # compressed (.gz, .zst, .bz2, .xz)
+    files: str = ""
+    split: str = "train"  # of a TFDS or Hugging Face dataset
+    subset: str = ""  # configuration of a Hugging Face dataset
+    # form of the records of all files but plain text: text; chat, a list of messages with role and content; prompt, a
+    # prompt and its completion; tokens, ids of data.tokenizer
+    records: Literal["text", "chat", "prompt", "tokens"] = "text"
+    text_field: str = "text"  # names of fields; "a.b" is field b of field a
+    messages_field: str = "messages"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    tokens_field: str = "tokens"
+    weights_field: str = ""  # loss weight per token of records=tokens; empty: 1
+    # chat and prompt: the tokens whose loss counts, those of the assistant or completion, or all
+    loss_on: Literal["assistant", "all"] = "assistant"
+    on_bad_record: Literal["stop", "skip"] = "stop"  # a record that cannot be used
+    # packed: documents follow each other and attention stays within one; contiguous: they do and it does not; whole:
+    # no document is split over two rows, and the rest of a row is padding
+    packing: Literal["packed", "contiguous", "whole"] = "packed"
     # plain text files are split at blank lines into documents of about this length
     max_document_chars: int = setting(32_768, at_least=1, below=2**31)
+    synthetic_documents: int = setting(2000, at_least=1, at_most=10_000_000)
+
+
+@dataclass(frozen=True)
+class MixtureConfig(SourceConfig):
+    """One of several sources of training documents."""
+
+    name: str = ""  # in metrics and messages
+    weight: float = setting(1.0, above=0, at_most=1e9)  # share of the rows, relative to the other sources
+    # epochs after which the source leaves the mixture; 0: never
+    max_epochs: int = setting(0, at_least=0, below=2**31)
+
+
+@dataclass(frozen=True)
+class ValidationConfig(SourceConfig):
+    """A validation set with documents of its own."""
+
+    name: str = ""  # in metrics and messages
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """The documents of a run: one source, or a mixture of several."""
+
+    mixture: tuple[MixtureConfig, ...] = ()  # several sources, in place of the keys above
+    validation: tuple[ValidationConfig, ...] = ()  # validation sets besides the held-out share of the sources
+    validation_fraction: float = setting(0.02, at_least=0, at_most=1)  # share of the documents, chosen by hash
+    tfds_dir: str = ""  # TFDS data_dir; empty: TFDS's own default
+    # bytes, the path of a Hugging Face tokenizer.json or its folder, or of a SentencePiece .model
+    tokenizer: str = "bytes"
+    chat_template: str = ""  # path of a Jinja template; empty: the one in the folder of the tokenizer
+    sequence_length: int = setting(256, at_least=1, at_most=2**24)  # T; a row carries T + 1 + D tokens
+    batch_size: int = setting(8, at_least=1, at_most=2**24)  # rows per step over all devices
+    shuffle: bool = True  # the documents of the stream, and the rows of the batches
     # share of the training documents reordered to prefix, suffix, middle (2207.14255)
     fim_rate: float = setting(0.0, at_least=0, at_most=1)
     cache_dir: str = setting("", may_change="resume")  # empty: $MTP_JAX_CACHE or ~/.cache/mtp_jax
     num_workers: int = setting(0, at_least=0, at_most=512, may_change="resume")  # processes; 0: threads of this one
     prefetch: int = setting(4, at_least=1, at_most=1024, may_change="resume")  # batches read ahead
-    synthetic_documents: int = setting(2000, at_least=1, at_most=10_000_000)
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training documents: the mixture, or the one source."""
+        return self.mixture or (self,)
 
 
 @dataclass(frozen=True)
