@@ -25,6 +25,7 @@ from mtp_jax.config.schema import (
     OptimizerConfig,
     RopeConfig,
     RouterConfig,
+    SourceConfig,
     TrainingConfig,
     YarnConfig,
     conventions,
