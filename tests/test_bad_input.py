@@ -265,7 +265,7 @@ DATA = {
         '{"text": "x"}\n\ufeff{"text": "y"}\n',
         ["a.jsonl line 2: begins with a byte order mark", "remove these"],
     ),
-    "half a line": ("a.jsonl", '{"text": \n', ["a.jsonl line 1: not JSON", "correct the line or remove it"]),
+    "half a line": ("a.jsonl", '{"text": \n', ["a.jsonl line 1: not JSON", "correct or remove it"]),
     "a surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', ["a.jsonl line 1: field 'text' holds half a", "remove it"]),
     "other fields": (
         "a.jsonl",
@@ -274,8 +274,8 @@ DATA = {
     ),
     "compressed": (
         "a.txt.gz",
-        lambda path: path.write_bytes(gzip.compress(b"text\n")),
-        ["a.txt.gz: not UTF-8", "convert it"],
+        lambda path: path.write_bytes(gzip.compress(b"text\n" * 99)[:-9]),
+        ["a.txt.gz: is a truncated or corrupt gzip file", "copy it again"],
     ),
     "a pipe": ("a.txt", os.mkfifo, ["a.txt is a device or a pipe, not a file", "leave it out"]),
     "a link": ("a.txt", link("none"), ["a.txt: cannot be read (No such file or directory)", "remove it from the list"]),

@@ -9,10 +9,12 @@ The batch of step n depends on the config, the seed and n alone: not on the numb
 where a run was interrupted. Models of different depth D read the same T + 1 tokens per row.
 
     tokenizer.py   bytes, or a Hugging Face tokenizer.json
-    documents.py   files to texts            builders.py   the same as TFDS datasets
-    sources.py     values of data.source     cache.py      folders that are created atomically
-    store.py       documents as ids          packing.py    the stream, its rows, FIM
-    pipeline.py    rows to batches           corpus.py     all of these from a config
+    files.py       names of files              formats/        files to records, one format per file
+    tfds_source.py, huggingface.py  datasets   records.py      the records of all of them
+    documents.py   records to documents        synthetic.py    texts made up
+    sources.py     values of data.source       cache.py        folders that are created atomically
+    store.py       documents as ids            packing.py      the stream, its rows, FIM
+    pipeline.py    rows to batches             corpus.py       all of these from a config
 """
 
 from mtp_jax.data.corpus import Corpus, prepare

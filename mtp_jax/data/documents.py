@@ -1,236 +1,395 @@
-"""Documents as text: the files to read, and their division into documents."""
+"""Documents: the forms in which records become training data, and the checks of their fields."""
 
-import ast
-import codecs
-import glob
-import io
+import dataclasses
 import json
-import os
-import pathlib
-import random
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from mtp_jax import storage
-from mtp_jax.config import UserError
-from mtp_jax.errors import short
+import numpy as np
 
-_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-_JSON_LINES = (".jsonl", ".ndjson")
+from mtp_jax.config import SourceConfig, UserError
+from mtp_jax.data.records import FIELDS, TOOLS, BadRecord, Record
+from mtp_jax.errors import one_line, short, warn_once
+
+_ABSENT = object()
+_USUAL = {  # names that fields often have, to propose them
+    "text": (("text",), ("content",)),
+    "chat": (("messages",), ("conversations",)),
+    "prompt": (("prompt", "completion"),),
+    "tokens": (("tokens",), ("input_ids",)),
+}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = ("system", "user", "assistant", "tool")
+_SHOWN = 3  # skipped records
+
+Item = TypeVar("Item")
 
 
-def stdlib_files() -> list[str]:
-    """Returns the files of the running interpreter's standard library, without its tests, sorted.
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A text, never empty."""
 
-    Raises:
-      UserError: an interpreter without .py files.
+    text: str
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+      messages: one or more, each with `role` and `content`, both strings, and any other keys of the record.
+      tools: JSON schemas of the tools that the assistant may call; None if the record has none.
+      num_context: number of messages at the start that are context only: those of a prompt, the rest being its
+        completion.
+      origin: that of the record.
     """
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    paths = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [s for s in subfolders if s not in _NOT_SOURCE]
-        paths += [os.path.join(folder, name) for name in names if name.endswith(".py")]
-    if not paths:
-        raise UserError(f"data.source=python_source: no .py files in {root}; use data.source=text_files or synthetic")
-    return sorted(paths)
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+    num_context: int = 0
+    origin: str = ""
 
 
-def match_files(files: str) -> list[str]:
-    """Returns the files that match `data.files`, sorted within each pattern, each once.
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt and its completion, of which at least one is not empty."""
+
+    prompt: str
+    completion: str
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """Ids of a tokenizer.
+
+    Attributes:
+      ids: int32[n], n > 0, at least 0; the vocabulary is not known here.
+      weights: float32[n], loss weight of each token as a target, finite and at least 0; None: 1.
+      origin: that of the record.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+    origin: str = ""
+
+
+Document = Text | Chat | Prompt | Tokens
+
+
+class _Unusable(Exception):
+    """The cause and the remedy of a BadRecord."""
+
+
+def documents(
+    records: Iterable[Record | BadRecord], settings: SourceConfig, prefix: str = "data."
+) -> Iterator[Document | BadRecord]:
+    """Yields the document of each record, in the form that `settings.records` names.
+
+    Empty texts and empty lists of tokens are left out. A BadRecord of the input is yielded as it is.
 
     Args:
-      files: comma-separated globs, local ones and URLs, or a Python tuple of them as text; ** matches any number of
-        folders.
+      records: of one source.
+      settings: records, the names of the fields, loss_on.
+      prefix: of the settings in messages, as in "data.mixture[1].".
+
+    Yields:
+      Documents, and a BadRecord for each record that cannot be used.
 
     Raises:
-      UserError: no pattern, a pattern that matches no file, or one that names a folder.
+      UserError: plain text, which has no fields, where `settings.records` is not "text".
     """
-    paths: dict[str, None] = {}
-    for pattern in _patterns(files):
-        if storage.is_url(pattern):
-            storage.path(pattern, "data.files")  # raises UserError if it cannot be served
-            found = storage.glob(pattern)
-            if not found:
-                raise UserError(f"data.files={pattern}: matches no object; for a folder, write {pattern}/**")
-            paths |= dict.fromkeys(found)
+    make = _FORMS[settings.records]
+    for record in records:
+        if isinstance(record, BadRecord):
+            yield record
             continue
-        expanded = os.path.expanduser(pattern)
-        found = [expanded] if os.path.lexists(expanded) else sorted(glob.glob(expanded, recursive=True))
-        if found == [expanded] and os.path.isdir(expanded):
-            raise UserError(f"data.files={pattern}: is a folder; use {os.path.join(pattern, '**', '*.txt')}")
-        for path in found:
-            if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):  # read without an end
-                raise UserError(f"data.files={pattern}: {path} is a device or a pipe, not a file; leave it out")
-        found = [path for path in found if not os.path.isdir(path)]
-        if not found:
-            raise UserError(f"data.files={pattern}: matches no file (from {os.getcwd()})")
-        paths |= dict.fromkeys(found)
-    return list(paths)
-
-
-def _patterns(files: str) -> list[str]:
-    text = files.strip()
-    if not text.startswith(("(", "[")):
-        patterns = [pattern.strip() for pattern in text.split(",")]
-    else:
-        try:
-            patterns = list(ast.literal_eval(text))
-            is_tuple = all(isinstance(pattern, str) for pattern in patterns)
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-            is_tuple = False
-        if not is_tuple:
+        if isinstance(record.value, str) and settings.records != "text":
             raise UserError(
-                f"data.files={files}: not a tuple of strings, which a first ( or [ announces; for a file of this name "
-                f"write ./{text}, or use comma-separated globs"
+                f"{prefix}records={settings.records}: {record.origin} is plain text, which has no fields; set "
+                f"{prefix}records=text, or give a source of records, such as .jsonl or .parquet files"
             )
-    patterns = [pattern for pattern in patterns if pattern]
-    if not patterns:
-        raise UserError("data.files is empty: data.source=text_files needs globs, as in data.files='books/**/*.txt'")
-    return patterns
-
-
-def python_documents(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields (path, text) of each file that is UTF-8; the library has a few in other encodings on purpose."""
-    for path in paths:
         try:
-            text = pathlib.Path(path).read_bytes().decode()
-        except (UnicodeDecodeError, FileNotFoundError, PermissionError):
-            continue
-        if text:
-            yield path, text
+            document = make(record, settings, prefix)
+        except _Unusable as error:
+            yield BadRecord(record.origin, *error.args)
+        else:
+            if document is not None:
+                yield document
 
 
-def text_documents(paths: Sequence[str], text_field: str, max_document_chars: int) -> Iterator[tuple[str, str]]:
-    """Yields (origin, text) of each document: the lines of a .jsonl, parts of any other file.
+def accepted(
+    items: Iterable[Item | BadRecord], on_bad_record: str, where: str, prefix: str = "data."
+) -> Iterator[Item]:
+    """Yields the items that are not a BadRecord.
+
+    At the end, or where the consumer stops, one notice gives the number of the skipped records and the first of them.
 
     Args:
-      text_field: the field of a .jsonl that holds the text.
-      max_document_chars: the longest part, see `split_lines`.
+      items: of one source.
+      on_bad_record: "stop" raises the first BadRecord; "skip" counts them.
+      where: names the source in messages, as in "data.files".
+      prefix: of the settings in messages, as in "data.mixture[1].".
 
     Raises:
-      UserError: a file that cannot be read or is not UTF-8; a line that is not a JSON object with the field.
+      BadRecord: the first one under "stop".
+      UserError: nothing but BadRecords under "skip".
     """
-    for path in paths:
-        try:
-            if path.endswith(_JSON_LINES):
-                yield from _json_documents(path, text_field)
-            else:
-                # newline="" keeps \r\n, so no character is changed
-                with io.TextIOWrapper(storage.open_read(path), encoding="utf-8", newline="") as file:
-                    for i, text in enumerate(split_lines(file, max_document_chars)):
-                        yield f"{path}:{i}", text
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.files: {path}: not UTF-8 ({error.reason}); convert it or leave it out") from error
-        except OSError as error:
-            raise UserError(
-                f"data.files: {path}: cannot be read ({storage.reason(error)}); repair it, or remove it from data.files"
-            ) from error
-
-
-def split_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:
-    """Splits lines into documents of at most `max_chars`, after blank lines or else at line ends.
-
-    A longer line is one document. The concatenated documents equal the concatenated lines: no character is lost.
-    """
-    document: list[str] = []  # lines; those before `boundary` end with a blank one
-    size, boundary = 0, 0
-    for line in lines:
-        if document and size + len(line) > max_chars:
-            at = boundary or len(document)
-            yield "".join(document[:at])
-            document, boundary = document[at:], 0
-            size = sum(map(len, document))
-            if document and size + len(line) > max_chars:  # the lines after the blank one are too long by themselves
-                yield "".join(document)
-                document, size = [], 0
-        document.append(line)
-        size += len(line)
-        if not line.strip():
-            boundary = len(document)
-    if document:
-        yield "".join(document)
-
-
-def _json_documents(path: str, text_field: str) -> Iterator[tuple[str, str]]:
-    # bytes, so that lines end at \n only: str.splitlines would also split at U+2028 inside a string
-    with storage.open_read(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
+    num_items, num_bad = 0, 0
+    first: list[str] = []
+    try:
+        for item in items:
+            num_items += 1
+            if not isinstance(item, BadRecord):
+                yield item
                 continue
-            where = f"data.files: {path} line {number}"
-            try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-            except json.JSONDecodeError as error:
-                if line.startswith(codecs.BOM_UTF8):
-                    raise UserError(
-                        f"{where}: begins with a byte order mark, as where files were joined; remove these three bytes"
-                    ) from error
-                raise UserError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}); correct the line or remove it"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{where}: not UTF-8 ({error.reason} at byte {error.start}); convert the file or remove the line"
-                ) from error
-            except RecursionError as error:
-                raise UserError(f"{where}: objects or lists are nested too deeply; remove the line") from error
-            except ValueError as error:  # an integer of more digits than Python reads
-                raise UserError(f"{where}: a number has too many digits; write it as a string or remove it") from error
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: not a JSON object, as in {{{json.dumps(text_field)}: ...}}")
-            if text_field not in value:
-                raise UserError(
-                    f"{where}: has no field {text_field!r}, only {short(sorted(value))}; set data.text_field"
-                )
-            text = value[text_field]
-            if not isinstance(text, str):
-                kind = "null" if text is None else type(text).__name__
-                raise UserError(
-                    f"{where}: field {text_field!r} is {kind}, not a string; set data.text_field, or remove the line "
-                    '(an empty string, "", is left out)'
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"{where}: field {text_field!r} holds half a surrogate pair, not text; remove it"
-                ) from error
-            if text:
-                yield f"{path}:{number}", text
+            if on_bad_record == "stop":
+                origin = item.origin if item.origin.startswith(where) else f"{where}: {item.origin}"
+                raise BadRecord(origin, item.cause, f"{item.remedy}; or set {prefix}on_bad_record=skip") from item
+            num_bad += 1
+            if num_bad <= _SHOWN:
+                first.append(str(item).removeprefix(f"{where} "))
+        if num_bad == num_items > 0:
+            raise UserError(f"{where}: none of its {num_items:,} records can be used: {first[0]}")
+    finally:
+        if 0 < num_bad < num_items:
+            shown = one_line(UserError("; ".join(first)))
+            warn_once(f"{where}: {num_bad:,} of {num_items:,} records skipped: {shown}")
 
 
-def synthetic_documents(num_documents: int, seed: int) -> Iterator[str]:
-    """Yields short texts with dependencies at every distance: sums, copies, reversals, counting, repeated words."""
-    kinds = (_sums, _copies, _reversals, _counting, _refrain)
-    for i in range(num_documents):
-        rng = random.Random(f"{seed}/{i}")
-        yield kinds[rng.randrange(len(kinds))](rng)
+def _text(record: Record, settings: SourceConfig, prefix: str) -> Text | None:
+    if isinstance(record.value, str):
+        return Text(record.value, record.origin) if record.value else None
+    (name,), (value,) = _fields(record.value, settings, prefix)
+    text = _string(value, name, f'set {prefix}text_field, or remove the record (an empty string, "", is left out)')
+    return Text(text, record.origin) if text else None
 
 
-def _word(rng: random.Random) -> str:
-    return "".join(rng.choice("abcdefghij") for _ in range(rng.randint(2, 8)))
+def _chat(record: Record, settings: SourceConfig, prefix: str) -> Chat:
+    (name,), (value,) = _fields(record.value, settings, prefix)
+    messages = _messages(value, name, f"{prefix}messages_field")
+    _check_answers(messages, settings, prefix, name)
+    return Chat(messages, _tools(record.value), origin=record.origin)
 
 
-def _sums(rng: random.Random) -> str:
-    pairs = [(rng.randint(0, 99), rng.randint(0, 99)) for _ in range(rng.randint(4, 24))]
-    return "".join(f"{a} + {b} = {a + b}\n" for a, b in pairs)
+def _prompt(record: Record, settings: SourceConfig, prefix: str) -> Prompt | Chat | None:
+    names, values = _fields(record.value, settings, prefix)
+    lists = [not isinstance(value, str | bytes | None) for value in values]
+    keys = [f"{prefix}{key}" for key in FIELDS["prompt"]]
+    if all(lists):
+        context, answers = (_messages(*each) for each in zip(values, names, keys, strict=True))
+        _check_answers(answers, settings, prefix, names[1])
+        return Chat(context + answers, _tools(record.value), len(context), record.origin)
+    if any(lists) and None not in values:
+        kinds = " and ".join(f"{name!r} is {_kind(value)}" for name, value in zip(names, values, strict=True))
+        raise _Unusable(f"field {kinds}", "give two strings, or two lists of messages")
+    prompt, completion = (
+        _string(value, name, f"set {key}, or remove the record")
+        for value, name, key in zip(values, names, keys, strict=True)
+    )
+    if not prompt and not completion:
+        return None
+    if not completion and settings.loss_on == "assistant":
+        raise _Unusable(
+            f"field {names[1]!r} is empty, so no token has a loss", f"remove the record, or set {prefix}loss_on=all"
+        )
+    return Prompt(prompt, completion, record.origin)
 
 
-def _copies(rng: random.Random) -> str:
-    words = [_word(rng) for _ in range(rng.randint(4, 24))]
-    return "".join(f"copy {w}: {w}\n" for w in words)
+def _tokens(record: Record, settings: SourceConfig, prefix: str) -> Tokens | None:
+    (name,), (value,) = _fields(record.value, settings, prefix)
+    ids = _array(value, name, f"set {prefix}tokens_field, or remove the record")
+    if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 2**31):
+        odd = _first(value, lambda each: type(each) is not int or not 0 <= each < 2**31)
+        raise _Unusable(f"field {name!r} holds {odd}, which is no id", "give ids of data.tokenizer")
+    weights = None
+    if settings.weights_field:
+        weights = _weights(record.value, settings, prefix, len(ids))
+    return Tokens(ids.astype(np.int32), weights, record.origin) if len(ids) else None
 
 
-def _reversals(rng: random.Random) -> str:
-    words = [_word(rng) for _ in range(rng.randint(4, 24))]
-    return "".join(f"reverse {w}: {w[::-1]}\n" for w in words)
+def _weights(value: Any, settings: SourceConfig, prefix: str, num_tokens: int) -> np.ndarray:
+    name = settings.weights_field
+    given = _find(value, name)
+    if given is _ABSENT:
+        raise _Unusable(
+            f"has no field {name!r}, only {short(_names(value))}", f"set {prefix}weights_field, or leave it empty"
+        )
+    weights = _array(given, name, f"set {prefix}weights_field, or remove the record")
+    if weights.size and weights.dtype.kind not in "iufb":
+        odd = _first(given, lambda each: not isinstance(each, int | float))
+        raise _Unusable(f"field {name!r} holds {odd}, which is no weight", "give one number per token")
+    if len(weights) != num_tokens:
+        raise _Unusable(f"field {name!r} has {len(weights)} weights for {num_tokens} tokens", "give one per token")
+    weights = weights.astype(np.float32)
+    bad = ~(np.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise _Unusable(f"field {name!r} has the weight {weights[i]} at token {i}", "give finite weights of at least 0")
+    return weights
 
 
-def _counting(rng: random.Random) -> str:
-    start, step = rng.randint(0, 99), rng.randint(1, 9)
-    return "count: " + " ".join(str(start + step * i) for i in range(rng.randint(8, 48))) + "\n"
+_FORMS: dict[str, Callable[[Record, SourceConfig, str], Document | None]] = {
+    "text": _text,
+    "chat": _chat,
+    "prompt": _prompt,
+    "tokens": _tokens,
+}
 
 
-def _refrain(rng: random.Random) -> str:
-    line = " ".join(_word(rng) for _ in range(rng.randint(2, 6)))
-    return f"{line}\n" * rng.randint(3, 12)
+def _find(value: Any, name: str) -> Any:
+    """Returns a field by its name, "a.b" for field b of field a unless there is a field "a.b"; _ABSENT if it is not."""
+    if name in value:
+        return value[name]
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _names(value: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the fields, sorted; of those in a field as "a.b"."""
+    return sorted(
+        name
+        for key, inner in value.items()
+        for name in ([f"{key}.{each}" for each in inner] if isinstance(inner, Mapping) and inner else [key])
+    )
+
+
+def _fields(value: Any, settings: SourceConfig, prefix: str) -> tuple[list[str], list[Any]]:
+    """Returns the names and values of the fields of the form."""
+    names = [getattr(settings, key) for key in FIELDS[settings.records]]
+    values = [_find(value, name) for name in names]
+    for key, name, found in zip(FIELDS[settings.records], names, values, strict=True):
+        if found is _ABSENT:
+            remedy = _other_settings(value, settings, prefix) or f"set {prefix}{key}"
+            raise _Unusable(f"has no field {name!r}, only {short(_names(value))}", remedy)
+    return names, values
+
+
+def _other_settings(value: Any, settings: SourceConfig, prefix: str) -> str:
+    """Returns the settings, as in "set data.records=chat", under which a record has all fields of a form."""
+    for form in sorted(FIELDS, key=lambda form: form != settings.records):
+        keys = FIELDS[form]
+        for names in (tuple(getattr(settings, key) for key in keys), *_USUAL[form]):
+            if any(_find(value, name) is _ABSENT for name in names):
+                continue
+            changes = [f"{prefix}records={form}"] if form != settings.records else []
+            for key, name in zip(keys, names, strict=True):
+                changes += [f"{prefix}{key}={name}"] if getattr(settings, key) != name else []
+            return f"set {' and '.join(changes)}"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _string(value: Any, name: str, remedy: str) -> str:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise _Unusable(
+                f"field {name!r} is not UTF-8 ({error.reason} at byte {error.start})", "convert or remove it"
+            ) from error
+    if not isinstance(value, str):
+        raise _Unusable(f"field {name!r} is {_kind(value)}, not a string", remedy)
+    _check_surrogates(value, name)
+    return value
+
+
+def _check_surrogates(value: Any, name: str) -> None:
+    """Raises _Unusable for half a surrogate pair in a string, also one inside lists and objects."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise _Unusable(f"field {name!r} holds half a surrogate pair, not text", "remove it") from error
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_surrogates(key, name)
+            _check_surrogates(each, name)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_surrogates(each, name)
+
+
+def _messages(value: Any, name: str, key: str) -> tuple[dict[str, Any], ...]:
+    """Returns messages with role and content, from a list of them or, as columns are stored, an object of lists."""
+    if isinstance(value, Mapping) and value and all(isinstance(each, list | tuple) for each in value.values()):
+        if len({len(each) for each in value.values()}) > 1:
+            raise _Unusable(f"field {name!r} has lists of several lengths", "give one entry per message")
+        value = [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+    if not isinstance(value, list | tuple):
+        raise _Unusable(f"field {name!r} is {_kind(value)}, not a list of messages", f"set {key}, or remove the record")
+    if not value:
+        raise _Unusable(f"field {name!r} has no messages", "remove the record")
+    _check_surrogates(value, name)
+    return tuple(_message(message, f"{name}[{i}]") for i, message in enumerate(value))
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise _Unusable(f"{name} is {_kind(message)}, not an object", 'write {"role": ..., "content": ...}')
+    # Tables have null where a message lacks a key that another one has
+    rest = {key: each for key, each in message.items() if each is not None}
+    role, content = rest.pop("role", None), rest.pop("content", None)
+    if role is None and "from" in rest:
+        role, content = rest.pop("from"), rest.pop("value", None)
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        if role not in _ROLES:
+            known = ", ".join((*_SHAREGPT_ROLES, *_ROLES))
+            raise _Unusable(f"{name} is from {short(role)}, which is no known role", f"use one of {known}")
+    if content is None and rest.get("tool_calls"):
+        content = ""
+    for key, found in (("role", role), ("content", content)):
+        if not isinstance(found, str):
+            if found is None and key not in message:
+                raise _Unusable(f"{name} has no {key}, only {short(sorted(message))}", f"add {key}, a string")
+            raise _Unusable(f"{name} has a {key} that is {_kind(found)}, not a string", "write it as a string")
+    return {"role": role, "content": content, **rest}
+
+
+def _check_answers(messages: Sequence[dict[str, Any]], settings: SourceConfig, prefix: str, name: str) -> None:
+    if settings.loss_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
+        raise _Unusable(
+            f"field {name!r} has no message of the assistant, so no token has a loss",
+            f"remove the record, or set {prefix}loss_on=all",
+        )
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """Returns the tools of a chat, from a list of objects or, as in tables, its JSON text."""
+    tools = value.get(TOOLS)
+    if tools is None or tools == "":
+        return None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise _Unusable(f"field {TOOLS!r} is a string that is not JSON", "give a list of objects") from error
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise _Unusable(f"field {TOOLS!r} is not a list of objects", "correct it, or remove the field")
+    _check_surrogates(tools, TOOLS)
+    return tuple(dict(tool) for tool in tools) or None
+
+
+def _array(value: Any, name: str, remedy: str) -> np.ndarray:
+    """Returns a list of numbers as an array of one dimension."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise _Unusable(f"field {name!r} is {_kind(value)}, not a list of numbers", remedy)
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError):  # lists of several lengths
+        array = np.zeros((0, 0))
+    if array.ndim != 1:
+        raise _Unusable(f"field {name!r} is nested, not a list of numbers", remedy)
+    return array
+
+
+def _first(values: Any, is_odd: Callable[[Any], bool]) -> str:
+    """Returns the first of the values that is odd, as shown in messages."""
+    return short(next(filter(is_odd, np.asarray(values, object).tolist())))

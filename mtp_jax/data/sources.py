@@ -1,34 +1,15 @@
-"""Sources of documents: the standard library, files, a TFDS dataset, or synthetic texts."""
+"""Sources of documents: the standard library, files, a dataset of TFDS or Hugging Face, or synthetic texts."""
 
-import contextlib
 import dataclasses
 import functools
-import io
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
-
-from absl import logging
 
 from mtp_jax import storage
 from mtp_jax.config import DataConfig, UserError
-from mtp_jax.data import cache, documents
-from mtp_jax.errors import first_line
-
-if TYPE_CHECKING:  # slow to import, and not needed once the tokens are in the cache
-    from tensorflow_datasets.core import DatasetBuilder
-    from tensorflow_datasets.core.features import FeatureConnector
-
-_READ_AT_ONCE = 64  # records
-
-
-class Records(Protocol):
-    """A data source of TFDS."""
-
-    def __len__(self) -> int: ...
-    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, object]]: ...
+from mtp_jax.data import cache, documents, files, formats, synthetic
+from mtp_jax.data.records import Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +48,42 @@ def open_source(data: DataConfig, seed: int) -> Source:
     if data.source == "text_files":
         return _text_files(data)
     if data.source == "synthetic":
-        read = functools.partial(documents.synthetic_documents, data.synthetic_documents, seed)
+        read = functools.partial(synthetic.synthetic_documents, data.synthetic_documents, seed)
         return Source("synthetic", cache.key_of("synthetic", 1, data.synthetic_documents, seed), read)
-    return _tfds_dataset(data)
+    return _dataset(data)
 
 
 def _python_source(data: DataConfig) -> Source:
-    paths = documents.stdlib_files()
+    paths = files.stdlib_files()
     key = cache.key_of("python_source", 1, sys.version, _stamps(paths, "python_source"))
-    read = functools.partial(documents.python_documents, paths)
-    return Source("python_source", key, functools.partial(_read_own, data, key, read))
+    read = functools.partial(files.python_records, paths)
+    return Source("python_source", key, functools.partial(_texts, data, read, "data.source=python_source"))
 
 
 def _text_files(data: DataConfig) -> Source:
-    paths = documents.match_files(data.files)
-    settings = (data.text_field, data.max_document_chars)
-    key = cache.key_of("text_files", 1, settings, _stamps([os.fspath(storage.path(p)) for p in paths], "data.files"))
-    read = functools.partial(documents.text_documents, paths, *settings)
-    return Source(f"data.files={data.files}", key, functools.partial(_read_own, data, key, read))
+    paths = files.match_files(data.files)
+    settings = (data.text_field, data.max_document_chars, data.records, data.on_bad_record)
+    key = cache.key_of("text_files", 2, settings, _stamps([os.fspath(storage.path(p)) for p in paths], "data.files"))
+    read = functools.partial(formats.read_files, paths, data)
+    return Source(f"data.files={data.files}", key, functools.partial(_texts, data, read, "data.files"))
+
+
+def _dataset(data: DataConfig) -> Source:
+    """A dataset of TFDS or Hugging Face."""
+    from mtp_jax.data import tfds_source
+
+    opened = tfds_source.tfds_records(data, data.tfds_dir)
+    key = cache.key_of("tfds", 2, data.text_field, data.records, data.on_bad_record, *opened.key)
+    name = f"data.source={data.source}"
+    return Source(name, key, functools.partial(_texts, data, opened.read, name))
+
+
+def _texts(data: DataConfig, read: Callable[[], Records], where: str) -> Iterator[str]:
+    """Yields the texts of a source."""
+    for document in documents.accepted(documents.documents(read(), data), data.on_bad_record, where):
+        if not isinstance(document, documents.Text):
+            raise UserError(f"data.records={data.records}: the token store takes texts; set data.records=text")
+        yield document.text
 
 
 def _stamps(paths: Sequence[str], where: str) -> list[tuple[int | str, ...]]:
@@ -99,128 +98,3 @@ def _stamps(paths: Sequence[str], where: str) -> list[tuple[int | str, ...]]:
                 f"{where}: {path}: cannot be read ({reason}); repair it, or remove it from the list"
             ) from error
     return stamps
-
-
-def _read_own(data: DataConfig, key: str, read: Callable[[], Iterator[tuple[str, str]]]) -> Iterator[str]:
-    """Yields texts of files through a TFDS dataset, prepared in the cache first if it is not there."""
-    import tensorflow_datasets as tfds
-
-    source = f"data.files={data.files}" if data.source == "text_files" else f"data.source={data.source}"
-
-    def prepare(folder: pathlib.Path) -> None:
-        from mtp_jax.data import builders
-
-        with _quiet():
-            builders.Documents(source, read, data_dir=folder, file_format="array_record").download_and_prepare()
-
-    folder = cache.entry(cache.root(data) / "sources", key, prepare)
-    # The builder that is opened depends on the files alone, not on the code that wrote them
-    (directory,) = [path.parent for path in folder.rglob("dataset_info.json")]
-    yield from _texts(tfds.builder_from_directory(directory).as_data_source(split="train"), "text", data.source)
-
-
-def _tfds_dataset(data: DataConfig) -> Source:
-    """A TFDS dataset by name, or by the folder it was prepared in."""
-    builder = _open_builder(data)
-    _check_text_feature(builder.info.features, data)
-    try:
-        records = builder.as_data_source(split=data.split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"data.source={data.source}: prepared as {builder.info.file_format.value} in {builder.data_dir}; prepare "
-            f"it again with `tfds build {data.source} --file_format=array_record` and another data.tfds_dir"
-        ) from error
-    except Exception as error:
-        splits = ", ".join(builder.info.splits)
-        raise UserError(f"data.split={data.split}: not a split of {data.source}; it has {splits}") from error
-    info_file = builder.data_path / "dataset_info.json"
-    key = cache.key_of(
-        "tfds",
-        1,
-        str(builder.data_dir),
-        builder.info.full_name,
-        data.split,
-        data.text_field,
-        len(records),
-        info_file.read_text(),
-        info_file.stat().mtime,
-    )
-    name = f"data.source={data.source}"
-    return Source(name, key, lambda: _texts(records, data.text_field, name))
-
-
-def _open_builder(data: DataConfig) -> "DatasetBuilder":
-    """Returns the prepared builder of data.source."""
-    import tensorflow_datasets as tfds
-
-    where = f" under data.tfds_dir={data.tfds_dir}" if data.tfds_dir else ""
-    try:
-        if os.path.isfile(os.path.join(data.source, "dataset_info.json")):
-            return tfds.builder_from_directory(data.source)
-        with _quiet():
-            builder = tfds.builder(data.source, data_dir=data.tfds_dir or None)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise UserError(
-            f"data.source={data.source}: no such source, and TFDS has no builder and no prepared dataset of this "
-            f"name{where}; the built-in sources are python_source, text_files and synthetic"
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"data.source={data.source}: TFDS cannot open it{where} ({first_line(error)}); give the name or the folder "
-            "of a TFDS dataset, or one of python_source, text_files and synthetic"
-        ) from error
-    if builder.is_prepared():
-        return builder
-    try:
-        with _quiet():
-            builder.download_and_prepare(file_format="array_record")
-    except Exception as error:
-        raise UserError(
-            f"data.source={data.source}: not prepared in {builder.data_dir}, and preparing it failed "
-            f"({first_line(error)}); run `tfds build {data.source} --file_format=array_record` where it can be "
-            "downloaded"
-        ) from error
-    return builder
-
-
-def _check_text_feature(features: "FeatureConnector", data: DataConfig) -> None:
-    import tensorflow_datasets as tfds
-
-    available = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
-    feature = available.get(data.text_field)
-    if isinstance(feature, tfds.features.Text):
-        return
-    if isinstance(feature, tfds.features.Tensor) and feature.shape == () and feature.np_dtype in (object, str):
-        return
-    shown = ", ".join(f"{name} ({type(f).__name__})" for name, f in available.items()) or type(features).__name__
-    problem = "is not text" if feature is not None else f"is not a feature of {data.source}"
-    raise UserError(f"data.text_field={data.text_field}: {problem}; the features are {shown}")
-
-
-def _texts(records: Records, field: str, name: str) -> Iterator[str]:
-    """Yields the text of each record that has one."""
-    for start in range(0, len(records), _READ_AT_ONCE):
-        batch = records.__getitems__(list(range(start, min(start + _READ_AT_ONCE, len(records)))))
-        for i, record in enumerate(batch, start):
-            value = record[field]
-            try:
-                text = value.decode() if isinstance(value, bytes) else str(value)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{name}: record {i}: feature {field!r} is not UTF-8 ({error.reason})") from error
-            if text:
-                yield text
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses TFDS's progress bars and notices, which would hide the run's own output."""
-    import tensorflow_datasets as tfds
-
-    tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_jax import storage
-from mtp_jax.config import UserError
-from mtp_jax.data import documents
+from mtp_jax.config import DataConfig, UserError
+from mtp_jax.data import documents, files, synthetic
+from mtp_jax.data.formats import read_files
+from mtp_jax.data.formats.text import split_lines
 
 
 @given(st.lists(st.text("ab \n\r", max_size=30)), st.integers(1, 40))
 def test_cut_loses_nothing(pieces, max_chars):
     lines = "\n\n".join(pieces).splitlines(keepends=True)
-    split = list(documents.split_lines(lines, max_chars))
+    split = list(split_lines(lines, max_chars))
     assert "".join(split) == "".join(lines)
     assert all(split)
     for document in split:  # only a single line may be longer
@@ -23,7 +25,7 @@ def test_cut_loses_nothing(pieces, max_chars):
 
 def test_splits_are_at_blank_lines_first():
     text = "one\ntwo\n\nthree\nfour\n\nfive\nsix\n"
-    assert list(documents.split_lines(text.splitlines(keepends=True), 16)) == [
+    assert list(split_lines(text.splitlines(keepends=True), 16)) == [
         "one\ntwo\n\n",
         "three\nfour\n\n",
         "five\nsix\n",
@@ -37,7 +39,7 @@ def test_real_text_is_cut_without_loss(real_data, tmp_path):
     unix_style = b"\r\n" + content.replace(b"\n", b"\r\n")[:300_000] + "é\u2028".encode()
     (tmp_path / "dos.txt").write_bytes(unix_style)
     for name, whole in [(path, content), (str(tmp_path / "dos.txt"), unix_style)]:
-        texts = [text for _, text in documents.text_documents([name], "text", 4000)]
+        texts = [record.value for record in read_files([name], DataConfig(max_document_chars=4000))]
         assert "".join(texts).encode() == whole
         assert max(map(len, texts)) <= 4000
         assert sum(text.endswith(("\n\n", "\r\n\r\n")) for text in texts[:-1]) == len(texts) - 1
@@ -49,11 +51,11 @@ def test_globs(tmp_path, monkeypatch):
         (tmp_path / name).write_text("x")
     monkeypatch.chdir(tmp_path)
     deep = os.path.join("deep", "er", "c.txt")
-    assert documents.match_files("*.txt") == ["a.txt", "b.txt", "odd[1].txt"]
-    assert documents.match_files("b.txt, *.txt ,deep/**") == ["b.txt", "a.txt", "odd[1].txt", "deep/d.md", deep]
-    assert documents.match_files("('a.txt', '**/*.md')") == ["a.txt", "deep/d.md"]
-    assert documents.match_files("['odd[1].txt']") == ["odd[1].txt"]
-    for files, problem in [
+    assert files.match_files("*.txt") == ["a.txt", "b.txt", "odd[1].txt"]
+    assert files.match_files("b.txt, *.txt ,deep/**") == ["b.txt", "a.txt", "odd[1].txt", "deep/d.md", deep]
+    assert files.match_files("('a.txt', '**/*.md')") == ["a.txt", "deep/d.md"]
+    assert files.match_files("['odd[1].txt']") == ["odd[1].txt"]
+    for pattern, problem in [
         ("", "data.files is empty"),
         (" , ", "data.files is empty"),
         ("*.rst", r"data.files=\*.rst: matches no file"),
@@ -63,20 +65,24 @@ def test_globs(tmp_path, monkeypatch):
         ("(1, 2)", "not a tuple of strings"),
     ]:
         with pytest.raises(UserError, match=problem):
-            documents.match_files(files)
+            files.match_files(pattern)
 
 
 def test_json_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes('\ufeff{"body": "first \u2028 line"}\r\n\n{"body": ""}\n{"body": "last", "n": 1}'.encode())
-    found = list(documents.text_documents([str(path)], "body", 10))
-    assert found == [(f"{path}:1", "first \u2028 line"), (f"{path}:4", "last")]
+    settings = DataConfig(text_field="body")
+    found = list(documents.documents(read_files([str(path)], settings), settings))
+    assert found == [
+        documents.Text("first \u2028 line", f"{path} line 1"),
+        documents.Text("last", f"{path} line 4"),
+    ]
 
 
 def test_synthetic_documents_are_a_function_of_the_seed():
-    first, again, other = (list(documents.synthetic_documents(50, seed)) for seed in (0, 0, 1))
+    first, again, other = (list(synthetic.synthetic_documents(50, seed)) for seed in (0, 0, 1))
     assert first == again != other
-    assert list(documents.synthetic_documents(20, 0)) == first[:20]
+    assert list(synthetic.synthetic_documents(20, 0)) == first[:20]
     assert len(set(first)) == 50
     kinds = ("copy ", "reverse ", "count: ", " + ")
     assert all(any(kind in "".join(first) for kind in kinds) for kind in kinds)
@@ -90,10 +96,11 @@ def test_files_in_an_object_store(bucket):
     root = storage.path(bucket.url) / "books"
     for name, text in (("a.txt", "one\r\n"), ("sub/b.txt", "two\n"), ("c.jsonl", '{"text": "three"}\n')):
         storage.write_text(root / name, text)
-    paths = documents.match_files(f"{bucket.url}/books/**/*.txt,{bucket.url}/books/c.jsonl")
+    paths = files.match_files(f"{bucket.url}/books/**/*.txt,{bucket.url}/books/c.jsonl")
     assert paths == [f"{bucket.url}/books/{name}" for name in ("a.txt", "sub/b.txt", "c.jsonl")]
-    assert [text for _, text in documents.text_documents(paths, "text", 100)] == ["one\r\n", "two\n", "three"]
+    found = documents.documents(read_files(paths, DataConfig()), DataConfig())
+    assert [document.text for document in found] == ["one\r\n", "two\n", "three"]
     with pytest.raises(UserError, match=f"data.files={bucket.url}/books: matches no object; for a folder, write"):
-        documents.match_files(f"{bucket.url}/books")
+        files.match_files(f"{bucket.url}/books")
     with pytest.raises(UserError, match="ftp:// is not supported"):
-        documents.match_files("ftp://x/*")
+        files.match_files("ftp://x/*")

@@ -170,7 +170,7 @@ def test_unusable_files_surface_as_one_error(make_config, tmp_path, name, conten
     assert problem in message
     if "line" in problem or "UTF-8" in problem:
         assert str(tmp_path / name) in message
-    left = [p for p in os.listdir(os.path.join(config.data.cache_dir, "sources")) if p[0] == "." and p[-5:] != ".lock"]
+    left = [p for p in os.listdir(os.path.join(config.data.cache_dir, "tokens")) if p[0] == "." and p[-5:] != ".lock"]
     assert left == []  # nothing half-made stays behind
 
 
