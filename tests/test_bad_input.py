@@ -279,7 +279,7 @@ DATA = {
     ),
     "a pipe": ("a.txt", os.mkfifo, ["a.txt is a device or a pipe, not a file", "leave it out"]),
     "a link": ("a.txt", link("none"), ["a.txt: cannot be read (No such file or directory)", "remove it from the list"]),
-    "no text": ("a.txt", "", ["a.txt: holds no text", "give files"]),
+    "no text": ("a.txt", "", ["a.txt: holds no text", "give documents"]),
 }
 TOKENIZERS = {
     "no tokens": (tokenizer({}), ["t.json: its vocabulary is empty", "give a tokenizer.json with tokens"]),

@@ -19,7 +19,7 @@ def read_lines(path: str, file: Iterable[bytes], settings: SourceConfig) -> Reco
     """Yields the object of each line that is not blank."""
     # bytes, so that lines end at \n only: str.splitlines would also split at U+2028 inside a string
     for number, line in enumerate(file, 1):
-        if line.strip():
+        if (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
             yield object_of(f"{path} line {number}", line, settings, is_first=number == 1)
 
 
