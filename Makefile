@@ -73,7 +73,7 @@ $(VENV)/eval.stamp: requirements-eval.txt $(VENV)/run.stamp
 	$(PIP) -r requirements-eval.txt
 	@touch $@
 
-$(VENV)/dev.stamp: requirements-dev.txt requirements-eval.txt requirements-cloud.txt $(VENV)/run.stamp
+$(VENV)/dev.stamp: requirements-dev.txt requirements-eval.txt requirements-cloud.txt requirements-sentencepiece.txt $(VENV)/run.stamp
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

@@ -165,12 +165,14 @@ def with_own_tokenizer(values: dict[str, Any], workdir: epath.Path) -> dict[str,
     workdir; folders may have been moved since.
     """
     values = {key: value for key, value in values.items() if key != "history"}
-    own, data = workdir / "hf" / "tokenizer.json", values.get("data")
+    data = values.get("data")
     named = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(named, str) or named == "bytes" or storage.exists(storage.path(os.path.expanduser(named))):
         return values
-    if not storage.is_file(own):
+    names = (name for name in ("tokenizer.json", "tokenizer.model") if storage.is_file(workdir / "hf" / name))
+    if (name := next(names, None)) is None:
         return values
+    own = workdir / "hf" / name
     print(f"data.tokenizer={named} is gone; using {own}", file=sys.stderr)
     return {**values, "data": {**values["data"], "tokenizer": str(own)}}
 

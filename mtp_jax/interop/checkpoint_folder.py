@@ -163,7 +163,7 @@ def write_model(
       sides: `hf/` of the workdir, if the model was imported or given a tokenizer.
       family: the layout to write; None: the imported one, or else one that represents the model.
       dtype: a key of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
-      tokenizer: tokenizer.json that the model was trained with, if `sides` does not contain it.
+      tokenizer: tokenizer.json or SentencePiece .model that the model was trained with, if `sides` does not contain it.
       progress: called with the number of elements of each tensor written.
 
     Returns:
@@ -183,8 +183,9 @@ def write_model(
     with storage.fresh_folder(target, num_bytes) as partial:
         _copy_sides(sides, partial)
         if tokenizer is not None:
-            storage.remove(partial / "tokenizer.json")
-            storage.copy(tokenizer, partial / "tokenizer.json")
+            name = "tokenizer.model" if str(tokenizer).endswith(".model") else "tokenizer.json"
+            storage.remove(partial / name)
+            storage.copy(tokenizer, partial / name)
 
         def counted() -> Iterator[tuple[str, np.ndarray]]:
             written = weights.their_arrays(arrays, listed, {n: DTYPES[d] for n, d in dtypes.items()})

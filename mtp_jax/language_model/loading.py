@@ -63,8 +63,9 @@ def _from_folder(
     context = config_json.longest_text(opened.values, str(path / "config.json"))  # the model's, not that of a run
     config = with_values(opened.config, changes | {"data.sequence_length": context})
     params, biases = place(opened.arrays, _abstract(config, mesh)).values()
-    has_tokenizer = storage.is_file(path / "tokenizer.json")
-    tokenizer = data.load_tokenizer(str(path)) if has_tokenizer else None
+    tokenizer = None
+    if data.find_tokenizer(path) is not None:
+        tokenizer, config = data.load_tokenizer(str(path)), with_values(config, {"data.tokenizer": str(path)})
     eos_ids = _eos_ids(path, config.model.vocab_size or 0)
     return LanguageModel(config, params, biases, tokenizer, mesh, eos_ids=eos_ids)
 

@@ -63,17 +63,18 @@ def import_(args: argparse.Namespace) -> None:
     """Converts a Hugging Face folder into a workdir with one checkpoint, step 0, of weights only."""
     from flax.traverse_util import flatten_dict
 
+    from mtp_jax.data import find_tokenizer
     from mtp_jax.interop import checkpoint_folder as folder
     from mtp_jax.training import workdir as workdirs
     from mtp_jax.training.checkpoint import CheckpointError, write_streamed
 
     ignore = tuple(name for name in args.ignore.split(",") if name)
     workdir = storage.path(args.workdir, "--workdir")
-    has_tokenizer = storage.is_file(storage.path(args.hf, "--hf") / "tokenizer.json")
+    tokenizer = find_tokenizer(storage.path(args.hf, "--hf"))
     storage.refuse_existing(args.workdir)
     model = folder.open_model(args.hf, args.family, ignore, args.depth, args.dtype)
     if args.check is not None:
-        _refuse_check(args.check, args.hf, has_tokenizer, model.config)
+        _refuse_check(args.check, args.hf, tokenizer is not None, model.config)
     leaves = list(flatten_dict(model.arrays).values())
     num_bytes = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
     print(f"{args.hf}: {describe(model.config)}")
@@ -84,12 +85,12 @@ def import_(args: argparse.Namespace) -> None:
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(partial), args.workdir)) from error
         # Set even if the folder has no tokenizer, so that a run fails instead of reading bytes.
-        tokenizer = workdir / "hf" / "tokenizer.json"
-        config = with_values(model.config, {"data.tokenizer": str(tokenizer)})
+        name = "tokenizer.json" if tokenizer is None else tokenizer.name
+        config = with_values(model.config, {"data.tokenizer": str(workdir / "hf" / name)})
         text = json.dumps(to_dict(config), indent=2) + "\n"
         storage.write_text(partial / workdirs.CONFIG_FILE, text)
     print(f"{args.workdir}: config.json, checkpoints/0, hf/ (what travels to an export)")
-    if not has_tokenizer:
+    if tokenizer is None:
         print(f"note: there is no tokenizer.json; set data.tokenizer in {args.workdir}/config.json before its next use")
     if args.check is not None:
         from mtp_jax.evaluation import conventions
@@ -137,11 +138,14 @@ def export(args: argparse.Namespace) -> None:
 
 
 def _tokenizer_file(config: Config) -> epath.Path | None:
-    """Returns the tokenizer.json of the model's training; None for bytes, or if an import had none."""
+    """Returns the tokenizer file of the model's training; None for bytes, or if an import had none."""
+    from mtp_jax.data import find_tokenizer
+
     if config.data.tokenizer == "bytes":
         return None
     path = storage.path(os.path.expanduser(config.data.tokenizer))
-    path = path / "tokenizer.json" if storage.is_dir(path) else path
+    if storage.is_dir(path):
+        return find_tokenizer(path)
     return path if storage.is_file(path) else None
 
 

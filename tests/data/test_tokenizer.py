@@ -183,3 +183,89 @@ def test_unusable_files_are_one_line(tmp_path):
             load_tokenizer(path)
         message = str(caught.value)
         assert message.startswith(f"data.tokenizer={path}: {problem}") and "\n" not in message
+
+
+def test_special_tokens_spelled_in_a_text_count_where_they_are_asked_for(saved):
+    tokenizer = saved(byte_level(["<|endoftext|>", "<|im_end|>"]))
+    text = "a<|im_end|> b<|endoftext|>"
+    ids = tokenizer.encode(text, special_tokens=True).tolist()
+    a, b = (tokenizer.encode(part).tolist() for part in ("a", " b"))
+    assert ids == [*a, 1, *b, 0] and not {0, 1} & set(tokenizer.encode(text).tolist())
+    np.testing.assert_array_equal(ByteTokenizer().encode("<s>", special_tokens=True), list(b"<s>"))
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+@pytest.mark.parametrize("make", [sentencepiece.llama_style, sentencepiece.unigram_style, byte_level, None])
+def test_offsets_are_the_characters_of_each_id(saved, make, special_tokens):
+    tokenizer = saved(make(["<s>"]) if make is byte_level else make()) if make else ByteTokenizer()
+    for text in [*TEXTS[:2], "the café <s>🙂 is 漢字", ""]:
+        ids, offsets = tokenizer.encode_with_offsets(text, special_tokens)
+        np.testing.assert_array_equal(ids, tokenizer.encode(text, special_tokens))
+        assert offsets.shape == (len(ids), 2) and offsets.dtype == np.int64 and ids.dtype == np.int32
+        assert np.all(np.diff(offsets[:, 0]) >= 0) and np.all((0 <= offsets) & (offsets <= len(text)))
+        covered = {i for first, end in offsets for i in range(first, end)}
+        assert {i for i, character in enumerate(text) if not character.isspace()} <= covered
+        if special_tokens and "<s>" in text and make:
+            (at,) = np.flatnonzero(ids == tokenizer.special_id("<s>"))
+            assert text[slice(*offsets[at])] == "<s>"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# SentencePiece
+
+
+def model_file(folder, **options):
+    """The path of a SentencePiece model, trained here."""
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    numbers = {"vocab_size": 340, "byte_fallback": True, "remove_extra_whitespaces": False}
+    numbers |= {"normalization_rule_name": "identity", "minloglevel": 2, "hard_vocab_limit": False, **options}
+    lines = [line for text in [*sentencepiece.TEXTS, *TEXTS] for line in text.splitlines()]
+    trainer.train(sentence_iterator=iter(lines * 5), model_prefix=str(folder / "tokenizer"), **numbers)
+    return folder / "tokenizer.model"
+
+
+PIECES = [{"model_type": "bpe"}, {"model_type": "unigram"}, {"model_type": "bpe", "add_dummy_prefix": False}]
+
+
+@pytest.mark.parametrize("options", PIECES, ids=["bpe", "unigram", "no prefix"])
+def test_a_sentencepiece_model_encodes_and_decodes_as_its_package_does(tmp_path, options):
+    path = model_file(tmp_path, user_defined_symbols=["<|im_end|>"], control_symbols=["<ctl>"], **options)
+    oracle = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=str(path))
+    tokenizer = load_tokenizer(str(tmp_path))  # the folder
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, oracle.vocab_size())
+    for text in [*TEXTS, *sentencepiece.TEXTS, "  Bob 漢字 🙂🙂 at 3", "a<|im_end|>  b <ctl><s>", "", " "]:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32 and ids.tolist() == oracle.encode(text)
+        np.testing.assert_array_equal(tokenizer.encode_batch([text, "a"])[0], ids)
+        assert tokenizer.decode([1, *ids, 2, 10**6]) == oracle.decode(ids.tolist()) == text
+        extra = int(options.get("add_dummy_prefix", True) and text != "")
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode()) + extra
+        offsets = tokenizer.encode_with_offsets(text)[1]
+        assert "".join(text[a:b] for a, b in dict.fromkeys(map(tuple, offsets.tolist()))) == text
+    assert tokenizer.special_id("<ctl>") == 3 and tokenizer.special_id("<|im_end|>") is None
+    assert tokenizer.token_bytes[[0, 1, 2, 3]].sum() == 0
+    assert tokenizer.fingerprint != load_tokenizer("bytes").fingerprint
+
+
+@pytest.mark.parametrize("options", PIECES, ids=["bpe", "unigram", "no prefix"])
+def test_sentencepiece_texts_in_two_parts_and_special_tokens(tmp_path, options):
+    tokenizer = load_tokenizer(str(model_file(tmp_path, control_symbols=["<ctl>"], **options)))
+    for text in [*sentencepiece.TEXTS, "  Bob 漢字 🙂🙂 at 3"]:
+        ids = tokenizer.encode(text).tolist()
+        for n in range(len(ids) + 1):
+            before = tokenizer.decode(ids[:n])
+            if "\ufffd" not in before and "\ufffd" not in tokenizer.decode_after(ids[:n], ids[n:]):
+                assert before + tokenizer.decode_after(ids[:n], ids[n:]) == text
+    text = "the café<ctl>is open</s><s> 漢 Bob"
+    ids, offsets = tokenizer.encode_with_offsets(text, special_tokens=True)
+    parts = [tokenizer.encode("the café").tolist(), 3, None, 2, 1, None]
+    assert ids.tolist()[: len(parts[0]) + 1] == [*parts[0], 3]
+    assert [text[a:b] for (a, b), i in zip(offsets, ids, strict=True) if i in (1, 2, 3)] == ["<ctl>", "</s>", "<s>"]
+    assert tokenizer.decode(ids) == text.replace("<ctl>", "").replace("</s>", "").replace("<s>", "")
+    assert not {1, 2, 3} & set(tokenizer.encode(text).tolist())
+
+
+def test_unusable_models_are_one_line(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # of tiktoken, under the same name
+    with pytest.raises(UserError, match="tokenizer.model: not a readable SentencePiece model .*; use a tokenizer.json"):
+        load_tokenizer(str(tmp_path))
