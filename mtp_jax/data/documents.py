@@ -222,7 +222,8 @@ def _weights(value: Any, settings: SourceConfig, prefix: str, num_tokens: int) -
         raise _Unusable(f"field {name!r} holds {odd}, which is no weight", "give one number per token")
     if len(weights) != num_tokens:
         raise _Unusable(f"field {name!r} has {len(weights)} weights for {num_tokens} tokens", "give one per token")
-    weights = weights.astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite in float32
+        weights = weights.astype(np.float32)
     bad = ~(np.isfinite(weights) & (weights >= 0))
     if bad.any():
         i = int(np.argmax(bad))
