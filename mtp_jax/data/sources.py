@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mtp_jax import storage
 from mtp_jax.config import DataConfig, UserError
-from mtp_jax.data import cache, documents, files, formats, synthetic
+from mtp_jax.data import cache, documents, files, formats, huggingface, synthetic, tfds_source
 from mtp_jax.data.records import Records
 
 
@@ -70,10 +70,11 @@ def _text_files(data: DataConfig) -> Source:
 
 def _dataset(data: DataConfig) -> Source:
     """A dataset of TFDS or Hugging Face."""
-    from mtp_jax.data import tfds_source
-
-    opened = tfds_source.tfds_records(data, data.tfds_dir)
-    key = cache.key_of("tfds", 2, data.text_field, data.records, data.on_bad_record, *opened.key)
+    if data.source.startswith(huggingface.SCHEME):
+        opened = huggingface.hf_records(data)
+    else:
+        opened = tfds_source.tfds_records(data, data.tfds_dir)
+    key = cache.key_of("dataset", 2, data.source, data.text_field, data.records, data.on_bad_record, *opened.key)
     name = f"data.source={data.source}"
     return Source(name, key, functools.partial(_texts, data, opened.read, name))
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mtp_jax.config import DataConfig, UserError
-from mtp_jax.data import prepare, sources
+from mtp_jax.data import documents, prepare, sources, tfds_source
 
 
 class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -33,11 +33,35 @@ class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield i, {"text": f"{num} tiny text number {i} é\n" * 3, "label": i % 2}
 
 
+class TinyForms(TinyTexts, skip_registration=True):
+    """Records with features of several parts."""
+
+    name = "tiny_forms"
+
+    def _info(self):
+        message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+        features = {
+            "messages": tfds.features.Sequence(message),
+            "ids": tfds.features.Sequence(np.int64),
+            "doc": {"body": tfds.features.Text(), "label": tfds.features.Scalar(np.float32)},
+        }
+        info = tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+        return info
+
+    def _generate_examples(self, num):
+        for i in range(num):
+            messages = [{"role": "user", "content": f"é {i}"}, {"role": "assistant", "content": str(i)}]
+            yield i, {"messages": messages, "ids": [i, 2, 3], "doc": {"body": f"body {i}", "label": 0.5}}
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     tfds.disable_progress_bar()
-    TinyTexts(data_dir=folder, file_format="array_record").download_and_prepare()
+    for builder in (TinyTexts, TinyForms):
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
@@ -57,8 +81,28 @@ def test_tfds_dataset_by_name(make_config, tfds_dir):
     assert len(half.store) == 40
 
 
+def test_tfds_records_of_every_form(tfds_dir):
+    def made(**settings):
+        settings = DataConfig(source="tiny_forms", **settings)
+        return list(documents.documents(tfds_source.tfds_records(settings, str(tfds_dir)).read(), settings))
+
+    texts = made(text_field="doc.body")
+    assert texts[79] == documents.Text("body 79", "data.source=tiny_forms record 80") and len(texts) == 80
+    chats = made(records="chat")
+    assert [chat.messages[0] for chat in chats] == [{"role": "user", "content": f"é {i}"} for i in range(80)]
+    assert [tokens.ids.tolist() for tokens in made(records="tokens", tokens_field="ids")][::79] == [
+        [0, 2, 3],
+        [79, 2, 3],
+    ]
+    (first, *_) = tfds_source.tfds_records(DataConfig(source="tiny_forms", text_field="doc.body"), str(tfds_dir)).read()
+    assert first.value["doc"] == {"body": "body 0", "label": 0.5}
+    with pytest.raises(UserError, match="data.x.text_field=doc.label: is not text; the features are "):
+        settings = DataConfig(source="tiny_forms", text_field="doc.label")
+        tfds_source.tfds_records(settings, str(tfds_dir), "data.x.")
+
+
 def test_tfds_dataset_by_folder(make_config, tfds_dir):
-    (info,) = tfds_dir.rglob("dataset_info.json")
+    (info,) = (tfds_dir / "tiny_texts").rglob("dataset_info.json")
     assert len(prepare(make_config(source=str(info.parent))).store) == 80
 
 
@@ -78,7 +122,7 @@ def test_tfds_errors(make_config, tfds_dir):
 
 
 def test_tfds_dataset_in_a_format_without_random_access(make_config, tfds_dir, tmp_path):
-    (info,) = tfds_dir.rglob("dataset_info.json")
+    (info,) = (tfds_dir / "tiny_texts").rglob("dataset_info.json")
     folder = tmp_path / "tiny_texts" / "1.2.0"
     folder.mkdir(parents=True)
     (folder / "features.json").write_text((info.parent / "features.json").read_text())
@@ -144,6 +188,20 @@ def test_changed_files_are_read_anew(make_config, tmp_path):
     assert b"first" in bytes(first.store.document(0)[1:-1].astype(np.uint8))
     assert b"other" in bytes(other.store.document(0)[1:-1].astype(np.uint8))
     assert first.fingerprint != other.fingerprint
+
+
+def test_records_that_are_skipped(make_config, tmp_path, capfd):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n{{"body": 1}}\n' for i in range(100)))
+    files = {"source": "text_files", "files": str(tmp_path / "a.jsonl"), "batch_size": 2}
+    corpus = prepare(make_config(on_bad_record="skip", **files))
+    assert len(corpus.store) == 100
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"note: data.files: 100 of 200 records skipped: {tmp_path}/a.jsonl line 2: has no field")
+    message = error_of(make_config(on_bad_record="stop", **files))
+    assert message.startswith(f"data.files: {tmp_path}/a.jsonl line 2: has no field 'text', only ['body']; set ")
+    assert message.endswith("; or set data.on_bad_record=skip")
+    (tmp_path / "a.jsonl").write_text('{"body": 1}\n' * 3)
+    assert "none of its 3 records can be used" in error_of(make_config(on_bad_record="skip", **files))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +293,7 @@ def test_warm_start_needs_no_tfds(make_config):
         from mtp_jax.config import from_dict
         from mtp_jax.data import prepare
         prepare(from_dict({{"data": {config.data.__dict__!r}}}, "test"))
-        assert "tensorflow_datasets" not in sys.modules and "tokenizers" not in sys.modules
+        assert not {{"tensorflow_datasets", "tokenizers", "pyarrow", "datasets"}} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=60)
 
