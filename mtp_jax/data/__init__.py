@@ -8,6 +8,7 @@
 The batch of step n depends on the config, the seed and n alone: not on the number of processes or workers, nor on
 where a run was interrupted. Models of different depth D read the same T + 1 tokens per row.
 
+    chat.py        chats as ids and loss weights (template_sandbox.py renders them)
     tokenizer/     bytes, a Hugging Face tokenizer.json, a SentencePiece .model
     files.py       names of files              formats/        files to records, one format per file
     tfds_source.py, huggingface.py  datasets   records.py      the records of all of them
@@ -19,6 +20,7 @@ where a run was interrupted. Models of different depth D read the same T + 1 tok
     pipeline.py    rows to batches             corpus.py       all of these from a config
 """
 
+from mtp_jax.data.chat import ChatError, ChatTemplate, Message
 from mtp_jax.data.corpus import Corpus, prepare
 from mtp_jax.data.packing import Row
 from mtp_jax.data.pipeline import Batch, Batches, BatchIterator
