@@ -1,6 +1,7 @@
 """`mtp_jax.load` as people use it, on a model trained for a few seconds."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -10,9 +11,12 @@ import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.config import MeshConfig, UserError
 from mtp_jax.data import ByteTokenizer, load_tokenizer
+from mtp_jax.interop.checkpoint_folder import write_model
 from mtp_jax.language_model import LanguageModel, texts
 from mtp_jax.mtp import kind_of
 from tests import sentencepiece
+from tests.data.chat_templates import SPECIAL, TEMPLATES, assistant, user
+from tests.data.test_tokenizer import byte_level
 from tests.decoding.models import MLA, build, parallel, replace
 from tests.decoding.trained import CONTEXT, train_small
 
@@ -164,6 +168,87 @@ def test_a_stop_string_is_found_with_the_blank_it_begins_with(blanks):
         assert text == uncut.split(stop)[0]
         assert stop not in blanks.tokenizer.decode_after(before, tokens[:-1])  # none more than completes it
     assert "" in out.texts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# chat
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """A Hugging Face folder with random weights, a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "hf"
+    made = byte_level(SPECIAL)
+    built = build(replace(MLA, vocab_size=-(-made.get_vocab_size() // 8) * 8), context=256)
+    write_model(folder, built.config, {"params": built.params, "biases": built.biases}, family="deepseek_v3")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chatting(chat_folder):
+    return mtp_jax.load(chat_folder)
+
+
+def test_special_tokens_of_a_prompt_count_where_they_are_asked_for(chatting):
+    as_text, as_tokens = chatting.prompt_ids(["<s>a<|im_end|>"])[0], chatting.prompt_ids(["<s>a<|im_end|>"], True)[0]
+    bos, end = chatting.tokenizer.bos_id, chatting.tokenizer.special_id("<|im_end|>")
+    assert as_text[0] == bos and bos not in as_text[1:] and end not in as_text and len(as_text) > 8
+    assert as_tokens.tolist() == [bos, *chatting.tokenizer.encode("a"), end]
+    assert chatting.prompt_ids(["a"], True)[0].tolist() == [bos, *chatting.tokenizer.encode("a")]
+    found = chatting.generate("<s>a<|im_end|>", 4, special_tokens=True)
+    np.testing.assert_array_equal(found.tokens[0], chatting.generate([as_tokens], 4).tokens[0])
+
+
+def test_a_chat_goes_on_after_the_text_of_its_template(chatting, chat_folder):
+    chats = [[user("Hi <|im_end|>")], [user("a"), assistant("b"), user("é?")]]
+    one, several = chatting.chat(chats[0], 8), chatting.chat(chats, 8)
+    prompts = [
+        f"<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        for text in ("Hi <|im_end|>", "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\né?")
+    ]
+    ids = [chatting.tokenizer.encode(prompt, special_tokens=True) for prompt in prompts]
+    expected = chatting.generate(ids, 8)
+    for found, tokens in zip([one.tokens[0], *several.tokens], [expected.tokens[0], *expected.tokens], strict=True):
+        np.testing.assert_array_equal(found, tokens)
+    assert several.texts == expected.texts and one.texts == several.texts[:1] and one.num_forward_passes > 0
+
+
+def test_an_answer_ends_at_the_mark_of_the_template(chatting):
+    chats, options = [[user("Hi")]] * 64, {"temperature": 5.0, "stop_tokens": ()}
+    prompt = chatting.chat_template.render(chats[0], add_generation_prompt=True)
+    whole = chatting.generate([chatting.tokenizer.encode(prompt, special_tokens=True)] * 64, 48, **options)
+    found = chatting.chat(chats, 48, **options)
+    end, num_ended = chatting.tokenizer.special_id("<|im_end|>"), 0
+    for tokens, text, uncut in zip(found.tokens, found.texts, whole.tokens, strict=True):
+        at = np.flatnonzero(uncut == end)
+        np.testing.assert_array_equal(tokens, uncut[: at[0] + 1] if len(at) else uncut)
+        assert text == chatting.tokenizer.decode(tokens)
+        num_ended += len(at) > 0
+    assert 2 < num_ended < 64
+
+
+def test_blanks_and_marks_of_a_template_are_not_of_the_answer(lm, plain, tmp_path):
+    """Also where the mark is plain text, as for bytes: what follows "the station" has a blank and then "open"."""
+    path = tmp_path / "chat.jinja"
+    answer = "{% if m.role == 'assistant' %}{{ ' ' + m.content + 'is op' }}{% else %}{{ m.content }}{% endif %}"
+    path.write_text("{% for m in messages %}" + answer + "{% endfor %}")
+    config = dataclasses.replace(lm.config, data=dataclasses.replace(lm.config.data, chat_template=str(path)))
+    found = dataclasses.replace(lm, config=config).chat([user("the station")], NUM_NEW)
+    expected = lm.generate([list(b"the station")], NUM_NEW, stop="is op")
+    assert expected.texts[0].startswith(" ") and found.texts[0] == expected.texts[0][1:]
+    np.testing.assert_array_equal(found.tokens[0], expected.tokens[0])
+
+
+def test_chats_that_cannot_be_answered_are_one_clear_line(lm, chatting):
+    with pytest.raises(UserError, match="data.tokenizer=bytes: has no chat template.*data.chat_template"):
+        lm.chat([user("a")])
+    for chat, problem in [([], "there are none"), ("text", "messages"), ([user("a\ud800")], "surrogate")]:
+        with pytest.raises(UserError, match=problem) as caught:
+            chatting.chat(chat)
+        assert "\n" not in str(caught.value)
 
 
 def test_plain_passes_are_as_many_as_tokens_where_a_text_is_cut(lm, plain):

@@ -193,6 +193,23 @@ class ChatTemplate:
         before, after = found
         return before[len(prompt) :] if before.startswith(prompt) else "", after
 
+    def end_mark(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Returns the special token that ends an answer to `messages`, else the text that does; "" if there is none.
+
+        Where nothing follows an answer (GLM), it is the special token that begins the next question.
+        """
+        after = self.answer_frame(messages, tools)[1]
+        if after.strip():
+            return _first_special(tokenizer, after) or after.strip()
+        checked = [*_checked(messages), {"role": "assistant", "content": ""}, {"role": "user", "content": "?"}]
+        found = self._split(checked, len(checked) - 2, tools, datetime.datetime.now(), _marked)
+        return "" if found is None else _first_special(tokenizer, found[1])
+
     def _render(
         self,
         messages: Sequence[dict[str, Any]],
@@ -369,6 +386,13 @@ def _with_mark(tokenizer: Tokenizer, text: str, offsets: np.ndarray, span: tuple
     texts = [text[first:stop] for first, stop in behind[: np.searchsorted(behind[:, 0], end) + 1]]
     special = [n for n, each in enumerate(texts) if tokenizer.special_id(each) is not None]
     return (start, int(behind[special[0]][1])) if special == [len(texts) - 1] else span
+
+
+def _first_special(tokenizer: Tokenizer, text: str) -> str:
+    """Returns the first special token that a text spells; "" if it spells none."""
+    offsets = tokenizer.encode_with_offsets(text, special_tokens=True)[1]
+    texts = (text[start:end] for start, end in offsets)
+    return next((each for each in texts if tokenizer.special_id(each) is not None), "")
 
 
 def _encodable(text: str) -> str:

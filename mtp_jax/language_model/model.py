@@ -5,7 +5,8 @@ Shape letters: B rows, N tokens, D extra depths, T = N - D positions, K = 1 + D 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ class LanguageModel:
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
+        special_tokens: bool = False,
         draft_length: int | None = None,
     ) -> Completions:
         """Generates continuations of prompts, all of them as one batch.
@@ -111,6 +113,7 @@ class LanguageModel:
           seed: of the samples.
           stop: a text ends before the first of these strings; one that names a special token is that token.
           stop_tokens: ids that end a text; None: `end_tokens`.
+          special_tokens: special tokens that a prompt spells are encoded as such; False: as text.
           draft_length: deprecated name of num_speculative_tokens.
 
         Raises:
@@ -139,7 +142,7 @@ class LanguageModel:
         stop_tokens = list(stop_tokens) + [token for token in special if token is not None and token < vocab]
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
-        befores = self.prompt_ids(prompts)
+        befores = self.prompt_ids(prompts, special_tokens)
         written = self.decoder.generate(
             befores,
             max_new_tokens,
@@ -151,6 +154,52 @@ class LanguageModel:
         )
         parts = {f.name: getattr(written, f.name) for f in dataclasses.fields(written)}
         return Completions(**parts, texts=self._texts(befores, written.tokens, stops, stop_tokens))
+
+    def chat(
+        self,
+        conversations: Sequence[data.Message] | Sequence[Sequence[data.Message]],
+        max_new_tokens: int = 64,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop: str | Sequence[str] = (),
+        **options: Any,
+    ) -> Completions:
+        """Generates the answer to a conversation, or to each of several, as one batch.
+
+        The prompt is the text of the chat template, up to the beginning of an answer. An answer ends at the template's
+        end-of-turn mark, or where one of `generate` does; blanks that the template writes before answers are left out.
+
+        Args:
+          conversations: messages {"role": ..., "content": ...}, as `data.ChatTemplate.render` describes them, or a list
+            of such lists.
+          max_new_tokens, stop, options: as of `generate`.
+          tools: JSON schemas of functions, for templates that describe them.
+
+        Raises:
+          UserError: as `generate`; a model without a chat template, or messages that it refuses.
+        """
+        is_one = bool(conversations) and isinstance(conversations[0], Mapping)
+        chats: list[Any] = [conversations] if is_one else list(conversations)
+        template, tokenizer = self.chat_template, self._needs_tokenizer()
+        texts = [template.render(chat, add_generation_prompt=True, tools=tools) for chat in chats]
+        marks = dict.fromkeys(template.end_mark(tokenizer, chat, tools) for chat in chats)
+        stops = [*([stop] if isinstance(stop, str) else stop), *filter(None, marks)]
+        prompts = [tokenizer.encode(texts_of.checked("chat", text), special_tokens=True).tolist() for text in texts]
+        out = self.generate(prompts, max_new_tokens, stop=stops, **options)
+        leads = [template.answer_frame(chat, tools)[0] for chat in chats]
+        pairs = zip(out.texts, leads, strict=True)
+        return dataclasses.replace(
+            out, texts=[text.removeprefix(lead) if lead.isspace() else text for text, lead in pairs]
+        )
+
+    @functools.cached_property
+    def chat_template(self) -> data.ChatTemplate:
+        """The chat template of `data.chat_template`, else of the folder of the tokenizer; read on first use.
+
+        Raises:
+          UserError: no template, or one that cannot be used.
+        """
+        return data.ChatTemplate.load(self.config.data.tokenizer, self.config.data.chat_template)
 
     @functools.cached_property
     def decoder(self) -> Generator:
@@ -246,8 +295,13 @@ class LanguageModel:
         out |= dict(zip(alone, scored_alone, strict=True))
         return [out[i] for i in range(len(pieces))]
 
-    def prompt_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def prompt_ids(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], special_tokens: bool = False
+    ) -> list[np.ndarray]:
         """Returns token ids of every prompt: texts begin with the tokenizer's bos, if it has one; ids are unchanged.
+
+        Args:
+          special_tokens: special tokens that a text spells are encoded as such; a bos at its beginning is not repeated.
 
         Raises:
           UserError: an empty text, texts without a tokenizer, or prompts of another type.
@@ -258,9 +312,9 @@ class LanguageModel:
                 if not prompt:
                     raise UserError(f"prompt {b}: is empty; give it at least one character")
                 tokenizer = self._needs_tokenizer()
-                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-                text = texts_of.checked(f"prompt {b}", prompt)
-                ids.append(np.concatenate([bos, tokenizer.encode(text)]).astype(np.int32))
+                found = tokenizer.encode(texts_of.checked(f"prompt {b}", prompt), special_tokens)
+                has_bos = tokenizer.bos_id is None or (special_tokens and found[:1].tolist() == [tokenizer.bos_id])
+                ids.append(found if has_bos else np.concatenate([[tokenizer.bos_id], found]).astype(np.int32))
                 continue
             tokens = np.asarray(prompt)
             if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
