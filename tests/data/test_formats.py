@@ -183,6 +183,13 @@ def test_a_line_that_cannot_be_used_does_not_end_the_file(tmp_path):
             assert str(found[2 * i + 1]).startswith(f"{path} line {2 * i + 2}: ") and problem in str(found[2 * i + 1])
 
 
+def test_elements_that_are_no_objects(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_values, "_CHUNK", 1)
+    found = list(read_files([write(tmp_path / "x.json", b'[12, {"text": "fine"}, 345]')], SourceConfig()))
+    assert [isinstance(record, BadRecord) for record in found] == [True, False, True]
+    assert 'record 3: not a JSON object; write {"text": ...}, or remove it' in str(found[2])
+
+
 def test_a_first_line_that_cannot_be_used(tmp_path):
     path = write(tmp_path / "x.json", b'{"text": oops}\n{"text": "fine"}\n')
     first, second = read_files([path], SourceConfig())
@@ -322,8 +329,8 @@ def test_files_are_read_as_they_are_needed(tmp_path):
     rows = [{"text": "x" * 1000}] * 10_000
     with open(write(tmp_path / "x.json", json.dumps(rows).encode()), "rb"):
         file = Counted(tmp_path / "x.json")
-    assert len(list(itertools.islice(json_values.read("x.json", file, SourceConfig()), 100))) == 100
-    assert file.count < 3 * 2**20 < os.path.getsize(tmp_path / "x.json")
+    assert len(list(itertools.islice(json_values.read("x.json", file, SourceConfig()), 1500))) == 1500
+    assert file.count < 4 * 2**20 < os.path.getsize(tmp_path / "x.json")
     file.file.close()
 
 

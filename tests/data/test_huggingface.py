@@ -115,6 +115,7 @@ def test_errors(folder, tmp_path, monkeypatch, capfd):
     message = error(source="hf:owner/name")
     assert message.startswith("source=hf:owner/name: cannot be reached (") and "run `hf download owner/name" in message
     assert capfd.readouterr() == ("", "")
+    assert not datasets.are_progress_bars_disabled()  # as before
 
 
 def test_without_the_package(monkeypatch):
