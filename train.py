@@ -42,11 +42,11 @@ def report(run, workdir: str) -> None:
     from mtp_jax.evaluation import validation
 
     is_main = jax.process_index() == 0
-    if run.config.data.validation_fraction:
+    if run.corpus.validation_sets:
         with jax.set_mesh(run.mesh):
             results = validation.validate(run, run.state, run.config.training.eval_batches)
         if is_main:
-            print(f"\nvalidation, {results[0].num_targets:,} held-out tokens\n{validation.table(results)}")
+            print(f"\n{validation.tables(results, 'validation')}")
     sample(run, is_main)
     if is_main:
         print(f"\n{workdir}: config.json, metrics.jsonl, TensorBoard events, checkpoints/")

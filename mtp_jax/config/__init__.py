@@ -5,7 +5,7 @@ reads only that.
 """
 
 from mtp_jax.config.aliases import current_key, renamed
-from mtp_jax.config.checks import MAX_DEPTH, mesh_sizes, profiled_steps, validate
+from mtp_jax.config.checks import MAX_DEPTH, check_data, mesh_sizes, profiled_steps, validate
 from mtp_jax.config.fields import UserError, check_bounds, key_hints, value_of, walk, with_values
 from mtp_jax.config.load import default_config, from_dict, load_config, to_config_dict, to_dict, with_own_tokenizer
 from mtp_jax.config.schema import (
@@ -19,6 +19,7 @@ from mtp_jax.config.schema import (
     Llama3Config,
     LocalConfig,
     MeshConfig,
+    MixtureConfig,
     ModelConfig,
     MTPConfig,
     MuonConfig,
@@ -27,6 +28,7 @@ from mtp_jax.config.schema import (
     RouterConfig,
     SourceConfig,
     TrainingConfig,
+    ValidationConfig,
     YarnConfig,
     conventions,
 )

@@ -5,7 +5,17 @@ import math
 import re
 
 from mtp_jax.config.fields import UserError, check_bounds
-from mtp_jax.config.schema import Config, MeshConfig, ModelConfig, RopeConfig, TrainingConfig
+from mtp_jax.config.schema import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    MixtureConfig,
+    ModelConfig,
+    RopeConfig,
+    SourceConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
 
 
 def validate(config: Config, num_devices: int, tokenizer_size: int | None = None) -> None:
@@ -23,6 +33,7 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
     _check_pattern(config.model)
     _check_rope(config.model.rope)
     _check_experts(config)
+    check_data(config.data)
     _check_training(config)
     sizes = mesh_sizes(config.mesh, num_devices)
     _check_mesh(config, sizes)
@@ -82,11 +93,53 @@ def _check_training(config: Config) -> None:
             f"training.sample_prompt={ascii(config.training.sample_prompt)}: character {error.start} is not text "
             "(half of a surrogate pair, or a byte that is not UTF-8); remove it"
         ) from error
-    if config.training.eval_every and not config.data.validation_fraction:
+    if config.training.eval_every and not config.data.validation_fraction and not config.data.validation:
         raise UserError(
             f"training.eval_every={config.training.eval_every}: there are no held-out documents "
-            "(data.validation_fraction=0); raise that, or set training.eval_every=0"
+            "(data.validation_fraction=0); raise that, name a set in data.validation, or set training.eval_every=0"
         )
+
+
+def check_data(data: DataConfig) -> None:
+    """Checks the sources of a config.
+
+    Raises:
+      UserError: keys that contradict each other or would have no effect, naming both.
+    """
+    if data.mixture:
+        for own in dataclasses.fields(SourceConfig):
+            value = getattr(data, own.name)
+            if value != own.default:
+                raise UserError(f"data.{own.name}={value!r}: of no effect beside data.mixture; set it for its sources")
+    named: dict[str, MixtureConfig | ValidationConfig] = {
+        f"data.mixture[{i}].": each for i, each in enumerate(data.mixture)
+    }
+    named |= {f"data.validation[{i}].": each for i, each in enumerate(data.validation)}
+    names: set[str] = set()
+    for key, source in named.items():
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", source.name) or source.name in ("train", "validation"):
+            raise UserError(
+                f"{key}name={source.name!r}: must be a word of a-z, 0-9 and _, other than train and validation"
+            )
+        if source.name in names:
+            raise UserError(f"{key}name={source.name!r}: is the name of another source; use a name of its own")
+        names.add(source.name)
+    sources: dict[str, SourceConfig] = {**({} if data.mixture else {"data.": data}), **named}
+    for key, each in sources.items():
+        _check_source(key, each, 0.0 if isinstance(each, ValidationConfig) else data.fim_rate)
+
+
+def _check_source(key: str, source: SourceConfig, fim_rate: float) -> None:
+    form = f"{key}records={source.records}"
+    if source.records != "text" and source.source in ("python_source", "synthetic"):
+        raise UserError(f"{form}: {key}source={source.source} has texts only; use text_files or a dataset")
+    if source.records in ("chat", "prompt") and source.packing == "contiguous":
+        raise UserError(f"{key}packing=contiguous: with {form} one conversation would see another; use packed or whole")
+    if source.weights_field and source.records != "tokens":
+        raise UserError(f"{key}weights_field={source.weights_field!r}: of no effect with {form}; use records=tokens")
+    if fim_rate and (source.records != "text" or source.packing == "whole"):
+        other = form if source.records != "text" else f"{key}packing=whole"
+        raise UserError(f"data.fim_rate={fim_rate}: not with {other}, only with texts that may be split; use 0")
 
 
 def _check_pattern(model: ModelConfig) -> None:

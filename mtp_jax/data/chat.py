@@ -154,12 +154,14 @@ class ChatTemplate:
         messages: Sequence[Message],
         loss_on: LossOn = "assistant",
         tools: Sequence[Mapping[str, Any]] | None = None,
+        num_context: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the token ids of a chat, int32[n], and the weight of each as a target, float32[n].
 
         With loss_on="assistant" the weight is 1 for tokens of what the assistant wrote, else 0: its `{% generation %}`
         blocks if the template has them; otherwise everything from the end of the generation prompt to the end of the
-        turn, the end-of-turn mark included. With loss_on="all" every weight is 1.
+        turn, the end-of-turn mark included. Answers among the first `num_context` messages have weight 0, as part of a
+        prompt. With loss_on="all" every weight is 1.
 
         The date of a template that prints one is that of July 26, 2024, so that documents are the same on every day.
 
@@ -171,10 +173,17 @@ class ChatTemplate:
         ids, offsets = tokenizer.encode_with_offsets(_encodable(text), special_tokens=True)
         if loss_on == "all":
             return ids, np.ones(len(ids), np.float32)
+        answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
         if not self._has_generation_blocks(tools):
-            answers = [i for i, message in enumerate(checked) if message["role"] == "assistant"]
-            spans = [self._answer(text, checked, i, tools) for i in answers]
+            spans = [self._answer(text, checked, i, tools) for i in answers if i >= num_context]
             spans = [_with_mark(tokenizer, text, offsets, span) for span in spans]
+        elif num_context:  # one block per answer, in their order
+            if len(spans) != len(answers):
+                raise self._error(
+                    f"has {len(spans)} generation blocks for {len(answers)} answers",
+                    "use a template with one block per answer, or data.loss_on=all",
+                )
+            spans = [span for i, span in zip(answers, spans, strict=True) if i >= num_context]
         return ids, _weights(offsets, spans)
 
     def answer_frame(

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from mtp_jax.config import SourceConfig, UserError
 from mtp_jax.data.records import FIELDS, TOOLS, BadRecord, Record
-from mtp_jax.errors import one_line, short, warn_once
+from mtp_jax.errors import short
 
 _ABSENT = object()
 _USUAL = {  # names that fields often have, to propose them
@@ -20,9 +20,6 @@ _USUAL = {  # names that fields often have, to propose them
 }
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _ROLES = ("system", "user", "assistant", "tool")
-_SHOWN = 3  # skipped records
-
-Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,45 +114,6 @@ def documents(
         else:
             if document is not None:
                 yield document
-
-
-def accepted(
-    items: Iterable[Item | BadRecord], on_bad_record: str, where: str, prefix: str = "data."
-) -> Iterator[Item]:
-    """Yields the items that are not a BadRecord.
-
-    At the end, or where the consumer stops, one notice gives the number of the skipped records and the first of them.
-
-    Args:
-      items: of one source.
-      on_bad_record: "stop" raises the first BadRecord; "skip" counts them.
-      where: names the source in messages, as in "data.files".
-      prefix: of the settings in messages, as in "data.mixture[1].".
-
-    Raises:
-      BadRecord: the first one under "stop".
-      UserError: nothing but BadRecords under "skip".
-    """
-    num_items, num_bad = 0, 0
-    first: list[str] = []
-    try:
-        for item in items:
-            num_items += 1
-            if not isinstance(item, BadRecord):
-                yield item
-                continue
-            if on_bad_record == "stop":
-                origin = item.origin if item.origin.startswith(where) else f"{where}: {item.origin}"
-                raise BadRecord(origin, item.cause, f"{item.remedy}; or set {prefix}on_bad_record=skip") from item
-            num_bad += 1
-            if num_bad <= _SHOWN:
-                first.append(str(item).removeprefix(f"{where} "))
-        if num_bad == num_items > 0:
-            raise UserError(f"{where}: none of its {num_items:,} records can be used: {first[0]}")
-    finally:
-        if 0 < num_bad < num_items:
-            shown = one_line(UserError("; ".join(first)))
-            warn_once(f"{where}: {num_bad:,} of {num_items:,} records skipped: {shown}")
 
 
 def _text(record: Record, settings: SourceConfig, prefix: str) -> Text | None:

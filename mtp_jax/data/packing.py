@@ -1,6 +1,7 @@
-"""The stream of all documents and its rows: random access, no state.
+"""The rows of the documents of a source: random access, no state.
 
-The stream is the concatenation of the documents in a fixed order. With N tokens in it and T positions per row, row r is
+`WholeRows` keeps each document whole. `StreamRows` splits the stream, the concatenation of the documents in a fixed
+order. With N tokens in it and T positions per row, row r is
 
     stream[r T : r T + T + 1 + D],    r < R = (N - 1 - MAX_DEPTH) // T,
 
@@ -8,9 +9,10 @@ so consecutive rows overlap by 1 + D tokens, each of stream[1 : R T + 1] is the 
 needs padding. R does not depend on D: models of different depths read the same rows in the same order.
 """
 
+import bisect
 import dataclasses
 import hashlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,16 +22,31 @@ from mtp_jax.data.tokenizer import FIMTokens
 
 
 class Row(NamedTuple):
-    """One row, int32[T + 1 + lookahead] each. Segment 0 is padding (`targets.PADDING`) for positions past the stream.
+    """One row, [T + 1 + lookahead] each. Segment 0 is padding (`targets.PADDING`): positions without a document.
 
-    tokens: the ids.
-    segment_ids: 1, 2, 3 .. for each document in the row; all 1 in contiguous rows.
-    positions: 0, 1, 2 .. from the start of each document or of the row; of the row alone in contiguous rows.
+    tokens: int32, the ids.
+    segment_ids: int32, 1, 2, 3 .. for each document in the row; all 1 in contiguous rows.
+    positions: int32, 0, 1, 2 .. from the start of each document or of the row; of the row alone in contiguous rows.
+    loss_mask: float32, weight of each token as a target; None: 1.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
     positions: np.ndarray
+    loss_mask: np.ndarray | None = None
+
+
+class Rows(Protocol):
+    """The rows of one epoch of a source: a sequence of `Row`s.
+
+    has_weights: whether rows have a loss mask.
+    """
+
+    has_weights: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Row: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +85,7 @@ class Stream:
           fim: rearranges some of them; each grows by three tokens.
         """
         self._store = store
+        self.has_weights = store.weights is not None
         self._documents = documents
         self._fim = fim if fim is not None and fim.rate > 0 else None
         lengths = store.lengths[documents]
@@ -78,26 +96,20 @@ class Stream:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Reads the tokens [start, stop) of the stream.
-
-        Returns:
-          int32 tokens, and for each the int64 rank of its document in the stream and its offset in that document.
-        """
+    def read(self, start: int, stop: int) -> "Span":
+        """Reads the tokens [start, stop) of the stream."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
         first = int(np.searchsorted(self._starts, start, "right")) - 1
         last = int(np.searchsorted(self._starts, stop, "left"))
         counts = np.diff(np.clip(self._starts[first : last + 1], start, stop))
         ranks = np.repeat(np.arange(first, last), counts)
         offsets = np.arange(start, stop) - self._starts[ranks]
-        bases = self._store.offsets[self._documents[first:last]]
-        sources, marks = offsets, None
-        if self._fim is not None:
-            sources, marks = self._rearranged(self._fim, first, last, counts, offsets)
-        tokens = np.asarray(self._store.tokens[np.repeat(bases, counts) + sources], np.int32)
-        if marks is not None:
-            tokens = np.where(marks >= 0, marks, tokens)
-        return tokens, ranks, offsets
+        bases = np.repeat(self._store.offsets[self._documents[first:last]], counts)
+        if self._fim is None:
+            return Span(self._store.ids(bases + offsets), ranks, offsets, self._store.loss_weights(bases + offsets))
+        sources, marks = self._rearranged(self._fim, first, last, counts, offsets)
+        tokens = np.where(marks >= 0, marks, self._store.ids(bases + sources))
+        return Span(tokens, ranks, offsets, None)
 
     def _rearranged(
         self, fim: FIM, first: int, last: int, counts: np.ndarray, offsets: np.ndarray
@@ -120,8 +132,23 @@ class Stream:
         return np.where(marks >= 0, 0, sources), marks
 
 
-class Rows:
-    """The rows of a stream; a sequence of `Row`s of T + 1 + lookahead tokens."""
+class Span(NamedTuple):
+    """Tokens [start, stop) of a stream.
+
+    tokens: int32, the ids.
+    ranks: int64, rank in the stream of each token's document.
+    offsets: int64, offset of each token in its document.
+    weights: float32, loss weight of each token; None: 1.
+    """
+
+    tokens: np.ndarray
+    ranks: np.ndarray
+    offsets: np.ndarray
+    weights: np.ndarray | None
+
+
+class StreamRows:
+    """Rows that follow each other in a stream."""
 
     def __init__(self, stream: Stream, sequence_length: int, lookahead: int, packed: bool = True):
         """Rows of a stream.
@@ -134,6 +161,7 @@ class Rows:
           packed: whether documents are separate segments.
         """
         self._stream = stream
+        self.has_weights = stream.has_weights
         self._length = sequence_length
         self._lookahead = lookahead
         self._packed = packed
@@ -146,15 +174,85 @@ class Rows:
             raise IndexError(f"row {row} of {len(self)}")
         start = row * self._length
         size = self._length + 1 + self._lookahead
-        tokens, ranks, offsets = self._stream.read(start, min(start + size, len(self._stream)))
+        tokens, ranks, offsets, weights = self._stream.read(start, min(start + size, len(self._stream)))
         positions = np.arange(len(tokens), dtype=np.int32)
         segments = np.ones(len(tokens), np.int32)
         if self._packed:
             # a document that began before the row counts from the row's start
             positions = np.minimum(positions, offsets).astype(np.int32)
             segments = (ranks - ranks[0] + 1).astype(np.int32)
-        missing = size - len(tokens)
-        return Row(*(np.pad(x, (0, missing)) if missing else x for x in (tokens, segments, positions)))
+        return _padded(Row(tokens, segments, positions, weights), size)
+
+
+class WholeRows:
+    """Rows of whole documents, each followed by padding; only a document longer than a row is truncated.
+
+    A row holds T + 1 tokens, the lookahead is padding, so that models of all depths read the same rows. Documents are
+    assigned by best-fit decreasing (2404.10830, section 3): from the longest to the shortest, each to the fullest row
+    that has room for it.
+    """
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, sequence_length: int, lookahead: int):
+        """Rows of some documents of a store, int64[n], which break ties between documents of equal length."""
+        self._store = store
+        self.has_weights = store.weights is not None
+        self._capacity, self._size = sequence_length + 1, sequence_length + 1 + lookahead
+        lengths = np.minimum(store.lengths[documents], self._capacity)
+        self._row_of = _best_fit(lengths, self._capacity)
+        order = np.argsort(self._row_of, kind="stable")
+        self._documents = documents[order]  # row r holds [starts[r], starts[r + 1])
+        num_rows = int(self._row_of.max(initial=-1)) + 1
+        self._starts = np.searchsorted(self._row_of[order], np.arange(num_rows + 1))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: int) -> Row:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        documents = self._documents[self._starts[row] : self._starts[row + 1]]
+        counts = np.minimum(self._store.lengths[documents], self._capacity)
+        segments = np.repeat(np.arange(1, len(documents) + 1, dtype=np.int32), counts)
+        ends = np.cumsum(counts)
+        positions = (np.arange(ends[-1]) - np.repeat(ends - counts, counts)).astype(np.int32)
+        at = np.repeat(self._store.offsets[documents], counts) + positions
+        return _padded(Row(self._store.ids(at), segments, positions, self._store.loss_weights(at)), self._size)
+
+
+def _padded(row: Row, size: int) -> Row:
+    missing = size - len(row.tokens)
+    if not missing:
+        return row
+    padded = {name: np.pad(value, (0, missing)) for name, value in row._asdict().items() if value is not None}
+    return row._replace(**padded)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Returns int64[n], the row of each document by best-fit decreasing.
+
+    Args:
+      lengths: int64[n], each between 1 and `capacity`.
+      capacity: tokens of a row.
+    """
+    rows, num_rows = np.empty(len(lengths), np.int64), 0
+    rooms: list[int] = []  # in increasing order, those that some row has left
+    by_room: dict[int, list[int]] = {}
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            row, room, num_rows = num_rows, capacity, num_rows + 1
+        else:
+            room = rooms[at]
+            row = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        rows[i], room = row, room - length
+        if room:
+            if room not in by_room:
+                bisect.insort(rooms, room)
+            by_room.setdefault(room, []).append(row)
+    return rows
 
 
 def shuffled(documents: np.ndarray, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ There is no iterator state to save. A run resumes, on any number of processes, f
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing import resource_tracker
 
@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from mtp_jax import signals
-from mtp_jax.data.packing import Rows, random_bits
+from mtp_jax.data.mixture import Mixture
+from mtp_jax.data.packing import Row, Rows, random_bits
 
 Batch = dict[str, np.ndarray]
 
@@ -29,15 +30,16 @@ def num_batches_held(prefetch: int, num_workers: int) -> int:
 class Batches:
     """The batches of one split, by step or in order.
 
-    The rows are shuffled anew in each epoch (grain's index shuffle, which needs no table of the order); a batch may
-    hold the end of one epoch and the start of the next, so that no row is left out.
+    The rows of a source are shuffled anew in each epoch (grain's index shuffle, which needs no table of the order); a
+    batch may hold the end of one epoch and the start of the next, so that no row is left out.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        sources: Sequence[Rows],
         batch_size: int,
         *,
+        mixture: Mixture | None = None,
         shuffle_seed: int | None,
         endless: bool,
         start_step: int = 0,
@@ -48,10 +50,11 @@ class Batches:
         """Batches of some rows.
 
         Args:
-          rows: the rows of one epoch, at least one.
+          sources: the rows of one epoch of each source, at least one row.
           batch_size: B, rows per step over all processes.
+          mixture: order in which rows are drawn from the sources; None: there is one source.
           shuffle_seed: seed of the order of rows; None: the given order.
-          endless: repeat for ever; else one epoch, without its last partial batch.
+          endless: repeat until the mixture ends; else one epoch of the one source, without its last partial batch.
           start_step: the step at which iteration begins.
           row_slice: (low, high), the rows of each global batch that this process reads; None: all.
           num_workers: processes that read; 0: threads of this one.
@@ -63,20 +66,19 @@ class Batches:
         low, high = row_slice or (0, batch_size)
         if not 0 <= low < high <= batch_size:
             raise ValueError(f"row_slice=({low}, {high}): must be a part of the batch_size={batch_size} rows")
-        self._rows = rows
+        self._sources = sources
+        self._mixture = mixture or Mixture([1.0], [None])
         self._batch_size = batch_size
         self._slice = range(low, high)
         self.start_step = start_step
-        self.num_batches: int | None = None if endless else len(rows) // batch_size
+        num_rows = self._mixture.num_rows if endless else len(sources[0])
+        self.num_batches: int | None = None if num_rows is None else num_rows // batch_size
         self._num_workers = num_workers
         self._prefetch = prefetch
         if start_step < 0 or start_step > self._end:
             raise ValueError(f"start_step={start_step}: there are {self._end} batches")
-        order = grain.MapDataset.range(len(rows))
-        if shuffle_seed is not None:
-            # grain adds the epoch to the seed, so that seed 1 would repeat seed 0 one epoch later: hash it first
-            order = order.shuffle(seed=int(random_bits(shuffle_seed, "row order", np.zeros(1))[0] >> np.uint64(32)))
-        self._order = order.repeat()
+        self._has_weights = any(rows.has_weights for rows in sources)
+        self._orders = [_order(len(rows), shuffle_seed, i) for i, rows in enumerate(sources)]
 
     @property
     def _end(self) -> int:
@@ -86,7 +88,8 @@ class Batches:
         """Returns the batch of a step.
 
         Returns:
-          {"tokens", "segment_ids", "positions"}: int32[B, T + 1 + D], B the rows of this process. See `packing.Row`.
+          {"tokens", "segment_ids", "positions"}: int32[B, T + 1 + D], B the rows of this process, and with
+          "loss_mask": float32[B, T + 1 + D] if some source has loss weights. See `packing.Row`.
 
         Raises:
           IndexError: a step outside the batches.
@@ -94,8 +97,15 @@ class Batches:
         if not 0 <= step < self._end:
             raise IndexError(f"batch {step} of {self._end}")
         first = int(step) * self._batch_size
-        rows = [self._rows[self._order[first + i]] for i in self._slice]
-        return {name: np.stack([getattr(row, name) for row in rows]) for name in rows[0]._fields}
+        rows = [self._row(first + i) for i in self._slice]
+        if self._has_weights:
+            rows = [row if row.loss_mask is not None else row._replace(loss_mask=_ones(row)) for row in rows]
+        fields = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+        return {name: np.stack(values) for name, values in fields.items() if values[0] is not None}
+
+    def _row(self, n: int) -> Row:
+        source, i = self._mixture[n]
+        return self._sources[source][self._orders[source][i]]
 
     def __iter__(self) -> "BatchIterator":
         """Returns the batches from start_step on, read ahead."""
@@ -113,6 +123,20 @@ class Batches:
         one_thread = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         workers = grain.MultiprocessingOptions(num_workers=self._num_workers, per_worker_buffer_size=ahead)
         return steps.to_iter_dataset(one_thread).mp_prefetch(workers)
+
+
+def _order(num_rows: int, shuffle_seed: int | None, source: int) -> grain.MapDataset:
+    """Returns the rows of a source in the order in which they are drawn, without an end."""
+    order = grain.MapDataset.range(num_rows)
+    if shuffle_seed is not None:
+        # grain adds the epoch to the seed, so that seed 1 would repeat seed 0 one epoch later: hash it first
+        bits = random_bits(shuffle_seed, "row order", np.array([source]))[0]
+        order = order.shuffle(seed=int(bits >> np.uint64(32)))
+    return order.repeat()
+
+
+def _ones(row: Row) -> np.ndarray:
+    return np.ones(row.tokens.shape, np.float32)
 
 
 class BatchIterator(Iterator[Batch], AbstractContextManager["BatchIterator"]):

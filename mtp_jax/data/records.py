@@ -19,7 +19,7 @@ class Record(NamedTuple):
 
 
 class BadRecord(UserError):
-    """A record that cannot be used. Readers yield it, so that reading goes on; `accepted` raises or counts it.
+    """A record that cannot be used. Readers yield it, so that reading goes on; `store.write` raises or counts it.
 
     Attributes:
       origin: that of the record.
@@ -30,6 +30,9 @@ class BadRecord(UserError):
         """Error of one line, `origin: cause; remedy`."""
         super().__init__(f"{origin}: {cause}; {remedy}")
         self.origin, self.cause, self.remedy = origin, cause, remedy
+
+    def __reduce__(self) -> tuple[type["BadRecord"], tuple[str, str, str]]:
+        return BadRecord, (self.origin, self.cause, self.remedy)
 
 
 Records = Iterator[Record | BadRecord]

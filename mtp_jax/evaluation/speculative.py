@@ -50,14 +50,15 @@ def held_out_prompts(config: Config, num: int, num_tokens: int) -> list[np.ndarr
     Raises:
       UserError: there is none.
     """
-    corpus = data.prepare(config)
-    lengths, stride = corpus.store.lengths[corpus.validation], config.data.sequence_length
-    starts = range(0, int(lengths.max(initial=0)) - num_tokens, stride)
-    places = ((i, at) for at in starts for i, n in zip(corpus.validation, lengths, strict=True) if n > at + num_tokens)
-    prompts = [
-        np.asarray(corpus.store.document(int(i))[at : at + num_tokens], np.int32)
-        for i, at in itertools.islice(places, num)
-    ]
+    documents = list(data.prepare(config).held_out_documents())
+    longest = max(map(len, documents), default=0)
+    places = (
+        (document, at)
+        for at in range(0, longest - num_tokens, config.data.sequence_length)
+        for document in documents
+        if len(document) > at + num_tokens
+    )
+    prompts = [document[at : at + num_tokens] for document, at in itertools.islice(places, num)]
     if not prompts:
         raise UserError(
             f"data.validation_fraction={config.data.validation_fraction}: no held-out document is longer than "

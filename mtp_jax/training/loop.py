@@ -134,8 +134,9 @@ def _announce(run: Run) -> None:
     extra = f" (+ {counts.mtp_total / 1e6:,.2f} M)" if counts.mtp_total else ""
     sizes = f"{counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active per token"
     print(f"model    {sizes}; {kind.describe()}{extra}")
-    source, tokenizer = run.config.data.source, run.config.data.tokenizer
-    print(f"data     {source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {tokenizer}")
+    data = run.config.data
+    source = ", ".join(part.name for part in run.corpus.sources) if data.mixture else data.source
+    print(f"data     {source}: {tokens / 1e6:,.1f} M training tokens, tokenizer {data.tokenizer}")
     print(f"mesh     {axes} ({jax.devices()[0].device_kind}, {jax.process_count()} process(es))", flush=True)
 
 

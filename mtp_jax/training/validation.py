@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.data.corpus import HELD_OUT
 from mtp_jax.losses import expected_tokens_per_pass
 from mtp_jax.model import Tree
 from mtp_jax.training.run import Run, global_batches
@@ -31,8 +32,8 @@ class DepthResult:
     num_targets: int
 
 
-def validate(run: Run, state: Tree, num_batches: int) -> list[DepthResult]:
-    """Evaluates depths 0..D on the first `num_batches` validation batches, or all if there are fewer.
+def validate(run: Run, state: Tree, num_batches: int) -> dict[str, list[DepthResult]]:
+    """Evaluates depths 0..D on the first `num_batches` batches of each validation set, or all if there are fewer.
 
     Every process must call it, under `jax.set_mesh(run.mesh)`.
 
@@ -40,12 +41,19 @@ def validate(run: Run, state: Tree, num_batches: int) -> list[DepthResult]:
       run: data, mesh and jitted functions.
       state: "params" and "biases" of the weights; not changed and not donated.
       num_batches: at least 1.
+
+    Returns:
+      The results of each of `Corpus.validation_sets`, by name.
     """
+    return {name: _validate(run, state, num_batches, name) for name in run.corpus.validation_sets}
+
+
+def _validate(run: Run, state: Tree, num_batches: int, name: str) -> list[DepthResult]:
     token_bytes = np.zeros(run.config.model.vocab_size or 0, np.int32)
     known = run.corpus.tokenizer.token_bytes
     token_bytes[: len(known)] = known
     totals: dict[str, np.ndarray] = {}
-    for batch in itertools.islice(global_batches(run, "validation"), num_batches):
+    for batch in itertools.islice(global_batches(run, name), num_batches):
         sums = jax.device_get(run.trainer.evaluate(state, batch, jnp.asarray(token_bytes)))
         totals = {name: totals.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     return results_of(totals)
@@ -78,16 +86,19 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def as_metrics(results: list[DepthResult]) -> dict[str, float | None]:
-    """Returns the results as metrics; None for a depth without targets.
+def as_metrics(results: list[DepthResult], name: str = HELD_OUT) -> dict[str, float | None]:
+    """Returns the results of a validation set as metrics; None for a depth without targets.
+
+    Names begin with validation_<name>_ for a set that has a name of its own:
 
     validation_loss_main and validation_loss_mtp_k: nats per token over the depth's own positions.
     validation_bits_per_byte: of the main model. validation_agreement_mtp_k: with the main head's prediction.
     validation_tokens_per_forward: expected tokens per forward pass if drafts of all depths are accepted as often as
     they agree; 1 without extra depths.
     """
-    values = {f"validation_loss_{'main' if r.depth == 0 else f'mtp_{r.depth}'}": r.loss for r in results}
-    values["validation_bits_per_byte"] = results[0].bits_per_byte
-    values |= {f"validation_agreement_mtp_{r.depth}": r.agreement for r in results[1:]}
-    values["validation_tokens_per_forward"] = results[-1].expected_tokens
+    prefix = "validation" if name == HELD_OUT else f"validation_{name}"
+    values = {f"{prefix}_loss_{'main' if r.depth == 0 else f'mtp_{r.depth}'}": r.loss for r in results}
+    values[f"{prefix}_bits_per_byte"] = results[0].bits_per_byte
+    values |= {f"{prefix}_agreement_mtp_{r.depth}": r.agreement for r in results[1:]}
+    values[f"{prefix}_tokens_per_forward"] = results[-1].expected_tokens
     return {name: None if math.isnan(value) else value for name, value in values.items()}

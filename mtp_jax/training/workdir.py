@@ -138,14 +138,23 @@ def data_differences(workdir: storage.AnyPath, corpus: Corpus) -> str:
     if not storage.is_file(path):  # a run of an earlier version, or one that has not begun
         return ""
     old, new = storage.read_json(path, "remove it to go on with the data as they are"), corpus.identity
-    out = []
     if old.get("tokenizer") != new["tokenizer"]:
-        out.append(f"the tokenizer {corpus.config.data.tokenizer} has other ids")
-    elif old.get("documents") != new["documents"]:
-        shown = [f"{each.get('num_documents')} documents of {each.get('num_bytes')} bytes" for each in (old, new)]
-        were = f" ({old.get('origin')})" if old.get("origin") != new["origin"] else ""
-        out.append(f"the text of {corpus.config.data.source} was {shown[0]}{were} and is {shown[1]}")
-    return ", ".join(out)
+        return f"the tokenizer {corpus.config.data.tokenizer} has other ids"
+    sources, before = new.get("sources", {"": new}), old.get("sources", {"": old})
+    if sources.keys() != before.keys():
+        return f"the sources were {', '.join(before) or 'one'} and are {', '.join(sources) or 'one'}"
+    differences = [_difference(name, before[name], part) for name, part in sources.items()]
+    return ", ".join(filter(None, differences))
+
+
+def _difference(name: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Returns how the documents of a source differ from those of before, in words; "" if they do not."""
+    if old.get("documents") == new["documents"]:
+        return ""
+    shown = [f"{each.get('num_documents')} documents of {each.get('num_bytes')} bytes" for each in (old, new)]
+    were = f" ({old.get('origin')})" if old.get("origin") != new["origin"] else ""
+    source = new["origin"].partition(" of Python")[0]
+    return f"the text of {f'{name} ({source})' if name else source} was {shown[0]}{were} and is {shown[1]}"
 
 
 def _check_kinds(workdir: storage.AnyPath, path: epath.Path) -> None:

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from mtp_jax.config import Config, DataConfig
+from mtp_jax.config import Config, DataConfig, SourceConfig
 from mtp_jax.data import store
+from mtp_jax.data.documents import Text
+from mtp_jax.data.encoding import encode
 from mtp_jax.data.tokenizer import ByteTokenizer
 from tests import real_data as real_data_of
 
@@ -40,8 +42,9 @@ def make_store(tmp_path_factory):
     """A token store of some texts."""
 
     def make(texts, tokenizer=None):
-        folder = tmp_path_factory.mktemp("store")
-        store.write(folder, texts, tokenizer or ByteTokenizer(), "test")
+        folder, tokenizer = tmp_path_factory.mktemp("store"), tokenizer or ByteTokenizer()
+        documents = [Text(text, f"text {i}") for i, text in enumerate(texts)]
+        store.write(folder, encode(documents, tokenizer), tokenizer, SourceConfig(), "test")
         return store.TokenStore(folder)
 
     return make

@@ -76,7 +76,7 @@ def test_keys_change_with_the_content(folder, tmp_path):
 
 def test_corpus_of_a_saved_dataset(make_config, folder, capfd):
     corpus = prepare(make_config(source=f"hf:{folder}/one"))
-    texts = [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))]
+    texts = [corpus.tokenizer.decode(corpus.sources[0].store.document(i)) for i in range(len(corpus.sources[0].store))]
     assert texts == [row["text"] for row in ROWS]
     assert capfd.readouterr() == ("", "")
 

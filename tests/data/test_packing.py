@@ -5,8 +5,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_jax.config import MAX_DEPTH
-from mtp_jax.data.packing import FIM, Rows, Stream, random_bits, shuffled
+from mtp_jax.config import MAX_DEPTH, SourceConfig
+from mtp_jax.data.encoding import Encoded
+from mtp_jax.data.packing import FIM, Stream, StreamRows, WholeRows, random_bits, shuffled
+from mtp_jax.data.store import TokenStore, write
 from mtp_jax.data.tokenizer import ByteTokenizer, FIMTokens
 
 MARKS = FIMTokens(258, 259, 260)
@@ -66,11 +68,12 @@ def test_rows_equal_brute_force(make_store, bare_tokenizer, texts, length, depth
     fim = FIM(rate, MARKS, seed) if rate else None
     order = shuffled(np.arange(len(store)), seed)
     documents = [rearranged(store, fim, i) for i in order]
-    rows = Rows(Stream(store, order, fim), length, depth, packed)
+    rows = StreamRows(Stream(store, order, fim), length, depth, packed)
     assert len(rows) == max(0, (sum(map(len, documents)) - 1 - MAX_DEPTH) // length)
     for r in range(len(rows)):
         expected = expected_row(documents, r, length, depth, packed)
-        for got, want in zip(rows[r], expected, strict=True):
+        assert rows[r].loss_mask is None
+        for got, want in zip(rows[r][:3], expected, strict=True):
             assert got.dtype == np.int32 and got.shape == (length + 1 + depth,)
             assert got.tolist() == want
 
@@ -85,7 +88,7 @@ def test_each_token_is_the_next_token_target_exactly_once(make_store, bare_token
     # every token of the stream is unique: one character each
     characters = iter(range(0x100, 0x100 + sum(sizes)))
     store = make_store(["".join(chr(next(characters)) for _ in range(n)) for n in sizes], OneIdPerCharacter())
-    rows = Rows(Stream(store, np.arange(len(store))), length, depth)
+    rows = StreamRows(Stream(store, np.arange(len(store))), length, depth)
     targets = [t for r in range(len(rows)) for t in rows[r].tokens[1 : length + 1].tolist()]
     assert targets == store.tokens[1 : 1 + len(rows) * length].tolist()
     assert len(set(targets)) == len(targets)
@@ -103,7 +106,7 @@ class OneIdPerCharacter(ByteTokenizer):
 
 def test_segments_and_positions_of_a_packed_row(make_store, bare_tokenizer):
     store = make_store(["aaaaa", "bb", "c" * 40], bare_tokenizer)
-    row = Rows(Stream(store, np.arange(3)), 4, 2)[1]  # stream tokens 4..10
+    row = StreamRows(Stream(store, np.arange(3)), 4, 2)[1]  # stream tokens 4..10
     assert bytes(row.tokens.astype(np.uint8)) == b"abbcccc"
     assert row.segment_ids.tolist() == [1, 2, 2, 3, 3, 3, 3]
     assert row.positions.tolist() == [0, 0, 1, 0, 1, 2, 3]  # the first document began before the row
@@ -111,11 +114,11 @@ def test_segments_and_positions_of_a_packed_row(make_store, bare_tokenizer):
 
 def test_same_bytes_for_every_depth(make_store):
     store = make_store([f"document {i} " * (i % 5 + 1) for i in range(50)])
-    shallow, *deeper = (Rows(Stream(store, np.arange(50)), 16, depth) for depth in (0, 2, 4, MAX_DEPTH))
+    shallow, *deeper = (StreamRows(Stream(store, np.arange(50)), 16, depth) for depth in (0, 2, 4, MAX_DEPTH))
     for rows in deeper:
         assert len(rows) == len(shallow)
         for r in range(len(shallow)):
-            for a, b in zip(shallow[r], rows[r], strict=True):
+            for a, b in zip(shallow[r][:3], rows[r][:3], strict=True):
                 np.testing.assert_array_equal(a, b[:17])
 
 
@@ -123,7 +126,7 @@ def test_fim_gives_back_the_document_and_meets_its_rate(make_store):
     texts = [f"number {i} is {i * i}" for i in range(2000)]
     store, fim = make_store(texts), FIM(0.3, MARKS, seed=7)
     stream = Stream(store, np.arange(2000), fim)
-    tokens, ranks, _ = stream.read(0, len(stream))
+    tokens, ranks = stream.read(0, len(stream))[:2]
     num_rearranged = 0
     for i, ids in enumerate(np.split(tokens, np.flatnonzero(np.diff(ranks)) + 1)):
         ids = ids.tolist()
@@ -148,7 +151,7 @@ def test_fim_of_a_document_does_not_depend_on_its_place_in_the_stream(make_store
     seen = []
     for order in orders:
         stream = Stream(store, order, fim)
-        tokens, ranks, _ = stream.read(0, len(stream))
+        tokens, ranks = stream.read(0, len(stream))[:2]
         pieces = np.split(tokens, np.flatnonzero(np.diff(ranks)) + 1)
         seen.append({int(d): p.tolist() for d, p in zip(order, pieces, strict=True)})
     assert seen[0] == seen[1]
@@ -167,7 +170,76 @@ BITS = [4638092961988085098]
 
 
 def test_row_outside_the_stream_is_an_index_error(make_store):
-    rows = Rows(Stream(make_store(["a" * 100]), np.arange(1)), 16, 1)
+    rows = StreamRows(Stream(make_store(["a" * 100]), np.arange(1)), 16, 1)
     for r in (-1, len(rows)):
         with pytest.raises(IndexError, match=f"row {r} of 5"):
             rows[r]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole documents, and weights
+
+
+@relaxed
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=30),
+    length=st.integers(1, 40),
+    depth=st.integers(0, 4),
+)
+def test_whole_documents_are_not_split_and_see_no_other(make_weighted, sizes, length, depth):
+    store = make_weighted(sizes)
+    rows, capacity = WholeRows(store, np.arange(len(sizes)), length, depth), length + 1
+    found = []
+    for r in range(len(rows)):
+        row = rows[r]
+        assert all(x.shape == (capacity + depth,) for x in row)
+        assert row.segment_ids[capacity:].tolist() == [0] * depth  # the same rows for every depth
+        num = int((row.segment_ids > 0).sum())
+        assert (row.segment_ids[:num] > 0).all() and row.segment_ids[num:].sum() == 0
+        assert row.tokens[num:].sum() == row.positions[num:].sum() == row.loss_mask[num:].sum() == 0
+        for segment in range(1, row.segment_ids.max() + 1):
+            at = row.segment_ids == segment
+            assert row.positions[at].tolist() == list(range(at.sum()))
+            found.append((row.tokens[at].tolist(), row.loss_mask[at].tolist()))
+    wanted = [(store.document(i)[:capacity].tolist(), weights(store, i)[:capacity]) for i in range(len(sizes))]
+    assert sorted(found) == sorted(wanted)
+
+
+def test_best_fit_leaves_little_room(make_weighted):
+    sizes = np.minimum(np.random.default_rng(0).geometric(1 / 20, 2000), 101).tolist()
+    rows = WholeRows(make_weighted(sizes), np.arange(2000), 100, 0)
+    assert len(rows) <= -(-sum(sizes) // 101) * 1.01
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_travel_with_their_tokens(make_weighted, packed):
+    store = make_weighted([3, 11, 7, 40, 2])
+    order = shuffled(np.arange(5), 1)
+    rows = StreamRows(Stream(store, order), 8, 2, packed)
+    tokens, mask = (np.concatenate([f(store, i) for i in order]) for f in (lambda s, i: s.document(i), weights))
+    for r in range(len(rows)):
+        part = slice(8 * r, 8 * r + 11)
+        np.testing.assert_array_equal(rows[r].tokens, tokens[part])
+        np.testing.assert_array_equal(rows[r].loss_mask, mask[part].astype(np.float32))
+        assert rows[r].loss_mask.dtype == np.float32
+
+
+def weights(store, i):
+    return store.weights[store.offsets[i] : store.offsets[i + 1]].tolist()
+
+
+@pytest.fixture
+def make_weighted(tmp_path_factory, bare_tokenizer):
+    """A store of documents of given sizes, with random ids and loss weights."""
+
+    def make(sizes):
+        folder, draw = tmp_path_factory.mktemp("weighted"), np.random.default_rng(len(sizes))
+        documents = [
+            Encoded(draw.integers(1, 256, size).astype(np.int32), draw.random(size).astype(np.float32), i, size)
+            for i, size in enumerate(sizes)
+        ]
+        settings = SourceConfig(records="tokens", weights_field="weights")
+        write(folder, documents, bare_tokenizer, settings, "test")
+        return TokenStore(folder)
+
+    return make

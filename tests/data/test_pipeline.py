@@ -71,9 +71,9 @@ def test_a_long_lookahead_changes_no_row_and_is_padded_at_the_end_of_the_stream(
     short, long = (prepare(make_config(), lookahead).rows("train") for lookahead in (2, 100))
     assert len(short) == len(long)
     for row in (0, len(short) - 1):
-        for a, b in zip(short[row], long[row], strict=True):
+        for a, b in zip(short[row][:3], long[row][:3], strict=True):
             np.testing.assert_array_equal(b[: len(a)], a)
-    tokens, segments, positions = long[len(long) - 1]
+    tokens, segments, positions, _ = long[len(long) - 1]
     assert len(tokens) == 32 + 1 + 100 and segments[0] > 0 and segments[-1] == 0
     assert (tokens[segments == 0] == 0).all() and (positions[segments == 0] == 0).all()
 
@@ -91,7 +91,7 @@ def test_epochs_of_neighbouring_seeds_differ(make_config):
     rows = prepare(make_config()).rows("train")
     orders = []
     for seed in (0, 1):
-        order = Batches(rows, 1, shuffle_seed=seed, endless=True)._order
+        (order,) = Batches([rows], 1, shuffle_seed=seed, endless=True)._orders
         orders.append([[order[e * len(rows) + i] for i in range(len(rows))] for e in range(2)])
     assert all(a != b for a in orders[0] for b in orders[1])
 
@@ -179,6 +179,6 @@ def test_closed_iterator_says_so(make_config):
 
 def test_no_validation_split_when_its_fraction_is_zero(make_config):
     corpus = prepare(make_config(validation_fraction=0.0))
-    assert len(corpus.validation) == 0 and len(corpus.train) == len(corpus.store)
+    assert len(corpus.sources[0].validation) == 0 and len(corpus.sources[0].train) == len(corpus.sources[0].store)
     with pytest.raises(UserError, match=r"data.validation_fraction=0.0: leaves no validation documents"):
         corpus.batches("validation")

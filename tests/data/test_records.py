@@ -1,15 +1,15 @@
 """Records become documents of four forms; each record that cannot be used names its origin, cause and remedy."""
 
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from mtp_jax import errors
 from mtp_jax.config import SourceConfig, UserError
-from mtp_jax.data.documents import Chat, Prompt, Text, Tokens, accepted, documents
+from mtp_jax.data.documents import Chat, Prompt, Text, Tokens, documents
 from mtp_jax.data.formats import read_files
 from mtp_jax.data.records import BadRecord, Record, needed_columns
 
@@ -235,54 +235,10 @@ def test_bad_records_of_a_reader_pass():
     assert list(documents([bad, Record("PATH line 2", "x")], SourceConfig())) == [bad, Text("x", "PATH line 2")]
 
 
-BADS = [BadRecord(f"PATH line {i}", "not JSON", "correct it") for i in range(1, 6)]
-
-
-@pytest.fixture
-def notices(capsys):
-    """The lines of stderr so far; each notice of a test may appear again."""
-    errors.warn_once.cache_clear()
-    return lambda: capsys.readouterr().err.splitlines()
-
-
-def test_stop_raises_the_first_bad_record(notices):
-    items = accepted(["a", BADS[0], "b"], "stop", "data.files")
-    assert next(items) == "a"
-    with pytest.raises(BadRecord) as caught:
-        next(items)
-    assert str(caught.value) == ("data.files: PATH line 1: not JSON; correct it; or set data.on_bad_record=skip")
-    with pytest.raises(BadRecord, match="^data.source=x record 7: bad; mend it; or set data.mixture.0..on_bad"):
-        list(
-            accepted(
-                [BadRecord("data.source=x record 7", "bad", "mend it")], "stop", "data.source=x", "data.mixture[0]."
-            )
-        )
-    assert notices() == []
-
-
-def test_skip_counts_and_prints_one_notice(notices):
-    items = [*range(995), *BADS]
-    assert list(accepted(items, "skip", "data.files")) == list(range(995))
-    assert notices() == [
-        "note: data.files: 5 of 1,000 records skipped: PATH line 1: not JSON; correct it; "
-        "PATH line 2: not JSON; correct it; PATH line 3: not JSON; correct it"
-    ]
-    assert list(accepted([1, 2], "skip", "data.files")) == [1, 2]
-    assert list(accepted([], "skip", "data.files")) == []
-    assert notices() == []
-
-
-def test_skip_prints_its_notice_where_the_consumer_stops(notices):
-    items = accepted(["a", BADS[0], "b", BADS[1], "c"], "skip", "data.files")
-    assert [next(items), next(items)] == ["a", "b"]
-    items.close()
-    assert notices() == ["note: data.files: 1 of 3 records skipped: PATH line 1: not JSON; correct it"]
-
-
-def test_skip_of_every_record_is_an_error(notices):
-    with pytest.raises(UserError, match="^data.files: none of its 5 records can be used: PATH line 1: not JSON"):
-        list(accepted(BADS, "skip", "data.files"))
-    assert notices() == []
+def test_a_bad_record_pickles():
+    bad = BadRecord("PATH line 1", "not JSON", "correct it")
+    copy = pickle.loads(pickle.dumps(bad))
+    assert str(copy) == str(bad) and copy.remedy == "correct it"
 
 
 def test_columns_that_are_needed():

@@ -75,10 +75,10 @@ def error_of(config):
 
 def test_tfds_dataset_by_name(make_config, tfds_dir):
     corpus = prepare(make_config(source="tiny_texts", tfds_dir=str(tfds_dir), split="extra"))
-    found = {corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))}
+    found = {corpus.tokenizer.decode(corpus.sources[0].store.document(i)) for i in range(len(corpus.sources[0].store))}
     assert found == {f"30 tiny text number {i} é\n" * 3 for i in range(30)}
     half = prepare(make_config(source="tiny_texts", tfds_dir=str(tfds_dir), split="train[:50%]", batch_size=2))
-    assert len(half.store) == 40
+    assert len(half.sources[0].store) == 40
 
 
 def test_tfds_records_of_every_form(tfds_dir):
@@ -103,7 +103,7 @@ def test_tfds_records_of_every_form(tfds_dir):
 
 def test_tfds_dataset_by_folder(make_config, tfds_dir):
     (info,) = (tfds_dir / "tiny_texts").rglob("dataset_info.json")
-    assert len(prepare(make_config(source=str(info.parent))).store) == 80
+    assert len(prepare(make_config(source=str(info.parent))).sources[0].store) == 80
 
 
 def test_tfds_errors(make_config, tfds_dir):
@@ -145,14 +145,14 @@ def test_tfds_dataset_that_cannot_be_prepared(make_config, monkeypatch, tmp_path
 
 def test_python_source_is_the_standard_library(make_config):
     corpus = prepare(make_config(source="python_source", validation_fraction=0.05))
-    texts = [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))]
+    texts = [corpus.tokenizer.decode(corpus.sources[0].store.document(i)) for i in range(len(corpus.sources[0].store))]
     with open(os.__file__, encoding="utf-8", newline="") as file:
         assert file.read() in texts
     assert len(texts) > 300 and sum(map(len, texts)) > 5e6
     assert not any("import pytest" in text[:2000] for text in texts)
-    assert corpus.store.num_bytes.sum() == sum(len(t.encode()) for t in texts)
-    tokens = corpus.store.tokens
-    assert corpus.tokenizer.token_bytes[tokens].sum() == corpus.store.num_bytes.sum()
+    assert corpus.sources[0].store.num_bytes.sum() == sum(len(t.encode()) for t in texts)
+    tokens = corpus.sources[0].store.tokens
+    assert corpus.tokenizer.token_bytes[tokens].sum() == corpus.sources[0].store.num_bytes.sum()
     batch = corpus.batches("train").batch_at(0)
     assert batch["tokens"].shape == (8, 33) and batch["tokens"].min() >= 0
 
@@ -163,7 +163,7 @@ def test_text_files_come_back_in_order_and_whole(make_config, tmp_path):
     (tmp_path / "b.txt").write_text("".join(paragraphs[150:]))
     config = make_config(source="text_files", files=str(tmp_path / "*.txt"), max_document_chars=300)
     corpus = prepare(config)
-    texts = [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))]
+    texts = [corpus.tokenizer.decode(corpus.sources[0].store.document(i)) for i in range(len(corpus.sources[0].store))]
     assert "".join(texts) == "".join(paragraphs)
     assert len(texts) > 50
 
@@ -173,7 +173,9 @@ def test_real_json_lines(make_config, real_data):
     with open(path, encoding="utf-8") as file:
         pages = [json.loads(line)["page"] for line in file]
     corpus = prepare(make_config(source="text_files", files=path, text_field="page"))
-    assert [corpus.tokenizer.decode(corpus.store.document(i)) for i in range(len(corpus.store))] == pages
+    assert [
+        corpus.tokenizer.decode(corpus.sources[0].store.document(i)) for i in range(len(corpus.sources[0].store))
+    ] == pages
 
 
 def test_changed_files_are_read_anew(make_config, tmp_path):
@@ -185,8 +187,8 @@ def test_changed_files_are_read_anew(make_config, tmp_path):
     path.write_text("other\n\n" * 200)
     os.utime(path, ns=(1, 1))
     other = prepare(config)
-    assert b"first" in bytes(first.store.document(0)[1:-1].astype(np.uint8))
-    assert b"other" in bytes(other.store.document(0)[1:-1].astype(np.uint8))
+    assert b"first" in bytes(first.sources[0].store.document(0)[1:-1].astype(np.uint8))
+    assert b"other" in bytes(other.sources[0].store.document(0)[1:-1].astype(np.uint8))
     assert first.fingerprint != other.fingerprint
 
 
@@ -194,9 +196,12 @@ def test_records_that_are_skipped(make_config, tmp_path, capfd):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n{{"body": 1}}\n' for i in range(100)))
     files = {"source": "text_files", "files": str(tmp_path / "a.jsonl"), "batch_size": 2}
     corpus = prepare(make_config(on_bad_record="skip", **files))
-    assert len(corpus.store) == 100
+    assert len(corpus.sources[0].store) == 100
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"note: data.files: 100 of 200 records skipped: {tmp_path}/a.jsonl line 2: has no field")
+    assert line.startswith(
+        f"note: data.files={tmp_path}/a.jsonl: 100 of 200 records skipped: {tmp_path}/a.jsonl line 2: "
+    )
+
     message = error_of(make_config(on_bad_record="stop", **files))
     assert message.startswith(f"data.files: {tmp_path}/a.jsonl line 2: has no field 'text', only ['body']; set ")
     assert message.endswith("; or set data.on_bad_record=skip")
@@ -309,10 +314,10 @@ def test_opening_tfds_is_quiet(make_config, tfds_dir, capfd, tmp_path):
 def test_key_depends_on_what_decides_the_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}')
     base = DataConfig(source="text_files", files=str(tmp_path / "a.jsonl"))
-    keys = {sources.open_source(base, 0).key, sources.open_source(base, 1).key}
+    keys = {sources.open_source(base, base, 0).key, sources.open_source(base, base, 1).key}
     assert len(keys) == 1
     for change in ({"text_field": "body"}, {"max_document_chars": 7}):
-        keys.add(sources.open_source(DataConfig(**{**base.__dict__, **change}), 0).key)
+        keys.add(sources.open_source(DataConfig(**{**base.__dict__, **change}), base, 0).key)
     synthetic = DataConfig(source="synthetic")
-    keys |= {sources.open_source(synthetic, seed).key for seed in (0, 1)}
+    keys |= {sources.open_source(synthetic, synthetic, seed).key for seed in (0, 1)}
     assert len(keys) == 5

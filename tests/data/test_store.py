@@ -48,16 +48,19 @@ def test_split_has_about_its_fraction_and_grows_with_it(make_store):
 def test_equal_documents_land_in_the_same_split(make_config, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "this is document {i % 100}"}}\n' for i in range(400)))
     corpus = prepare(make_config(source="text_files", files=str(tmp_path / "a.jsonl"), batch_size=2))
-    texts = [{corpus.store.document(i).tobytes() for i in split} for split in (corpus.train, corpus.validation)]
+    texts = [
+        {corpus.sources[0].store.document(i).tobytes() for i in split}
+        for split in (corpus.sources[0].train, corpus.sources[0].validation)
+    ]
     assert all(texts) and not texts[0] & texts[1]
-    assert len(corpus.train) + len(corpus.validation) == 400
+    assert len(corpus.sources[0].train) + len(corpus.sources[0].validation) == 400
 
 
 def test_fingerprint_is_that_of_the_content(make_config, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(200)))
     a, b = (prepare(make_config(source="text_files", files=str(tmp_path / f"{n}.jsonl"), batch_size=2)) for n in "ab")
-    assert a.store.directory != b.store.directory
+    assert a.sources[0].store.directory != b.sources[0].store.directory
     assert a.fingerprint == b.fingerprint != prepare(make_config()).fingerprint
 
 
@@ -81,7 +84,7 @@ def test_processes_that_prepare_at_once_agree(make_config, tmp_path):
         from mtp_jax.config import from_dict
         from mtp_jax.data import prepare
         corpus = prepare(from_dict({{"data": {config.data.__dict__!r}}}, "test"))
-        print(len(corpus.store), corpus.fingerprint)
+        print(len(corpus.sources[0].store), corpus.fingerprint)
     """)
     run = [sys.executable, "-c", program]
     processes = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]

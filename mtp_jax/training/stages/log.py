@@ -65,5 +65,8 @@ class LogMetrics(Stage):
         record = {"tokens": session.step * self._tokens_per_step} | self._newest | session.values
         record["tokens_per_second"] = rate
         record["mfu"] = rate * self._flops_per_token / self._peak if self._peak else None
+        if session.config.data.mixture:
+            for name, (share, epochs) in session.run.corpus.drawn(session.step).items():
+                record[f"data_share_{name}"], record[f"data_epochs_{name}"] = share, epochs
         record["peak_memory_gib"] = peak_memory_gib(jax.local_devices())
         return record

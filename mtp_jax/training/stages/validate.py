@@ -18,4 +18,5 @@ class Validate(Stage):
         session.fetch()  # steps still running must not count as validation
         with session.paused("validation"):
             results = validate(session.run, session.state, session.config.training.eval_batches)
-            session.values |= as_metrics(results)
+            for name, depths in results.items():
+                session.values |= as_metrics(depths, name)
