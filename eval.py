@@ -7,6 +7,8 @@
     any other     a benchmark of lm-evaluation-harness by its name: arc_easy, mmlu, gsm8k, humaneval ...; with
                   --data_dir (or MTP_DATA_DIR) those of configs/tasks read local files; --tasks_dir=DIR adds your own
 
+--apply_chat_template makes the prompts of benchmarks chats, with the model's own template.
+
 --output writes the values as JSON, and beside it the same as Markdown and as a plot (.md, .png).
 """
 

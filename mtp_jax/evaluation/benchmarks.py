@@ -43,9 +43,25 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks_dir", action="append", default=[], help="a folder with yaml tasks; may be repeated")
     group.add_argument("--data_dir", help=f"local data of configs/tasks; default ${benchmark_data.VARIABLE}")
     group.add_argument("--num_fewshot", type=int, help="examples before each question; default: that of the task")
+    group.add_argument("--apply_chat_template", action="store_true", help="prompts are chats of the model's template")
+    group.add_argument(
+        "--fewshot_as_multiturn",
+        type=_boolean,
+        nargs="?",
+        const=True,
+        metavar="true|false",
+        help="examples are turns of the chat; default true with --apply_chat_template",
+    )
+    group.add_argument("--system_instruction", help="text of a system message, or before each prompt without a chat")
     group.add_argument("--speculative", action="store_true", help="self-speculated answers (the same text, faster)")
     group.add_argument("--allow_code_execution", action="store_true", help="run programs the model wrote, in a sandbox")
     group.add_argument("--samples", help="write each document with the model's output to this .jsonl file")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() in ("true", "1", "yes")
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,8 @@ def select(args: argparse.Namespace, names: Sequence[str]) -> Selection:
         )
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise UserError(f"--num_fewshot={args.num_fewshot}: must be at least 0")
+    if args.fewshot_as_multiturn and not args.apply_chat_template:
+        raise UserError("--fewshot_as_multiturn=true: is for chats; add --apply_chat_template")
     if args.samples and not pathlib.Path(args.samples).absolute().parent.is_dir():
         raise UserError(f"--samples={args.samples}: its folder does not exist; make it first")
     if args.samples and pathlib.Path(args.samples).is_dir():
@@ -196,6 +214,7 @@ def run(selection: Selection, args: argparse.Namespace, model: LanguageModel) ->
         speculative=args.speculative,
         num_speculative_tokens=args.num_speculative_tokens,
         seed=model.config.seed,
+        chat=args.apply_chat_template,
     )
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the tables only
         results: JsonObject = simple_evaluate(
@@ -206,6 +225,9 @@ def run(selection: Selection, args: argparse.Namespace, model: LanguageModel) ->
             limit=args.limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=bool(args.samples),
+            system_instruction=args.system_instruction,
+            apply_chat_template=args.apply_chat_template,
+            fewshot_as_multiturn=args.apply_chat_template and args.fewshot_as_multiturn is not False,
             torch_random_seed=None,  # a value would import torch
             confirm_run_unsafe_code=args.allow_code_execution,
         )
@@ -217,6 +239,7 @@ def run(selection: Selection, args: argparse.Namespace, model: LanguageModel) ->
             values[name]["tokens_per_forward"] = num_tokens / max(1, num_passes)
             values[name]["num_shortened"] = answers.num_shortened[name]
     title = "benchmarks" + (f", {args.limit} documents of each" if args.limit else "")
+    title += "; prompts of the chat template" if args.apply_chat_template else ""
     context = model.config.data.sequence_length
     if answers.num_truncated:
         title += f"; {answers.num_truncated} contexts were truncated to the model's {context} tokens"

@@ -12,13 +12,16 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from mtp_jax.config import UserError
+from mtp_jax.data import ChatError
 from mtp_jax.decoding.generator import check_drafts
+from mtp_jax.errors import warn_once
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mtp import kind_of
 
 DEFAULT_NEW_TOKENS = 256  # the harness's default
 # Generation options that tasks may set. IGNORED ones select a search, which neither greedy nor sampled decoding uses.
 OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "temperature", "top_p", "top_k")
+QUESTION = [{"role": "user", "content": "?"}]
 IGNORED = ("num_beams", "early_stopping", "num_return_sequences", "seed")
 
 
@@ -39,6 +42,7 @@ class HarnessModel(LM):
         speculative: bool = False,
         num_speculative_tokens: int | None = None,
         seed: int = 0,
+        chat: bool = False,
     ):
         """Adapter of one model.
 
@@ -47,9 +51,11 @@ class HarnessModel(LM):
           speculative: generated answers are drafted by the extra depths; the same text when greedy.
           num_speculative_tokens: tokens drafted before each forward pass; None: the trained depth.
           seed: of sampled answers.
+          chat: the requests are texts of the model's chat template, as `apply_chat_template` returns them: special
+            tokens that they spell are encoded as such, no bos is added, and answers end at the end-of-turn mark too.
 
         Raises:
-          UserError: a model that cannot draft.
+          UserError: a model that cannot draft, or has no chat template.
         """
         super().__init__()
         if speculative:
@@ -58,13 +64,44 @@ class HarnessModel(LM):
         self.drafts: dict[str, Any] = {"speculative": speculative} if speculative else {}
         if speculative and num_speculative_tokens is not None:
             self.drafts["num_speculative_tokens"] = num_speculative_tokens
+        self.chat, self.marks = chat, list[str]()
+        if chat:
+            self.marks = [mark for mark in [model.chat_template.end_mark(model.needs_tokenizer(), QUESTION)] if mark]
         self.num_truncated = 0
         self.num_shortened: dict[str, int] = collections.defaultdict(int)
         self.passes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
 
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer in the harness's results."""
+        return self.model.config.data.tokenizer.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the Jinja template, for the harness's results; None where none is applied."""
+        return self.model.chat_template.source if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns the text of a chat; it ends with the last message where there is no generation prompt.
+
+        As the harness's own models do, system messages are left out if the template refuses them, with a notice.
+        """
+        options: dict[str, Any] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return self.model.chat_template.render(chat_history, **options)
+        except ChatError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            text = self.model.chat_template.render(others, **options)
+            warn_once(f"system messages are left out, since the chat template refuses them ({error})")
+            return text
+
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Returns (log p in nats, whether greedy decoding generates it) of each request's (context, continuation)."""
-        texts, starts = self.model.pair_ids([request.args for request in requests])
+        texts, starts = self.model.pair_ids([request.args for request in requests], self.chat)
         longest = self.model.config.data.sequence_length + 1  # the last token is only predicted
         truncated = {request.args[0] for request, ids in zip(requests, texts, strict=True) if len(ids) > longest}
         self.num_truncated += len(truncated)  # each context once, however many answers it has
@@ -92,6 +129,7 @@ class HarnessModel(LM):
         with _bar("generate_until", len(requests)) as progress:
             for options, members in _by_options(requests):
                 num_new = options.pop("max_new_tokens")
+                options["stop"] = [*options["stop"], *self.marks]
                 prompts = {i: self._prompt(requests[i].args[0], num_new) for i in members}
                 members.sort(key=lambda i: -len(prompts[i]))
                 for number, at in enumerate(range(0, len(members), self.batch_size)):
@@ -115,12 +153,15 @@ class HarnessModel(LM):
             return False
         tokenizer = self.model.tokenizer
         text = tokenizer.decode_after(np.asarray(prompt), tokens) if stops and tokenizer else ""
-        return tokens[-1] not in self.model.end_tokens and not any(stop in text for stop in stops)
+        ends = {*self.model.end_tokens, *(tokenizer.special_id(stop) for stop in stops if tokenizer)}
+        return tokens[-1] not in ends and not any(stop in text for stop in stops)
 
     def _prompt(self, text: str, num_new: int) -> list[int]:
         """Returns token ids, truncated on the left to leave room for `num_new` tokens or half of the context."""
         tokenizer = self.model.tokenizer
-        if text or tokenizer is None:
+        if self.chat:
+            ids = self.model.needs_tokenizer().encode(text, special_tokens=True).tolist()
+        elif text or tokenizer is None:
             ids = self.model.prompt_ids([text])[0].tolist()
         else:
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

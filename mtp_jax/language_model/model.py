@@ -137,7 +137,7 @@ class LanguageModel:
         if stop_tokens is None:
             stop_tokens = self.end_tokens
         stops = [texts_of.checked("stop", text) for text in ([stop] if isinstance(stop, str) else stop or ())]
-        special = [self._needs_tokenizer().special_id(text) for text in stops]
+        special = [self.needs_tokenizer().special_id(text) for text in stops]
         vocab = self.config.model.vocab_size or 0  # a tokenizer may have more ids than the model predicts
         stop_tokens = list(stop_tokens) + [token for token in special if token is not None and token < vocab]
         for token in stop_tokens:
@@ -180,7 +180,7 @@ class LanguageModel:
         """
         is_one = bool(conversations) and isinstance(conversations[0], Mapping)
         chats: list[Any] = [conversations] if is_one else list(conversations)
-        template, tokenizer = self.chat_template, self._needs_tokenizer()
+        template, tokenizer = self.chat_template, self.needs_tokenizer()
         texts = [template.render(chat, add_generation_prompt=True, tools=tools) for chat in chats]
         marks = dict.fromkeys(template.end_mark(tokenizer, chat, tools) for chat in chats)
         stops = [*([stop] if isinstance(stop, str) else stop), *filter(None, marks)]
@@ -227,14 +227,25 @@ class LanguageModel:
         """
         return self.token_loglikelihood(*self.pair_ids(pairs), progress)
 
-    def pair_ids(self, pairs: Sequence[tuple[str, str]]) -> tuple[list[np.ndarray], list[int]]:
-        """Returns token ids of the pairs of `loglikelihood`, and the index in each at which the continuation begins."""
-        tokenizer, found = self._needs_tokenizer(), []
-        encode = functools.lru_cache(maxsize=2)(tokenizer.encode)  # the answers to a question share its context
+    def pair_ids(
+        self, pairs: Sequence[tuple[str, str]], special_tokens: bool = False
+    ) -> tuple[list[np.ndarray], list[int]]:
+        """Returns token ids of the pairs of `loglikelihood`, and the index in each at which the continuation begins.
+
+        Args:
+          special_tokens: the texts are those of a chat template: special tokens that they spell are encoded as such,
+            and no bos is added.
+        """
+        tokenizer, found = self.needs_tokenizer(), []
+
+        @functools.lru_cache(maxsize=2)  # the answers to a question share its context
+        def encode(text: str) -> np.ndarray:
+            return tokenizer.encode(text, special_tokens)
+
         for n, pair in enumerate(pairs):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise UserError(f"pair {n}: {pair!r} is not (context, continuation); give a list of such pairs")
-            found.append(texts_of.pair(tokenizer, encode, n, *pair))
+            found.append(texts_of.pair(tokenizer, encode, n, *pair, add_bos=not special_tokens))
         return [ids for ids, _ in found], [start for _, start in found]
 
     def loglikelihood_rolling(
@@ -251,7 +262,7 @@ class LanguageModel:
         Raises:
           UserError: no tokenizer, or one with neither bos nor eos.
         """
-        tokenizer = self._needs_tokenizer()
+        tokenizer = self.needs_tokenizer()
         ids = [texts_of.whole(tokenizer, n, text)[0] for n, text in enumerate(texts)]
         return [log_p for log_p, _ in self.token_loglikelihood(ids, [1] * len(ids), progress)]
 
@@ -311,7 +322,7 @@ class LanguageModel:
             if isinstance(prompt, str):
                 if not prompt:
                     raise UserError(f"prompt {b}: is empty; give it at least one character")
-                tokenizer = self._needs_tokenizer()
+                tokenizer = self.needs_tokenizer()
                 found = tokenizer.encode(texts_of.checked(f"prompt {b}", prompt), special_tokens)
                 has_bos = tokenizer.bos_id is None or (special_tokens and found[:1].tolist() == [tokenizer.bos_id])
                 ids.append(found if has_bos else np.concatenate([[tokenizer.bos_id], found]).astype(np.int32))
@@ -325,7 +336,7 @@ class LanguageModel:
 
     def _finder(self, befores: list[np.ndarray], stops: list[str]) -> Callable[[int, np.ndarray], int | None]:
         """Returns (row, tokens) -> the number of tokens up to the one that completes a stop string, or None."""
-        decode_after = self._needs_tokenizer().decode_after
+        decode_after = self.needs_tokenizer().decode_after
         if not all(stops):
             raise UserError("stop='': an empty string stops nothing; leave it out")
 
@@ -360,7 +371,8 @@ class LanguageModel:
             texts.append(text)
         return texts
 
-    def _needs_tokenizer(self) -> data.Tokenizer:
+    def needs_tokenizer(self) -> data.Tokenizer:
+        """Returns the tokenizer; raises UserError if there is none."""
         if self.tokenizer is None:
             raise UserError(
                 "the model came without a tokenizer.json: give token ids, or put the file beside its weights"

@@ -21,13 +21,19 @@ def checked(what: str, text: object) -> str:
 
 
 def pair(
-    tokenizer: Tokenizer, encode: Callable[[str], np.ndarray], n: int, context: str, continuation: str
+    tokenizer: Tokenizer,
+    encode: Callable[[str], np.ndarray],
+    n: int,
+    context: str,
+    continuation: str,
+    add_bos: bool = True,
 ) -> tuple[np.ndarray, int]:
     """Returns token ids of a context with its continuation, int32[N], and the start of the continuation, at least 1.
 
     Args:
       encode: the tokenizer's encode, possibly with a cache of contexts.
       n: index of the pair, for errors.
+      add_bos: begin with the tokenizer's bos; False: only where the continuation has no token before it.
 
     Raises:
       UserError: an empty continuation; an empty context and a tokenizer with neither bos nor eos.
@@ -37,10 +43,11 @@ def pair(
     continuation = context[len(kept) :] + continuation
     if not continuation:
         raise UserError(f"pair {n}: its continuation is empty; give it at least one character")
-    context_ids, whole = encode(kept), tokenizer.encode(kept + continuation)
+    context_ids, whole = encode(kept), encode(kept + continuation)
     num_new = max(1, len(whole) - len(context_ids))  # its beginning may be joined to the context's last token
     has_context = len(whole) > num_new  # otherwise, as where both are one token, bos or eos must precede it
     first = tokenizer.bos_id if tokenizer.bos_id is not None or has_context else tokenizer.eos_id
+    first = None if has_context and not add_bos else first
     if first is None and not has_context:
         raise UserError(f"pair {n}: nothing comes before its continuation, and the tokenizer has neither bos nor eos")
     ids = whole if first is None else np.concatenate([[first], whole])
