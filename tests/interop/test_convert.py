@@ -674,7 +674,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, exported, action):
 
 def test_too_little_space_is_said_before_anything_is_written(monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with (
         pytest.raises(UserError, match=r"out: needs 5\.0 GiB and the disk has 0\.0"),
         storage.fresh_folder(tmp_path / "out", 5 << 30),

@@ -1,33 +1,24 @@
-"""Paths on local disks and in object stores, and files and folders that appear complete or not at all.
-
-A path is an `etils.epath.Path`: a local one, absolute, or a URL (`gs://BUCKET/NAME`). An object store has neither
-folders nor a rename: a file is one object that is put at once, and a folder counts as complete when the file that is
-written last (config.json) is there. `lease.Lease` keeps a folder to one process.
-"""
+"""Files and folders on local disks and in object stores, read and written; a file is replaced atomically."""
 
 import contextlib
 import errno
 import importlib.util
-import json
 import logging
 import math
 import os
 import pathlib
 import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from mtp_jax.errors import UserError, first_line, warn_once
+from mtp_jax.errors import UserError, first_line
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # the same client of object stores with and without TensorFlow
 from etils import epath  # noqa: E402
 
 AnyPath = str | os.PathLike[str]
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # scheme -> the package that serves it
-MOST_LEVELS = 32  # nested objects and lists of a JSON file
-COMPLETE = "config.json"  # the file of a folder that is written last
 _PART = 16 * 2**20  # bytes copied at once
 
 
@@ -198,31 +189,6 @@ def read_text(path: AnyPath) -> str:
     return read_bytes(path).decode("utf-8")
 
 
-def read_json(path: AnyPath, remedy: str, name: str = "") -> dict[str, Any]:
-    """Returns the JSON object in a file.
-
-    Args:
-      remedy: the end of the error message.
-      name: name of the file in that message; its path by default.
-
-    Raises:
-      UserError: the file is missing, cannot be read, is not a JSON object, has a key twice, or is nested more than
-        MOST_LEVELS deep.
-    """
-    try:
-        values = json.loads(read_text(path), object_pairs_hook=_unique)
-        is_deep = is_nested(values, MOST_LEVELS)
-    except RecursionError:
-        is_deep = True
-    except (OSError, ValueError) as error:  # ValueError: not JSON, or not text
-        raise UserError(f"{name or path}: cannot be read as JSON ({first_line(error)}); {remedy}") from error
-    if is_deep:
-        raise UserError(f"{name or path}: is nested deeper than {MOST_LEVELS} levels; {remedy}")
-    if not isinstance(values, dict):
-        raise UserError(f"{name or path}: holds a {type(values).__name__}, not a JSON object; {remedy}")
-    return values
-
-
 def write_bytes(path: AnyPath, content: bytes) -> None:
     """Replaces a file atomically: a killed process leaves the old file or the new one. Raises OSError."""
     if not is_local(path):
@@ -321,80 +287,6 @@ class _TooLarge(Exception):
     pass
 
 
-def refuse_existing(target: AnyPath) -> None:
-    """Raises UserError if `target` exists and is not an empty folder."""
-    final = path(target)
-    found = names(final)
-    if found and not is_local(final) and COMPLETE not in found:
-        raise UserError(
-            f"{target}: is being written, or was left by a process that was killed (it has no {COMPLETE}); remove it, "
-            "or give another folder"
-        )
-    if found or is_file(final):
-        raise UserError(f"{target}: exists already; give a folder that does not")
-
-
-@contextlib.contextmanager
-def fresh_folder(target: AnyPath, num_bytes: int = 0) -> Iterator[epath.Path]:
-    """Yields a folder to fill, which is complete at `target` when the block ends and removed if the block fails.
-
-    On a local disk the folder is next to the target until then, as .NAME.partial-XXXXXXXX, and is renamed. A killed
-    process leaves it behind; the next one reports it. In an object store it is the target, and the block must write
-    config.json last: a folder without it is not complete.
-
-    Args:
-      num_bytes: number of bytes to be written; refused at once if the disk has less free space.
-
-    Raises:
-      UserError: target exists and is not empty, its parent cannot be written, or the disk is full.
-      StorageError: the object store fails.
-    """
-    refuse_existing(target)
-    final = path(target)
-    if is_local(final):
-        with _renamed_folder(target, num_bytes) as partial:
-            yield partial
-        return
-    try:
-        yield final
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove(final)
-        raise
-
-
-@contextlib.contextmanager
-def _renamed_folder(target: AnyPath, num_bytes: int) -> Iterator[epath.Path]:
-    final = pathlib.Path(target).resolve()
-    prefix = f".{final.name}.partial-"
-    for left in (name for name in names(final.parent) if name.startswith(prefix)):
-        warn_once(f"{final.parent / left} is being written, or was left by a process that was killed; remove it then")
-    partial = final.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(final.parent).free
-        if num_bytes > free:
-            raise UserError(
-                f"{target}: needs {num_bytes / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}; free some or give "
-                "another folder"
-            )
-        partial.mkdir()
-        yield epath.Path(partial)
-        if final.exists():  # empty; kept, as a process may have it as its current folder
-            for each in sorted(partial.iterdir(), key=lambda path: (path.name == COMPLETE, path.name)):
-                os.replace(each, final / each.name)
-        else:
-            os.rename(partial, final)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror or error}), and nothing was left there; give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _fs(path: AnyPath) -> Any:
     """Returns the fsspec file system of a URL."""
     import fsspec
@@ -410,18 +302,3 @@ def _set_up(scheme: str) -> None:
     config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     # Failures are reported in one line where they matter; the client would print a traceback for each retry
     logging.getLogger(PACKAGES[scheme]).addHandler(logging.NullHandler())
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object; raises on equal keys, of which Python would silently keep the last."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return content
-
-
-def is_nested(value: Any, levels: int) -> bool:
-    """Returns whether objects and lists are nested deeper than `levels`."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(is_nested(each, levels - 1) for each in inner)
