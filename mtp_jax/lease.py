@@ -29,6 +29,10 @@ _MOST_SKEW = 600.0  # seconds by which the clocks of two hosts may differ
 _TIMEOUT = 20.0  # seconds for a request, with the client's own retries
 
 
+class InUse(UserError):
+    """Another process holds the folder. One line. Exit code 2."""
+
+
 class LeaseLost(RuntimeError):
     """Another process has taken over the folder. One line. Exit code 1."""
 
@@ -40,38 +44,54 @@ class Lease(AbstractContextManager["Lease"]):
       folder: the folder, as an epath.Path.
     """
 
-    def __init__(self, folder: storage.AnyPath, name: str = "--workdir", seconds: float = SECONDS):
+    def __init__(
+        self, folder: storage.AnyPath, name: str = "--workdir", seconds: float = SECONDS, file: str = LEASE_FILE
+    ):
         """Prepares a lease; takes nothing yet.
 
         Args:
           folder: a local path or a URL.
           name: the flag with this value, for error messages.
           seconds: duration of a lease in an object store. It is renewed four times in this time.
+          file: name of the file in the folder. Leases of different files do not exclude each other.
         """
         self.folder = storage.path(folder, name)
         self._shown = f"{name}={folder}"
         self._holder: _File | _Object = (
-            _File(self.folder, self._shown)
+            _File(self.folder, self._shown, file)
             if storage.is_local(self.folder)
-            else _Object(self.folder, self._shown, seconds)
+            else _Object(self.folder, self._shown, file, seconds)
         )
 
     def __enter__(self) -> "Lease":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
         """Takes the folder.
 
         A process of this host that has ended is replaced at once. One of another host is observed for up to `seconds`,
         until it renews its lease or the lease expires.
 
         Raises:
-          UserError: another process holds it, with its host, process id and start; or the folder is a file or cannot
-            be written.
+          InUse: another process holds it; the message has its host, process id and start.
+          UserError: the folder is a file or cannot be written.
           StorageError: the object store fails, or the disk is full.
         """
         self._holder.acquire()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
+        """Gives the folder back, if it was taken."""
         self._holder.release()
+
+    @property
+    def descriptor(self) -> int:
+        """The open file that holds a local folder; a child that inherits it holds the folder too, until it ends."""
+        assert isinstance(self._holder, _File) and self._holder.descriptor is not None, "a local folder, and held"
+        return self._holder.descriptor
 
     def check(self) -> bool:
         """Returns whether the folder is known to be held; renews a lease that has expired.
@@ -87,10 +107,10 @@ class Lease(AbstractContextManager["Lease"]):
 class _File:
     """A lock on a local file."""
 
-    def __init__(self, folder: Any, shown: str):
+    def __init__(self, folder: Any, shown: str, file: str):
         self._folder, self._shown = folder, shown
-        self._path = os.fspath(folder / LEASE_FILE)
-        self._descriptor: int | None = None
+        self._path = os.fspath(folder / file)
+        self.descriptor: int | None = None
         self._is_new = False  # the folder was made here
 
     def acquire(self) -> None:
@@ -103,12 +123,12 @@ class _File:
         self._is_new = not os.path.isdir(self._folder)
         try:
             storage.make_folder(self._folder)
-            self._descriptor = self._locked()
+            self.descriptor = self._locked()
         except OSError as error:
             raise cannot_write(self._shown, error) from error
         with contextlib.suppress(OSError):  # a full disk: the lock is what counts
-            os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, json.dumps(_owner()).encode())
+            os.ftruncate(self.descriptor, 0)
+            os.write(self.descriptor, json.dumps(_owner()).encode())
 
     def _locked(self) -> int:
         """Returns a descriptor of the file at the path, locked."""
@@ -135,21 +155,21 @@ class _File:
         return True
 
     def release(self) -> None:
-        if self._descriptor is not None:
+        if self.descriptor is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._path)  # before the lock is released: a later holder's file stays
                 if self._is_new:
                     os.rmdir(self._folder)  # fails unless nothing was written, as where a run was refused
-            os.close(self._descriptor)
-            self._descriptor = None
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
 class _Object:
     """An object that is renewed by a thread."""
 
-    def __init__(self, folder: Any, shown: str, seconds: float):
+    def __init__(self, folder: Any, shown: str, file: str, seconds: float):
         self._shown, self._seconds = shown, seconds
-        self._url = os.fspath(folder / LEASE_FILE)
+        self._file, self._url = file, os.fspath(folder / file)
         self._owner = _owner()
         self._lock = threading.Lock()  # one request at a time
         self._ended = threading.Event()
@@ -208,7 +228,7 @@ class _Object:
         if self._lost is None and self._generation and self._lock.acquire(timeout=5.0):
             # Only the object that this process wrote is removed; otherwise it expires
             with contextlib.suppress(Exception):
-                self._store().write(LEASE_FILE, None, if_equal=self._generation).result(timeout=5.0)
+                self._store().write(self._file, None, if_equal=self._generation).result(timeout=5.0)
 
     def _renew_until_ended(self) -> None:
         while not self._ended.wait(self._seconds / 4) and self._lost is None:
@@ -239,7 +259,7 @@ class _Object:
         """Writes the lease if the object is the one of that generation; returns whether it was."""
         started = _now()
         content = self._owner | {"renewed": time.time(), "seconds": self._seconds}
-        write = self._store().write(LEASE_FILE, json.dumps(content).encode(), if_equal=generation)
+        write = self._store().write(self._file, json.dumps(content).encode(), if_equal=generation)
         written = write.result(timeout=min(_TIMEOUT, self._seconds)).generation
         if not written:
             return False
@@ -248,14 +268,14 @@ class _Object:
 
     def _read(self) -> tuple[bytes | None, bytes]:
         """Returns the content of the object, None if there is none, and its generation (that of a missing one too)."""
-        found = self._store().read(LEASE_FILE).result(timeout=min(_TIMEOUT, self._seconds))
+        found = self._store().read(self._file).result(timeout=min(_TIMEOUT, self._seconds))
         return (bytes(found.value) if found.state == "value" else None), found.stamp.generation
 
     def _store(self) -> Any:
         import tensorstore  # has conditional writes for every object store
 
         if not hasattr(self, "_opened"):
-            self._opened = tensorstore.KvStore.open(self._url.removesuffix(LEASE_FILE)).result()
+            self._opened = tensorstore.KvStore.open(self._url.removesuffix(self._file)).result()
         return self._opened
 
 
@@ -294,8 +314,8 @@ def _described(owner: dict[str, Any]) -> str:
     return f"a run on host {owner.get('host')}, pid {owner['pid']}, since {owner.get('since')}"
 
 
-def _in_use(shown: str, owner: dict[str, Any]) -> UserError:
-    return UserError(f"{shown}: is in use by {_described(owner)}; wait for its end, or use another folder")
+def _in_use(shown: str, owner: dict[str, Any]) -> InUse:
+    return InUse(f"{shown}: is in use by {_described(owner)}; wait for its end, or use another folder")
 
 
 def _is_here(owner: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from mtp_jax import storage
 from mtp_jax.errors import UserError
-from mtp_jax.lease import LEASE_FILE, Lease, LeaseLost
+from mtp_jax.lease import LEASE_FILE, InUse, Lease, LeaseLost
 from tests.conftest import ROOT
 
 HOLD = """
@@ -166,3 +166,10 @@ def test_a_bucket_that_does_not_exist(object_store, bucket):
     with pytest.raises((UserError, storage.StorageError)) as error, Lease("gs://no-such-bucket/run"):
         pass
     assert "\n" not in str(error.value) and "gs://no-such-bucket/run" in str(error.value)
+
+
+def test_leases_of_different_files_do_not_exclude_each_other(folder):
+    with Lease(folder), Lease(folder, file="other.json"):
+        with pytest.raises(InUse), Lease(folder, file="other.json"):
+            pass
+    assert storage.names(folder) == []

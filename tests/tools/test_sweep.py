@@ -329,7 +329,7 @@ def test_a_run_that_another_sweep_is_at_is_waited_for_and_not_done_twice(scripte
     def release(number, run, text):
         say(number, run, text)
         if run.name == "seed=1" and text.startswith("done"):
-            os.close(other)
+            other.release()
 
     runner._say = release
     runner.run()
@@ -384,7 +384,7 @@ def test_a_signal_ends_the_children_and_the_rest_is_left(scripted, tmp_path, cap
     assert "seed=0: train.py stopped" in out and "4 runs: 4 left" in out
     assert signal.getsignal(signal.SIGTERM) is before
     assert "error" not in run_folder.read_record(tmp_path / "seed=0")
-    os.close(run_folder.try_lock(tmp_path / "seed=0"))
+    run_folder.try_lock(tmp_path / "seed=0").release()
 
 
 def test_a_run_that_was_trained_but_not_evaluated_when_a_signal_came_is_left(scripted, tmp_path, capfd):
@@ -492,7 +492,7 @@ def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
         while (lock := run_folder.try_lock(run)) is None:
             assert time.monotonic() < end
             time.sleep(0.01)
-        os.close(lock)
+        lock.release()
         assert len(metrics.read_text().splitlines()) < num_steps
     done = subprocess.run(line, cwd=ROOT, env=QUICK, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

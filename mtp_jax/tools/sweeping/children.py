@@ -85,8 +85,8 @@ def shares_of_cores(num_jobs: int) -> list[frozenset[int] | None]:
     return [frozenset(cores[low:high]) for low, high in zip(bounds, bounds[1:], strict=False)]
 
 
-def start(arguments: list[str], log: pathlib.Path, cores: frozenset[int] | None, lock: int) -> subprocess.Popen:
-    """Starts a command on `cores`, with its output appended to `log` and the descriptor `lock` open until it ends.
+def start(arguments: list[str], log: pathlib.Path, cores: frozenset[int] | None, lease: int) -> subprocess.Popen:
+    """Starts a command on `cores`, with its output appended to `log` and the descriptor `lease` open until it ends.
 
     It runs in a new session: Ctrl-C reaches only the sweep, which terminates its children once.
     """
@@ -107,7 +107,7 @@ def start(arguments: list[str], log: pathlib.Path, cores: frozenset[int] | None,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock],
+            pass_fds=[lease],
             preexec_fn=before_exec,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )

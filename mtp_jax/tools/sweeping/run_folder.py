@@ -1,38 +1,40 @@
-"""Files that a sweep keeps in the folder of a run: sweep.json, the logs of its commands, and a lock.
+"""Files that a sweep keeps in the folder of a run: sweep.json, the logs of its commands, and a lease.
 
 sweep.json: {"overrides": [...], "config": {...}} and, after a command has ended, "trained": the last step, "evaluated":
 [flags of eval.py], "error": the line with which a command failed. It is written when the sweep starts, so that a run
 that has written nothing else, or has not started, still belongs to the sweep.
 """
 
-import fcntl
 import json
-import os
 import pathlib
 import shlex
 
 from mtp_jax import storage
-from mtp_jax.config import UserError, to_dict
+from mtp_jax.config import to_dict
+from mtp_jax.lease import InUse, Lease
 from mtp_jax.storage import read_json, write_text
 from mtp_jax.tools.sweeping.grid import SweepRun
 from mtp_jax.typing import JsonObject
 
-SWEEP_FILE, EVAL_FILE, LOCK_FILE = "sweep.json", "eval.json", ".sweep.lock"
+SWEEP_FILE, EVAL_FILE, LEASE_FILE = "sweep.json", "eval.json", ".sweep.lock"
 LOGS = {"train.py": "log.txt", "eval.py": "eval_log.txt"}
 
 
-def try_lock(folder: pathlib.Path) -> int | None:
-    """Locks a run and returns the descriptor; None if a process of another sweep holds the lock.
+def try_lock(folder: pathlib.Path) -> Lease | None:
+    """Returns the lease of a run for this sweep, until it is released; None if another sweep holds it.
 
-    The lock lasts until every process that has the descriptor has closed it or ended, children included.
+    It is not that of the workdir, which train.py takes.
+
+    Raises:
+      UserError: the folder cannot be written.
+      StorageError: the disk is full.
     """
-    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    lease = Lease(folder, file=LEASE_FILE)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lease.acquire()
+    except InUse:
         return None
-    return descriptor
+    return lease
 
 
 def prepare(root: pathlib.Path, runs: list[SweepRun]) -> None:
@@ -40,18 +42,13 @@ def prepare(root: pathlib.Path, runs: list[SweepRun]) -> None:
 
     Raises:
       UserError: a folder cannot be written.
+      StorageError: the disk is full.
     """
     for run in runs:
         folder = root / run.name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = try_lock(folder)
-        except OSError as error:
-            raise UserError(f"--workdir={root}: {folder} cannot be written ({error.strerror})") from error
-        if lock is None:  # the process that holds the lock writes it
-            continue
-        write_record(folder, read_record(folder) | {"overrides": run.overrides, "config": to_dict(run.config)})
-        os.close(lock)
+        if lease := try_lock(folder):  # otherwise its holder writes the record
+            write_record(folder, read_record(folder) | {"overrides": run.overrides, "config": to_dict(run.config)})
+            lease.release()
 
 
 def read_record(folder: storage.AnyPath) -> JsonObject:

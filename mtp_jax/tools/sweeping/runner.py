@@ -1,6 +1,5 @@
 """Runner of a sweep: trains and evaluates what is missing of each run, with one line at each start and end."""
 
-import os
 import pathlib
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from mtp_jax.evaluation.decode_tasks import OWN_FLAGS
+from mtp_jax.lease import Lease
 from mtp_jax.mtp import kind_of
 from mtp_jax.tools.sweeping import children, run_folder
 from mtp_jax.tools.sweeping.grid import SweepRun
@@ -74,7 +74,7 @@ class Task:
 
     run: SweepRun
     number: int
-    lock: int
+    lease: Lease
     cores: frozenset[int] | None
     script: str
     process: subprocess.Popen
@@ -130,20 +130,20 @@ class Runner:
             if not self.free_cores or self.num_signals:
                 return
             number, run = self.waiting.popleft()
-            lock = run_folder.try_lock(self.commands.folder(run))
-            if lock is None:
+            lease = run_folder.try_lock(self.commands.folder(run))
+            if lease is None:
                 self.waiting.append((number, run))
                 if run.name not in self.told_of:
                     self._say(number, run, "another sweep is at it; waiting for its end")
                 self.told_of.add(run.name)
             elif self.commands.is_complete(run):
-                os.close(lock)
+                lease.release()
                 self.num_before += 1
                 self._say(number, run, "was done before")
             else:
-                self._begin(number, run, lock)
+                self._begin(number, run, lease)
 
-    def _begin(self, number: int, run: SweepRun, lock: int) -> None:
+    def _begin(self, number: int, run: SweepRun, lease: Lease) -> None:
         path, script = self.commands.folder(run), "eval.py"
         record = {k: v for k, v in run_folder.read_record(path).items() if k not in ("error", "evaluated")}
         if not self.commands.is_trained(run):
@@ -153,16 +153,16 @@ class Runner:
         run_folder.write_record(path, record)
         self._say(number, run, f"{script} started")
         cores = self.free_cores.pop(0)
-        process, log_start = self._start(script, run, cores, lock)
-        self.active.append(Task(run, number, lock, cores, script, process, log_start))
+        process, log_start = self._start(script, run, cores, lease)
+        self.active.append(Task(run, number, lease, cores, script, process, log_start))
 
     def _start(
-        self, script: str, run: SweepRun, cores: frozenset[int] | None, lock: int
+        self, script: str, run: SweepRun, cores: frozenset[int] | None, lease: Lease
     ) -> tuple[subprocess.Popen, int]:
         """Returns (process, offset of its output in its log)."""
         line, log = self.commands.line(script, run), self.commands.folder(run) / run_folder.LOGS[script]
         log_start = run_folder.start_of_log(log, line)
-        return children.start(line, log, cores, lock), log_start
+        return children.start(line, log, cores, lease.descriptor), log_start
 
     def _handle(self, task: Task) -> None:
         """Passes signals on to a running command; after it has ended, starts the next one or closes the run."""
@@ -176,7 +176,7 @@ class Runner:
             next_one = self.commands.evaluation(task.run) and task.script == "train.py"
             if next_one and not self.num_signals:
                 task.script = "eval.py"
-                task.process, task.log_start = self._start(task.script, task.run, task.cores, task.lock)
+                task.process, task.log_start = self._start(task.script, task.run, task.cores, task.lease)
                 return
             if not next_one:
                 self.num_done += 1
@@ -187,7 +187,7 @@ class Runner:
             self._record_failure(task, code)
         self.active.remove(task)
         self.free_cores.append(task.cores)
-        os.close(task.lock)
+        task.lease.release()
 
     def _pass_signals_on(self, task: Task) -> None:
         """Passes signals on: the first lets the command save its state and end, the second kills it."""
