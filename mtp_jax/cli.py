@@ -118,6 +118,27 @@ class _Handler(logging.StreamHandler):
         del value
 
 
+def check_output(flag: str, path: str | os.PathLike[str]) -> None:
+    """Refuses a file for `write_output` that cannot be written, before there is anything to write.
+
+    Raises:
+      UserError: it is a folder, its folder does not exist, or it cannot be written.
+    """
+    from mtp_jax import storage
+
+    output, shown = storage.path(path, f"--{flag}"), f"--{flag}={path}"
+    if storage.is_local(output) and not storage.is_dir(output.parent):
+        raise UserError(f"{shown}: its folder does not exist; make it first")
+    try:
+        if storage.is_dir(output):
+            raise UserError(f"{shown}: is a folder; give a file")
+        partial = output.with_name(f"{output.name}.partial")
+        storage.write_bytes(partial, b"")
+        storage.remove(partial)
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be written ({storage.reason(error)}); use another folder") from error
+
+
 def write_output(flag: str, path: str | os.PathLike[str], text: str) -> None:
     """Writes the file that --`flag` names, a local path or a URL.
 

@@ -3,12 +3,18 @@
 import json
 import subprocess
 import time
+import types
 
+import numpy as np
 import pytest
 
-from mtp_jax import storage
+from mtp_jax import cli, storage
+from mtp_jax.config import UserError, load_config
+from mtp_jax.data.tokenizer import ByteTokenizer
+from mtp_jax.evaluation import benchmarks, conventions, speculative
+from mtp_jax.tools import plan
 from mtp_jax.training.metrics import read_metrics
-from tests.commands import QUICK, ROOT, SMALL, command, finish, run_process, start_two
+from tests.commands import QUICK, ROOT, SMALL, command, finish, run_here, run_process, start_two
 
 CONFIG = [
     *("--config=configs/tiny.py", *SMALL, "--config.data.source=synthetic", "--config.training.num_steps=12"),
@@ -123,3 +129,31 @@ def test_two_processes_train_on_one_url(bucket, undisturbed):
     again = finish(start_two("train.py", *CONFIG, *mesh, f"--workdir={workdir}", **bucket.env))
     assert [code for code, _ in again] == [0, 0], (again, time.monotonic() - started)
     assert [row["step"] for row in rows(workdir)] == STEPS
+
+
+def test_prompts_and_the_text_of_a_check_are_read(bucket, tmp_path):
+    text = "def f(x):\n    return x\n" * 200
+    storage.write_text(f"{bucket.url}/text.py", text)
+    (tmp_path / "text.py").write_text(text)
+    assert speculative.read_prompts(f"{bucket.url}/text.py") == text.splitlines()
+    with pytest.raises(UserError, match="none.txt: no such file"):
+        speculative.read_prompts(f"{bucket.url}/none.txt")
+    config = load_config("configs/tiny.py", ["--config.model.vocab_size=264"])
+    lm = types.SimpleNamespace(config=config, tokenizer=ByteTokenizer())
+    local, found = (conventions._tokens(lm, f"{folder}/text.py") for folder in (tmp_path, bucket.url))
+    np.testing.assert_array_equal(found, local)
+
+
+def test_samples_and_the_json_of_a_plan_are_written(bucket, monkeypatch, capsys):
+    cli.check_output("samples", f"{bucket.url}/out/samples.jsonl")
+    assert bucket.objects() == {}
+    benchmarks.write_samples(f"{bucket.url}/out/samples.jsonl", {"arc": [{"doc": 1}, {"doc": 2}]})
+    lines = storage.read_text(f"{bucket.url}/out/samples.jsonl").splitlines()
+    assert [json.loads(line) for line in lines] == [{"task": "arc", "doc": 1}, {"task": "arc", "doc": 2}]
+    with pytest.raises(UserError, match="--json=.*: is a folder"):
+        cli.check_output("json", f"{bucket.url}/out")
+    output = f"{bucket.url}/plan.json"
+    argv = ["--config=configs/tiny.py", "--topology=v9:2x2", f"--json={output}"]
+    assert run_here(monkeypatch, plan.main, *argv) == 2 and "--topology=v9:2x2" in capsys.readouterr().err
+    plan._write(output, {"fits": True})
+    assert storage.read_json(output, "") == {"fits": True}

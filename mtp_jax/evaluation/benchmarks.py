@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from mtp_jax import cli
 from mtp_jax.config import UserError
-from mtp_jax.errors import first_line
+from mtp_jax.errors import first_line, warn_once
 from mtp_jax.evaluation import benchmark_data, sandbox
 from mtp_jax.evaluation.results import Benchmark, Metric
 from mtp_jax.language_model import LanguageModel
@@ -94,10 +95,8 @@ def select(args: argparse.Namespace, names: Sequence[str]) -> Selection:
         raise UserError(f"--num_fewshot={args.num_fewshot}: must be at least 0")
     if args.fewshot_as_multiturn and not args.apply_chat_template:
         raise UserError("--fewshot_as_multiturn=true: is for chats; add --apply_chat_template")
-    if args.samples and not pathlib.Path(args.samples).absolute().parent.is_dir():
-        raise UserError(f"--samples={args.samples}: its folder does not exist; make it first")
-    if args.samples and pathlib.Path(args.samples).is_dir():
-        raise UserError(f"--samples={args.samples}: is a folder; give a .jsonl file")
+    if args.samples:
+        cli.check_output("samples", args.samples)
     if args.data_dir:
         os.environ[benchmark_data.VARIABLE] = args.data_dir  # read by the files of the tasks
     _quiet()
@@ -327,8 +326,12 @@ def _number(metric: Metric) -> str:
 
 
 def write_samples(path: str, samples: dict[str, list[JsonObject]]) -> None:
-    """Writes a JSON object per document: its task, prompt, model output, expected answer and metrics."""
-    with open(path, "w", encoding="utf-8") as file:
-        for task, each in samples.items():
-            for sample in each:
-                file.write(json.dumps({"task": task, **sample}, default=str) + "\n")
+    """Writes a JSON object per document: its task, prompt, model output, expected answer and metrics.
+
+    A file that cannot be written is reported, since the results of the benchmarks are not written yet.
+    """
+    lines = [json.dumps({"task": task, **each}, default=str) for task, found in samples.items() for each in found]
+    try:
+        cli.write_output("samples", path, "\n".join(lines))
+    except UserError as error:
+        warn_once(str(error))

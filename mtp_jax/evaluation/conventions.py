@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import pathlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import language_model, targets
+from mtp_jax import language_model, storage, targets
 from mtp_jax.config import Architecture, MeshConfig, UserError, conventions
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.losses import CrossEntropy, Term, depth_sums, evaluate
@@ -145,7 +144,7 @@ def _tokens(lm: LanguageModel, text_file: str) -> np.ndarray:
     """Returns the beginning of the text as rows, int32[B, N]."""
     if text_file:
         try:
-            text = pathlib.Path(text_file).read_text(encoding="utf-8")
+            text = storage.read_text(storage.path(text_file, "--check"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--check={text_file}: cannot be read ({error}); give a text file") from error
     else:

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 from etils import epath
 
-from mtp_jax import storage
+from mtp_jax import cli, storage
 from mtp_jax.config import UserError
 from mtp_jax.typing import JsonObject, PyTree
 
@@ -47,15 +47,7 @@ def check_output(path: str) -> None:
     """
     if not path.endswith(".json"):
         raise UserError(f"--output={path}: must end in .json")
-    output = storage.path(path, "--output")
-    if storage.is_local(output) and not storage.is_dir(output.parent):
-        raise UserError(f"--output={path}: its folder does not exist; make it first")
-    partial = output.with_suffix(".partial")
-    try:
-        storage.write_bytes(partial, b"")
-        storage.remove(partial)
-    except OSError as error:
-        raise UserError(f"--output={path}: cannot be written ({storage.reason(error)}); use another folder") from error
+    cli.check_output("output", path)
 
 
 def write(path: epath.Path, workdir: str, texts: list[str], values: JsonObject) -> None:

@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import json
 import math
-import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from mtp_jax import data
+from mtp_jax import data, storage
 from mtp_jax.config import Config, UserError
 from mtp_jax.decoding.generator import Generation, Generator
 from mtp_jax.decoding.inference_model import cache_bytes_per_token
@@ -73,11 +72,11 @@ def read_prompts(path: str) -> list[str]:
     Raises:
       UserError: no such file, a line without the field, or no prompt at all.
     """
-    file = pathlib.Path(path)
-    if not file.is_file():
+    file = storage.path(path, "--prompts")
+    if not storage.is_file(file):
         raise UserError(f"--prompts={path}: no such file")
     try:
-        lines = [(n, line) for n, line in enumerate(file.read_text("utf-8").splitlines(), 1) if line.strip()]
+        lines = [(n, line) for n, line in enumerate(storage.read_text(file).splitlines(), 1) if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts={path}: is not UTF-8") from error
     prompts = [_prompt_of(path, n, line) if file.suffix == ".jsonl" else line for n, line in lines]

@@ -10,10 +10,8 @@ codes: 0 the step fits, 1 it does not ("needs X of Y GiB"), 2 unusable arguments
 
 import argparse
 import json
-import pathlib
 
 from mtp_jax import cli, config, signals
-from mtp_jax.config import UserError
 from mtp_jax.tools.planning.topology import Topology, open_topology, prepare_environment
 from mtp_jax.typing import JsonObject
 
@@ -21,12 +19,11 @@ from mtp_jax.typing import JsonObject
 def main(argv: list[str]) -> None:
     args, overrides = cli.parse(_flags(), argv)
     resolved = config.load_config(args.config, overrides)
-    output = pathlib.Path(args.json) if args.json else None
-    if output and not output.parent.is_dir():
-        raise UserError(f"--json={output}: its folder does not exist")
+    if args.json:
+        cli.check_output("json", args.json)
     prepare_environment()
     topology = open_topology(args.topology, args.slices)
-    _write(output, _search(resolved, topology, args) if args.search else _plan(resolved, topology, output))
+    _write(args.json, _search(resolved, topology, args) if args.search else _plan(resolved, topology, args.json))
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -40,7 +37,7 @@ def _flags() -> argparse.ArgumentParser:
     return flags
 
 
-def _plan(resolved: config.Config, topology: Topology, output: pathlib.Path | None) -> JsonObject:
+def _plan(resolved: config.Config, topology: Topology, output: str | None) -> JsonObject:
     from mtp_jax.tools.planning import estimate, plan_text  # imports jax
     from mtp_jax.tools.planning.compile import resolve
 
@@ -60,8 +57,8 @@ def _search(resolved: config.Config, topology: Topology, args: argparse.Namespac
     return {"plans": [search.to_json(one) for one in found]}
 
 
-def _write(output: pathlib.Path | None, result: JsonObject) -> None:
-    if output is not None:
+def _write(output: str | None, result: JsonObject) -> None:
+    if output:
         cli.write_output("json", output, json.dumps(result, indent=1))
 
 

@@ -192,7 +192,7 @@ def random_workdir(tmp_path_factory):
         (["--tasks=own", "--tasks_dir={empty}"], "--tasks=own: cannot be loaded (ImportError"),
         (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=-1"], "--num_fewshot=-1: must be at least 0"),
         (["--tasks=arc_easy", "--data_dir={data}", "--samples=/nowhere/x"], "--samples=/nowhere/x: its folder"),
-        (["--tasks=arc_easy", "--data_dir={data}", "--samples={empty}"], "is a folder; give a .jsonl file"),
+        (["--tasks=arc_easy", "--data_dir={data}", "--samples={empty}"], "is a folder; give a file"),
         (["--tasks=humaneval", "--data_dir={data}"], "humaneval: runs programs the model wrote; add --allow_code_exec"),
         (["--tasks=mmlu_anatomy,mmlu_stem", "--data_dir={data}"], "--tasks: lists mmlu_anatomy twice"),
         (["--tasks=arc_easy", "--data_dir={data}", "--num_fewshot=25"], "arc_easy has num_fewshot: 0 in its file"),
