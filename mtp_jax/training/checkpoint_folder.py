@@ -142,14 +142,18 @@ def attempt(
 
 
 def agreed(problem: str) -> str:
-    """Returns, on every process, the problem of the first process that has one; "" if none has."""
+    """Returns, on every process, the problem of the first process that has one; "" if none has.
+
+    That of a process which has only waited for another one comes last.
+    """
     if jax.process_count() == 1:
         return problem
     mine = np.zeros(512, np.uint8)
     encoded = problem.encode()[: mine.size]
     mine[: len(encoded)] = list(encoded)
     lines = multihost_utils.process_allgather(mine)
-    return next((bytes(line).rstrip(b"\0").decode(errors="replace") for line in lines if line.any()), "")
+    found = [bytes(line).rstrip(b"\0").decode(errors="replace") for line in lines if line.any()]
+    return min(found, key=lambda line: line.startswith("Timed out"), default="")
 
 
 def of_first_process(steps: list[int]) -> list[int]:

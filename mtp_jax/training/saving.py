@@ -31,6 +31,7 @@ from mtp_jax.training.checkpoint_folder import (
 from mtp_jax.typing import PyTree
 
 LAST_SAVE_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between the attempts of a save that must succeed
+BARRIER_SECONDS = 300.0  # that a process which has written its part of a step waits for the others
 _BUGS = (AttributeError, TypeError, NameError, AssertionError)  # not of the store
 
 
@@ -77,6 +78,7 @@ class Saver:
         directory: storage.AnyPath,
         config: CheckpointConfig | None = None,
         last_save_delays: Sequence[float] = LAST_SAVE_DELAYS,
+        barrier_seconds: float = BARRIER_SECONDS,
     ):
         """Opens a folder; creates nothing.
 
@@ -85,15 +87,18 @@ class Saver:
           config: how often to save, how many checkpoints to keep, and whether `save` returns before files are written;
             None: read-only.
           last_save_delays: seconds between the attempts of a save that must succeed.
+          barrier_seconds: that a process which has written its part of a step waits for the others. A save that fails
+            on one of several processes fails on the others after this time.
 
         Raises:
           UserError: a URL that contains one of `*?[`, which orbax takes for a pattern.
         """
         self._folder = Folder(directory)
         self.directory = self._folder.path
-        self._config, self._last_save_delays = config, last_save_delays
+        self._config, self._last_save_delays, self._barrier_seconds = config, last_save_delays, barrier_seconds
         self._schedule = SaveSchedule(config.every if config else 1)
         self._checkpointer: ocp.AsyncCheckpointer | None = None  # made by the first save, and anew after a failed one
+        self._num_opened = 0  # times that it was made
         self._newest = -1  # committed step, known once the folder was prepared
         self._attempted: int | None = None  # last step given to `save`
         self._is_writing = False  # `_attempted`, in the background
@@ -178,7 +183,7 @@ class Saver:
             if problem:
                 return self._fail(step, problem)
             self._newest = max(of_first_process(found or []), default=-1)
-            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._checkpointer = self._open()
         if is_retry and self._newest == step:  # committed before the error that was reported
             self._failure = ""
             return
@@ -202,6 +207,21 @@ class Saver:
             storage.make_folder(self.directory)
             self._folder.remove_leftovers()
         return self._folder.steps()
+
+    def _open(self) -> ocp.AsyncCheckpointer:
+        """Returns a checkpointer whose processes wait for each other for `barrier_seconds` at most.
+
+        The names of its barriers are new ones: processes that differ in whether they have reached a barrier could not
+        meet at it again.
+        """
+        self._num_opened += 1
+        number, wait = self._num_opened, ocp.multihost.get_barrier_sync_fn()
+
+        def barrier(*, key: str, timeout_ms: int) -> None:
+            wait(key=f"{key}_{number}", timeout_ms=min(timeout_ms, round(1000 * self._barrier_seconds)))
+
+        options = ocp.options.AsyncOptions(barrier_sync_fn=barrier)
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def _finish(self, now: int | None = None, error: Exception | None = None) -> None:
         """Waits for the step that is being written and removes the oldest; reports a failure, noticed at step `now`."""
