@@ -153,22 +153,22 @@ def interrupted(tmp_path_factory):
     ]
     stopped = run_until(5, signal.SIGTERM, argv)
     saved = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
-    after_stop = metrics(workdir)
+    after_stop, goodput = metrics(workdir), json.loads((workdir / "goodput.json").read_text())
     killed = run_until(13, signal.SIGKILL, argv)
     after_kill = metrics(workdir)
     last = run_process("train.py", *argv)
     return {
-        **{"stopped": stopped, "saved": saved, "after_stop": after_stop},
+        **{"stopped": stopped, "saved": saved, "after_stop": after_stop, "goodput": goodput},
         **{"killed": killed, "after_kill": after_kill, "last": last, "metrics": metrics(workdir)},
     }
 
 
 def test_a_run_that_is_told_to_stop_saves_its_state_and_goes_on(interrupted, reference):
-    code, _, errors = interrupted["stopped"]
-    assert code == 75
+    code, printed, errors = interrupted["stopped"]
+    assert code == 75 and "goodput  " in printed
     (line,) = errors.splitlines()
     step = int(re.match(r"error: stopped by a signal at step (\d+), state saved; run the same command", line)[1])
-    assert step < NUM_STEPS and step == interrupted["saved"][-1]
+    assert step < NUM_STEPS and step == interrupted["saved"][-1] == interrupted["goodput"]["last_step"]
     assert_same_run(interrupted["after_stop"], metrics(reference[0])[:step], rel=1e-6)
     assert f"resumed  from step {step}\n" in interrupted["killed"][1]
 

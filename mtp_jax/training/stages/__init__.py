@@ -13,8 +13,8 @@ from mtp_jax.training.stages.watch import EndStalledRun
 
 # In the order of their hooks: a stage may use what an earlier one has added to `Session.values` or to the metrics.
 STAGES: tuple[type[Stage], ...] = (
+    StopAtSignal,  # the first, so the last to finish: it raises
     ReportGoodput,
-    StopAtSignal,
     EndStalledRun,
     Profile,
     StopAtNonFinite,
