@@ -155,3 +155,11 @@ def test_a_store_that_refuses_is_one_line(bucket):
 )
 def test_the_first_line_of_an_exception(error, line):
     assert first_line(error) == line
+
+
+def test_a_failing_store_is_one_error_and_no_record_of_its_client(bucket, caplog):
+    path = storage.path(f"{bucket.url}/a")
+    bucket.inject("400", times=None)
+    with pytest.raises(storage.StorageError, match="/a: "):
+        storage.size(path)
+    assert not caplog.records

@@ -300,5 +300,8 @@ def _set_up(scheme: str) -> None:
 
     # Another process may have written since a folder was listed
     config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    # Failures are reported in one line where they matter; the client would print a traceback for each retry
-    logging.getLogger(PACKAGES[scheme]).addHandler(logging.NullHandler())
+    # Failures are reported in one line where they matter; the client would print a traceback for each retry, also
+    # through a handler that some library has given to the root logger
+    client = logging.getLogger(PACKAGES[scheme])
+    client.addHandler(logging.NullHandler())
+    client.propagate = False
