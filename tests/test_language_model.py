@@ -176,14 +176,15 @@ def test_a_stop_string_is_found_with_the_blank_it_begins_with(blanks):
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
-    """A Hugging Face folder with random weights, a tokenizer and a chat template."""
+    """An exported Hugging Face folder: random weights, the tokenizer of the training and its chat template."""
     folder = tmp_path_factory.mktemp("chat") / "hf"
     made = byte_level(SPECIAL)
     built = build(replace(MLA, vocab_size=-(-made.get_vocab_size() // 8) * 8), context=256)
-    write_model(folder, built.config, {"params": built.params, "biases": built.biases}, family="deepseek_v3")
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    (folder / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    made.save(str(folder.parent / "tokenizer.json"))
+    (folder.parent / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder.parent / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    arrays, tokenizer = {"params": built.params, "biases": built.biases}, folder.parent / "tokenizer.json"
+    write_model(folder, built.config, arrays, family="deepseek_v3", tokenizer=tokenizer)
     return folder
 
 

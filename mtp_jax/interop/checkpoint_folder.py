@@ -33,6 +33,7 @@ from mtp_jax.typing import JsonObject, Tree
 SIDE_FOLDER = "hf"  # in a workdir
 ORIGIN_FILE = "mtp_jax.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json")  # beside a tokenizer
 _LARGEST_SIDE_FILE = 128 * 2**20
 EXPORT_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -163,7 +164,8 @@ def write_model(
       sides: `hf/` of the workdir, if the model was imported or given a tokenizer.
       family: the layout to write; None: the imported one, or else one that represents the model.
       dtype: a key of EXPORT_DTYPES; None: as imported, or the config's param_dtype. Router biases stay float32.
-      tokenizer: tokenizer.json or SentencePiece .model that the model was trained with, if `sides` does not contain it.
+      tokenizer: tokenizer.json or SentencePiece .model that the model was trained with, if `sides` does not contain it;
+        `CHAT_FILES` beside it come with it.
       progress: called with the number of elements of each tensor written.
 
     Returns:
@@ -186,6 +188,11 @@ def write_model(
             name = "tokenizer.model" if str(tokenizer).endswith(".model") else "tokenizer.json"
             storage.remove(partial / name)
             storage.copy(tokenizer, partial / name)
+            for name in CHAT_FILES:
+                beside = storage.path(tokenizer).parent / name
+                if storage.is_file(beside) and not storage.is_file(partial / name):
+                    _check_side_file(beside)
+                    storage.copy(beside, partial / name, _LARGEST_SIDE_FILE)
 
         def counted() -> Iterator[tuple[str, np.ndarray]]:
             written = weights.their_arrays(arrays, listed, {n: DTYPES[d] for n, d in dtypes.items()})

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from mtp_jax.config import UserError
+from mtp_jax.config import UserError, with_own_tokenizer
 from mtp_jax.data import ByteTokenizer, load_tokenizer
 from tests import sentencepiece
 
@@ -269,3 +270,13 @@ def test_unusable_models_are_one_line(tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # of tiktoken, under the same name
     with pytest.raises(UserError, match="tokenizer.model: not a readable SentencePiece model .*; use a tokenizer.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_workdir_s_own_tokenizer_takes_the_place_of_one_that_is_gone(tmp_path, capsys, name):
+    (tmp_path / "hf").mkdir()
+    values = {"data": {"tokenizer": str(tmp_path / "gone" / "hf" / name)}}
+    assert with_own_tokenizer(values, epath.Path(tmp_path)) == values
+    (tmp_path / "hf" / name).write_text("{}")
+    assert with_own_tokenizer(values, epath.Path(tmp_path))["data"]["tokenizer"] == str(tmp_path / "hf" / name)
+    assert "is gone" in capsys.readouterr().err
