@@ -23,7 +23,9 @@ def get_config():
 
     config.data.source = "text_files"
     config.data.files = "runs/experiments/star_graph/data/train.jsonl"
-    config.data.sequence_length = 20  # a graph, its path, bos and eos: every row is one graph
+    config.data.records = "prompt"  # the loss covers the path alone
+    config.data.packing = "whole"
+    config.data.sequence_length = 19  # a graph, its path, bos and eos are 20 tokens: every row is one graph
     config.data.batch_size = 32
     config.data.validation_fraction = 0.01
 

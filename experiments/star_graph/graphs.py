@@ -53,12 +53,12 @@ def test_set(**_: Any) -> dict[str, Any]:
 
 
 def write(folder: str, num_train: int) -> None:
-    """Writes train.jsonl with the field text, without test questions. All texts have the same length."""
+    """Writes train.jsonl with the fields prompt and completion, without test questions."""
     target = pathlib.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     with open(target / "train.jsonl", "w") as file:
         for question, path, _ in itertools.islice(graphs(), NUM_TEST, NUM_TEST + num_train):
-            file.write(json.dumps({"text": question + path}) + "\n")
+            file.write(json.dumps({"prompt": question, "completion": path}) + "\n")
 
 
 def main() -> None:

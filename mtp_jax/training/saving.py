@@ -212,7 +212,7 @@ class Saver:
         """Returns a checkpointer whose processes wait for each other for `barrier_seconds` at most.
 
         The names of its barriers are new ones: processes that differ in whether they have reached a barrier could not
-        meet at it again.
+        use its name again.
         """
         self._num_opened += 1
         number, wait = self._num_opened, ocp.multihost.get_barrier_sync_fn()
