@@ -52,8 +52,10 @@ def test_a_star_graph_has_one_answer(graphs):
 def test_no_test_question_is_in_the_training_data(graphs, tmp_path):
     pytest.importorskip("datasets")
     graphs.write(tmp_path, 3000)
-    trained = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    trained = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     held_out = graphs.test_set(version=1)["test"]["question"][:]
     assert len(trained) == 3000 and len(set(held_out)) == len(held_out) == 500
-    assert not {text.split("=")[0] + "=" for text in trained} & set(held_out)
-    assert {len(text) for text in trained} == {18}  # with bos and eos a row of the config
+    assert not {each["prompt"] for each in trained} & set(held_out)
+    assert {len(each["prompt"] + each["completion"]) for each in trained} == {
+        18
+    }  # with bos and eos a row of the config

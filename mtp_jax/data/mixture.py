@@ -1,8 +1,8 @@
 """Order in which the rows of several sources are drawn.
 
-For every n, the first n rows have n w_i / sum_j w_j rows of source i, to within the number of sources: the order is even
-rather than random. It is a pure function of the weights and has no state. (grain's own mixture rounds proportions to 1
-in 100 of the smallest, so that weights 0.3 and 0.7 become 100 and 233.)
+For every n, the first n rows have n w_i / sum_j w_j rows of source i, to within the number of sources: the order is
+even rather than random. It is a pure function of the weights, without state. (grain's own mixture rounds proportions to
+1 in 100 of the smallest, so that weights 0.3 and 0.7 become 100 and 233.)
 """
 
 import bisect

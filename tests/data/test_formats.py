@@ -1,7 +1,9 @@
 """Files of every format give the same records; a file of another format, or a damaged one, is refused by name."""
 
 import bz2
+import csv
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -60,7 +62,19 @@ COMPRESSORS = {
     ".zst": lambda content: pa.Codec("zstd").compress(content).to_pybytes(),
     ".GZ": lambda content: gzip.compress(content[:7]) + gzip.compress(content[7:]),  # two members
 }
+
+
+def _csv(rows, delimiter):
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ["text", "n"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
 CONTENTS = {
+    "x.csv": _csv(ROWS, ","),
+    "x.TSV": b"\xef\xbb\xbf" + _csv(ROWS, "\t"),
     "x.jsonl": _lines(ROWS),
     "x.JSONL": b"\xef\xbb\xbf\n" + _lines(ROWS).replace(b"\n", b"\r\n"),
     "x.v1.ndjson": _lines(ROWS).rstrip(),
@@ -102,7 +116,8 @@ def texts(paths, **settings):
 def test_json_in_every_form_and_compression(tmp_path, name, compression):
     path = write(tmp_path / f"{name}{compression}", COMPRESSORS[compression](CONTENTS[name]))
     found = list(read_files([path], SourceConfig()))
-    assert [record.value for record in found] == ROWS
+    is_csv = name.lower().endswith(("csv", "tsv"))
+    assert [record.value for record in found] == [row | {"n": str(row["n"])} if is_csv else row for row in ROWS]
     assert texts([path]) == TEXTS
     assert all(record.origin.startswith(f"{path} ") for record in found)
 
@@ -183,6 +198,17 @@ def test_a_line_that_cannot_be_used_does_not_end_the_file(tmp_path):
             assert str(found[2 * i + 1]).startswith(f"{path} line {2 * i + 2}: ") and problem in str(found[2 * i + 1])
 
 
+def test_rows_of_a_csv_that_cannot_be_used(tmp_path):
+    (tmp_path / "x.csv").write_text('text,label\n"two\nlines",1\nshort\n\na,b,c\n"x, y",2\n')
+    found = list(read_files([str(tmp_path / "x.csv")], SourceConfig()))
+    assert [each.origin.removeprefix(f"{tmp_path}/") for each in found] == [f"x.csv line {n}" for n in (2, 4, 6, 7)]
+    assert [each.value for each in (found[0], found[3])] == [
+        {"text": "two\nlines", "label": "1"},
+        {"text": "x, y", "label": "2"},
+    ]
+    assert "has 1 values for 2 columns; quote values" in str(found[1]) and "has 3 values" in str(found[2])
+
+
 def test_elements_that_are_no_objects(tmp_path, monkeypatch):
     monkeypatch.setattr(json_values, "_CHUNK", 1)
     found = list(read_files([write(tmp_path / "x.json", b'[12, {"text": "fine"}, 345]')], SourceConfig()))
@@ -253,6 +279,9 @@ BAD_FILES = {  # name -> content, or (writer of a table, change of its bytes), a
     "z2.json": (lambda tmp: b'[{"text": "x"}]\n[{"text": "y"}]', "not JSON after record 1 (Text after the end"),
     "z3.json": (lambda tmp: b'[{"text": "\xff"}]', "not UTF-8 (invalid start byte); convert it or leave it out"),
     "z4.json": (lambda tmp: b'{\n"text": ' + b"[" * 100_000, "of record 1 are nested too deeply"),
+    "z6.csv": (lambda tmp: b"", "has no first row with the names of its columns; add one"),
+    "z7.csv": (lambda tmp: b"a,a\n1,2\n", "has two columns of the name 'a'; rename one"),
+    "z8.csv": (lambda tmp: b'a\n"x\n', "line 2 is not valid (unexpected end of data); correct its quotes"),
     "z5.json": (lambda tmp: b'[{}, {"n": %s}]' % (b"9" * 5000), "a number of record 2 has too many digits"),
 }
 

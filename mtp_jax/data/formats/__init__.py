@@ -1,7 +1,8 @@
 """Readers of files, one file per format, each a generator of records in the order of the file.
 
     text.py          plain text, divided into documents     json_values.py   .jsonl, .ndjson, .json
-    parquet.py       .parquet                               arrow.py         .arrow, .feather
+    csv_rows.py      .csv, .tsv                             parquet.py       .parquet
+    arrow.py         .arrow, .feather
     array_record.py  .arrayrecord, .array_record            opening.py       decompression, kinds of content
 
 A reader takes the path, the file opened for reading and the settings of the source, and keeps no state outside itself.
@@ -17,7 +18,7 @@ from typing import BinaryIO
 
 from mtp_jax import storage
 from mtp_jax.config import SourceConfig, UserError
-from mtp_jax.data.formats import array_record, arrow, json_values, parquet, text
+from mtp_jax.data.formats import array_record, arrow, csv_rows, json_values, parquet, text
 from mtp_jax.data.formats.opening import COMPRESSIONS, BadFile, opened, refuse_binary, split_suffix
 from mtp_jax.data.records import Records
 from mtp_jax.errors import first_line
@@ -28,6 +29,8 @@ TEXTS: dict[str, Reader] = {  # may be compressed; files of any other suffix are
     ".jsonl": json_values.read_lines,
     ".ndjson": json_values.read_lines,
     ".json": json_values.read,
+    ".csv": csv_rows.read,
+    ".tsv": csv_rows.read,
 }
 BINARIES: dict[str, Reader] = {
     ".parquet": parquet.read,
