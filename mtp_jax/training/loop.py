@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from mtp_jax import storage
 from mtp_jax.config import Config, UserError
@@ -47,15 +48,16 @@ def train(config: Config, workdir: str, resume: Resume | None = None, started: f
     trackers.check(config.training.trackers)
     run = set_up(config)
     is_main = jax.process_index() == 0
-    is_new = resumes.is_new(resume, folder)
-    step = 0 if is_new else _check_start(run, folder, resume)
-    if not is_new and storage.is_file(folder / workdirs.CONFIG_FILE) and is_main:
-        bent = resumes.bent_schedule(workdirs.read_config(folder), run.config, step)
-        if bent:
-            notice(bent)
-    if is_new and run.config.init_from:
-        check_source(run.config.init_from, run.trainer.abstract_state)
-    with workdirs.hold(workdir, is_main) as lease:
+    with workdirs.hold(workdir, is_main) as lease:  # from the first look: another run may be about to save
+        is_new = resumes.is_new(resume, folder)
+        step = 0 if is_new else _check_start(run, folder, resume)
+        if not is_new and storage.is_file(folder / workdirs.CONFIG_FILE) and is_main:
+            bent = resumes.bent_schedule(workdirs.read_config(folder), run.config, step)
+            if bent:
+                notice(bent)
+        if is_new and run.config.init_from:
+            check_source(run.config.init_from, run.trainer.abstract_state)
+        multihost_utils.sync_global_devices("every process has looked, and one writes from here on")
         workdirs.open_workdir(workdir, run.config, is_main, is_new=is_new, by_name=resume.changes, step=step)
         workdirs.check_data(workdir, run.corpus, is_main, is_new)
         if is_new and is_main and (aside := resumes.set_aside(folder)):

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from mtp_jax.config import Config, UserError, load_config, with_values
+from mtp_jax.lease import Lease
+from mtp_jax.training.loop import train
 from mtp_jax.training.metrics import MetricsWriter
 from mtp_jax.training.resume import Resume, bent_schedule, check, is_new, set_aside
 from mtp_jax.training.workdir import changes, open_workdir, read_config
@@ -142,3 +144,12 @@ def test_a_longer_run_that_bends_its_schedule_is_noted(schedule, bends):
     assert bent_schedule(old, longer, 3) is None  # the warmup has not ended
     assert bent_schedule(old, old, 100) is None
     assert bent_schedule(old, with_values(longer, {RATE: 1e-5}), 100) is None  # asked for by name
+
+
+def test_a_workdir_in_use_is_looked_at_by_nobody_else(tmp_path, caplog, one_device):
+    """What a run finds before it has the lease may change: it would start over what another one is about to save."""
+    config = load_config("configs/tiny.py", ["--config.data.source=synthetic", "--config.data.sequence_length=16"])
+    a_run(tmp_path, logged=5)
+    with Lease(tmp_path):
+        message = refused(train, config, str(tmp_path))
+    assert "is in use by a run on host" in message and not caplog.records
