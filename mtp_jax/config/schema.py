@@ -241,6 +241,13 @@ class SourceConfig:
     max_document_chars: int = setting(32_768, at_least=1, below=2**31)
     synthetic_documents: int = setting(2000, at_least=1, at_most=10_000_000)
 
+    @property
+    def has_loss_weights(self) -> bool:
+        """True if each token has a loss weight of its own; else all of them are 1."""
+        if self.records == "tokens":
+            return bool(self.weights_field)
+        return self.records in ("chat", "prompt") and self.loss_on == "assistant"
+
 
 @dataclass(frozen=True)
 class MixtureConfig(SourceConfig):

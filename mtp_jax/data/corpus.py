@@ -212,8 +212,9 @@ def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpu
       num_processes: number of processes among which the rows of a batch are divided.
 
     Raises:
-      UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens, batches
-        that exceed this machine's memory, more workers than its CPUs can run, a mixture that ends before the run.
+      UserError: a tokenizer or source that cannot be used, FIM without FIM tokens, a split with too few tokens or
+        without a loss, batches that exceed this machine's memory, more workers than its CPUs can run, a mixture that
+        ends before the run.
     """
     data = config.data
     check_bounds(config)  # of data prepared without a model, which `validate` has not checked
@@ -232,10 +233,13 @@ def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpu
     validation = [_part(config, tokenizer, s, s.name, f"data.validation[{i}].") for i, s in enumerate(data.validation)]
     corpus = Corpus(config, tokenizer, tuple(sources), tuple(validation), lookahead)
     corpus.batches("train")
+    for i, part in enumerate(sources):
+        _check_rows(part, corpus.rows("train", i), "training", data.sequence_length)
     for name, part in corpus.validation_sets.items():
         if part in sources:
             _check_held_out(corpus, part)
         corpus.batches(name)
+        _check_rows(part, corpus.rows(name), "validation", data.sequence_length)
     _check_mixture(corpus)
     return corpus
 
@@ -299,6 +303,17 @@ def _check_machine(config: Config, lookahead: int, num_processes: int) -> None:
         )
 
 
+def _check_rows(part: Part, rows: Rows, split: str, sequence_length: int) -> None:
+    """Notes how many documents do not fit in a row, and rejects rows of which no token has a loss."""
+    truncated = rows.num_truncated if isinstance(rows, WholeRows) else 0
+    beyond = f"longer than a row of data.sequence_length={sequence_length}"
+    if truncated:
+        warn_once(f"{part.origin}: {truncated:,} of its {split} documents are {beyond} and are truncated")
+    if rows.has_weights and not any(np.any(rows[i].loss_mask[1:]) for i in range(len(rows))):  # type: ignore[index]
+        remedy = f"its documents are {beyond}; use longer rows" if truncated else "give some tokens a weight above 0"
+        raise UserError(f"{part.origin}: no token of its {split} rows has a loss; {remedy}")
+
+
 def _check_held_out(corpus: Corpus, part: Part) -> None:
     if not len(part.validation):
         number = len(part.store)
@@ -332,9 +347,12 @@ def _too_few(corpus: Corpus, part: Part, split: Split, num_rows: int) -> UserErr
 def _enough_fraction(corpus: Corpus, part: Part) -> float | None:
     """Returns the least fraction, at most a half, whose documents fill one validation batch, to three digits."""
     data, tokens = corpus.config.data, part.store
-    needed = data.batch_size * data.sequence_length + 1 + MAX_DEPTH
+    needed, longest = data.batch_size * data.sequence_length + 1 + MAX_DEPTH, None
+    if part.settings.packing == "whole":  # one token more than fewer rows can hold
+        longest = data.sequence_length + 1
+        needed = (data.batch_size - 1) * longest + 1
     order = np.argsort(tokens.hashes)
-    filled = np.cumsum(tokens.lengths[order]) >= needed
+    filled = np.cumsum(np.clip(tokens.lengths[order], None, longest)) >= needed
     if not filled.any():
         return None
     last = tokens.hashes[order][int(np.argmax(filled))]

@@ -185,7 +185,8 @@ class StreamRows:
 
 
 class WholeRows:
-    """Rows of whole documents, each followed by padding; only a document longer than a row is truncated.
+    """Rows of whole documents, each followed by padding; only the `num_truncated` documents longer than a row are
+    truncated.
 
     A row holds T + 1 tokens, the lookahead is padding, so that models of all depths read the same rows. Documents are
     assigned by best-fit decreasing (2404.10830, section 3): from the longest to the shortest, each to the fullest row
@@ -198,6 +199,7 @@ class WholeRows:
         self.has_weights = store.weights is not None
         self._capacity, self._size = sequence_length + 1, sequence_length + 1 + lookahead
         lengths = np.minimum(store.lengths[documents], self._capacity)
+        self.num_truncated = int((store.lengths[documents] > self._capacity).sum())
         self._row_of = _best_fit(lengths, self._capacity)
         order = np.argsort(self._row_of, kind="stable")
         self._documents = documents[order]  # row r holds [starts[r], starts[r + 1])

@@ -104,7 +104,7 @@ def write(
       UserError: no documents.
     """
     is_text = settings.records == "text"
-    has_weights = _has_weights(settings)
+    has_weights = settings.has_loss_weights
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
     offsets, hashes, num_bytes = array.array("q", [0]), array.array("Q"), array.array("q")
     skipped: list[str] = []
@@ -149,12 +149,6 @@ def write(
         "skipped": skipped,
     }
     (directory / "meta.json").write_text(json.dumps(meta))
-
-
-def _has_weights(settings: SourceConfig) -> bool:
-    if settings.records == "tokens":
-        return bool(settings.weights_field)
-    return settings.records in ("chat", "prompt") and settings.loss_on == "assistant"
 
 
 def split_documents(hashes: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:

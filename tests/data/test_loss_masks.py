@@ -1,6 +1,7 @@
 """Loss masks of chats and prompts in rows, at every depth, against a loop over each conversation alone."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_packed_rows(chats, conversations, length):
 
 
 @relaxed
-@given(st.lists(CHAT, min_size=3, max_size=6), st.sampled_from([60, 150]))
+@given(st.lists(CHAT, min_size=3, max_size=6), st.sampled_from([110, 150]))
 def test_rows_of_whole_conversations(chats, conversations, length):
     documents = [conversation(turns) for turns in conversations]
     corpus = chats(conversations, packing="whole", sequence_length=length)
@@ -152,3 +153,25 @@ def test_a_chat_that_the_template_refuses_is_named_or_skipped(chats):
 def test_settings_that_chats_refuse(chats, change, words):
     with pytest.raises(UserError, match=words):
         chats([[("a", "b")]] * 5, sequence_length=16, **change)
+
+
+def test_rows_without_a_loss_are_refused_and_truncated_documents_noted(chats, capfd):
+    """Of conversations that are longer than a row, the first tokens are those of the prompt."""
+    conversations = [[(f"question {i}", "an answer")] for i in range(6)]
+    with pytest.raises(
+        UserError, match=r"data.source=text_files: no token of its training rows has .*; use longer rows"
+    ):
+        chats(conversations, packing="whole", sequence_length=40)
+    assert "6 of its training documents are longer than a row of data.sequence_length=40" in capfd.readouterr().err
+    corpus = chats([*conversations, [("a", "b" * 200)]], packing="whole", sequence_length=149)
+    assert "1 of its training documents are longer" in capfd.readouterr().err
+    assert max(corpus.sources[0].store.lengths) > 150
+
+
+def test_the_fraction_that_fills_a_batch_of_whole_conversations_does(chats):
+    conversations = [[("q", f"{i} " + "long " * 300)] for i in range(40)]  # of which a row holds only the beginning
+    settings = {"packing": "whole", "sequence_length": 120, "batch_size": 8, "validation_fraction": 0.01}
+    with pytest.raises(UserError, match="fewer than the data.batch_size=8") as error:
+        chats(conversations, **settings)
+    fraction = float(re.search(r"use data.validation_fraction=([\d.]+)", str(error.value))[1])
+    assert len(chats(conversations, **{**settings, "validation_fraction": fraction}).rows("validation")) >= 8
