@@ -102,7 +102,10 @@ def abstract_batch(config: Config, trainer: Trainer) -> Tree:
     """Returns the shapes of a step's batch."""
     shape = (config.data.batch_size, config.data.sequence_length + 1 + kind_of(config).lookahead)
     one = jax.ShapeDtypeStruct(shape, "int32", sharding=trainer.batch_sharding)
-    return {"tokens": one, "segment_ids": one, "positions": one}
+    batch = {"tokens": one, "segment_ids": one, "positions": one}
+    if any(source.has_loss_weights for source in config.data.sources):
+        batch["loss_mask"] = jax.ShapeDtypeStruct(shape, "float32", sharding=trainer.batch_sharding)
+    return batch
 
 
 def _compile(lowered: jax.stages.Lowered, folder: str) -> bool:
