@@ -192,8 +192,14 @@ class Progress:
         parts = [f"step {step}/{self._num_steps}"]
         if values.get("loss") is not None:
             parts.append(f"loss {values['loss']:.3f}{_terms(values)}")
-        if values.get("validation_loss_main") is not None:
-            parts.append(f"validation {values['validation_loss_main']:.3f}")
+        validated = {
+            name.removeprefix("validation_").removesuffix("loss_main"): value
+            for name, value in values.items()
+            if name.startswith("validation_") and name.endswith("loss_main") and value is not None
+        }
+        if validated:  # one value, or one per set: "validation chats 1.520, code 0.934"
+            named = (f"{name.rstrip('_')} {value:.3f}".lstrip() for name, value in validated.items())
+            parts.append(f"validation {', '.join(named)}")
         if (speed := values.get("tokens_per_second")) is not None:
             parts.append(f"{_short(speed)} tok/s")
         if (mfu := values.get("mfu")) is not None:

@@ -183,7 +183,7 @@ def make_step(config: Config, built: AbstractModel, tx: optax.GradientTransforma
 
 def make_loss(config: Config, built: AbstractModel):
     """Returns (trained, frozen, biases, rows, scales, num_rows_K) -> (this micro-batch's part of the loss, Aux)."""
-    is_packed = any(source.packing != "contiguous" for source in config.data.sources + config.data.validation)
+    is_packed = any(source.packing != "contiguous" for source in config.data.sources)
 
     def loss(trained: Tree, frozen: Tree, biases: Tree, rows: Rows, scales: Scales, num_rows_K: jax.Array):
         model = built.merge({**jax.lax.stop_gradient(frozen), **trained}, biases)

@@ -218,6 +218,8 @@ def test_progress_line(monkeypatch):
     assert progress.line(120, values).endswith("MFU 31.2%  ETA 2:40")
     assert progress.line(600, values).endswith("ETA 0:00")
     assert "1.950)  validation 1.613  4.1k" in progress.line(600, values | {"validation_loss_main": 1.6125})
+    named = {"validation_chats_loss_main": 1.5, "validation_b_loss_main": None, "validation_code_loss_main": 0.25}
+    assert "1.950)  validation chats 1.500, code 0.250  4.1k" in progress.line(600, values | named)
 
 
 def test_progress_line_leaves_out_what_is_not_there():
