@@ -37,15 +37,20 @@ def project_root():
     return ROOT
 
 
-@pytest.fixture
-def one_device(monkeypatch):
+def use_one_device(patch):
     """Runs in this process use one of its eight devices; their configs need say nothing of the mesh."""
     import jax
 
     from mtp_jax import sharding
 
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, jax.devices()[:1]))
+    patch.setattr(sharding, "make_mesh", lambda mesh, devices=None: make_mesh(mesh, jax.devices()[:1]))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """`use_one_device` for a test."""
+    use_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")
