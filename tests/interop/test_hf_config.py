@@ -658,6 +658,10 @@ def test_the_window_of_every_layer():
     assert "model.local.window=4096: the llama layout" in refusal(from_config, read(narrow), "llama")
 
 
+def test_the_config_for_chats_is_the_model_that_it_names():
+    assert from_config(load_config("configs/chat.py"), "qwen3", base=QWEN3) == QWEN3 | {"num_nextn_predict_layers": 1}
+
+
 def test_training_and_unused_keys_do_not_matter():
     config = model_with(
         QWEN3, q_lora_rank=7, remat="full", init_std=0.5, latent_norm_eps=1.0, **{"router.score": "softmax"}
