@@ -104,7 +104,7 @@ def encode(
             case Prompt():
                 ids, weights = encode_prompt(tokenizer, document.prompt, document.completion)
                 text = f"{document.prompt}{document.completion}"
-                encoded = _encoded(ids, weights if loss_on == "assistant" else None, text.encode())
+                encoded = _encoded(ids, weights if loss_on == "assistant" else None, text)
             case Chat():
                 encoded = _encode_chat(document, tokenizer, template, loss_on)
             case Tokens():
@@ -118,7 +118,7 @@ def _encode_text(document: Text, ids: np.ndarray, tokenizer: Tokenizer) -> Encod
     if len(ids):  # a tokenizer that strips may leave nothing
         bos, eos = ([] if i is None else [i] for i in (tokenizer.bos_id, tokenizer.eos_id))
         ids = np.concatenate([bos, ids, eos]).astype(np.int32)
-    return _encoded(ids, None, document.text.encode())
+    return _encoded(ids, None, document.text)
 
 
 def _encode_chat(
@@ -132,7 +132,7 @@ def _encode_chat(
         text = template.render(document.messages, tools=document.tools)
     except UserError as error:  # of the template
         return BadRecord(document.origin, str(error), "correct the record or remove it")
-    return _encoded(ids, weights, text.encode())
+    return _encoded(ids, weights, text)
 
 
 def _encode_tokens(document: Tokens, tokenizer: Tokenizer) -> Encoded | BadRecord:
@@ -140,14 +140,18 @@ def _encode_tokens(document: Tokens, tokenizer: Tokenizer) -> Encoded | BadRecor
     if len(ids) and ids.max() >= size:
         problem = f"has the id {ids.max()}, and the ids of data.tokenizer are below {size}"
         return BadRecord(document.origin, problem, "name the tokenizer of these ids")
-    content = ids.tobytes() + (b"" if document.weights is None else document.weights.tobytes())
     num_bytes = int(tokenizer.token_bytes[ids].sum())
-    return _encoded(ids, document.weights, content)._replace(num_bytes=num_bytes)
+    return Encoded(ids, document.weights, _hash(ids.tobytes(), document.weights), num_bytes)
 
 
-def _encoded(ids: np.ndarray, weights: np.ndarray | None, content: bytes) -> Encoded:
-    key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    return Encoded(ids, weights, key, len(content))
+def _encoded(ids: np.ndarray, weights: np.ndarray | None, text: str) -> Encoded:
+    content = text.encode()
+    return Encoded(ids, weights, _hash(content, weights), len(content))
+
+
+def _hash(content: bytes, weights: np.ndarray | None) -> int:
+    weighted = content if weights is None else content + weights.tobytes()
+    return int.from_bytes(hashlib.blake2b(weighted, digest_size=8).digest(), "little")
 
 
 def _batches(documents: Iterable[Document | BadRecord]) -> Iterator[list[Document | BadRecord]]:

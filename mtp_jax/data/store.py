@@ -15,7 +15,7 @@ from mtp_jax.data.encoding import Encoded
 from mtp_jax.data.records import BadRecord
 from mtp_jax.data.tokenizer import Tokenizer
 
-VERSION = 2  # of the files below; part of the cache key
+VERSION = 3  # of the files below; part of the cache key
 _MAX_SHOWN = 3  # records that were skipped
 _SILENT_SECONDS = 5.0  # before progress is shown
 
