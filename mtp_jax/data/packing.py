@@ -232,28 +232,43 @@ def _padded(row: Row, size: int) -> Row:
 def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Returns int64[n], the row of each document by best-fit decreasing.
 
+    Documents of one length are assigned together: each row that is the fullest with room for one takes as many as fit.
+
     Args:
       lengths: int64[n], each between 1 and `capacity`.
       capacity: tokens of a row.
     """
     rows, num_rows = np.empty(len(lengths), np.int64), 0
+    order = np.argsort(-lengths, kind="stable")
     rooms: list[int] = []  # in increasing order, those that some row has left
     by_room: dict[int, list[int]] = {}
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        at = bisect.bisect_left(rooms, length)
-        if at == len(rooms):
-            row, room, num_rows = num_rows, capacity, num_rows + 1
-        else:
-            room = rooms[at]
-            row = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[at]
-        rows[i], room = row, room - length
-        if room:
+
+    def leave(room: int, those: list[int]) -> None:
+        if room and those:
             if room not in by_room:
                 bisect.insort(rooms, room)
-            by_room.setdefault(room, []).append(row)
+            by_room.setdefault(room, []).extend(those)
+
+    for documents in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if len(order) else ():
+        length, done = int(lengths[documents[0]]), 0
+        while done < len(documents):
+            at = bisect.bisect_left(rooms, length)
+            room = rooms[at] if at < len(rooms) else capacity
+            each = room // length
+            wanted = -(-(len(documents) - done) // each)
+            if at < len(rooms):
+                chosen = by_room[room][-wanted:]
+                del by_room[room][-wanted:]
+                if not by_room[room]:
+                    del by_room[room], rooms[at]
+            else:
+                chosen, num_rows = list(range(num_rows, num_rows + wanted)), num_rows + wanted
+            part = documents[done : done + each * len(chosen)]
+            rows[part] = np.repeat(chosen, each)[: len(part)]
+            num_full, rest = divmod(len(part), each)
+            leave(room - each * length, chosen[:num_full])
+            leave(room - rest * length, chosen[num_full : num_full + 1])
+            done += len(part)
     return rows
 
 

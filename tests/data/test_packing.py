@@ -205,6 +205,20 @@ def test_whole_documents_are_not_split_and_see_no_other(make_weighted, sizes, le
     assert sorted(found) == sorted(wanted)
 
 
+@relaxed
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 40))
+def test_each_document_is_in_the_fullest_row_with_room(make_weighted, sizes, capacity):
+    """The rows are filled as by a loop over the documents, from the longest to the shortest."""
+    rooms = []
+    for size in sorted(sizes, reverse=True):
+        fits = [room for room in rooms if room >= size]
+        if fits:
+            rooms.remove(min(fits))
+        rooms.append((min(fits) if fits else capacity) - size)
+    rows = WholeRows(make_weighted(sizes), np.arange(len(sizes)), capacity - 1, 0)
+    assert sorted(capacity - int((rows[r].segment_ids > 0).sum()) for r in range(len(rows))) == sorted(rooms)
+
+
 def test_best_fit_leaves_little_room(make_weighted):
     sizes = np.minimum(np.random.default_rng(0).geometric(1 / 20, 2000), 101).tolist()
     rows = WholeRows(make_weighted(sizes), np.arange(2000), 100, 0)
