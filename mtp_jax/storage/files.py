@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import logging
 import math
@@ -294,6 +295,7 @@ def _fs(path: AnyPath) -> Any:
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
+@functools.cache
 def _set_up(scheme: str) -> None:
     """Configures the client of a scheme before its first use, as long as the user has not."""
     from fsspec import config

@@ -174,11 +174,12 @@ def test_held_out_prompts_are_parts_of_validation_documents(workdir):
     corpus = data.prepare(config)
     prompts = speculative.held_out_prompts(config, 5, 20)
     assert len(prompts) == 5 and {len(p) for p in prompts} == {20}
-    first = corpus.store.document(int(corpus.validation[0]))
+    (part,) = corpus.sources
+    first = part.store.document(int(part.validation[0]))
     np.testing.assert_array_equal(prompts[0], first[:20])
     many = speculative.held_out_prompts(config, 10_000, 20)
-    held_out = [corpus.store.document(int(i)).tobytes() for i in corpus.validation]
-    assert len(many) > len(corpus.validation)  # later parts of long documents as well
+    held_out = [document.tobytes() for document in corpus.held_out_documents()]
+    assert len(many) > len(part.validation)  # later parts of long documents as well
     assert all(any(p.astype(np.asarray(first).dtype).tobytes() in d for d in held_out) for p in many)
 
 
