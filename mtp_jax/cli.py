@@ -4,6 +4,7 @@ Imports only the standard library and light modules: train.py and eval.py import
 """
 
 import argparse
+import atexit
 import faulthandler
 import logging
 import os
@@ -77,7 +78,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             print(f"error: {line}", file=sys.stderr, flush=True)
         code = getattr(error, "exit_code", EXIT_FAILED)
         if code == EXIT_FAILED:
-            _limit_exit()
+            atexit.register(_limit_exit)  # not now: the caller may go on, as a notebook does
         sys.exit(code)
     except KeyboardInterrupt:  # of a command that does not handle signals
         print("error: interrupted", file=sys.stderr, flush=True)
@@ -85,7 +86,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _limit_exit() -> None:
-    """Ends the process with EXIT_FAILED after SECONDS_TO_EXIT if the interpreter has not ended by then.
+    """Ends the process with EXIT_FAILED after SECONDS_TO_EXIT if the interpreter is still ending then.
 
     After a failed save, writes that are still under way in the threads of a library can block its end.
     """

@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +128,39 @@ def test_a_bug_shows_its_traceback(monkeypatch, capfd, tmp_path):
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and lines[-1].startswith("KeyError: ")
     assert any("in broken" in line for line in lines)
+
+
+FAILING = """
+    import os, sys, time
+    from mtp_jax import cli
+    cli.SECONDS_TO_EXIT = 1
+
+    class Blocking:
+        def __del__(self, read=os.read, end=os.pipe()[0]):
+            read(end, 1)
+
+    def main(argv):
+        raise RuntimeError("a failure")
+
+    {before}
+    try:
+        cli.run(main)
+    except SystemExit:
+        {after}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "code", "out"),
+    [
+        ("block = Blocking(); block.cycle = block", "raise", 1, ""),  # the end of the interpreter never ends
+        ("pass", "time.sleep(2); print('goes on')", 0, "goes on\n"),  # as in a notebook
+    ],
+)
+def test_a_failed_command_ends_and_its_caller_may_go_on(before, after, code, out):
+    program = textwrap.dedent(FAILING).format(before=before, after=after)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, out) and "RuntimeError: a failure" in done.stderr
 
 
 def test_help_lists_the_exit_codes(monkeypatch, capfd):
