@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     ids: int32[n], bos and eos included.
     weights: float32[n], loss weight of each token; None: 1.
     key: a hash of the content, uint64.
-    num_bytes: UTF-8 bytes of the text.
+    num_bytes: UTF-8 bytes of the text; for chats and ids without the special tokens.
     """
 
     ids: np.ndarray
@@ -129,10 +129,9 @@ def _encode_chat(
         return BadRecord(document.origin, problem, "set data.chat_template to the path of a Jinja template")
     try:
         ids, weights = template.encode(tokenizer, document.messages, loss_on, document.tools, document.num_context)
-        text = template.render(document.messages, tools=document.tools)
     except UserError as error:  # of the template
         return BadRecord(document.origin, str(error), "correct the record or remove it")
-    return _encoded(ids, weights, text)
+    return _of_ids(ids, weights, tokenizer)
 
 
 def _encode_tokens(document: Tokens, tokenizer: Tokenizer) -> Encoded | BadRecord:
@@ -140,8 +139,11 @@ def _encode_tokens(document: Tokens, tokenizer: Tokenizer) -> Encoded | BadRecor
     if len(ids) and ids.max() >= size:
         problem = f"has the id {ids.max()}, and the ids of data.tokenizer are below {size}"
         return BadRecord(document.origin, problem, "name the tokenizer of these ids")
-    num_bytes = int(tokenizer.token_bytes[ids].sum())
-    return Encoded(ids, document.weights, _hash(ids.tobytes(), document.weights), num_bytes)
+    return _of_ids(ids, document.weights, tokenizer)
+
+
+def _of_ids(ids: np.ndarray, weights: np.ndarray | None, tokenizer: Tokenizer) -> Encoded:
+    return Encoded(ids, weights, _hash(ids.tobytes(), weights), int(tokenizer.token_bytes[ids].sum()))
 
 
 def _encoded(ids: np.ndarray, weights: np.ndarray | None, text: str) -> Encoded:

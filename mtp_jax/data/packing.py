@@ -200,11 +200,11 @@ class WholeRows:
         self._capacity, self._size = sequence_length + 1, sequence_length + 1 + lookahead
         lengths = np.minimum(store.lengths[documents], self._capacity)
         self.num_truncated = int((store.lengths[documents] > self._capacity).sum())
-        self._row_of = _best_fit(lengths, self._capacity)
-        order = np.argsort(self._row_of, kind="stable")
+        row_of = _best_fit(lengths, self._capacity)
+        order = np.argsort(row_of, kind="stable")
         self._documents = documents[order]  # row r holds [starts[r], starts[r + 1])
-        num_rows = int(self._row_of.max(initial=-1)) + 1
-        self._starts = np.searchsorted(self._row_of[order], np.arange(num_rows + 1))
+        num_rows = int(row_of.max(initial=-1)) + 1
+        self._starts = np.searchsorted(row_of[order], np.arange(num_rows + 1))
 
     def __len__(self) -> int:
         return len(self._starts) - 1

@@ -12,7 +12,7 @@ from mtp_jax.data.tokenizer import ByteTokenizer
 
 
 def same(a, b):
-    """Whether two lists of encoded documents are equal."""
+    """Asserts that two lists of encoded documents are equal; returns True."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         if isinstance(x, BadRecord):

@@ -147,7 +147,7 @@ def test_a_longer_run_that_bends_its_schedule_is_noted(schedule, bends):
 
 
 def test_a_workdir_in_use_is_looked_at_by_nobody_else(tmp_path, caplog, one_device):
-    """What a run finds before it has the lease may change: it would start over what another one is about to save."""
+    """A run takes the lease before it reads the workdir: else it could start over what another one is about to save."""
     config = load_config("configs/tiny.py", ["--config.data.source=synthetic", "--config.data.sequence_length=16"])
     a_run(tmp_path, logged=5)
     with Lease(tmp_path):
