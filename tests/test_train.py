@@ -396,7 +396,8 @@ def test_validation_during_training_changes_no_weight_and_resumes(tmp_path, caps
     # It is what eval.py measures on the same weights.
     with jax.set_mesh(run.mesh):
         results = validate(run, run.state, config.training.eval_batches)
-    assert results[0].loss < lines[1]["validation_loss_main"] and results[0].num_targets > 50
+    (held_out,) = results.values()
+    assert held_out[0].loss < lines[1]["validation_loss_main"] and held_out[0].num_targets > 50
 
     assert list((workdir / "profile").rglob("*.xplane.pb")) and "profile  steps up to 3 in " in printed
     goodput = json.loads((workdir / "goodput.json").read_text())
