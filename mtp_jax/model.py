@@ -43,7 +43,8 @@ def validate(config: Config, num_devices: int, tokenizer_size: int | None = None
 class ModelOutput(NamedTuple):
     """Outputs of the model.
 
-    hidden: [K, B, T, D], normed, as the shared head reads it; depth 0 is the main model.
+    hidden: [K, B, T, D], normed, as the shared head reads it, with the features that the MTP kind adds; depth 0 is the
+      main model.
     decoder_stats: router statistics of each stacked module of the decoder with experts, by its name.
     mtp_stats: router statistics of the MTP kind's blocks, stacked over depths; None without experts.
     """
@@ -74,7 +75,10 @@ class MTPModel(nnx.Module):
         main = MainModel(out.hidden, out.branch, self.trunk.final_norm, self.trunk.embed_tokens)
         with jax.named_scope("mtp"):
             extra = self.kind.hidden_states(self.mtp, _detached(main) if self.is_detached else main, rows)
-        hidden_KBTD = jnp.concatenate([self.trunk.final_norm(out.hidden)[None], extra.hidden])
+        main_BTD = self.trunk.final_norm(out.hidden)
+        if self.kind.num_features:
+            main_BTD = jnp.pad(main_BTD, ((0, 0), (0, 0), (0, self.kind.num_features)))
+        hidden_KBTD = jnp.concatenate([main_BTD[None], extra.hidden])
         return ModelOutput(hidden_KBTD, out.stats, extra.stats)
 
     def main(self, rows: Rows) -> jax.Array:
@@ -91,7 +95,11 @@ class MTPModel(nnx.Module):
         return self.kind.terms(self.mtp, hidden_KBTD, self.head(), rows, scales, z_weight)
 
     def head(self) -> jax.Array:
-        """Returns the shared output head [D, V]."""
+        """Returns the output head of all depths, [D, V]; D includes the features that the MTP kind adds."""
+        return self.kind.head(self.mtp, self.trunk.output_head())
+
+    def main_head(self) -> jax.Array:
+        """Returns the output head of the main model, [D, V]."""
         return self.trunk.output_head()
 
 

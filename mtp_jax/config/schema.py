@@ -158,6 +158,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """mtp.kind = parallel: parallel heads (2404.19737)."""
+
+    # rank of the Markov head, which corrects the logits of a draft by the token before it (2607.05147); 0: none
+    markov_rank: int = setting(0, at_least=0, at_most=2**14)
+
+
+@dataclass(frozen=True)
 class TokenOrderConfig:
     """mtp.kind = top: token order prediction (2508.19228)."""
 
@@ -186,6 +194,10 @@ class MTPConfig:
     weight_boundaries: tuple[int, ...] = setting((), at_least=0, below=2**63)
     weight_unit: Literal["steps", "tokens"] = "steps"
     depth_decay: float = setting(1.0, above=0, at_most=1e3)  # beta: w_k = beta^(k-1)
+    # loss of the extra depths: cross-entropy of the text, or total variation from what the main model predicts, of each
+    # depth or of all drafts in turn (2606.12370)
+    loss: Literal["cross_entropy", "tv", "end_to_end_tv"] = "cross_entropy"
+    cross_entropy_share: float = setting(0.0, at_least=0, below=1)  # of cross-entropy in the loss tv or end_to_end_tv
     normalize: Literal["paper", "valid"] = "paper"  # divide L_k by the valid depth-0 targets, or by depth k's own
     curriculum: Literal["none", "forward", "reverse"] = "none"  # active depths 1 -> D or D -> 1, evenly over training
     parameter_matched: bool = True  # parallel heads use blocks of model.num_layers
@@ -206,6 +218,7 @@ class MTPConfig:
     output_norm: Literal["", "own", "main"] = ""
     # the hidden state that depth k + 1 receives: that of depth k, or of the decoder
     chain: Literal["", "previous", "decoder"] = setting("", renamed=(("trunk", "decoder"),))
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     top: TokenOrderConfig = field(default_factory=TokenOrderConfig)
     nextlat: NextLatentConfig = field(default_factory=NextLatentConfig)
 

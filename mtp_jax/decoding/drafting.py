@@ -1,6 +1,6 @@
 """Sampling of drafts from the hidden states that an MTP kind computes (`Kind.draft`).
 
-Shape letters: B rows, n drafts sampled at once, K drafts per step, D model, V vocabulary.
+Shape letters: B rows, n drafts sampled at once, K drafts per step, D model, V vocabulary, V' draft vocabulary.
 """
 
 from typing import NamedTuple
@@ -15,10 +15,16 @@ from mtp_jax.mtp import Caches, MainModel, Text, kind_of
 
 
 class Drafts(NamedTuple):
-    """tokens_BK: int32. logits_BKV: float32, filtered, from which they were sampled. caches: with the new entries."""
+    """Drafts of a step.
+
+    tokens_BK: int32. logits_BKV: float32, filtered, from which they were sampled; -inf outside the draft vocabulary.
+    confidence_BK: float32, probability of the likeliest token where draft k was sampled, before filtering. It does not
+    depend on the sampled token. caches: with the new entries.
+    """
 
     tokens_BK: jax.Array
     logits_BKV: jax.Array
+    confidence_BK: jax.Array
     caches: Caches
 
 
@@ -39,10 +45,17 @@ def draft(
       caches: caches of the MTP kind.
       keys_BK: random keys, one per draft.
     """
-    proposer = _Proposer(network, sampler, keys_BK)
+    kind = kind_of(architecture)
+    newest_B = text.tokens_at(text.last_B[:, None])[:, 0]
+    proposer = _Proposer(network, sampler, keys_BK, newest_B)
     main = MainModel(text.hidden_BWD, text.hidden_BWD, network.final_norm, network.embed)
-    caches = kind_of(architecture).draft(network.mtp, main, text, num_speculative_tokens, caches, proposer)
-    return Drafts(jnp.stack(proposer.tokens, axis=1), jnp.concatenate(proposer.logits, axis=1), caches)
+    caches = kind.draft(network.mtp, main, text, num_speculative_tokens, caches, proposer)
+    return Drafts(
+        jnp.stack(proposer.tokens, axis=1),
+        jnp.stack(proposer.logits, axis=1),
+        jnp.stack(proposer.confidences, axis=1),
+        caches,
+    )
 
 
 def window_size(num_speculative_tokens: int) -> int:
@@ -55,22 +68,36 @@ def window_size(num_speculative_tokens: int) -> int:
 
 
 class _Proposer:
-    """Samples drafts from hidden states one after another, and stores the tokens and logits."""
+    """Samples drafts from hidden states one after another, and stores the tokens, logits and confidences."""
 
-    def __init__(self, network: Network, sampler: Sampler, keys_BK: jax.Array):
+    def __init__(self, network: Network, sampler: Sampler, keys_BK: jax.Array, newest_B: jax.Array):
         self._network, self._sampler, self._keys_BK = network, sampler, keys_BK
+        self._correction = network.kind.correction(network.mtp, network.draft_vocabulary)
+        self._before_B = newest_B  # token before the next draft
         self.tokens: list[jax.Array] = []  # int32[B] each
-        self.logits: list[jax.Array] = []  # float32[B, n, V] each
+        self.logits: list[jax.Array] = []  # float32[B, V] each
+        self.confidences: list[jax.Array] = []  # float32[B] each
 
     def __call__(self, hidden_BnD: jax.Array) -> jax.Array:
         """Returns the next n drafts int32[B, n], sampled from normed hidden states."""
-        logits_BnV = filtered(self._sampler, self._network.logits(hidden_BnD))
-        self.logits.append(logits_BnV)
-        first, num = len(self.tokens), logits_BnV.shape[1]
-        self.tokens += [self._draw(logits_BnV[:, j], self._keys_BK[:, first + j]) for j in range(num)]
+        first, logits_BnV = len(self.tokens), self._network.draft_logits(hidden_BnD)
+        for j in range(logits_BnV.shape[1]):
+            self._sample(logits_BnV[:, j])
         return jnp.stack(self.tokens[first:], axis=1)
 
-    def _draw(self, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    def _sample(self, logits_BV: jax.Array) -> None:
+        if self._correction is not None:
+            logits_BV = logits_BV + self._correction(self._before_B)
+        self.confidences.append(jnp.exp(logits_BV.max(-1) - jax.nn.logsumexp(logits_BV, axis=-1)))
+        logits_BV = filtered(self._sampler, logits_BV)
         if is_greedy(self._sampler):
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return draw(logits_BV, keys_B)
+            chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        else:
+            chosen_B = draw(logits_BV, self._keys_BK[:, len(self.tokens)])
+        ids_V = self._network.draft_vocabulary
+        if ids_V is not None:
+            every_BV = jnp.full((len(logits_BV), self._network.vocab_size), -jnp.inf)
+            logits_BV, chosen_B = every_BV.at[:, ids_V].set(logits_BV), ids_V[chosen_B]
+        self.logits.append(logits_BV)
+        self.tokens.append(chosen_B)
+        self._before_B = chosen_B

@@ -154,11 +154,13 @@ def generate(
     stop_tokens: jax.Array,
     state: State,
     num_steps: jax.Array,
+    min_confidence: jax.Array | None = None,
 ) -> State:
     """Runs at most `num_steps` speculative steps, until all rows are done; donates `state`.
 
     Args:
       stop_tokens: int[N]; a row ends with the first of these tokens.
+      min_confidence: float32; drafts are verified while the product of their confidences is at least this. None: all.
     """
 
     def is_going(carry):
@@ -167,7 +169,7 @@ def generate(
 
     def one(carry):
         num_done, state = carry
-        return num_done + 1, _step(architecture, sampler, network, stop_tokens, state)
+        return num_done + 1, _step(architecture, sampler, network, stop_tokens, state, min_confidence)
 
     state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
     # Replicated outputs can be read by every process; the other arrays keep the sharding that the next call expects.
@@ -183,37 +185,74 @@ def generate(
 
 
 def _step(
-    architecture: Architecture, sampler: Sampler, network: Network, stop_tokens: jax.Array, state: State
+    architecture: Architecture,
+    sampler: Sampler,
+    network: Network,
+    stop_tokens: jax.Array,
+    state: State,
+    min_confidence: jax.Array | None,
 ) -> State:
     """One speculative step: draft, verify in one forward pass of the main model, append accepted drafts and a token."""
-    num_slots, num_speculative_tokens, kind = (
-        state.tokens_BS.shape[1],
-        state.num_speculative_tokens,
-        kind_of(architecture),
-    )
-    last_B = state.length_B - 1
+    num_speculative_tokens, last_B = state.num_speculative_tokens, state.length_B - 1
     keys_BK = _step_keys(state, num_speculative_tokens)
-    drafts_BK, draft_logits_BKV = jnp.zeros((len(last_B), 0), jnp.int32), None
+    drafts_BK, draft_logits_BKV, num_drafts_B = jnp.zeros((len(last_B), 0), jnp.int32), None, None
     if num_speculative_tokens:
         text = Text(state.tokens_BS, last_B, state.recent_BWD)
         drafts = draft(architecture, network, sampler, num_speculative_tokens, text, state.mtp_caches, keys_BK[:, 1:])
         drafts_BK, draft_logits_BKV = drafts.tokens_BK, drafts.logits_BKV
         state = state._replace(mtp_caches=drafts.caches)
+        if min_confidence is not None:
+            is_likely_BK = jnp.cumprod(drafts.confidence_BK, axis=1) >= min_confidence
+            num_drafts_B = is_likely_BK.sum(axis=1, dtype=jnp.int32)
     newest_B1 = jnp.take_along_axis(state.tokens_BS, last_B[:, None], axis=1)
     tokens_BT = jnp.concatenate([newest_B1, drafts_BK], axis=1)
-    slots = slots_at(last_B[:, None] + jnp.arange(1 + num_speculative_tokens), num_slots)
-    main, caches = run_main(network, tokens_BT, slots, state.caches)
-    logits_BTV = network.logits(network.final_norm(main.hidden))
-    verdict = verify(sampler, logits_BTV, drafts_BK, draft_logits_BKV, keys_BK[:, 0])
-    state = _extended(state, drafts_BK, verdict, stop_tokens)
+    if num_drafts_B is None:
+        read = _read(architecture, network, tokens_BT, state)
+    else:
+        # The forward pass is as wide as the row with the most drafts to verify, one program per width.
+        widths = range(1, 2 + num_speculative_tokens)
+        programs = [functools.partial(_read_first, architecture, network, width) for width in widths]
+        most = jnp.where(state.is_done_B, 0, num_drafts_B).max()
+        read = jax.lax.switch(most, programs, tokens_BT, state)
+    verdict = verify(sampler, read.logits_BTV, drafts_BK, draft_logits_BKV, keys_BK[:, 0], num_drafts_B)
+    state = _extended(state, drafts_BK, verdict, stop_tokens, num_drafts_B)
     if num_speculative_tokens:
-        hidden_BTD = kind.draft_hidden(main)
-        state = state._replace(recent_BWD=_moved(state.recent_BWD, hidden_BTD, state.length_B - 1 - last_B))
-    return state._replace(caches=caches)
+        recent_BWD = _moved(state.recent_BWD, read.hidden_BTD, state.length_B - 1 - last_B)
+        state = state._replace(recent_BWD=recent_BWD)
+    return state._replace(caches=read.caches)
 
 
-def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array) -> State:
-    """Appends the accepted drafts and the token after them, truncated at the limit and after a stop token."""
+class _Read(NamedTuple):
+    """Outputs of the main model for new tokens. hidden_BTD: `Kind.draft_hidden`. caches: with the new entries."""
+
+    logits_BTV: jax.Array
+    hidden_BTD: jax.Array
+    caches: list[Cache]
+
+
+def _read(architecture: Architecture, network: Network, tokens_BT: jax.Array, state: State) -> _Read:
+    """Runs the newest token of each row and the drafts after it through the main model."""
+    positions_BT = state.length_B[:, None] - 1 + jnp.arange(tokens_BT.shape[1])
+    main, caches = run_main(network, tokens_BT, slots_at(positions_BT, state.tokens_BS.shape[1]), state.caches)
+    logits_BTV = network.logits(network.final_norm(main.hidden))
+    return _Read(logits_BTV, kind_of(architecture).draft_hidden(main), caches)
+
+
+def _read_first(architecture: Architecture, network: Network, width: int, tokens_BT: jax.Array, state: State) -> _Read:
+    """`_read` of the first `width` tokens of each row; the outputs of the others are 0."""
+    read = _read(architecture, network, tokens_BT[:, :width], state)
+    more = ((0, 0), (0, tokens_BT.shape[1] - width), (0, 0))
+    return _Read(jnp.pad(read.logits_BTV, more), jnp.pad(read.hidden_BTD, more), read.caches)
+
+
+def _extended(
+    state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array, num_drafts_B: jax.Array | None
+) -> State:
+    """Appends the accepted drafts and the token after them, truncated at the limit and after a stop token.
+
+    Args:
+      num_drafts_B: int32, number of drafts verified; None: all.
+    """
     num_slots, num_speculative_tokens = state.tokens_BS.shape[1], state.num_speculative_tokens
     index_T = jnp.arange(1 + num_speculative_tokens)
     accepted_B1 = verdict.num_accepted_B[:, None]
@@ -231,6 +270,8 @@ def _extended(state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens:
     draft_K = jnp.arange(num_speculative_tokens)
     # Draft k was verified if all before it were accepted, and counts if the text was not truncated before it.
     tested_BK = (draft_K <= accepted_B1) & (draft_K < num_B[:, None])
+    if num_drafts_B is not None:
+        tested_BK &= draft_K < num_drafts_B[:, None]
     accepted_BK = tested_BK & (draft_K < accepted_B1)
     counts = Counts(
         state.counts.num_steps_B + ~state.is_done_B,

@@ -64,12 +64,29 @@ class Generation:
 class Generator:
     """Text generator of a model; holds a copy of the weights in the compute dtype, see `Network`."""
 
-    def __init__(self, config: Config, params: Tree, biases: Tree, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        config: Config,
+        params: Tree,
+        biases: Tree,
+        mesh: jax.sharding.Mesh,
+        draft_vocabulary: np.ndarray | None = None,
+    ):
+        """Initializes the generator.
+
+        Args:
+          config: the model.
+          params, biases: its weights.
+          mesh: of the weights.
+          draft_vocabulary: int[V'], increasing ids of the tokens that may be drafted; None: all. Texts do not depend
+            on it, acceptance does.
+        """
         self.architecture = config.architecture
         self.context = config.data.sequence_length
         self.mesh = mesh
         with jax.set_mesh(mesh):
-            self.network = unstack(self.architecture, params, biases)
+            ids = None if draft_vocabulary is None else np.asarray(draft_vocabulary, np.int32)
+            self.network = unstack(self.architecture, params, biases, ids)
 
     def generate(
         self,
@@ -81,6 +98,7 @@ class Generator:
         seed: int = 0,
         stop_tokens: Sequence[int] = (),
         ends: Callable[[int, np.ndarray], int | None] | None = None,
+        min_confidence: float | None = None,
     ) -> Generation:
         """Continues every prompt until `max_new_tokens`, the model's context length or a stop.
 
@@ -92,6 +110,7 @@ class Generator:
           seed: random seed. The samples of a row depend on its index in the batch, but not on the other rows.
           stop_tokens: ids that end a row.
           ends: (row index, tokens generated so far) -> number of tokens to keep if the row has ended, else None.
+          min_confidence: as in `write`.
 
         Raises:
           UserError: prompts or numbers are invalid; see `start`.
@@ -101,7 +120,9 @@ class Generator:
         kept: dict[int, int] = {}
         while True:
             num_steps = STEPS_PER_CALL if ends is None else STEPS_PER_CALL_WITH_ENDS
-            state = self.write(state, num_steps, sampler=sampler, stop_tokens=stop_tokens)
+            state = self.write(
+                state, num_steps, sampler=sampler, stop_tokens=stop_tokens, min_confidence=min_confidence
+            )
             rows, is_done = _written(state, starts)
             found = {} if ends is None else {b: ends(b, row) for b, row in enumerate(rows) if b not in kept}
             kept |= {b: end for b, end in found.items() if end is not None}
@@ -146,13 +167,33 @@ class Generator:
             return states.prefill_all(self.architecture, self.network, state, int(lengths.max()) - 1)
 
     def write(
-        self, state: State, num_steps: int, *, sampler: Sampler = GREEDY, stop_tokens: Sequence[int] = ()
+        self,
+        state: State,
+        num_steps: int,
+        *,
+        sampler: Sampler = GREEDY,
+        stop_tokens: Sequence[int] = (),
+        min_confidence: float | None = None,
     ) -> State:
-        """Returns the state after at most `num_steps` further steps, fewer if all rows are done; donates `state`."""
+        """Returns the state after at most `num_steps` further steps, fewer if all rows are done; donates `state`.
+
+        Args:
+          state: from `start`.
+          num_steps: maximum number of steps.
+          sampler, stop_tokens: as in `generate`.
+          min_confidence: probability; each row verifies its drafts only while the product of their confidences, each
+            the probability of the likeliest token, is at least this. None: all drafts are verified.
+
+        Raises:
+          UserError: min_confidence is no probability.
+        """
+        if min_confidence is not None and not 0 <= min_confidence <= 1:
+            raise UserError(f"min_confidence={min_confidence}: must lie between 0 and 1")
+        least = None if min_confidence is None else np.float32(min_confidence)
         stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes, so few programs
         stops[: len(stop_tokens)] = stop_tokens
         with jax.set_mesh(self.mesh):
-            return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_steps))
+            return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_steps), least)
 
     def check(
         self,

@@ -30,6 +30,8 @@ class Parts(NamedTuple):
 
     blocks: blocks of the main model, in order.
     mtp: drafting modules, as returned by `Kind.unstack`.
+    draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
+    draft_head_DV: the columns of head_DV of the draft vocabulary; None: all.
     """
 
     embed_VD: jax.Array
@@ -37,6 +39,8 @@ class Parts(NamedTuple):
     final_norm: RMSNorm
     blocks: list[Block]
     mtp: PyTree
+    draft_vocabulary: jax.Array | None = None
+    draft_head_DV: jax.Array | None = None
 
 
 class _Structure:
@@ -101,10 +105,26 @@ class Network:
         """Returns the logits of normed hidden states, float32[B, T, V]."""
         return jnp.einsum("btd,dv->btv", hidden_BTD, self.parts.head_DV, preferred_element_type=jnp.float32)
 
+    @property
+    def draft_vocabulary(self) -> jax.Array | None:
+        return self.parts.draft_vocabulary
+
+    def draft_logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns the logits of normed hidden states for the draft vocabulary, float32[B, T, V']."""
+        if self.parts.draft_head_DV is None:
+            return self.logits(hidden_BTD)
+        return jnp.einsum("btd,dv->btv", hidden_BTD, self.parts.draft_head_DV, preferred_element_type=jnp.float32)
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
-    """Returns the network of a model: a copy of its weights, in the compute dtype except norms, biases and routers."""
+def unstack(
+    architecture: Architecture, params: Tree, biases: Tree, draft_vocabulary: jax.Array | None = None
+) -> Network:
+    """Returns the network of a model: a copy of its weights, in the compute dtype except norms, biases and routers.
+
+    Args:
+      draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
+    """
     model = abstract_model(architecture).merge(params, biases)
     dtype = jnp.dtype(architecture.model.compute_dtype)
 
@@ -120,12 +140,15 @@ def unstack(architecture: Architecture, params: Tree, biases: Tree) -> Network:
         return jax.tree.map(one, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     decoder = model.trunk
+    head_DV = constrain(decoder.output_head().astype(dtype), "embed", "vocab")
     parts = Parts(
         embed_VD=constrain(decoder.embed[...].astype(dtype), "vocab", "embed"),
-        head_DV=constrain(decoder.output_head().astype(dtype), "embed", "vocab"),
+        head_DV=head_DV,
         final_norm=decoder.final_norm,
         blocks=[ready(block) for block in decoder.layers()],
         mtp=model.kind.unstack(model.mtp, ready),
+        draft_vocabulary=draft_vocabulary,
+        draft_head_DV=None if draft_vocabulary is None else jnp.take(head_DV, draft_vocabulary, axis=1),
     )
     return Network(parts, model.kind)
 

@@ -75,7 +75,7 @@ def _log_probs(
     """Returns log p(target_i | inputs up to i), float32[B, T], and whether the target is the most likely token."""
     model = abstract_model(architecture).merge(params, biases)
     hidden_BTD = model.main(targets.one_document_rows(inputs_BT, depth=0))
-    head_DV = model.head().astype(hidden_BTD.dtype)
+    head_DV = model.main_head().astype(hidden_BTD.dtype)
     log_p, is_best = token_scores(hidden_BTD, head_DV, targets_BT, chunk_tokens(head_DV))
     return constrain(log_p, None, None), constrain(is_best, None, None)
 

@@ -23,7 +23,12 @@ class Verdict(NamedTuple):
 
 
 def verify(
-    sampler: Sampler, logits_BTV: jax.Array, drafts_BK: jax.Array, draft_logits_BKV: jax.Array | None, keys_B: jax.Array
+    sampler: Sampler,
+    logits_BTV: jax.Array,
+    drafts_BK: jax.Array,
+    draft_logits_BKV: jax.Array | None,
+    keys_B: jax.Array,
+    num_drafts_B: jax.Array | None = None,
 ) -> Verdict:
     """Verifies the drafts of each row.
 
@@ -33,11 +38,17 @@ def verify(
       drafts_BK: int, sampled from softmax(draft_logits).
       draft_logits_BKV: float32, already `filtered`. Not read by a greedy sampler; None without drafts.
       keys_B: random keys, one per row.
+      num_drafts_B: int32, number of drafts of each row to verify; the rest is discarded, and [:, k] of logits is not
+        read for k above it. It must not depend on the token sampled as the first draft that is discarded, or the
+        distribution would change. None: all.
     """
     num_speculative_tokens = drafts_BK.shape[1]
+    is_verified_BK = jnp.ones(drafts_BK.shape, bool)
+    if num_drafts_B is not None:
+        is_verified_BK = jnp.arange(num_speculative_tokens) < num_drafts_B[:, None]
     if is_greedy(sampler):
         choice_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
-        num_B = _leading(choice_BT[:, :num_speculative_tokens] == drafts_BK)
+        num_B = _leading((choice_BT[:, :num_speculative_tokens] == drafts_BK) & is_verified_BK)
         return Verdict(num_B, _at(choice_BT, num_B))
     logits_BTV = filtered(sampler, logits_BTV)
     accept_keys, draw_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys_B), 1, 0)
@@ -47,8 +58,9 @@ def verify(
     p_BK = jnp.take_along_axis(p_BTV[:, :num_speculative_tokens], drafts_BK[..., None], axis=-1)[..., 0]
     q_BK = jnp.take_along_axis(q_BKV, drafts_BK[..., None], axis=-1)[..., 0]
     u_BK = jax.vmap(lambda key: jax.random.uniform(key, (num_speculative_tokens,)))(accept_keys)
-    num_B = _leading(u_BK * q_BK < p_BK)
-    # If all drafts are accepted nothing is subtracted: q is zero after the last one.
+    num_B = _leading((u_BK * q_BK < p_BK) & is_verified_BK)
+    # If all verified drafts are accepted nothing is subtracted: q is zero after the last one.
+    q_BKV = jnp.where(is_verified_BK[..., None], q_BKV, 0.0)
     left_BTV = jnp.maximum(p_BTV - jnp.pad(q_BKV, ((0, 0), (0, 1), (0, 0))), 0)
     left_BV, p_BV = _at(left_BTV, num_B), _at(p_BTV, num_B)
     # After a rejection p < q somewhere, so p > q elsewhere; the sum can be 0 only by rounding.

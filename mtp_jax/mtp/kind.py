@@ -4,7 +4,7 @@ Modules outside this package use this interface and do not refer to a kind by na
 new file and list it in `mtp_jax.mtp.KINDS` (docs/extending.md).
 
 Shape letters: B rows, T positions, N extra depths (`Kind.depth`), K = 1 + N depths with the main model, D model, V
-vocabulary, S slots of a cache, W positions of the drafting window, n drafts proposed at once.
+vocabulary, S slots of a cache, W positions of the drafting window, n drafts proposed at once, R rank of a correction.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,14 @@ from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
 from mtp_jax.layers.spec import LayerSpec, layer_specs, with_window
-from mtp_jax.losses import CrossEntropy, HiddenTerm, Term
+from mtp_jax.losses import HiddenTerm, Term
+from mtp_jax.mtp.depth_terms import depth_terms, has_teacher
 from mtp_jax.targets import Rows
 from mtp_jax.typing import Cache, JsonObject, PyTree
 
 Caches = PyTree  # KV caches of a kind's drafting modules
 Ready = Callable[[Any], Any]  # a module -> the same module with its weights cast and placed for inference
+Correction = Callable[[jax.Array], jax.Array]  # token before a draft int32[B] -> what is added to its logits [B, V']
 Propose = Callable[[jax.Array], jax.Array]  # normed hidden states [B, n, D] of the next n drafts -> drafts int32[B, n]
 
 
@@ -105,14 +107,18 @@ class Kind:
       is_baseline: whether this is the next-token model that others are compared with.
       has_conventions: whether released checkpoints of the kind differ in the conventions of the config.
       stacks_caches: whether `empty_caches` are stacked along a leading dim of depths.
+      has_draft_loss: whether the kind reads `mtp.loss`.
       released_path: path below "mtp" of the stacked modules stored in released layouts; None if no layout stores them.
+      optional_weights: names below "mtp" of weights that a model without them may be extended by (`init_from`).
     """
 
     name: str
     is_baseline = False
     has_conventions = False
     stacks_caches = False
+    has_draft_loss = False
     released_path: tuple[str, ...] | None = None
+    optional_weights: tuple[str, ...] = ()
 
     def __init__(self, architecture: Architecture):
         self.architecture = architecture
@@ -162,7 +168,7 @@ class Kind:
     @property
     def head_products(self) -> float:
         """Number of output heads applied to a token, forward and backward; a forward pass alone counts 1/3."""
-        return 1 + self.depth
+        return 1 + self.depth * (1 + 1 / 3 if has_teacher(self.mtp) else 1)
 
     @property
     def default_weight(self) -> float:
@@ -192,6 +198,7 @@ class Kind:
           UserError: on the first problem, naming field, value and remedy.
         """
         check_weights(config)
+        check_loss(config, self.has_draft_loss)
 
     def check_export(self) -> None:
         """Raises UserError if no released layout stores the kind's weights."""
@@ -217,8 +224,21 @@ class Kind:
         del module
         return inputs
 
+    @property
+    def num_features(self) -> int:
+        """Number of features of `hidden_states` beyond the D of the decoder, for which `head` has rows."""
+        return 0
+
+    def head(self, module: Any, head_DV: jax.Array) -> jax.Array:
+        """Returns the output head of all depths: that of the main model, with `num_features` more rows.
+
+        The features of the main model are 0, so that its logits do not change.
+        """
+        del module
+        return head_DV
+
     def hidden_states(self, module: Any, main: MainModel, rows: Rows) -> Extra:
-        """Returns the hidden states of depths 1 .. N.
+        """Returns the hidden states of depths 1 .. N, followed by the `num_features` features.
 
         Args:
           module: from `make_module`.
@@ -232,31 +252,19 @@ class Kind:
     def terms(
         self, module: Any, hidden_KBTD: jax.Array, head_DV: jax.Array, rows: Rows, scales: Scales, z_weight: float
     ) -> list[Term | HiddenTerm]:
-        """Returns the terms of the loss; by default the cross-entropy of every depth through the shared head.
+        """Returns the terms of the loss; by default those of `depth_terms`, through the shared head.
 
         Args:
           module: from `make_module`.
           hidden_KBTD: hidden states of the main model, then those of `hidden_states`.
-          head_DV: the shared output head.
+          head_DV: the shared output head, as `head` returns it.
           rows: targets and weights of every depth.
           scales: factors of the terms.
           z_weight: weight of the z-loss.
         """
         del module
         scale_K = jnp.concatenate([scales.main[None], scales.depth_N])
-        share_K = jnp.ones(len(hidden_KBTD)).at[1:].set(0.0 if self.mtp.detach_decoder else 1.0)
-        return [
-            Term(
-                CrossEntropy(z_weight),
-                hidden_KBTD,
-                head_DV,
-                rows.targets_KBT,
-                rows.weight_KBT,
-                scale_K,
-                first_depth=0,
-                head_share_K=share_K,
-            )
-        ]
+        return [*depth_terms(self.mtp, hidden_KBTD, head_DV, rows, scale_K, z_weight)]
 
     # Decoding.
 
@@ -314,6 +322,31 @@ class Kind:
           the caches with the entries of this step.
         """
         raise NotImplementedError(f"{self.name} does not draft")
+
+    def correction(self, parts: PyTree, vocabulary: jax.Array | None) -> Correction | None:
+        """Returns how the logits of a draft depend on the token before it beyond its hidden state; None: not at all.
+
+        Args:
+          parts: from `unstack`.
+          vocabulary: int32[V'], ids of the tokens that may be drafted; None: all.
+        """
+        del parts, vocabulary
+        return None
+
+
+def check_loss(config: Config, has_draft_loss: bool) -> None:
+    """Checks `mtp.loss`.
+
+    Raises:
+      UserError: a loss that the kind does not read, or a share of a loss that is cross-entropy alone.
+    """
+    mtp = config.mtp
+    if has_teacher(mtp) and not has_draft_loss:
+        raise UserError(f"mtp.loss={mtp.loss}: of no effect with mtp.kind={mtp.kind}; use cross_entropy")
+    if mtp.cross_entropy_share and not has_teacher(mtp):
+        raise UserError(
+            f"mtp.cross_entropy_share={mtp.cross_entropy_share}: of no effect with mtp.loss=cross_entropy; use 0"
+        )
 
 
 def check_weights(config: Config) -> None:

@@ -25,6 +25,7 @@ from mtp_jax.layers.linear import linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix
 from mtp_jax.losses import CrossEntropy, HiddenTerm, KLDivergence, Term
+from mtp_jax.mtp.depth_terms import main_ahead
 from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Ready, Scales, Text
 from mtp_jax.sharding import constrain
 from mtp_jax.targets import Rows
@@ -53,6 +54,10 @@ class NextLatent(Kind):
 
     name = "nextlat"
     max_drafts = None
+
+    @classmethod
+    def reads(cls, key: str) -> bool:
+        return key not in ("loss", "cross_entropy_share", "shared_depths", "parameter_matched")
 
     @property
     def depth(self) -> int:
@@ -89,12 +94,8 @@ class NextLatent(Kind):
         z_weight: float,
     ) -> list[Term | HiddenTerm]:
         del module
-        config, length = self.mtp.nextlat, hidden_KBTD.shape[2]
-        main_BTD = jax.lax.stop_gradient(hidden_KBTD[0])
-        depths = range(1, self.depth + 1)
-        ahead_NBTD = jnp.stack([jnp.pad(main_BTD[:, k:], ((0, 0), (0, k), (0, 0))) for k in depths])
-        is_inside_NT = jnp.stack([jnp.arange(length) < length - k for k in depths])
-        weight_NBT = rows.weight_KBT[1:] * is_inside_NT[:, None]
+        config = self.mtp.nextlat
+        ahead_NBTD, weight_NBT = main_ahead(hidden_KBTD[0], rows.weight_KBT[1:])
         share = 0.0 if self.mtp.detach_decoder else 1.0
         return [
             Term(

@@ -1,10 +1,13 @@
 """Parallel heads (Gloeckle et al. 2024, 2404.19737): h_k = Block_k(z) on a common hidden state z, one unembedding.
 
-Shape letters: B rows, T positions, D model, N extra depths, K drafts.
+With `mtp.parallel.markov_rank` a Markov head corrects each draft by the token before it, see `mtp_jax.mtp.markov`.
+
+Shape letters: B rows, T positions, D model, N extra depths, K drafts, R features of the Markov head.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +18,32 @@ from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.layers.stack import scan_over, stacked
-from mtp_jax.mtp.kind import Caches, Extra, Kind, MainModel, Propose, Ready, Text
+from mtp_jax.losses import HiddenTerm, Term
+from mtp_jax.mtp.depth_terms import depth_terms
+from mtp_jax.mtp.kind import Caches, Correction, Extra, Kind, MainModel, Propose, Ready, Scales, Text
+from mtp_jax.mtp.markov import MarkovHead
 from mtp_jax.targets import Rows
 from mtp_jax.typing import Cache, JsonObject
 
 
 class ParallelHeads(nnx.Module):
-    """Stacked blocks, one per extra depth.
+    """Stacked blocks, one per extra depth, and the Markov head.
 
     The head of depth 0 is the main model's last block, so z is the penultimate hidden state, and heads can be added to
     a trained next-token model without changing its weights. All heads share the main model's final norm.
     """
 
-    def __init__(self, model: ModelConfig, spec: LayerSpec, depth: int, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, spec: LayerSpec, depth: int, markov_rank: int, rngs: nnx.Rngs):
         self.block = stacked(functools.partial(Block, model, spec), depth, rngs)
+        if markov_rank:
+            self.markov = MarkovHead(model, markov_rank, rngs)
+
+
+class ParallelParts(NamedTuple):
+    """Modules for drafting: the blocks of all heads with stacked weights, and the Markov head if there is one."""
+
+    blocks: Block
+    markov: MarkovHead | None
 
 
 class Parallel(Kind):
@@ -36,6 +51,8 @@ class Parallel(Kind):
 
     name = "parallel"
     stacks_caches = True
+    has_draft_loss = True
+    optional_weights = ("markov",)
 
     @property
     def depth(self) -> int:
@@ -49,6 +66,11 @@ class Parallel(Kind):
     @property
     def num_blocks(self) -> int:
         return self.depth
+
+    @property
+    def head_products(self) -> float:
+        """One per depth; the features of the Markov head widen each."""
+        return super().head_products * (1 + self.num_features / self.model.embed_dim)
 
     @property
     def default_weight(self) -> float:
@@ -88,7 +110,15 @@ class Parallel(Kind):
         )
 
     def make_module(self, rngs: nnx.Rngs) -> ParallelHeads:
-        return ParallelHeads(self.model, self.layer_spec, self.depth, rngs)
+        return ParallelHeads(self.model, self.layer_spec, self.depth, self.num_features, rngs)
+
+    @property
+    def num_features(self) -> int:
+        """R, the rank of the Markov head; 0 without one."""
+        return self.mtp.parallel.markov_rank
+
+    def head(self, module: ParallelHeads, head_DV: jax.Array) -> jax.Array:
+        return module.markov.rows(head_DV) if self.num_features else head_DV
 
     def hidden_states(self, module: ParallelHeads, main: MainModel, rows: Rows) -> Extra:
         """Runs all heads on z; segments of depth k only mark the positions that count."""
@@ -99,39 +129,76 @@ class Parallel(Kind):
 
         segments_NBT = None if rows.segments_KBT is None else rows.segments_KBT[1:]
         _, (hidden_NBTD, stats) = scan_over(module.block, body, main.branch, segments_NBT, self.model)
+        if self.num_features:
+            hidden_NBTD = jnp.concatenate([hidden_NBTD, module.markov.features(rows.inputs_KBT[1:])], axis=-1)
         return Extra(hidden_NBTD, stats)
+
+    def terms(
+        self,
+        module: ParallelHeads,
+        hidden_KBTD: jax.Array,
+        head_DV: jax.Array,
+        rows: Rows,
+        scales: Scales,
+        z_weight: float,
+    ) -> list[Term | HiddenTerm]:
+        if not (self.num_features and self.mtp.detach_decoder):
+            return super().terms(module, hidden_KBTD, head_DV, rows, scales, z_weight)
+        # The Markov head trains and the main model's does not.
+        own_DV = self.head(module, jax.lax.stop_gradient(head_DV[: self.model.embed_dim]))
+        scale_K = jnp.concatenate([scales.main[None], scales.depth_N])
+        return [*depth_terms(self.mtp, hidden_KBTD, head_DV, rows, scale_K, z_weight, own_DV)]
 
     @property
     def max_drafts(self) -> int:
         """N: one token per head."""
         return self.depth
 
-    def unstack(self, module: ParallelHeads, ready: Ready) -> Block:
+    def unstack(self, module: ParallelHeads, ready: Ready) -> ParallelParts:
         """Returns the blocks of all heads as one module with stacked weights, which run in parallel under vmap."""
-        return ready(module.block)
+        return ParallelParts(ready(module.block), ready(module.markov) if self.num_features else None)
 
-    def empty_caches(self, parts: Block, empty: Callable[[Block], Cache], num_speculative_tokens: int) -> Caches:
+    def empty_caches(
+        self, parts: ParallelParts, empty: Callable[[Block], Cache], num_speculative_tokens: int
+    ) -> Caches:
         if not num_speculative_tokens:
             return []
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_speculative_tokens, *x.shape)), empty(parts))
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_speculative_tokens, *x.shape)), empty(parts.blocks))
 
     def draft_hidden(self, main: MainModel) -> jax.Array:
         """Returns z, the penultimate hidden state."""
         return main.branch
 
     def read_prompt(
-        self, parts: Block, main: MainModel, hidden_BTD: jax.Array, tokens_NBT: jax.Array, slots: Slots, caches: Caches
+        self,
+        parts: ParallelParts,
+        main: MainModel,
+        hidden_BTD: jax.Array,
+        tokens_NBT: jax.Array,
+        slots: Slots,
+        caches: Caches,
     ) -> Caches:
-        return _run(parts, len(tokens_NBT), hidden_BTD, slots, caches)[1]
+        return _run(parts.blocks, len(tokens_NBT), hidden_BTD, slots, caches)[1]
 
     def draft(
-        self, parts: Block, main: MainModel, text: Text, num_speculative_tokens: int, caches: Caches, propose: Propose
+        self,
+        parts: ParallelParts,
+        main: MainModel,
+        text: Text,
+        num_speculative_tokens: int,
+        caches: Caches,
+        propose: Propose,
     ) -> Caches:
         """Drafts one token per head, all from z."""
         slots = slots_at(text.positions_BW, text.tokens_BS.shape[1])
-        h_KB1D, caches = _run(parts, num_speculative_tokens, text.hidden_BWD, slots, caches)
+        h_KB1D, caches = _run(parts.blocks, num_speculative_tokens, text.hidden_BWD, slots, caches)
         propose(jnp.moveaxis(main.final_norm(h_KB1D[:, :, 0]), 0, 1))
         return caches
+
+    def correction(self, parts: ParallelParts, vocabulary: jax.Array | None) -> Correction | None:
+        if parts.markov is None:
+            return None
+        return functools.partial(parts.markov.correction, vocabulary=vocabulary)
 
 
 def _run(blocks: Block, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:

@@ -79,6 +79,7 @@ class Sequential(Kind):
     max_drafts = None  # drafts beyond the trained depth reuse the last module
     released_path = ("module",)
     has_conventions = True
+    has_draft_loss = True
 
     @classmethod
     def heading(cls, settings: Sequence[JsonObject]) -> str:

@@ -58,7 +58,8 @@ class TokenOrder(Kind):
 
     @classmethod
     def reads(cls, key: str) -> bool:
-        return key not in ("depth", "depth_decay", "normalize", "curriculum", "shared_depths", "parameter_matched")
+        unread = ("depth", "depth_decay", "normalize", "curriculum", "shared_depths", "parameter_matched")
+        return key not in (*unread, "loss", "cross_entropy_share")
 
     def describe(self) -> str:
         return f"token order prediction, window {self.mtp.top.window}"
