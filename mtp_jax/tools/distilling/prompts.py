@@ -1,0 +1,88 @@
+"""Prompts of distillation by domain, divided into those that are trained on and those that are measured on."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mtp_jax import storage
+from mtp_jax.config import UserError
+from mtp_jax.language_model import LanguageModel
+
+
+class Domain(NamedTuple):
+    """Prompts of one file, as token ids. held_out: only measured on; train: the others."""
+
+    name: str
+    train: list[np.ndarray]
+    held_out: list[np.ndarray]
+
+
+def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest: int) -> tuple[list[Domain], int]:
+    """Returns the domains of `--prompts` flags, and the number of prompts left out because they are too long.
+
+    Args:
+      model: encodes the prompts; those with messages by its chat template.
+      given: "NAME=FILE", or "FILE" for a domain with the name of the file without its suffixes. A .jsonl has on each
+        line an object with a field prompt (a text) or messages (a list of role and content); any other file has a
+        prompt on each line that is not blank.
+      num_held_out: prompts of each file, its last ones, that are not trained on.
+      longest: tokens of the longest prompt that is used.
+
+    Raises:
+      UserError: a file that cannot be read, a line without a prompt, two domains with one name, or a file with too few
+        prompts to hold any out.
+    """
+    domains: list[Domain] = []
+    num_dropped = 0
+    for flag in given:
+        name, _, path = flag.rpartition("=")
+        name = name or storage.path(path, "--prompts").name.partition(".")[0]
+        if name in [domain.name for domain in domains]:
+            raise UserError(f"--prompts={flag}: there is another file for the domain {name}; name it, as in NAME=FILE")
+        every = _file(model, path)
+        prompts = [ids for ids in every if len(ids) <= longest]
+        num_dropped += len(every) - len(prompts)
+        if len(prompts) <= num_held_out:
+            raise UserError(
+                f"--prompts={flag}: holds {len(prompts)} prompts of at most {longest} tokens, of which --held_out="
+                f"{num_held_out} are not trained on; give more, or lower --held_out"
+            )
+        first = len(prompts) - num_held_out
+        domains.append(Domain(name, prompts[:first], prompts[first:]))
+    return domains, num_dropped
+
+
+def _file(model: LanguageModel, path: str) -> list[np.ndarray]:
+    file = storage.path(path, "--prompts")
+    if not storage.is_file(file):
+        raise UserError(f"--prompts={path}: no such file")
+    try:
+        lines = [(n, line) for n, line in enumerate(storage.read_text(file).splitlines(), 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts={path}: is not UTF-8") from error
+    if file.suffix != ".jsonl":
+        return model.prompt_ids([line for _, line in lines])
+    return [_record(model, f"--prompts={path}: line {n}", line) for n, line in lines]
+
+
+def _record(model: LanguageModel, where: str, line: str) -> np.ndarray:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON; correct it") from error
+    prompt, messages = (record.get(key) if isinstance(record, dict) else None for key in ("prompt", "messages"))
+    if isinstance(prompt, str) and prompt:
+        return model.prompt_ids([prompt])[0]
+    if isinstance(messages, list) and messages:
+        return _conversation(model, messages)
+    raise UserError(f'{where} has neither a text "prompt" nor a list "messages"; correct it')
+
+
+def _conversation(model: LanguageModel, messages: list[Any]) -> np.ndarray:
+    """Returns a conversation up to the beginning of the assistant's answer; a last answer is left out."""
+    if messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    text = model.chat_template.render(messages, add_generation_prompt=True)
+    return model.needs_tokenizer().encode(text, special_tokens=True)
