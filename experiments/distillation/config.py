@@ -4,7 +4,8 @@
 
 Hardware: 2 CPU cores. Expected: a module that was trained for one draft is accepted less and less when it drafts three;
 trained on its own hidden states and on the model's own answers it is accepted more often at the second and the third
-draft (FastMTP, 2509.18362), and total variation as the loss helps where texts are sampled (Bebop, 2606.12370). Obtained:
+draft (FastMTP, 2509.18362), and total variation as the loss helps where texts are sampled (Bebop, 2606.12370).
+Obtained:
 see README.md in this folder.
 """
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from mtp_jax import language_model
 from mtp_jax.config import MeshConfig, UserError, mesh_sizes
+from mtp_jax.decoding import draft_length
 from mtp_jax.decoding.generator import Generator, check_drafts
 from mtp_jax.decoding.samplers import Sampler, make_sampler
-from mtp_jax.evaluation import speculation_advice, speculative
+from mtp_jax.evaluation import speculative
 from mtp_jax.evaluation.results import without_nan
 from mtp_jax.interop.checkpoint_folder import is_hf_folder
 from mtp_jax.language_model import LanguageModel
@@ -21,9 +22,15 @@ from mtp_jax.training.workdir import read_config
 
 NUM_PROMPTS = 16
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-BEYOND_DEPTH = 2  # the advice tests up to this many drafts beyond the trained depths
 NUM_NEW, TEMPERATURE = 128, 0.0
-OWN_FLAGS = ("prompts", "max_new_tokens", "temperature", "top_k", "top_p")  # None if not given: other tasks ignore them
+OWN_FLAGS = (
+    "prompts",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_confidence",
+)  # None if not given: other tasks ignore them
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
@@ -37,6 +44,9 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num_speculative_tokens", type=int, help="tokens drafted per forward pass; default mtp.depth. advice: at most"
+    )
+    group.add_argument(
+        "--min_confidence", type=float, help="speculative: verify drafts only while they are at least so likely"
     )
     group.add_argument("--max_new_tokens", type=int, help=f"after each prompt; default {NUM_NEW}")
     group.add_argument("--batch_size", type=int, help="texts written at once; default 1, benchmarks 16")
@@ -62,6 +72,8 @@ def check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
             f"--num_speculative_tokens={args.num_speculative_tokens}: is read by --tasks=speculative,advice, and by "
             "benchmarks with --speculative; leave it out, or add that"
         )
+    if args.min_confidence is not None and not 0 <= args.min_confidence <= 1:
+        raise UserError(f"--min_confidence={args.min_confidence}: must lie between 0 and 1")
     _sampler(args)
     if args.prompts:
         speculative.read_prompts(args.prompts)
@@ -102,6 +114,7 @@ def run(args: argparse.Namespace, tasks: Sequence[str], model: LanguageModel) ->
             prompts,
             num_speculative_tokens=num_speculative_tokens,
             batch_size=args.batch_size or 1,
+            min_confidence=args.min_confidence,
             **options,
         )
         out["speculative"] = speculative.text(result), speculative.as_json(result)
@@ -132,20 +145,19 @@ def _mesh(workdir: str) -> MeshConfig | None:
 
 
 def _advice(decoder: Generator, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
-    kind = kind_of(decoder.architecture)
-    most = args.num_speculative_tokens or (kind.depth + BEYOND_DEPTH if kind.max_drafts is None else kind.max_drafts)
+    most = args.num_speculative_tokens or draft_length.most_drafts(decoder.architecture)
     rates = speculative.write_all(
         decoder, prompts, args.batch_size or 1, num_speculative_tokens=most, **options
     ).acceptance
-    costs = speculation_advice.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
-    advised = speculation_advice.advise(rates, costs)
+    costs = draft_length.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
+    advised = draft_length.advise(rates, costs)
     values = {
         "acceptance": rates,
-        "costs": [dataclasses.asdict(c) | {"speed_up": speculation_advice.speed_up(rates, c)} for c in costs],
+        "costs": [dataclasses.asdict(c) | {"speed_up": draft_length.speed_up(rates, c)} for c in costs],
         "advice": [dataclasses.asdict(a) for a in advised],
-        "stops_paying_at": speculation_advice.stops_paying(advised),
+        "stops_paying_at": draft_length.stops_paying(advised),
     }
-    return speculation_advice.text(rates, costs, advised), without_nan(values)
+    return draft_length.text(rates, costs, advised), without_nan(values)
 
 
 def _prompts(model: LanguageModel, args: argparse.Namespace) -> list[np.ndarray]:

@@ -123,21 +123,24 @@ def measure(
     sampler: Sampler = GREEDY,
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
+    min_confidence: float | None = None,
     repeats: int = 1,
 ) -> SpeculativeResult:
     """Generates plain and self-speculated continuations of every prompt, alternating batch by batch.
 
-    Programs are compiled before the clock starts; the fastest of `repeats` is reported.
+    Programs are compiled before the clock starts; the fastest of `repeats` is reported. For `min_confidence` see
+    `Generator.write`.
 
     Raises:
       UserError: as `Generator.generate`.
     """
     decoder.check(prompts, max_new_tokens, num_speculative_tokens)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    least = {0: None, num_speculative_tokens: min_confidence}  # by the number of drafts
     for batch in batches:
         for drafts in (0, num_speculative_tokens):
             state = decoder.start(batch, max_new_tokens, num_speculative_tokens=drafts)
-            decoder.write(state, 0, sampler=sampler, stop_tokens=stop_tokens)
+            decoder.write(state, 0, sampler=sampler, stop_tokens=stop_tokens, min_confidence=least[drafts])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens}
     runs: dict[int, list[Generation]] = {}
     seconds = {0: math.inf, num_speculative_tokens: math.inf}
@@ -147,7 +150,8 @@ def measure(
         for n, batch in enumerate(batches):
             for drafts in seconds:
                 started = time.monotonic()
-                runs[drafts].append(decoder.generate(batch, num_speculative_tokens=drafts, seed=seed + n, **options))
+                options |= {"num_speculative_tokens": drafts, "min_confidence": least[drafts]}
+                runs[drafts].append(decoder.generate(batch, seed=seed + n, **options))
                 spent[drafts] += time.monotonic() - started
         seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
     plain, drafted = joined(runs[0]), joined(runs[num_speculative_tokens])

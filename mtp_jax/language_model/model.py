@@ -6,7 +6,7 @@ Shape letters: B rows, N tokens, D extra depths, T = N - D positions, K = 1 + D 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike
 
 from mtp_jax import data, sharding, targets
 from mtp_jax.config import Architecture, Config, UserError
+from mtp_jax.decoding import draft_length as draft_lengths
 from mtp_jax.decoding import scoring, shared_context
 from mtp_jax.decoding.generator import Generation, Generator, check_drafts, check_integer
-from mtp_jax.decoding.samplers import make_sampler
+from mtp_jax.decoding.samplers import Sampler, make_sampler
 from mtp_jax.errors import warn_once
 from mtp_jax.language_model import texts as texts_of
 from mtp_jax.model import Tree, abstract_model
@@ -91,7 +92,8 @@ class LanguageModel:
         top_k: int | None = None,
         top_p: float | None = None,
         speculative: bool = False,
-        num_speculative_tokens: int | None = None,
+        num_speculative_tokens: int | Literal["auto"] | None = None,
+        min_confidence: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
@@ -109,7 +111,11 @@ class LanguageModel:
           speculative: draft with the extra depths. Greedy text is the same up to rounding in low precision, where
             matrix products of three tokens differ from those of one; sampled text has the same distribution.
           num_speculative_tokens: tokens drafted before each forward pass; None: the trained depth. Sequential modules
-            can draft more.
+            can draft more. "auto": as many as give the largest speed-up at this batch size, 0 included, by the
+            acceptance on these prompts and the costs on this machine; measured once per power of two of prompts, which
+            takes a minute or so.
+          min_confidence: in [0, 1]; a row verifies its drafts only while the product of their confidences, each the
+            probability of the likeliest token, is at least this. None: all. Texts do not depend on it.
           seed: of the samples.
           stop: a text ends before the first of these strings; one that names a special token is that token.
           stop_tokens: ids that end a text; None: `end_tokens`.
@@ -127,10 +133,13 @@ class LanguageModel:
         if num_speculative_tokens is not None and not speculative:
             given = f"num_speculative_tokens={num_speculative_tokens}"
             raise UserError(f"{given}: is for speculative decoding; add speculative=True")
-        if num_speculative_tokens is None:
+        if min_confidence is not None and not speculative:
+            raise UserError(f"min_confidence={min_confidence}: is for speculative decoding; add speculative=True")
+        is_auto = num_speculative_tokens == "auto"
+        if num_speculative_tokens is None or is_auto:
             num_speculative_tokens = max(1, kind_of(self.config).depth)
         check_integer("num_speculative_tokens", num_speculative_tokens, 1)
-        num_speculative_tokens = num_speculative_tokens if speculative else 0
+        num_speculative_tokens = int(num_speculative_tokens) if speculative else 0
         check_drafts(self.config.architecture, num_speculative_tokens)
         if isinstance(stop_tokens, int):
             stop_tokens = (stop_tokens,)
@@ -143,6 +152,8 @@ class LanguageModel:
         for token in stop_tokens:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
         befores = self.prompt_ids(prompts, special_tokens)
+        if is_auto:
+            num_speculative_tokens = self._best_draft_length(befores, sampler)
         written = self.decoder.generate(
             befores,
             max_new_tokens,
@@ -151,6 +162,7 @@ class LanguageModel:
             seed=seed,
             stop_tokens=stop_tokens,
             ends=self._finder(befores, stops) if stops else None,
+            min_confidence=min_confidence if num_speculative_tokens else None,
         )
         parts = {f.name: getattr(written, f.name) for f in dataclasses.fields(written)}
         return Completions(**parts, texts=self._texts(befores, written.tokens, stops, stop_tokens))
@@ -205,6 +217,20 @@ class LanguageModel:
     def decoder(self) -> Generator:
         """The generator of `generate`, with a copy of the weights in the compute dtype; created on first use."""
         return Generator(self.config, self.params, self.biases, self.mesh)
+
+    @functools.cached_property
+    def _best_draft_lengths(self) -> dict[int, int]:
+        """Number of drafts by number of rows, as measured so far."""
+        return {}
+
+    def _best_draft_length(self, prompts: list[np.ndarray], sampler: Sampler) -> int:
+        num_rows = 1 << (len(prompts) - 1).bit_length() if prompts else 1
+        if num_rows not in self._best_draft_lengths:
+            batch = [prompts[b % len(prompts)] for b in range(num_rows)]
+            self._best_draft_lengths[num_rows] = draft_lengths.choose(
+                self.decoder, batch, sampler
+            ).num_speculative_tokens
+        return self._best_draft_lengths[num_rows]
 
     def loglikelihood(
         self, pairs: Sequence[tuple[str, str]], progress: Callable[[int], None] = lambda num: None

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import eval as evaluate
+import mtp_jax
+from mtp_jax.decoding import draft_length
+from mtp_jax.decoding.draft_length import Advice, Cost
 from mtp_jax.decoding.samplers import make_sampler
-from mtp_jax.evaluation import decode_tasks, speculation_advice, speculative
-from mtp_jax.evaluation.speculation_advice import Advice, Cost
+from mtp_jax.evaluation import decode_tasks, speculative
 from tests.commands import run_here
 from tests.decoding.trained import train_small
 
@@ -58,8 +60,8 @@ def test_eval_reports_acceptance_tokens_times_and_the_cache(monkeypatch, capsys,
 
 def test_advice_is_printed_for_every_batch_size(monkeypatch, capsys, tmp_path, workdir):
     monkeypatch.setattr("mtp_jax.evaluation.decode_tasks.BATCH_SIZES", (1, 3))
-    monkeypatch.setattr("mtp_jax.evaluation.decode_tasks.BEYOND_DEPTH", 1)
-    monkeypatch.setattr(speculation_advice, "ITERATIONS", 2)
+    monkeypatch.setattr(draft_length, "BEYOND_DEPTH", 1)
+    monkeypatch.setattr(draft_length, "ITERATIONS", 2)
     output = tmp_path / "out.json"
     argv = [f"--workdir={workdir}", "--tasks=advice", "--limit=2", "--max_new_tokens=12", f"--output={output}"]
     code, out, err = run_eval(monkeypatch, capsys, *argv)
@@ -72,6 +74,22 @@ def test_advice_is_printed_for_every_batch_size(monkeypatch, capsys, tmp_path, w
     assert [a["batch_size"] for a in found["advice"]] == [1, 3]
     assert len(found["acceptance"]) == 3
     assert "K=1" in out and "speculation" in out.splitlines()[-1]
+
+
+def test_the_number_of_drafts_can_be_chosen_by_measurement(monkeypatch, workdir):
+    """Once per batch size; the text is the plain one, and the model chosen for speed drafts as many as were best."""
+    monkeypatch.setattr(draft_length, "BEYOND_DEPTH", 0)
+    monkeypatch.setattr(draft_length, "ITERATIONS", 2)
+    chosen = []
+    advise = draft_length.advise
+    monkeypatch.setattr(draft_length, "advise", lambda *args: chosen.append(advise(*args)) or chosen[-1])
+    lm, prompts = mtp_jax.load(workdir), ["the café is open", "the library", "the station"]
+    plain = lm.generate(prompts, 24)
+    for _ in range(2):
+        found = lm.generate(prompts, 24, speculative=True, num_speculative_tokens="auto")
+        assert found.texts == plain.texts
+    ((advice,),) = chosen
+    assert advice.batch_size == 4 and found.tested.shape[1] == advice.num_speculative_tokens <= 2
 
 
 @pytest.mark.parametrize(
@@ -188,26 +206,24 @@ def test_the_best_draft_length_weighs_tokens_against_time():
     costs = [Cost(1, k, 1.0 * k, 10.0 + k, 10.0) for k in (1, 2, 3)]
     costs += [Cost(8, k, 9.0 * k, 10.0 + 9 * k, 10.0) for k in (1, 2, 3)]
     rates = [0.8, 0.5, math.nan]
-    assert speculation_advice.speed_up(rates, costs[0]) == pytest.approx(1.8 * 10 / 12)
-    assert speculation_advice.speed_up(rates, costs[1]) == pytest.approx(2.2 * 10 / 14)
-    assert speculation_advice.speed_up(rates, costs[2]) == pytest.approx(
-        2.2 * 10 / 16
-    )  # what was never judged gains nothing
-    best = speculation_advice.advise(rates, costs)
+    assert draft_length.speed_up(rates, costs[0]) == pytest.approx(1.8 * 10 / 12)
+    assert draft_length.speed_up(rates, costs[1]) == pytest.approx(2.2 * 10 / 14)
+    assert draft_length.speed_up(rates, costs[2]) == pytest.approx(2.2 * 10 / 16)  # what was never judged gains nothing
+    best = draft_length.advise(rates, costs)
     assert best == [Advice(1, 2, pytest.approx(22 / 14)), Advice(8, 0, 1.0)]
-    assert speculation_advice.stops_paying(best) == 8
-    assert speculation_advice.stops_paying(best[:1]) is None
-    lines = speculation_advice.text(rates, costs, best).splitlines()
+    assert draft_length.stops_paying(best) == 8
+    assert draft_length.stops_paying(best[:1]) is None
+    lines = draft_length.text(rates, costs, best).splitlines()
     assert lines[2].split() == ["1", "10.000", "1.50x", "1.57x", "1.38x", "2"]
     assert lines[3].split()[-1] == "plain" and lines[-1] == "from batch size 8 on speculation does not pay"
 
 
 def test_where_speculation_pays_again_at_larger_batches_it_does_not_stop_before():
     rows = [Advice(1, 0, 1.0), Advice(2, 1, 1.1), Advice(4, 0, 1.0), Advice(8, 0, 1.0)]
-    assert speculation_advice.stops_paying(rows) == 4
+    assert draft_length.stops_paying(rows) == 4
     costs = [Cost(b, 1, 1.0, 10.0, 10.0) for b in (1, 2)]
     for rows, said in (
         ([Advice(1, 1, 1.5), Advice(2, 1, 1.5)], "speculation pays at every batch size up to 2"),
         ([Advice(1, 0, 1.0), Advice(2, 1, 1.5)], "speculation pays at batch size 2, but not at all below"),
     ):
-        assert speculation_advice.text([0.5], costs, rows).splitlines()[-1] == said
+        assert draft_length.text([0.5], costs, rows).splitlines()[-1] == said

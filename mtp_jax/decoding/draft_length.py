@@ -18,13 +18,15 @@ from mtp_jax.decoding import drafting
 from mtp_jax.decoding.generation import State
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.decoding.inference_model import Network, run_main
-from mtp_jax.decoding.samplers import GREEDY
+from mtp_jax.decoding.samplers import GREEDY, Sampler
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.losses import expected_tokens_per_pass
-from mtp_jax.mtp import Text
+from mtp_jax.mtp import Text, kind_of
 
 ITERATIONS = 32
 REPEATS = 5
+BEYOND_DEPTH = 2  # drafts beyond the trained depths that are considered, where the kind has no limit
+TRIAL_TOKENS = 48  # new tokens per row from which `choose` measures acceptance
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,26 @@ def stops_paying(advice: Sequence[Advice]) -> int | None:
             break
         end = a.batch_size
     return end
+
+
+def most_drafts(architecture: Architecture) -> int:
+    """Returns the largest number of drafts that is considered."""
+    kind = kind_of(architecture)
+    return kind.depth + BEYOND_DEPTH if kind.max_drafts is None else kind.max_drafts
+
+
+def choose(decoder: Generator, prompts: Sequence[np.ndarray], sampler: Sampler = GREEDY) -> Advice:
+    """Returns the best number of drafts for a batch like `prompts`: measures acceptance on them, and the costs.
+
+    Compiles programs for every number of drafts, which takes far longer than a short text.
+
+    Raises:
+      UserError: as `Generator.generate`; a model that cannot draft.
+    """
+    most = most_drafts(decoder.architecture)
+    trial = decoder.generate(prompts, TRIAL_TOKENS, sampler=sampler, num_speculative_tokens=max(1, most))
+    (advice,) = advise(trial.acceptance, measure_costs(decoder, [len(prompts)], most, prompts[0]))
+    return advice
 
 
 def measure_costs(decoder: Generator, batch_sizes: Sequence[int], max_drafts: int, prompt: np.ndarray) -> list[Cost]:
