@@ -99,6 +99,7 @@ def test_the_number_of_drafts_can_be_chosen_by_measurement(monkeypatch, workdir)
         (["--num_speculative_tokens=0"], "error: --num_speculative_tokens=0: must be at least 1"),
         (["--temperature=-1"], "error: temperature=-1.0: must be 0 (greedy) or a positive number"),
         (["--top_p=0.5"], "error: top_p=0.5: changes nothing at temperature=0"),
+        (["--min_confidence=1.5"], "error: --min_confidence=1.5: must lie between 0 and 1"),
         (["--batch_size=0"], "error: --batch_size=0: must be at least 1"),
         (["--max_new_tokens=0"], "error: --max_new_tokens=0: must be at least 1"),
     ],
@@ -110,6 +111,7 @@ def test_unusable_flags_are_one_line(monkeypatch, capsys, workdir, argv, message
 
 
 GIVEN = {"prompts": "p.txt", "max_new_tokens": "8", "temperature": "0.0", "top_k": "3", "top_p": "0.5"}
+GIVEN["min_confidence"] = "0.5"
 
 
 @pytest.mark.parametrize("tasks", ["loss,acceptance", "gsm8k", "loss,humaneval_64"])
