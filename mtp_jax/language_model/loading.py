@@ -1,9 +1,10 @@
 """Loading of a trained model from a workdir or a Hugging Face folder: `mtp_jax.load(path)`."""
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from mtp_jax import data, sharding, storage
@@ -11,8 +12,10 @@ from mtp_jax.config import Config, MeshConfig, UserError, with_values
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop import config_json
 from mtp_jax.interop.weights import place
-from mtp_jax.language_model.model import LanguageModel
+from mtp_jax.language_model import draft_vocabulary as draft_vocabularies
+from mtp_jax.language_model.model import LanguageModel, end_tokens_of
 from mtp_jax.model import Tree, abstract_model
+from mtp_jax.mtp import kind_of
 from mtp_jax.storage import read_json
 from mtp_jax.training import workdir as workdirs
 from mtp_jax.training.checkpoint import Checkpoints
@@ -28,6 +31,7 @@ def load(
     depth: int | None = None,
     ignore: tuple[str, ...] = (),
     compute_dtype: DType | None = None,
+    draft_vocabulary: bool = True,
 ) -> LanguageModel:
     """Loads a trained model: the newest valid checkpoint of a workdir, or a Hugging Face folder without conversion.
 
@@ -40,6 +44,8 @@ def load(
       depth: 0 omits the MTP layers of a Hugging Face folder.
       ignore: fields of a Hugging Face config.json that do not change what the model computes.
       compute_dtype: "float32" or "bfloat16"; None: as trained, or as the folder's weights.
+      draft_vocabulary: draft only tokens of the model's draft_vocabulary.json, if it has one; False: of the whole
+        vocabulary. Texts do not depend on it.
 
     Raises:
       UserError: neither a workdir nor a Hugging Face folder, or an unsupported model, with the file, field or tensor.
@@ -50,24 +56,75 @@ def load(
     storage.path(path, "path")
     changes = {"mesh": axes} | ({} if compute_dtype is None else {"model.compute_dtype": compute_dtype})
     if hf_folder.is_hf_folder(path):
-        return _from_folder(storage.path(path), changes, placed, depth, ignore)
+        return _from_folder(storage.path(path), changes, placed, depth, ignore, draft_vocabulary)
     if depth is not None or ignore:
         raise UserError(f"{path}: depth and ignore are for Hugging Face folders; this is a workdir")
-    return _from_workdir(storage.path(path), changes, placed)
+    return _from_workdir(storage.path(path), changes, placed, draft_vocabulary)
+
+
+class ModelInfo(NamedTuple):
+    """A trained model without its weights.
+
+    tokenizer: None if it has none.
+    end_tokens: ids that end a text.
+    """
+
+    config: Config
+    tokenizer: data.Tokenizer | None
+    end_tokens: tuple[int, ...]
+
+
+def read_info(path: storage.AnyPath, ignore: tuple[str, ...] = ()) -> ModelInfo:
+    """Reads what `load` reads of a model, except its weights.
+
+    Args:
+      path, ignore: as of `load`.
+
+    Raises:
+      UserError: as `load`.
+    """
+    folder = storage.path(path)
+    if hf_folder.is_hf_folder(folder):
+        config = hf_folder.open_model(folder, ignore=ignore, is_checked=True).config
+        config, tokenizer, eos_ids = _texts_of_folder(folder, config)
+    elif ignore:
+        raise UserError(f"{path}: ignore is for Hugging Face folders; this is a workdir")
+    else:
+        config = workdirs.read_config(folder, "path")
+        tokenizer, eos_ids = _texts_of_workdir(folder, config)
+    return ModelInfo(config, tokenizer, end_tokens_of(tokenizer, eos_ids))
 
 
 def _from_folder(
-    path: epath.Path, changes: Values, mesh: jax.sharding.Mesh, depth: int | None, ignore: tuple[str, ...]
+    path: epath.Path,
+    changes: Values,
+    mesh: jax.sharding.Mesh,
+    depth: int | None,
+    ignore: tuple[str, ...],
+    draft_vocabulary: bool,
 ) -> LanguageModel:
     opened = hf_folder.open_model(path, ignore=ignore, depth=depth)
     context = config_json.longest_text(opened.values, str(path / "config.json"))  # the model's, not that of a run
     config = with_values(opened.config, changes | {"data.sequence_length": context})
+    ids = _draft_vocabulary(path, config) if draft_vocabulary else None
     params, biases = place(opened.arrays, _abstract(config, mesh)).values()
+    config, tokenizer, eos_ids = _texts_of_folder(path, config)
+    return LanguageModel(config, params, biases, tokenizer, mesh, eos_ids=eos_ids, draft_vocabulary=ids)
+
+
+def _texts_of_folder(path: epath.Path, config: Config) -> tuple[Config, data.Tokenizer | None, tuple[int, ...]]:
+    """Returns the config with the folder's tokenizer, the tokenizer, and the end-of-text ids beside its own."""
     tokenizer = None
     if data.find_tokenizer(path) is not None:
         tokenizer, config = data.load_tokenizer(str(path)), with_values(config, {"data.tokenizer": str(path)})
-    eos_ids = _eos_ids(path, config.model.vocab_size or 0)
-    return LanguageModel(config, params, biases, tokenizer, mesh, eos_ids=eos_ids)
+    return config, tokenizer, _eos_ids(path, config.model.vocab_size or 0)
+
+
+def _draft_vocabulary(model: epath.Path, config: Config) -> np.ndarray | None:
+    """Returns the ids of the model's draft vocabulary; None if it has none, or cannot draft."""
+    if kind_of(config).max_drafts == 0:
+        return None
+    return draft_vocabularies.read(draft_vocabularies.folder_of(model), config.model.vocab_size or 0)
 
 
 def _eos_ids(folder: epath.Path, vocab: int) -> tuple[int, ...]:
@@ -90,8 +147,19 @@ def _eos_ids(folder: epath.Path, vocab: int) -> tuple[int, ...]:
     return ()
 
 
-def _from_workdir(path: epath.Path, changes: Values, mesh: jax.sharding.Mesh) -> LanguageModel:
+def _from_workdir(path: epath.Path, changes: Values, mesh: jax.sharding.Mesh, draft_vocabulary: bool) -> LanguageModel:
     config = with_values(workdirs.read_config(path, "path"), changes)
+    tokenizer, eos_ids = _texts_of_workdir(path, config)
+    ids = _draft_vocabulary(path, config) if draft_vocabulary else None
+    with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
+        if not saved.steps():
+            raise UserError(f"{path}: has no checkpoints yet; train it first")
+        step, state = saved.restore_part(None, _abstract(config, mesh))
+    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh, step, eos_ids, ids)
+
+
+def _texts_of_workdir(path: epath.Path, config: Config) -> tuple[data.Tokenizer | None, tuple[int, ...]]:
+    """Returns the tokenizer, and the end-of-text ids beside its own."""
     is_import = storage.is_file(path / hf_folder.SIDE_FOLDER / hf_folder.ORIGIN_FILE)
     named = config.data.tokenizer
     has_tokenizer = named == "bytes" or not is_import or storage.exists(storage.path(os.path.expanduser(named)))
@@ -99,11 +167,7 @@ def _from_workdir(path: epath.Path, changes: Values, mesh: jax.sharding.Mesh) ->
     eos_ids = (
         _eos_ids(path / hf_folder.SIDE_FOLDER, config.model.vocab_size or 0) if is_import and named != "bytes" else ()
     )
-    with Checkpoints(path / workdirs.CHECKPOINTS) as saved:
-        if not saved.steps():
-            raise UserError(f"{path}: has no checkpoints yet; train it first")
-        step, state = saved.restore_part(None, _abstract(config, mesh))
-    return LanguageModel(config, state["params"], state["biases"], tokenizer, mesh, step, eos_ids)
+    return tokenizer, eos_ids
 
 
 def _abstract(config: Config, mesh: jax.sharding.Mesh) -> Tree:

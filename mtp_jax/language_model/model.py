@@ -45,6 +45,7 @@ class LanguageModel:
     tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
     step: the training step of the checkpoint; None for a Hugging Face folder.
     eos_ids: end-of-text ids of a Hugging Face folder beside the tokenizer's, such as a chat model's end of a turn.
+    draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
     """
 
     config: Config
@@ -54,12 +55,12 @@ class LanguageModel:
     mesh: jax.sharding.Mesh
     step: int | None = None
     eos_ids: tuple[int, ...] = ()
+    draft_vocabulary: np.ndarray | None = None
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """Ids that end a text: the tokenizer's eos and `eos_ids`."""
-        eos = None if self.tokenizer is None else self.tokenizer.eos_id
-        return tuple(dict.fromkeys(i for i in (eos, *self.eos_ids) if i is not None))
+        return end_tokens_of(self.tokenizer, self.eos_ids)
 
     def logits(self, tokens: ArrayLike) -> np.ndarray:
         """Returns the logits of every depth.
@@ -216,7 +217,7 @@ class LanguageModel:
     @functools.cached_property
     def decoder(self) -> Generator:
         """The generator of `generate`, with a copy of the weights in the compute dtype; created on first use."""
-        return Generator(self.config, self.params, self.biases, self.mesh)
+        return Generator(self.config, self.params, self.biases, self.mesh, self.draft_vocabulary)
 
     @functools.cached_property
     def _best_draft_lengths(self) -> dict[int, int]:
@@ -415,6 +416,12 @@ class LanguageModel:
             bad = int(tokens_BN.min() if tokens_BN.min() < 0 else tokens_BN.max())
             raise UserError(f"tokens: {bad} is outside the vocabulary of {vocab}")
         return tokens_BN.astype(np.int32)
+
+
+def end_tokens_of(tokenizer: data.Tokenizer | None, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """Returns the tokenizer's eos, if there is one, and `eos_ids`, each once."""
+    eos = None if tokenizer is None else tokenizer.eos_id
+    return tuple(dict.fromkeys(i for i in (eos, *eos_ids) if i is not None))
 
 
 @functools.partial(jax.jit, static_argnums=0)
