@@ -27,6 +27,7 @@ class SpeculativeResult:
     num_same: rows with the same tokens in both (all of them, up to rounding in low precision); None where sampled.
     tokens_per_second, plain_tokens_per_second: of whole batches, including prefill.
     cache_bytes, multi_head_bytes: cache of the main model per token, and that of plain multi-head attention.
+    draft_vocabulary_size: number of tokens that may be drafted, of the vocab_size of the model.
     """
 
     num_speculative_tokens: int
@@ -41,6 +42,8 @@ class SpeculativeResult:
     speed_up: float
     cache_bytes: int
     multi_head_bytes: int
+    draft_vocabulary_size: int
+    vocab_size: int
 
 
 def held_out_prompts(config: Config, num: int, num_tokens: int) -> list[np.ndarray]:
@@ -159,6 +162,8 @@ def measure(
     num_tokens = sum(map(len, drafted.tokens))
     speed, plain_speed = num_tokens / seconds[num_speculative_tokens], sum(map(len, plain.tokens)) / seconds[0]
     cache = cache_bytes_per_token(decoder.architecture)
+    network = decoder.network
+    drafted_ids = network.draft_vocabulary
     return SpeculativeResult(
         num_speculative_tokens=drafted.tested.shape[1],
         batch_size=batch_size,
@@ -172,6 +177,8 @@ def measure(
         speed_up=speed / plain_speed,
         cache_bytes=cache["kept"],
         multi_head_bytes=cache["multi_head"],
+        draft_vocabulary_size=network.vocab_size if drafted_ids is None else len(drafted_ids),
+        vocab_size=network.vocab_size,
     )
 
 
@@ -187,12 +194,15 @@ def text(result: SpeculativeResult) -> str:
     )
     same = "" if r.num_same is None else f"; {r.num_same} of {r.num_prompts} texts equal those of plain decoding"
     saved = 1 - r.cache_bytes / r.multi_head_bytes
+    is_reduced = r.draft_vocabulary_size < r.vocab_size
+    part = f"{r.draft_vocabulary_size:,} of {r.vocab_size:,}" if is_reduced else f"all {r.vocab_size:,}"
     size = f"{r.num_prompts} prompts in batches of {r.batch_size}, {r.num_tokens:,} new tokens"
     return "\n".join(
         [
             f"speculative decoding, {size}{same}",
             head,
             row,
+            f"drafts from {part} tokens",
             f"cache: {r.cache_bytes:,} bytes per token; plain multi-head attention would keep {r.multi_head_bytes:,} "
             f"({saved:.1%} saved)",
         ]
