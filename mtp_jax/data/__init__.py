@@ -21,7 +21,7 @@ where a run was interrupted. Models of different depth D read the same T + 1 tok
 """
 
 from mtp_jax.data.chat import ChatError, ChatTemplate, Message
-from mtp_jax.data.corpus import Corpus, prepare
+from mtp_jax.data.corpus import Corpus, prepare, tokenise
 from mtp_jax.data.packing import Row
 from mtp_jax.data.pipeline import Batch, Batches, BatchIterator
 from mtp_jax.data.tokenizer import ByteTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer

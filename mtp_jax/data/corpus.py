@@ -244,6 +244,17 @@ def prepare(config: Config, lookahead: int = 0, num_processes: int = 1) -> Corpu
     return corpus
 
 
+def tokenise(config: Config) -> TokenStore:
+    """Returns the tokens of all documents of the one source of a config, from the cache if they are there.
+
+    Raises:
+      UserError: a tokenizer or source that cannot be used.
+    """
+    check_bounds(config)
+    check_data(config.data)
+    return _part(config, tokenizers.load(config.data.tokenizer), config.data, "", "data.").store
+
+
 def _part(config: Config, tokenizer: Tokenizer, settings: SourceConfig, name: str, key: str) -> Part:
     """Returns the documents of a source, all of them for validation if it is a validation set."""
     data = config.data
