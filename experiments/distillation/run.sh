@@ -16,7 +16,7 @@ distill() { # name, flags
 }
 distill cross_entropy --loss=cross_entropy
 distill total_variation --loss=tv
-distill end_to_end --loss=end_to_end_tv
+distill end_to_end --loss=end_to_end_tv --draft_vocabulary=64
 distill parallel --kind=parallel --loss=cross_entropy
 distill markov --kind=parallel --loss=cross_entropy --config.mtp.parallel.markov_rank=32
 $python $here/table.py --runs=$out --output=$here/results

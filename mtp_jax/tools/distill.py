@@ -56,6 +56,13 @@ def _add_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument("--depth_decay", type=float, help="weight of each draft over that before; default 0.6, tv: 1")
     flags.add_argument("--epochs", type=float, default=3.0, help="passes over the answers; default 3")
+    flags.add_argument(
+        "--draft_vocabulary",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft only the N most frequent tokens of the answers (docs/drafting.md); default 0, all",
+    )
     group = flags.add_argument_group("answers")
     group.add_argument("--num_per_prompt", type=int, default=1, help="answers to each prompt; default 1")
     group.add_argument("--max_new_tokens", type=int, default=256, help="of each answer; default 256")
@@ -89,7 +96,9 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs the four parts; see the module."""
     import jax
+    from jax.experimental import multihost_utils
 
+    from mtp_jax.language_model import draft_vocabulary
     from mtp_jax.model import validate
     from mtp_jax.tools.distilling import answers, prompts, recipe, table
     from mtp_jax.training import loop
@@ -102,6 +111,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     trial = recipe.training_config(
         settings, model.config, args.model, "", 1, model.config.data.tokenizer, jax.device_count()
     )
+    if args.draft_vocabulary:
+        vocab_size = model.config.model.vocab_size or 0
+        draft_vocabulary.check_size(args.draft_vocabulary, vocab_size, model.end_tokens, "--draft_vocabulary")
     validate(trial, jax.device_count())  # refuses what cannot be trained, before anything is generated
     longest = model.config.data.sequence_length - args.max_new_tokens
     domains, num_dropped = prompts.read(model, args.prompts, args.held_out, max(1, longest))
@@ -129,7 +141,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     answered = storage.path(args.answers, "--answers") if args.answers else folder / ANSWERS
     answers.write(model, domains, answered, how)
-    source = model.config
+    source, ends = model.config, model.end_tokens
     del model  # its weights, before those of the training are allocated
     num_tokens, pattern = sum(len(tokens) for tokens, _ in answers.read(answered)), answers.pattern(answered)
     config = recipe.training_config(
@@ -141,11 +153,20 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f"training {recipe.trained_share(config)}", flush=True)
     loop.train(config, str(folder))
 
-    after = table.measure(_load(args.workdir), *measured, args.measured_temperature)
+    results = {
+        "before": before,
+        "after": table.measure(_load(args.workdir, False), *measured, args.measured_temperature),
+    }
+    if args.draft_vocabulary:
+        if is_main:
+            counts_V = answers.counts(answered, source.model.vocab_size or 0)
+            draft_vocabulary.from_counts(folder, counts_V, args.draft_vocabulary, ends)
+        multihost_utils.sync_global_devices("the draft vocabulary is written")
+        label = f"after, {args.draft_vocabulary:,} tokens"
+        results[label] = table.measure(_load(args.workdir), *measured, args.measured_temperature)
     if is_main:
-        text = table.text({"before": before, "after": after})
-        values = {"model": str(args.model), "flags": vars(args), "before": before, "after": after}
-        table.write(folder / RESULT_FILE, values)
+        text = table.text(results)
+        table.write(folder / RESULT_FILE, {"model": str(args.model), "flags": vars(args), **results})
         print(f"\n{text}\n\n{args.workdir}: the model with its modules, for mtp_jax.load, eval.py and tools.convert")
 
 
@@ -167,14 +188,15 @@ def _changed(config, folder, overrides: list[str], is_main: bool):
     return load_config(str(file), overrides)
 
 
-def _load(path: str):
+def _load(path: str, with_vocabulary: bool = True):
     """Returns a model on one device, or over all of several processes."""
     import jax
 
     import mtp_jax
     from mtp_jax.config import MeshConfig
 
-    return mtp_jax.load(path, mesh=MeshConfig() if jax.process_count() > 1 else None)
+    mesh = MeshConfig() if jax.process_count() > 1 else None
+    return mtp_jax.load(path, mesh=mesh, draft_vocabulary=with_vocabulary)
 
 
 if __name__ == "__main__":

@@ -83,9 +83,13 @@ def test_a_continued_run_generates_only_what_is_missing(base, distilled, tmp_pat
     first, second = sorted((again / "answers").glob("part-*"))
     whole, first_time = second.read_bytes(), first.stat().st_mtime_ns
     second.unlink()
-    distill.main([f"--model={workdir}", f"--workdir={again}", *prompts, *QUICK, "--epochs=1"])
+    distill.main([f"--model={workdir}", f"--workdir={again}", *prompts, *QUICK, "--epochs=1", "--draft_vocabulary=24"])
     assert second.read_bytes() == whole and first.stat().st_mtime_ns == first_time
     assert (again / "before.json").read_bytes() == (distilled / "before.json").read_bytes()
+    # The tokens of the answers are few, and the text is the model's whatever is drafted.
+    assert len(mtp_jax.load(again).draft_vocabulary) == 24
+    reduced = json.loads((again / "distill.json").read_text())["after, 24 tokens"]
+    assert all(each["num_same"] == 4 and each["draft_vocabulary_size"] == 24 for each in reduced.values())
     with pytest.raises(UserError, match="--temperature=0.5: .* has answers with temperature=1.0; use that"):
         distill.main([f"--model={workdir}", f"--workdir={again}", *prompts, *QUICK, "--temperature=0.5"])
 

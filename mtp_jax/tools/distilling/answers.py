@@ -93,6 +93,14 @@ def read(folder: epath.Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
                 yield np.asarray(record["tokens"], np.int32), np.asarray(record["weights"], np.float32)
 
 
+def counts(folder: epath.Path, vocab_size: int) -> np.ndarray:
+    """Returns how often each token occurs in the answers, int64[V]."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    for tokens, weights in read(folder):
+        counts_V += np.bincount(tokens[weights > 0], minlength=vocab_size)
+    return counts_V
+
+
 def pattern(folder: epath.Path) -> str:
     """Returns the value of `data.files` that names all files of answers."""
     return f"{folder}/part-*.jsonl"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_jax.config import Config, MeshConfig, UserError, with_values
-from mtp_jax.mtp import KINDS, kind_of
+from mtp_jax.mtp import KINDS, RELEASED, kind_of
 
 LONGEST_ROW = 4096  # tokens per row if the model's context is longer
 MOST_ROWS = 64  # per step, as in FastMTP
@@ -41,7 +41,7 @@ def mtp_changes(recipe: Recipe, source: Config) -> tuple[dict[str, Any], bool]:
       UserError: a kind that cannot draft, or more drafts than parallel heads.
     """
     own, drafts = kind_of(source), recipe.num_speculative_tokens
-    name = recipe.kind or (own.name if own.max_drafts != 0 else "sequential")
+    name = recipe.kind or (own.name if own.max_drafts != 0 else RELEASED)
     if kind_of(with_values(source, {"mtp.kind": name})).max_drafts == 0:
         raise UserError(f"--kind={name}: drafts nothing; use sequential or parallel")
     changes: dict[str, Any] = {"mtp.kind": name, "mtp.freeze_decoder": True, "mtp.detach_decoder": True}
@@ -49,7 +49,7 @@ def mtp_changes(recipe: Recipe, source: Config) -> tuple[dict[str, Any], bool]:
     changes |= {"mtp.weight_values": (), "mtp.weight_boundaries": (), "mtp.curriculum": "none"}
     if name != own.name:
         changes |= {"model.num_layers": own.num_main_layers, "mtp.parameter_matched": False, "mtp.depth": drafts}
-        # Only sequential modules can be shared by all drafts.
+        # Of the kinds, only the modules with conventions can be shared by all drafts.
         return changes | {"mtp.shared_depths": KINDS[name].has_conventions}, False
     most = own.max_drafts
     if most is not None and drafts > most:
