@@ -15,12 +15,11 @@ The same command continues an interrupted one. --config.section.key=VALUE change
 """
 
 import argparse
-import json
 
 from mtp_jax import cli, signals, storage
 from mtp_jax.config import UserError
 
-ANSWERS, RECIPE_FILE, BEFORE_FILE, RESULT_FILE = "answers", "recipe.json", "before.json", "distill.json"
+ANSWERS, BEFORE_FILE, RESULT_FILE = "answers", "before.json", "distill.json"
 
 
 def main(argv: list[str]) -> None:
@@ -89,81 +88,92 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}={getattr(args, name)}: must be at least 1")
     if not 0 < args.epochs < 1e6:
         raise UserError(f"--epochs={args.epochs}: must be above 0")
+    if args.depth_decay is not None and not 0 < args.depth_decay <= 1000:
+        raise UserError(f"--depth_decay={args.depth_decay}: must be above 0")
     if storage.path(args.model, "--model") == storage.path(args.workdir, "--workdir"):
         raise UserError(f"--workdir={args.workdir}: is the model; give another folder")
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     """Runs the four parts; see the module."""
+    import functools
+
     import jax
     from jax.experimental import multihost_utils
 
+    from mtp_jax.config.load import override
     from mtp_jax.language_model import draft_vocabulary
     from mtp_jax.model import validate
     from mtp_jax.tools.distilling import answers, prompts, recipe, table
     from mtp_jax.training import loop
 
     is_main, folder = jax.process_index() == 0, storage.path(args.workdir, "--workdir")
+    answered = storage.path(args.answers, "--answers") if args.answers else folder / ANSWERS
     model = _load(args.model)
-    settings = recipe.Recipe(
-        args.kind, args.num_speculative_tokens, args.loss, args.depth_decay or _decay(args.loss), args.epochs
-    )
-    trial = recipe.training_config(
-        settings, model.config, args.model, "", 1, model.config.data.tokenizer, jax.device_count()
-    )
+    source, ends, num_devices = model.config, model.end_tokens, jax.device_count()
+    decay = _decay(args.loss) if args.depth_decay is None else args.depth_decay
+    settings = recipe.Recipe(args.kind, args.num_speculative_tokens, args.loss, decay, args.epochs)
+
+    def training(num_tokens: int):
+        config = recipe.training_config(
+            settings, source, args.model, answers.pattern(answered), num_tokens, num_devices
+        )
+        return override(config, overrides)
+
+    # What cannot be trained is refused before anything is generated.
+    validate(training(1), num_devices)
     if args.draft_vocabulary:
-        vocab_size = model.config.model.vocab_size or 0
-        draft_vocabulary.check_size(args.draft_vocabulary, vocab_size, model.end_tokens, "--draft_vocabulary")
-    validate(trial, jax.device_count())  # refuses what cannot be trained, before anything is generated
-    longest = model.config.data.sequence_length - args.max_new_tokens
-    domains, num_dropped = prompts.read(model, args.prompts, args.held_out, max(1, longest))
+        size = args.draft_vocabulary
+        draft_vocabulary.check_size(size, source.model.vocab_size or 0, ends, "--draft_vocabulary")
+    longest = source.data.sequence_length - args.max_new_tokens
+    domains, num_dropped = prompts.read(model, args.prompts, args.held_out, longest)
     if num_dropped and is_main:
         print(f"note: {num_dropped} prompts are longer than {longest} tokens and left out")
-    measured = (domains, args.num_speculative_tokens, args.measured_batch_size, args.measured_tokens)
 
-    before_file = folder / BEFORE_FILE
-    if storage.is_file(before_file):
-        before = storage.read_json(before_file, "remove it to measure again")["drafts"]
+    measure = functools.partial(
+        table.measure,
+        domains=domains,
+        num_speculative_tokens=args.num_speculative_tokens,
+        batch_size=args.measured_batch_size,
+        max_new_tokens=args.measured_tokens,
+        temperature=args.measured_temperature,
+    )
+    is_measured = storage.is_file(folder / BEFORE_FILE)
+    multihost_utils.sync_global_devices("every process has seen what is measured already")
+    if is_measured:
+        before = storage.read_json(folder / BEFORE_FILE, "remove it to measure again")["drafts"]
     else:
-        before = table.measure(model, *measured, args.measured_temperature)
+        before = measure(model)
         if is_main:
             storage.make_folder(folder)
-            table.write(before_file, {"drafts": before})
+            table.write(folder / BEFORE_FILE, {"drafts": before})
 
+    num_prompts = sum(len(domain.train) for domain in domains)
     how = answers.Settings(
         model=str(args.model),
-        num_prompts=sum(len(domain.train) for domain in domains),
+        num_prompts=num_prompts,
         num_per_prompt=args.num_per_prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         batch_size=args.batch_size,
-        seed=model.config.seed,
+        seed=source.seed,
     )
-    answered = storage.path(args.answers, "--answers") if args.answers else folder / ANSWERS
     answers.write(model, domains, answered, how)
-    source, ends = model.config, model.end_tokens
     del model  # its weights, before those of the training are allocated
-    num_tokens, pattern = sum(len(tokens) for tokens, _ in answers.read(answered)), answers.pattern(answered)
-    config = recipe.training_config(
-        settings, source, args.model, pattern, num_tokens, source.data.tokenizer, jax.device_count()
-    )
-    config = _changed(config, folder, overrides, is_main)
+    num_tokens = sum(len(tokens) for tokens, _ in answers.read(answered))
+    config = training(num_tokens)
     if is_main:
-        print(f"answers  {how.num_prompts * how.num_per_prompt:,} of {num_tokens:,} tokens with their prompts")
+        print(f"answers  {num_prompts * args.num_per_prompt:,}, of {num_tokens:,} tokens with their prompts")
         print(f"training {recipe.trained_share(config)}", flush=True)
     loop.train(config, str(folder))
 
-    results = {
-        "before": before,
-        "after": table.measure(_load(args.workdir, False), *measured, args.measured_temperature),
-    }
+    results = {"before": before, "after": measure(_load(args.workdir, draft_vocabulary=False))}
     if args.draft_vocabulary:
         if is_main:
             counts_V = answers.counts(answered, source.model.vocab_size or 0)
             draft_vocabulary.from_counts(folder, counts_V, args.draft_vocabulary, ends)
         multihost_utils.sync_global_devices("the draft vocabulary is written")
-        label = f"after, {args.draft_vocabulary:,} tokens"
-        results[label] = table.measure(_load(args.workdir), *measured, args.measured_temperature)
+        results[f"after, {args.draft_vocabulary:,} tokens"] = measure(_load(args.workdir))
     if is_main:
         text = table.text(results)
         table.write(folder / RESULT_FILE, {"model": str(args.model), "flags": vars(args), **results})
@@ -175,20 +185,7 @@ def _decay(loss: str) -> float:
     return 0.6 if loss == "cross_entropy" else 1.0
 
 
-def _changed(config, folder, overrides: list[str], is_main: bool):
-    """Returns the config with the overrides of the command line, and keeps the one without as recipe.json."""
-    from jax.experimental import multihost_utils
-
-    from mtp_jax.config import load_config, to_dict
-
-    file = folder / RECIPE_FILE
-    if is_main:
-        storage.write_text(file, json.dumps(to_dict(config), indent=2) + "\n")
-    multihost_utils.sync_global_devices("the recipe is written")
-    return load_config(str(file), overrides)
-
-
-def _load(path: str, with_vocabulary: bool = True):
+def _load(path: str, draft_vocabulary: bool = True):
     """Returns a model on one device, or over all of several processes."""
     import jax
 
@@ -196,7 +193,7 @@ def _load(path: str, with_vocabulary: bool = True):
     from mtp_jax.config import MeshConfig
 
     mesh = MeshConfig() if jax.process_count() > 1 else None
-    return mtp_jax.load(path, mesh=mesh, draft_vocabulary=with_vocabulary)
+    return mtp_jax.load(path, mesh=mesh, draft_vocabulary=draft_vocabulary)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,10 @@ def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest:
         every = _file(model, path)
         prompts = [ids for ids in every if len(ids) <= longest]
         num_dropped += len(every) - len(prompts)
+        if longest < 1:
+            raise UserError(
+                "--max_new_tokens: leaves no room for a prompt in the model's context; use fewer new tokens"
+            )
         if len(prompts) <= num_held_out:
             raise UserError(
                 f"--prompts={flag}: holds {len(prompts)} prompts of at most {longest} tokens, of which --held_out="

@@ -64,7 +64,7 @@ def mtp_changes(recipe: Recipe, source: Config) -> tuple[dict[str, Any], bool]:
 
 
 def training_config(
-    recipe: Recipe, source: Config, model: str, files: str, num_tokens: int, tokenizer: str, num_devices: int
+    recipe: Recipe, source: Config, model: str, files: str, num_tokens: int, num_devices: int
 ) -> Config:
     """Returns the config of the run that trains the modules.
 
@@ -74,7 +74,6 @@ def training_config(
       model: its path.
       files: pattern of the files of answers.
       num_tokens: number of tokens in them.
-      tokenizer: path of the tokenizer of the model.
       num_devices: number of devices, over which the rows of a step are divided.
     """
     changes, is_trained = mtp_changes(recipe, source)
@@ -90,7 +89,7 @@ def training_config(
             "data.files": files,
             "data.records": "tokens",
             "data.weights_field": "weights",
-            "data.tokenizer": tokenizer,
+            "data.tokenizer": source.data.tokenizer,
             "data.chat_template": source.data.chat_template,
             "data.validation_fraction": 0.0,  # the held-out prompts show what is learnt
             "data.sequence_length": length,
