@@ -3,7 +3,7 @@ the shards of the mesh. The main model must match; MTP modules may be new.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from mtp_jax import storage
 from mtp_jax.config import Config, UserError, conventions, walk
 from mtp_jax.interop import checkpoint_folder as hf_folder
 from mtp_jax.interop.weights import place
+from mtp_jax.mtp import kind_of
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.workdir import CHECKPOINTS, CONFIG_FILE, read_config
 
@@ -53,22 +54,30 @@ def load_from(path: str, config: Config, state: Tree, abstract_state: Tree) -> t
     `path` is a workdir, whose newest valid checkpoint is read, or a Hugging Face folder.
 
     Every weight of the main model must be present in its shape (`check_source`). The MTP modules are loaded if all of
-    them fit and keep their fresh weights otherwise, so that heads can be added to a trained model.
+    them fit and keep their fresh weights otherwise, so that heads can be added to a trained model. Of the MTP weights,
+    those of `Kind.optional_weights` that the source lacks keep their fresh values, and the others are loaded.
 
     Returns:
       The new state, and lines that state what was loaded and which settings differ from those of the weights.
     """
     with _opened(path) as source:
-        takes_mtp = "mtp" in state["params"] and _misfit(source.shapes, abstract_state, "mtp") is None
+        added = _added(source.shapes, state, kind_of(config).optional_weights)
+        wanted = {name: _without(abstract_state[name], added) for name in MODEL_PARTS}
+        takes_mtp = "mtp" in state["params"] and _misfit(source.shapes, wanted, "mtp") is None
         parts = ("trunk", "mtp") if takes_mtp else ("trunk",)
-        wanted = {
-            name: {p: abstract_state[name][p] for p in parts if p in abstract_state[name]} for name in MODEL_PARTS
-        }
+        wanted = {name: {p: tree[p] for p in parts if p in tree} for name, tree in wanted.items()}
         name, loaded = source.read({name: tree for name, tree in wanted.items() if tree})
         differences = _differences(source.config, config, takes_mtp)
         taken = f"{'decoder and MTP modules' if takes_mtp else 'decoder'} of {name}"
-    merged = {name: {**state[name], **loaded.get(name, {})} for name in MODEL_PARTS}
-    fresh = "" if takes_mtp or "mtp" not in state["params"] else "; the MTP modules start fresh"
+    merged = {
+        name: {part: {**tree, **loaded.get(name, {}).get(part, {})} for part, tree in state[name].items()}
+        for name in MODEL_PARTS
+    }
+    fresh = ""
+    if "mtp" in state["params"] and not takes_mtp:
+        fresh = "; the MTP modules start fresh"
+    elif added:
+        fresh = f"; of the MTP modules, {', '.join(added)} starts fresh"
     return {**state, **merged}, "\n         ".join([taken + fresh, *differences])
 
 
@@ -118,6 +127,19 @@ def _differences(source: Config | None, run: Config, takes_mtp: bool) -> list[st
         was, now = (dataclasses.asdict(conventions(c.mtp)) for c in (source, run))
         pairs += [(f"mtp.{key}", was[key], now[key]) for key in was]
     return [f"{key} is {now!r} in this run and was {was!r} in the source" for key, was, now in pairs if was != now]
+
+
+def _added(available: Tree, state: Tree, optional: Sequence[str]) -> list[str]:
+    """Returns the names below "mtp" that this run has, the source lacks, and the MTP kind declares as optional."""
+    saved = available.get("params", {}).get("mtp", {})
+    return [name for name in optional if name in state["params"].get("mtp", {}) and name not in saved]
+
+
+def _without(tree: Tree, names: Sequence[str]) -> Tree:
+    """Returns params or biases without the weights of these names below "mtp"."""
+    if "mtp" not in tree:
+        return tree
+    return {**tree, "mtp": {name: leaf for name, leaf in tree["mtp"].items() if name not in names}}
 
 
 def _misfit(available: Tree, wanted: Tree, part: str) -> str | None:
