@@ -166,8 +166,8 @@ def init(architecture: Architecture, seed: int) -> tuple[Tree, Tree]:
 class ParameterCounts(NamedTuple):
     """Numbers of weights of the main model, and of the MTP modules or heads; router biases are not counted.
 
-    active: weights that a token is multiplied with, without routed experts that it did not choose and without the
-      embedding table (unless that is also the output head). This is DeepSeek's convention: V3 has 671 B and 37 B,
+    active: weights that a token is multiplied with, without routed experts that it did not choose and without
+      embedding tables (unless one is also the output head). This is DeepSeek's convention: V3 has 671 B and 37 B,
       V2-Lite 15.7 B and 2.4 B.
     """
 
@@ -182,7 +182,8 @@ def count_parameters(architecture: Architecture) -> ParameterCounts:
     total, active = {"trunk": 0, "mtp": 0}, {"trunk": 0, "mtp": 0}
     for part, info, leaf in weights(architecture):
         total[part] += leaf.size
-        is_table = info.axes == ("vocab", "embed") and not architecture.model.tie_embeddings
+        is_head = info.is_matrix or (part == "trunk" and architecture.model.tie_embeddings)
+        is_table = info.axes[0] == "vocab" and not is_head
         active[part] += 0 if is_table else active_size(architecture, info, leaf)
     return ParameterCounts(total["trunk"], active["trunk"], total["mtp"], active["mtp"])
 
