@@ -80,12 +80,15 @@ class Generator:
           mesh: of the weights.
           draft_vocabulary: int[V'], increasing ids of the tokens that may be drafted; None: all. Texts do not depend
             on it, acceptance does.
+
+        Raises:
+          UserError: draft_vocabulary is not such a list of ids.
         """
         self.architecture = config.architecture
         self.context = config.data.sequence_length
         self.mesh = mesh
         with jax.set_mesh(mesh):
-            ids = None if draft_vocabulary is None else np.asarray(draft_vocabulary, np.int32)
+            ids = None if draft_vocabulary is None else _checked_ids(draft_vocabulary, config.model.vocab_size or 0)
             self.network = unstack(self.architecture, params, biases, ids)
 
     def generate(
@@ -247,6 +250,21 @@ def check_drafts(architecture: Architecture, num_speculative_tokens: int) -> Non
             f"num_speculative_tokens={num_speculative_tokens}: the model has {kind.depth} {kind.name} heads, which "
             f"draft one token each; use at most {kind.max_drafts}"
         )
+
+
+def _checked_ids(draft_vocabulary: np.ndarray, vocab: int) -> np.ndarray:
+    """Returns the ids as int32. A repeated id would be drafted twice as often as its logit states."""
+    ids = np.asarray(draft_vocabulary)
+    if (
+        ids.ndim != 1
+        or not len(ids)
+        or not np.issubdtype(ids.dtype, np.integer)
+        or (np.diff(ids) <= 0).any()
+        or not 0 <= ids[0] <= ids[-1] < vocab
+    ):
+        shown = np.array2string(ids, threshold=8, separator=", ").replace("\n", "")
+        raise UserError(f"draft_vocabulary={shown}: must be increasing token ids from 0 to {vocab - 1}, at least one")
+    return ids.astype(np.int32)
 
 
 def _written(state: State, starts: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
