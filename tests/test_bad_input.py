@@ -105,6 +105,17 @@ OVERRIDES = {
     "decay of one": (["optimizer.beta2=1.0"], ["optimizer.beta2=1.0", "below 1"]),
     "huge seed": (["seed=99999999999999999999"], ["seed=9999", "below 2^31"]),
     "schedule in halves": (["mtp.weight_values=(0.1,)"], ["mtp.weight_values=(0.1,)", "mtp.weight_boundaries=()"]),
+    "draft loss": (["mtp.kind=top", "mtp.loss=tv"], ["mtp.loss=tv", "mtp.kind=top", "use cross_entropy"]),
+    "draft loss of latents": (
+        ["mtp.kind=nextlat", "mtp.loss=end_to_end_tv"],
+        ["mtp.loss=end_to_end_tv", "mtp.kind=nextlat", "use cross_entropy"],
+    ),
+    "no draft loss": (["mtp.loss=total"], ["mtp.loss='total'", "'tv'"]),
+    "share of everything": (
+        ["mtp.cross_entropy_share=0.1"],
+        ["mtp.cross_entropy_share=0.1", "mtp.loss=cross_entropy", "use 0"],
+    ),
+    "whole share": (["mtp.loss=tv", "mtp.cross_entropy_share=1.0"], ["mtp.cross_entropy_share=1.0", "below 1"]),
     "batch and mesh": (["data.batch_size=6", "mesh.data=8"], ["data.batch_size=6", "data=8", "a multiple of 8"]),
     "batch and parts": (["training.grad_accum_steps=3"], ["training.grad_accum_steps=3", "a multiple of"]),
     "context axis": (["data.sequence_length=60", "mesh.context=8"], ["mesh.context=8", "data.sequence_length=60"]),
