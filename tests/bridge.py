@@ -9,7 +9,7 @@ def to_model(reference):
     """Oracle parameters -> (params, biases) of `mtp_jax.model`, float32."""
     params = {"trunk": reference["trunk"]}
     if "mtp" in reference:
-        is_parallel = set(reference["mtp"]) == {"block"}
+        is_parallel = set(reference["mtp"]) <= {"block", "markov"}
         params["mtp"] = reference["mtp"] if is_parallel else {"module": reference["mtp"]}
     weights, biases = _split(params)
     as_float32 = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731

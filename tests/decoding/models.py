@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import sharding, targets
-from mtp_jax.config import Config, DataConfig, LocalConfig, MeshConfig, ModelConfig, MTPConfig, RopeConfig, conventions
+from mtp_jax.config import (
+    Config,
+    DataConfig,
+    LocalConfig,
+    MeshConfig,
+    ModelConfig,
+    MTPConfig,
+    RopeConfig,
+    conventions,
+)
+from mtp_jax.config.schema import ParallelConfig
 from mtp_jax.decoding.generator import Generator
 from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
@@ -52,6 +62,11 @@ def parallel(depth, **fields):
     return MTPConfig(kind="parallel", depth=depth, parameter_matched=False, **fields)
 
 
+def markov(depth, rank=3):
+    """Parallel heads with a Markov head."""
+    return parallel(depth, parallel=ParallelConfig(markov_rank=rank))
+
+
 @dataclass(frozen=True)
 class Built:
     """reference: the oracle's parameters. params, biases: the same, as the model's."""
@@ -61,10 +76,11 @@ class Built:
     params: Any
     biases: Any
 
-    def decoder(self, mesh=None):
+    def decoder(self, mesh=None, draft_vocabulary=None):
         """Over one device, or all of a MeshConfig."""
         devices = jax.devices() if mesh else jax.devices()[:1]
-        return Generator(self.config, self.params, self.biases, sharding.make_mesh(mesh or MeshConfig(), devices))
+        mesh = sharding.make_mesh(mesh or MeshConfig(), devices)
+        return Generator(self.config, self.params, self.biases, mesh, draft_vocabulary)
 
     def logits(self, tokens_BN):
         """[B, T, K, V] of every depth, T = N - D, as `MTPModel` computes them in training."""
@@ -118,4 +134,4 @@ def _logits(architecture, params, biases, tokens_BN):
 @functools.partial(jax.jit, static_argnums=0)
 def _main_logits(architecture, params, biases, tokens_BN):
     model = abstract_model(architecture).merge(params, biases)
-    return model.main(targets.one_document_rows(tokens_BN, 0)) @ model.head()
+    return model.main(targets.one_document_rows(tokens_BN, 0)) @ model.main_head()

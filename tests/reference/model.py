@@ -45,6 +45,8 @@ def forward(params, config, tokens, segment_ids, positions, conventions=None, mt
         hiddens, aux = mtp_module.parallel(params, model, mtp, main, segments_KBT, positions)
     hidden_KBTD = np.stack([final_norm(params["trunk"], model, main.h), *hiddens])
     logits_KBTV = unembed(params["trunk"], hidden_KBTD)
+    if "markov" in params.get("mtp", {}):
+        logits_KBTV += mtp_module.markov(params["mtp"]["markov"], shifted_inputs(tokens, D))
     T = positions.shape[1]
     weights = [mtp.depth_decay ** (k - 1) for k in range(1, D + 1)]
     z_weight = config.training.z_loss_weight if hasattr(config, "training") else 0.0

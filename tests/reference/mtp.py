@@ -56,3 +56,17 @@ def parallel(params, model, mtp, decoder_output, segments_KBT, positions_BT):
         hiddens.append(final_norm(params["trunk"], model, h_k))
         aux.append(statistics)
     return hiddens, aux
+
+
+def markov(params, inputs_KBT):
+    """Correction by the Markov head (DSpark, 2607.05147): W_in[x[i + k]] W_out, and 0 at depth 0; [K, B, T, V].
+
+    Args:
+      params: {"w_in": [V, R], "w_out": [R, V]}.
+      inputs_KBT: x[i + k].
+    """
+    out = np.zeros((*inputs_KBT.shape, params["w_out"].shape[1]))
+    for k, b, i in np.ndindex(*inputs_KBT.shape):
+        if k:
+            out[k, b, i] = params["w_in"][inputs_KBT[k, b, i]] @ params["w_out"]
+    return out

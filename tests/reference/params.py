@@ -23,6 +23,9 @@ def random_params(config, num_main_layers, output_norm="own", seed=0):
     elif mtp.kind == "parallel":
         is_moe = make.is_moe(config.model.num_layers - 1) and not mtp.dense_ffn
         params["mtp"] = {"block": stack([make.block(of_mtp(make.model, mtp), is_moe) for _ in range(mtp.depth)])}
+        if mtp.parallel.markov_rank:
+            shape = config.model.vocab_size, mtp.parallel.markov_rank
+            params["mtp"]["markov"] = {"w_in": make.matrix(*shape), "w_out": make.matrix(*shape[::-1])}
     return params
 
 
