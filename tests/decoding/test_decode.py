@@ -20,7 +20,7 @@ from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.cache import slots_at, write
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.mtp import Text
-from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, parallel, prompts_of, sequential
+from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, markov, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -198,6 +198,7 @@ TRAINED = {  # strategy, drafts per step
     "more drafts than shared depths": (sequential(2, shared_depths=True, recycled_hidden="after_norm"), 4),
     "parallel": (parallel(4), 4),
     "fewer drafts than heads": (parallel(3), 2),
+    "markov": (markov(2), 2),
 }
 _draft = jax.jit(drafting.draft, static_argnums=(0, 3))
 
@@ -260,8 +261,9 @@ def test_drafts_come_with_what_they_were_drawn_from():
         (MOE, sequential(2), 2),
         (MLA, sequential(3, shared_depths=True, concat_order="hidden_first", chain="decoder"), 3),
         (QWEN, parallel(2), 2),
+        (MLA, markov(2), 2),
     ],
-    ids=["sequential", "shared", "parallel"],
+    ids=["sequential", "shared", "parallel", "markov"],
 )
 def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_speculative_tokens):
     """Float64, no caches, every token from its whole row."""

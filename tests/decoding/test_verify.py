@@ -47,8 +47,12 @@ class Case:
     def _row(self, before):
         return self.draft[before[-1] if before else -1]
 
-    def run(self, seed=1):
-        """(num_accepted [N], tokens of each step [N, K + 1], -1 behind its end)."""
+    def run(self, seed=1, num_drafts=None):
+        """(num_accepted [N], tokens of each step [N, K + 1], -1 behind its end).
+
+        Args:
+          num_drafts: (drafts [N, K], their distributions [N, K, V]) -> number of them to verify [N]; None: all.
+        """
         rng = np.random.default_rng(seed)
         drafts = np.zeros((NUM_ROWS, self.num_speculative_tokens), int)
         last = np.full(NUM_ROWS, self.vocab)
@@ -61,12 +65,14 @@ class Case:
         sampler = make_sampler(*self.numbers)
         with np.errstate(divide="ignore"):
             draft_logits = np.log(tables)[before[:, :-1]]
+        stops = None if num_drafts is None else jnp.asarray(num_drafts(drafts, tables[before[:, :-1]]), jnp.int32)
         verdict = _verify(
             sampler,
             jnp.asarray(self.main[before], jnp.float32),
             jnp.asarray(drafts, jnp.int32),
             jnp.asarray(draft_logits, jnp.float32),
             jax.random.split(jax.random.key(seed), NUM_ROWS),
+            stops,
         )
         num = np.asarray(verdict.num_accepted_B)
         index = np.arange(self.num_speculative_tokens + 1)
@@ -197,3 +203,26 @@ def test_the_oracle_keeps_the_distribution():
 
 def assert_rate(found, rate, num):
     assert abs(found - rate) <= 4 * np.sqrt(rate * (1 - rate) / num) + 1e-9, (found, rate)
+
+
+def by_distribution(drafts, q_NKV):
+    """A draft is verified while the likeliest token of each distribution has more than 0.5."""
+    return np.cumprod(q_NKV.max(-1) > 0.5, axis=1).sum(1)
+
+
+def by_token(drafts, q_NKV):
+    """A wrong rule: a draft is verified while the sampled tokens themselves have more than 0.2."""
+    return np.cumprod(np.take_along_axis(q_NKV, drafts[..., None], axis=-1)[..., 0] > 0.2, axis=1).sum(1)
+
+
+@pytest.mark.parametrize(("rule", "is_right"), [(by_distribution, True), (by_token, False)], ids=["right", "wrong"])
+def test_a_stop_may_depend_on_distributions_and_not_on_the_token_it_discards(rule, is_right):
+    """The first token, and the second after each first, are distributed as p says; not so with a wrong rule."""
+    case = Case(2, 5, PLAIN, "near", seed=3)
+    num, emitted = case.run(num_drafts=rule)
+    assert set(num) == {0, 1, 2}
+    found = [p_value(count_rows(emitted[:, :1], 5), case.p(()))]
+    reached = emitted[emitted[:, 1] >= 0]
+    counts = count_rows(reached[:, :2], 5)
+    found += [p_value(counts[v], case.p((v,))) for v in range(5) if counts[v].sum() > 200]
+    assert (min(found) > LIKELY / 10) == is_right, found
