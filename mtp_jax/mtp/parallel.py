@@ -69,8 +69,8 @@ class Parallel(Kind):
 
     @property
     def head_products(self) -> float:
-        """One per depth; the features of the Markov head widen each."""
-        return super().head_products * (1 + self.num_features / self.model.embed_dim)
+        """One per depth; the features of the Markov head widen those of the extra depths."""
+        return super().head_products + self.depth * self.num_features / self.model.embed_dim
 
     @property
     def default_weight(self) -> float:
