@@ -102,6 +102,7 @@ def training_config(
             "training.sample_tokens": 0,
             "checkpoint.every": max(1, num_steps // 4),
             "checkpoint.keep": 1,
+            "model.param_dtype": "float32",  # small updates would be lost in bfloat16
             **changes,
         },
     )
