@@ -5,8 +5,7 @@
 Hardware: 2 CPU cores. Expected: a module that was trained for one draft is accepted less and less when it drafts three;
 trained on its own hidden states and on the model's own answers it is accepted more often at the second and the third
 draft (FastMTP, 2509.18362), and total variation as the loss helps where texts are sampled (Bebop, 2606.12370).
-Obtained:
-see README.md in this folder.
+Obtained: see README.md in this folder.
 """
 
 from mtp_jax.config import default_config
@@ -15,18 +14,18 @@ from mtp_jax.config import default_config
 def get_config():
     config = default_config()
     config.model.attention = "gqa"
-    config.model.num_layers = 6
-    config.model.embed_dim = 96
+    config.model.num_layers = 4
+    config.model.embed_dim = 64
     config.model.num_heads = 4
     config.model.num_kv_heads = 4
-    config.model.head_dim = 24
-    config.model.ffn_dim = 256
+    config.model.head_dim = 16
+    config.model.ffn_dim = 160
 
     config.mtp.kind = "sequential"
     config.mtp.depth = 1
 
     config.data.source = "python_source"
-    config.data.sequence_length = 192
+    config.data.sequence_length = 160
     config.data.batch_size = 8
 
     config.optimizer.name = "muon"
@@ -35,8 +34,8 @@ def get_config():
     config.optimizer.decay_fraction = 0.4
     config.optimizer.warmup_steps = 30
 
-    config.training.num_steps = 600
+    config.training.num_steps = 500
     config.training.log_every = 50
     config.training.sample_tokens = 0
-    config.checkpoint.every = 600
+    config.checkpoint.every = 500
     return config
