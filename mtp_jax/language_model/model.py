@@ -197,13 +197,22 @@ class LanguageModel:
         texts = [template.render(chat, add_generation_prompt=True, tools=tools) for chat in chats]
         marks = dict.fromkeys(template.end_mark(tokenizer, chat, tools) for chat in chats)
         stops = [*([stop] if isinstance(stop, str) else stop), *filter(None, marks)]
-        prompts = [tokenizer.encode(texts_of.checked("chat", text), special_tokens=True).tolist() for text in texts]
+        prompts = [self._template_ids(text).tolist() for text in texts]
         out = self.generate(prompts, max_new_tokens, stop=stops, **options)
         leads = [template.answer_frame(chat, tools)[0] for chat in chats]
         pairs = zip(out.texts, leads, strict=True)
         return dataclasses.replace(
             out, texts=[text.removeprefix(lead) if lead.isspace() else text for text, lead in pairs]
         )
+
+    def chat_ids(
+        self, messages: Sequence[data.Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> np.ndarray:
+        """Returns token ids of a conversation up to the beginning of an answer, int32[N]; for the errors see `chat`."""
+        return self._template_ids(self.chat_template.render(messages, add_generation_prompt=True, tools=tools))
+
+    def _template_ids(self, text: str) -> np.ndarray:
+        return self.needs_tokenizer().encode(texts_of.checked("chat", text), special_tokens=True)
 
     @functools.cached_property
     def chat_template(self) -> data.ChatTemplate:

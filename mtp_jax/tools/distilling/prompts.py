@@ -88,5 +88,4 @@ def _conversation(model: LanguageModel, messages: list[Any]) -> np.ndarray:
     """Returns a conversation up to the beginning of the assistant's answer; a last answer is left out."""
     if messages[-1].get("role") == "assistant":
         messages = messages[:-1]
-    text = model.chat_template.render(messages, add_generation_prompt=True)
-    return model.needs_tokenizer().encode(text, special_tokens=True)
+    return model.chat_ids(messages)
