@@ -25,6 +25,7 @@ def get_config():
     config.mtp.depth = 1
 
     config.data.source = "python_source"
+    config.data.validation_fraction = 0.1  # documents of the prompts that are measured on
     config.data.sequence_length = 160
     config.data.batch_size = 8
 

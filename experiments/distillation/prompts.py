@@ -1,6 +1,8 @@
-"""Writes the prompts of the distillation experiment: beginnings and inner parts of Python files that are held out.
+"""Writes the prompts of the distillation experiment: beginnings and inner parts of Python files.
 
 python experiments/distillation/prompts.py --output=FOLDER
+
+The last prompts of each file are of documents that the model was not trained on.
 """
 
 import argparse
@@ -15,7 +17,9 @@ if __package__ in (None, ""):
 from mtp_jax.config import load_config  # noqa: E402
 from mtp_jax.data import prepare  # noqa: E402
 
-LENGTH, NUM_EACH = 64, 160  # bytes of a prompt, prompts of each file
+LENGTH = 64  # bytes of a prompt
+NUM_TRAIN, NUM_HELD_OUT = 160, 32  # prompts of each file
+PLACES = {"starts": 0.0, "inner": 0.5}  # share of the document before the prompt
 
 
 def main() -> None:
@@ -24,13 +28,17 @@ def main() -> None:
     output = flags.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
     corpus = prepare(load_config(str(HERE / "config.py")))
-    documents = [document for document in corpus.held_out_documents() if len(document) > 20 * LENGTH]
-    starts = [document[:LENGTH] for document in documents]
-    inner = [document[at : at + LENGTH] for document in documents for at in range(5 * LENGTH, 20 * LENGTH, 2 * LENGTH)]
-    for name, prompts in (("starts", starts), ("inner", inner)):
-        every = prompts[:: max(1, len(prompts) // NUM_EACH)][:NUM_EACH]
-        texts = dict.fromkeys(corpus.tokenizer.decode(ids) for ids in every)
-        lines = [json.dumps({"prompt": text}) + "\n" for text in texts if text]
+    (part,) = corpus.sources
+    for name, share in PLACES.items():
+        lines = []
+        for documents, num in ((part.train, NUM_TRAIN), (part.validation, NUM_HELD_OUT)):
+            texts: dict[str, None] = {}
+            for i in documents:
+                ids = part.store.document(int(i))
+                at = int(share * len(ids))
+                if len(ids) > 4 * LENGTH and len(texts) < num:
+                    texts[corpus.tokenizer.decode(ids[at : at + LENGTH])] = None
+            lines += [json.dumps({"prompt": text}) + "\n" for text in texts]
         (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         print(f"{output / name}.jsonl: {len(lines)} prompts")
 
