@@ -1,10 +1,12 @@
-"""Comparison of plain and self-speculative decoding of a trained model, on held-out text.
+"""Comparison of plain and self-speculative decoding of a trained model, on held-out text or on given prompts.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart      # or make train
     python benchmarks/decode.py --workdir=runs/quickstart --drafts=1,2 --batches=1,8
 
     python train.py --config=configs/code_400m.py --workdir=runs/code_400m
     python benchmarks/decode.py --workdir=runs/code_400m --drafts=1,2,3 --batches=1,8,32
+
+    python benchmarks/decode.py --workdir=OUT --prompts=PROMPTS.jsonl --drafts=3     # after mtp_jax.tools.distill
 
 Appends a line per number of drafts and batch size to benchmarks/results/decode.jsonl: acceptance of each draft, tokens
 per forward pass, tokens per second of plain and speculative decoding (the same prompts, alternating by batch, the
@@ -40,12 +42,18 @@ def main() -> None:
     flags.add_argument("--batches", default="1", help="batch sizes")
     flags.add_argument("--max_new_tokens", type=int, default=256)
     flags.add_argument("--temperature", type=float, default=0.0)
+    flags.add_argument("--prompts", help="as of eval.py; default: held-out documents")
+    flags.add_argument("--min_confidence", type=float, help="as of eval.py")
+    flags.add_argument("--whole_vocabulary", action="store_true", help="do not use the model's draft vocabulary")
     flags.add_argument("--output", type=pathlib.Path, default=RESULTS)
     args = flags.parse_args()
-    model = mtp_jax.load(args.workdir)
+    model = mtp_jax.load(args.workdir, draft_vocabulary=not args.whole_vocabulary)
     batches = [int(b) for b in args.batches.split(",")]
-    context = model.config.data.sequence_length
-    prompts = speculative.held_out_prompts(model.config, max(LEAST_PROMPTS, *batches), context // 4)
+    context, num_prompts = model.config.data.sequence_length, max(LEAST_PROMPTS, *batches)
+    if args.prompts:
+        prompts = model.prompt_ids(speculative.read_prompts(args.prompts)[-num_prompts:])
+    else:
+        prompts = speculative.held_out_prompts(model.config, num_prompts, context // 4)
     for batch in batches:
         for drafts in map(int, args.drafts.split(",")):
             result = speculative.measure(
@@ -54,6 +62,7 @@ def main() -> None:
                 batch_size=batch,
                 max_new_tokens=args.max_new_tokens,
                 sampler=make_sampler(args.temperature),
+                min_confidence=args.min_confidence,
                 repeats=2,
             )
             line = record(model, args, result)
@@ -78,6 +87,7 @@ def record(model: mtp_jax.language_model.LanguageModel, args: argparse.Namespace
         "mtp": config.mtp.kind,
         "depth": kind_of(config).depth,
         "temperature": args.temperature,
+        "min_confidence": args.min_confidence,
         **speculative.as_json(result),
         "plain_ms": 1e3 * result.batch_size / result.plain_tokens_per_second,
         "speculative_step_ms": 1e3 / steps_per_second,
