@@ -11,7 +11,7 @@ distill() { # name, flags
   shift
   [ -s "$out/$name/distill.json" ] || $python -m mtp_jax.tools.distill --model=$out/base --workdir="$out/$name" \
     --prompts=$out/prompts/starts.jsonl --prompts=$out/prompts/inner.jsonl --held_out=32 --answers=$out/answers \
-    --max_new_tokens=96 --measured_tokens=96 --measured_batch_size=32 --measured_temperature=1 --epochs=8 \
+    --max_new_tokens=80 --measured_tokens=80 --measured_batch_size=32 --measured_temperature=1 --epochs=8 \
     --config.optimizer.learning_rate=2e-3 "$@"
 }
 distill cross_entropy --loss=cross_entropy
