@@ -3,9 +3,9 @@
     bash experiments/distillation/run.sh
 
 Hardware: 2 CPU cores, under 10 minutes. Expected: a module that was trained for one draft is accepted less and less
-when it drafts three; trained on its own hidden states and on the model's own answers it is accepted more often at the second
-and the third draft (FastMTP, 2509.18362), and total variation as the loss helps where texts are sampled (Bebop,
-2606.12370). Obtained: see README.md in this folder.
+when it drafts three; trained on its own hidden states and on the model's own answers it is accepted more often at the
+second and the third draft (FastMTP, 2509.18362), and total variation as the loss helps where texts are sampled
+(Bebop, 2606.12370). Obtained: see README.md in this folder.
 """
 
 from mtp_jax.config import default_config
