@@ -11,7 +11,8 @@
    (end_to_end_tv; Bebop, 2606.12370).
 4. Measures again, and prints both in one table. The workdir then holds the model with its new modules.
 
-The same command continues an interrupted one. --config.section.key=VALUE changes the training, as in train.py.
+The same command continues an interrupted one. --config.section.key=VALUE changes the training, as in train.py; its mesh
+(--config.mesh.fsdp=8) is also that of the answers.
 """
 
 import argparse
@@ -101,16 +102,17 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     import jax
     from jax.experimental import multihost_utils
 
+    import mtp_jax
     from mtp_jax.config.load import override
-    from mtp_jax.language_model import draft_vocabulary
+    from mtp_jax.language_model import draft_vocabulary, loading
     from mtp_jax.model import validate
     from mtp_jax.tools.distilling import answers, prompts, recipe, table
     from mtp_jax.training import loop
 
     is_main, folder = jax.process_index() == 0, storage.path(args.workdir, "--workdir")
     answered = storage.path(args.answers, "--answers") if args.answers else folder / ANSWERS
-    model = _load(args.model)
-    source, ends, num_devices = model.config, model.end_tokens, jax.device_count()
+    source, _, ends = loading.read_info(args.model)
+    num_devices = jax.device_count()
     decay = _decay(args.loss) if args.depth_decay is None else args.depth_decay
     settings = recipe.Recipe(args.kind, args.num_speculative_tokens, args.loss, decay, args.epochs)
 
@@ -125,6 +127,8 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.draft_vocabulary:
         size = args.draft_vocabulary
         draft_vocabulary.check_size(size, source.model.vocab_size or 0, ends, "--draft_vocabulary")
+    mesh = training(1).mesh if num_devices > 1 else None
+    model = mtp_jax.load(args.model, mesh=mesh)
     longest = source.data.sequence_length - args.max_new_tokens
     domains, num_dropped = prompts.read(model, args.prompts, args.held_out, longest)
     if num_dropped and is_main:
@@ -167,13 +171,13 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f"training {recipe.trained_share(config)}", flush=True)
     loop.train(config, str(folder))
 
-    results = {"before": before, "after": measure(_load(args.workdir, draft_vocabulary=False))}
+    results = {"before": before, "after": measure(mtp_jax.load(folder, mesh=mesh, draft_vocabulary=False))}
     if args.draft_vocabulary:
         if is_main:
             counts_V = answers.counts(answered, source.model.vocab_size or 0)
             draft_vocabulary.from_counts(folder, counts_V, args.draft_vocabulary, ends)
         multihost_utils.sync_global_devices("the draft vocabulary is written")
-        results[f"after, {args.draft_vocabulary:,} tokens"] = measure(_load(args.workdir))
+        results[f"after, {args.draft_vocabulary:,} tokens"] = measure(mtp_jax.load(folder, mesh=mesh))
     if is_main:
         text = table.text(results)
         table.write(folder / RESULT_FILE, {"model": str(args.model), "flags": vars(args), **results})
@@ -183,17 +187,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
 def _decay(loss: str) -> float:
     """Returns the weights of the papers: 0.6 for cross-entropy (FastMTP), and 1 for total variation (Bebop)."""
     return 0.6 if loss == "cross_entropy" else 1.0
-
-
-def _load(path: str, draft_vocabulary: bool = True):
-    """Returns a model on one device, or over all of several processes."""
-    import jax
-
-    import mtp_jax
-    from mtp_jax.config import MeshConfig
-
-    mesh = MeshConfig() if jax.process_count() > 1 else None
-    return mtp_jax.load(path, mesh=mesh, draft_vocabulary=draft_vocabulary)
 
 
 if __name__ == "__main__":
