@@ -55,6 +55,7 @@ def write(model: LanguageModel, domains: Sequence[Domain], folder: epath.Path, s
     """
     is_main = jax.process_index() == 0
     prompts = [ids for domain in domains for ids in domain.train for _ in range(settings.num_per_prompt)]
+    ends = sorted({*model.end_tokens, *(end for domain in domains for end in domain.end_tokens)})
     # Texts of about one length fill a batch best.
     order = sorted(range(len(prompts)), key=lambda n: (len(prompts[n]), n))
     batches = [order[at : at + settings.batch_size] for at in range(0, len(order), settings.batch_size)]
@@ -75,7 +76,7 @@ def write(model: LanguageModel, domains: Sequence[Domain], folder: epath.Path, s
             sampler=make_sampler(settings.temperature),
             num_speculative_tokens=drafts,
             seed=(settings.seed + n) % 2**32,
-            stop_tokens=model.end_tokens,
+            stop_tokens=ends,
         )
         if is_main:
             known = [_known(answer, vocab_size) for answer in found.tokens]

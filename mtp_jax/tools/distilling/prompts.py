@@ -12,11 +12,16 @@ from mtp_jax.language_model import LanguageModel
 
 
 class Domain(NamedTuple):
-    """Prompts of one file, as token ids. held_out: only measured on; train: the others."""
+    """Prompts of one file, as token ids.
+
+    held_out: only measured on; train: the others. end_tokens: ids that end an answer, besides those of the model: the
+    end-of-turn mark of conversations.
+    """
 
     name: str
     train: list[np.ndarray]
     held_out: list[np.ndarray]
+    end_tokens: tuple[int, ...]
 
 
 def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest: int) -> tuple[list[Domain], int]:
@@ -41,7 +46,7 @@ def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest:
         name = name or storage.path(path, "--prompts").name.partition(".")[0]
         if name in [domain.name for domain in domains]:
             raise UserError(f"--prompts={flag}: there is another file for the domain {name}; name it, as in NAME=FILE")
-        every = _file(model, path)
+        every, ends = _file(model, path)
         prompts = [ids for ids in every if len(ids) <= longest]
         num_dropped += len(every) - len(prompts)
         if longest < 1:
@@ -54,11 +59,12 @@ def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest:
                 f"{num_held_out} are not trained on; give more, or lower --held_out"
             )
         first = len(prompts) - num_held_out
-        domains.append(Domain(name, prompts[:first], prompts[first:]))
+        domains.append(Domain(name, prompts[:first], prompts[first:], ends))
     return domains, num_dropped
 
 
-def _file(model: LanguageModel, path: str) -> list[np.ndarray]:
+def _file(model: LanguageModel, path: str) -> tuple[list[np.ndarray], tuple[int, ...]]:
+    """Returns the prompts of a file, and the ids of the end-of-turn marks of its conversations."""
     file = storage.path(path, "--prompts")
     if not storage.is_file(file):
         raise UserError(f"--prompts={path}: no such file")
@@ -67,25 +73,36 @@ def _file(model: LanguageModel, path: str) -> list[np.ndarray]:
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts={path}: is not UTF-8") from error
     if file.suffix != ".jsonl":
-        return model.prompt_ids([line for _, line in lines])
-    return [_record(model, f"--prompts={path}: line {n}", line) for n, line in lines]
+        return model.prompt_ids([line for _, line in lines]), ()
+    records = [(f"--prompts={path}: line {n}", _record(f"--prompts={path}: line {n}", line)) for n, line in lines]
+    chats = [record for _, record in records if not isinstance(record, str)]
+    return [_ids(model, where, record) for where, record in records], _ends(model, chats[0]) if chats else ()
 
 
-def _record(model: LanguageModel, where: str, line: str) -> np.ndarray:
+def _record(where: str, line: str) -> str | list[Any]:
+    """Returns the prompt of a line, or its messages up to the assistant's answer; a last answer is left out."""
     try:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is not JSON; correct it") from error
     prompt, messages = (record.get(key) if isinstance(record, dict) else None for key in ("prompt", "messages"))
     if isinstance(prompt, str) and prompt:
-        return model.prompt_ids([prompt])[0]
+        return prompt
     if isinstance(messages, list) and messages:
-        return _conversation(model, messages)
+        is_answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant" and len(messages) > 1
+        return messages[:-1] if is_answered else messages
     raise UserError(f'{where} has neither a text "prompt" nor a list "messages"; correct it')
 
 
-def _conversation(model: LanguageModel, messages: list[Any]) -> np.ndarray:
-    """Returns a conversation up to the beginning of the assistant's answer; a last answer is left out."""
-    if messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    return model.chat_ids(messages)
+def _ids(model: LanguageModel, where: str, record: str | list[Any]) -> np.ndarray:
+    try:
+        return model.prompt_ids([record])[0] if isinstance(record, str) else model.chat_ids(record)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _ends(model: LanguageModel, messages: list[Any]) -> tuple[int, ...]:
+    """Returns the id of the end-of-turn mark, where the template has one that is a special token of the model."""
+    tokenizer = model.needs_tokenizer()
+    end = tokenizer.special_id(model.chat_template.end_mark(tokenizer, messages))
+    return () if end is None or end >= (model.config.model.vocab_size or 0) else (end,)

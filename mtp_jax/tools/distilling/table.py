@@ -39,7 +39,7 @@ def measure(
             max_new_tokens=max_new_tokens,
             sampler=make_sampler(temperature),
             seed=model.config.seed,
-            stop_tokens=model.end_tokens,
+            stop_tokens=(*model.end_tokens, *domain.end_tokens),
         )
         found[domain.name] = speculative.as_json(result)
     return found
