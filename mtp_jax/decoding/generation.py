@@ -246,7 +246,7 @@ def _read_first(architecture: Architecture, network: Network, width: int, tokens
 
 
 def _extended(
-    state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array, num_drafts_B: jax.Array | None
+    state: State, drafts_BK: jax.Array, verdict: Verdict, stop_tokens: jax.Array, num_drafts_B: jax.Array | None = None
 ) -> State:
     """Appends the accepted drafts and the token after them, truncated at the limit and after a stop token.
 

@@ -7,6 +7,7 @@ passed to `shard_map` or to a kernel as plain arrays are converted by `cast` fir
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -30,6 +31,11 @@ def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> 
       precision: as in `jax.lax.dot_general`; overrides the configured one.
     """
     return _contract(x, weight, weight.get_metadata()["info"].in_dims, precision)
+
+
+def linear_columns(x: jax.Array, weight: nnx.Variable, columns_F: jax.Array) -> jax.Array:
+    """Product of `x` [..., D] and some columns of a weight [D, V], int[F] -> [..., F], dtype of x."""
+    return x @ jnp.take(weight[...], columns_F, axis=1).astype(x.dtype)
 
 
 def sum_over_experts(x_BTEF: jax.Array, weight: nnx.Variable) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers.linear import linear
+from mtp_jax.layers.linear import linear, linear_columns
 from mtp_jax.layers.param import ParamInfo, matrix
 from mtp_jax.sharding import constrain
 
@@ -41,10 +41,10 @@ class MarkovHead(nnx.Module):
 
     def correction(self, tokens_B: jax.Array, vocabulary: jax.Array | None) -> jax.Array:
         """Returns W_out W_in[token], int32[B] -> float32[B, V']; for the tokens of `vocabulary`, or all."""
+        features_BR = self.features(tokens_B)
         if vocabulary is None:
-            return linear(self.features(tokens_B), self.w_out).astype(jnp.float32)
-        columns_RV = jnp.take(self.w_out[...], vocabulary, axis=1)
-        return (self.features(tokens_B) @ columns_RV.astype(self.compute_dtype)).astype(jnp.float32)
+            return linear(features_BR, self.w_out).astype(jnp.float32)
+        return linear_columns(features_BR, self.w_out, vocabulary).astype(jnp.float32)
 
     def rows(self, head_DV: jax.Array) -> jax.Array:
         """Returns the output head followed by W_out, [D + R, V]."""
