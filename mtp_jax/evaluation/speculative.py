@@ -75,6 +75,16 @@ def read_prompts(path: str) -> list[str]:
     Raises:
       UserError: no such file, a line without the field, or no prompt at all.
     """
+    lines = prompt_lines(path)
+    return [_prompt_of(path, n, line) if path.endswith(".jsonl") else line for n, line in lines]
+
+
+def prompt_lines(path: str) -> list[tuple[int, str]]:
+    """Returns the lines of a file that are not blank, with their numbers from 1 on.
+
+    Raises:
+      UserError: no such file, one that is not UTF-8, or one without such a line.
+    """
     file = storage.path(path, "--prompts")
     if not storage.is_file(file):
         raise UserError(f"--prompts={path}: no such file")
@@ -82,10 +92,9 @@ def read_prompts(path: str) -> list[str]:
         lines = [(n, line) for n, line in enumerate(storage.read_text(file).splitlines(), 1) if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts={path}: is not UTF-8") from error
-    prompts = [_prompt_of(path, n, line) if file.suffix == ".jsonl" else line for n, line in lines]
-    if not prompts:
+    if not lines:
         raise UserError(f"--prompts={path}: holds no prompt")
-    return prompts
+    return lines
 
 
 def _prompt_of(path: str, number: int, line: str) -> str:

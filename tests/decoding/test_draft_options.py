@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Options(NamedTuple):
-    """How texts are drafted. thresholds: of the confidence stop, all of one program."""
+    """Settings of drafting. thresholds: values of `min_confidence`, which share one compiled program."""
 
     mtp: Any
     num_speculative_tokens: int

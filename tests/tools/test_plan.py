@@ -305,7 +305,7 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
     command = ["--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={out}", *SMALL]
     assert run_here(here, plan_command.main, *command) == 0
     text = capsys.readouterr().out
-    for part in ("memory a device", "largest temporaries", "collectives", "predicted:", "of 15.75"):
+    for part in ("memory per device", "largest temporaries", "collectives", "predicted:", "of 15.75"):
         assert part in text
     result = json.loads(out.read_text())
     assert 0 < result["peak_live_gib"] <= result["peak_hbm_gib"] < result["hbm_gib"] == 15.75

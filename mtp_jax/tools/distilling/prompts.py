@@ -8,6 +8,7 @@ import numpy as np
 
 from mtp_jax import storage
 from mtp_jax.config import UserError
+from mtp_jax.evaluation import speculative
 from mtp_jax.language_model import LanguageModel
 
 
@@ -39,6 +40,8 @@ def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest:
       UserError: a file that cannot be read, a line without a prompt, two domains with one name, or a file with too few
         prompts to hold any out.
     """
+    if longest < 1:
+        raise UserError("--max_new_tokens: leaves no room for a prompt in the model's context; use fewer new tokens")
     domains: list[Domain] = []
     num_dropped = 0
     for flag in given:
@@ -49,10 +52,6 @@ def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest:
         every, ends = _file(model, path)
         prompts = [ids for ids in every if len(ids) <= longest]
         num_dropped += len(every) - len(prompts)
-        if longest < 1:
-            raise UserError(
-                "--max_new_tokens: leaves no room for a prompt in the model's context; use fewer new tokens"
-            )
         if len(prompts) <= num_held_out:
             raise UserError(
                 f"--prompts={flag}: holds {len(prompts)} prompts of at most {longest} tokens, of which --held_out="
@@ -65,14 +64,8 @@ def read(model: LanguageModel, given: Sequence[str], num_held_out: int, longest:
 
 def _file(model: LanguageModel, path: str) -> tuple[list[np.ndarray], tuple[int, ...]]:
     """Returns the prompts of a file, and the ids of the end-of-turn marks of its conversations."""
-    file = storage.path(path, "--prompts")
-    if not storage.is_file(file):
-        raise UserError(f"--prompts={path}: no such file")
-    try:
-        lines = [(n, line) for n, line in enumerate(storage.read_text(file).splitlines(), 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts={path}: is not UTF-8") from error
-    if file.suffix != ".jsonl":
+    lines = speculative.prompt_lines(path)
+    if not path.endswith(".jsonl"):
         return model.prompt_ids([line for _, line in lines]), ()
     records = [(f"--prompts={path}: line {n}", _record(f"--prompts={path}: line {n}", line)) for n, line in lines]
     chats = [record for _, record in records if not isinstance(record, str)]

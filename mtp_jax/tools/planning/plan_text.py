@@ -17,7 +17,7 @@ def _head(plan: Plan) -> str:
     slices = f"{topology.num_slices} slices of " if topology.num_slices > 1 else ""
     return "\n".join(
         [
-            f"model    {_count(counted.total)} parameters, {_count(counted.active)} active a token{mtp}",
+            f"model    {_count(counted.total)} parameters, {_count(counted.active)} active per token{mtp}",
             f"chips    {slices}{topology.name}, {len(topology.devices)} devices ({topology.chip.name})",
             f"mesh     {axes}",
             f"batch    {config.data.batch_size} rows of {config.data.sequence_length} tokens, "
@@ -36,7 +36,7 @@ def _memory(plan: Plan) -> str:
         ("batch, constants, metrics", rest),
         (f"temporaries, {_gib(memory.live)} in use at the fullest moment", memory.heap),
     ]
-    lines = [f"memory a device, GiB: {_gib(memory.total)} of {hbm} ({100 * plan.needs_gib / hbm:.1f} %)"]
+    lines = [f"memory per device, GiB: {_gib(memory.total)} of {hbm} ({100 * plan.needs_gib / hbm:.1f} %)"]
     return "\n".join(lines + [f"  {_gib(size):>8s}  {name}" for name, size in rows])
 
 
@@ -48,7 +48,7 @@ def _buffers(plan: Plan) -> str:
 
 
 def _collectives(plan: Plan) -> str:
-    lines = ["collectives, a device and step      runs   GiB sent   GiB held  largest from"]
+    lines = ["collectives, per device and step    runs   GiB sent   GiB held  largest from"]
     for row in by_kind(plan.sent):
         name = f"{row['kind']} over {'+'.join(row['axes'])}"
         sizes = f"{_gib(row['bytes_sent']):>10s} {_gib(row['bytes_held']):>10s}"
@@ -58,7 +58,7 @@ def _collectives(plan: Plan) -> str:
 
 def _bounds(plan: Plan) -> str:
     lines = [
-        f"work a device and step: {plan.model_flops / TERA:,.4g} TFLOP of the model, "
+        f"work per device and step: {plan.model_flops / TERA:,.4g} TFLOP of the model, "
         f"{plan.executed_flops / TERA:,.4g} executed; {_gib(plan.hbm_bytes)} GiB through HBM",
     ]
     bounds = plan.roofline

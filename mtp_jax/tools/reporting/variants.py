@@ -2,10 +2,12 @@
 
 import functools
 import math
+import pathlib
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from etils import epath
 from scipy import stats
 
 from mtp_jax.model import count_parameters
@@ -221,8 +223,19 @@ def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> Js
 
 
 def _run_json(run: Run) -> JsonObject:
-    kept = {"workdir": str(run.path), "state": run.state, "seed": run.seed, "last": run.rows[-1] if run.rows else None}
+    kept = {
+        "workdir": _shown(run.path),
+        "state": run.state,
+        "seed": run.seed,
+        "last": run.rows[-1] if run.rows else None,
+    }
     return {"name": run.name, **kept, "evaluation": run.evaluation or None}
+
+
+def _shown(path: epath.Path) -> str:
+    """Returns a path relative to the current folder where it is inside, so that results name no machine's folders."""
+    current = pathlib.Path.cwd()
+    return str(pathlib.Path(path).relative_to(current)) if current in pathlib.Path(path).parents else str(path)
 
 
 def _json(variant: Variant, variants: Sequence[Variant], source: str) -> JsonObject:
