@@ -1,6 +1,8 @@
 """Trackers beside metrics.jsonl: what they receive, and that one that fails never ends a run."""
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ from mtp_jax.errors import warn_once
 from mtp_jax.training import trackers
 from mtp_jax.training.metrics import MetricsWriter, read_metrics
 from mtp_jax.training.trackers import Opening, Tracker, Trackers, open_trackers
+from tests.commands import CPU
+from tests.conftest import ROOT
 
 CONFIG = Config()
 
@@ -40,6 +44,20 @@ def test_tensorboard_has_the_scalars_and_metrics_jsonl_the_lines(tmp_path):
     logged(tmp_path, [1, 2])
     assert events_of(tmp_path) == {(1, "loss"): 1.0, (1, "tokens"): 10.0, (2, "loss"): 0.5, (2, "tokens"): 20.0}
     assert [row["tokens"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20]
+
+
+def test_events_are_written_without_torch_and_clients_of_object_stores(tmp_path):
+    """Which tensorboardX would import, for seconds; what a program imports afterwards is there."""
+    code = """
+import sys
+from mtp_jax.config import Config
+from mtp_jax.training.trackers import open_trackers
+open_trackers(sys.argv[1], Config(), None).close()
+assert "tensorboardX" in sys.modules
+assert not {"torch", "boto3", "google.cloud.storage"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env={**CPU, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0
 
 
 def test_without_trackers_there_is_metrics_jsonl_alone(tmp_path):

@@ -7,6 +7,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -15,6 +16,22 @@ from collections.abc import Iterator, Mapping
 from mtp_jax import storage
 from mtp_jax.errors import warn_once
 from mtp_jax.training.trackers.tracker import Opening, Tracker
+
+# tensorboardX imports these where they are installed: seconds and hundreds of MiB, for an annotation and for clients of
+# object stores that no record of ours is written with.
+UNUSED = ("torch", "boto3", "google.cloud.storage")
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Imports of these modules raise ImportError meanwhile, unless they have been imported already."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
 
 
 class TensorBoard(Tracker):
@@ -25,8 +42,9 @@ class TensorBoard(Tracker):
     """
 
     def __init__(self, opening: Opening):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        with _without(*UNUSED):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         folder = opening.workdir
         self._target = None if storage.is_local(folder) else storage.path(folder)
