@@ -13,15 +13,16 @@ from tests.conftest import ROOT
 
 CONTEXT = 96
 SMALL = {
-    **{"model.num_layers": 2, "model.embed_dim": 48, "model.num_experts": 0, "model.ffn_dim": 64, "model.num_heads": 2},
+    **{"model.num_layers": 1, "model.embed_dim": 48, "model.num_experts": 0, "model.ffn_dim": 64, "model.num_heads": 2},
+    **{"model.attention": "gqa", "model.num_kv_heads": 2, "model.head_dim": 24},  # learns in half the steps of mla
     **{
         "data.source": "text_files",
         "data.sequence_length": CONTEXT,
         "data.batch_size": 8,
         "data.packing": "contiguous",
     },
-    **{"optimizer.learning_rate": 1e-2, "training.num_steps": 80, "training.log_every": 40, "training.eval_batches": 1},
-    **{"training.sample_tokens": 0, "checkpoint.every": 80, "mtp.depth": 2},
+    **{"optimizer.learning_rate": 1e-2, "training.num_steps": 60, "training.log_every": 30, "training.eval_batches": 1},
+    **{"training.sample_tokens": 0, "checkpoint.every": 60, "mtp.depth": 2},
 }
 
 
