@@ -85,10 +85,10 @@ _verify = jax.jit(verify)
 
 PLAIN, COLD, NUCLEUS, LIMITED = (1.0, None, None), (0.6, None, None), (1.0, None, 0.75), (1.4, 4, 0.9)
 CASES = [
-    *((1, 8, numbers, "reversed") for numbers in (PLAIN, COLD, NUCLEUS, LIMITED)),
-    *((2, 5, numbers, "near") for numbers in (PLAIN, NUCLEUS, LIMITED)),
-    *((2, 6, PLAIN, quality) for quality in ("reversed", "disjoint", "one-hot")),
-    *((1, 5, NUCLEUS, quality) for quality in ("disjoint", "one-hot")),
+    *((1, 8, numbers, "reversed") for numbers in (PLAIN, LIMITED)),
+    *((2, 5, PLAIN, quality) for quality in ("reversed", "disjoint")),
+    (1, 5, NUCLEUS, "one-hot"),
+    (2, 5, LIMITED, "near"),
     *((3, 5, numbers, "near") for numbers in (COLD, NUCLEUS)),
     (3, 5, PLAIN, "one-hot"),
 ]
@@ -136,8 +136,7 @@ def test_drafts_are_kept_as_often_as_p_and_q_overlap(case):
                 assert_rate((num[kept] > 1).mean(), np.minimum(case.p((v,)), case.q((v,))).sum(), kept.sum())
 
 
-@pytest.mark.parametrize("numbers", [PLAIN, NUCLEUS], ids=name_of)
-@pytest.mark.parametrize("num_speculative_tokens", [1, 3])
+@pytest.mark.parametrize(("num_speculative_tokens", "numbers"), [(1, NUCLEUS), (3, PLAIN)], ids=["one", "three"])
 def test_drafts_of_the_main_model_itself_are_all_kept(num_speculative_tokens, numbers):
     case = Case(num_speculative_tokens, 7, numbers, "good")
     num, emitted = case.run()
