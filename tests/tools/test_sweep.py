@@ -11,12 +11,12 @@ import pytest
 
 from mtp_jax.config import UserError, load_config
 from mtp_jax.evaluation import decode_tasks
-from mtp_jax.tools import sweep
+from mtp_jax.tools import report, sweep
 from mtp_jax.tools.sweeping import children, run_folder
 from mtp_jax.tools.sweeping.grid import expand, parse_over
 from mtp_jax.tools.sweeping.runner import Commands, Runner, RunsFailed, Stopped
 from mtp_jax.training.metrics import read_metrics
-from tests.commands import CPU, QUICK, SMALL, command, run_here, run_process
+from tests.commands import CPU, QUICK, SMALL, command, run_here
 from tests.conftest import ROOT
 
 TINY = "configs/tiny.py"
@@ -219,13 +219,11 @@ def test_the_folder_of_another_run_is_refused(monkeypatch, capfd, tmp_path):
 
 
 def test_eval_looks_at_its_flags_before_anything_is_trained(monkeypatch, capfd, tmp_path):
+    """Refused for the value because the task reads the flag; of the default tasks none does."""
     monkeypatch.setattr(children, "devices", lambda: ("cpu", 1))
-    for argv, expected in {
-        ("--tasks=loss,aceptance",): "no such task; did you mean acceptance? (from eval.py)",
-        ("--eval.limt=3",): "--limt=3",
-        ("--eval.limit=0",): "--limit=0: must be at least 1",
-    }.items():
-        assert expected in refused(monkeypatch, capfd, tmp_path, [*OVER, *argv])
+    argv = [*OVER, "--tasks=speculative", "--eval.num_speculative_tokens=0"]
+    line = refused(monkeypatch, capfd, tmp_path, argv)
+    assert "--num_speculative_tokens=0: must be at least 1 (from eval.py)" in line
 
 
 def test_without_the_scripts_it_says_where_they_were_looked_for(monkeypatch, tmp_path):
@@ -414,57 +412,55 @@ def test_a_second_signal_does_not_wait(scripted):
 
 
 def swept(tmp_path, *argv):
-    return [
-        "-m",
-        *("mtp_jax.tools.sweep", f"--config={TINY}", f"--workdir={tmp_path}", *DENSE),
-        *("--eval.limit=1", *argv),
-    ]
+    return [f"--config={TINY}", f"--workdir={tmp_path}", *DENSE, "--config.model.num_layers=2", "--eval.limit=1", *argv]
 
 
-def assert_reported(tmp_path, losses):
+@pytest.fixture
+def quick_children(monkeypatch):
+    """The commands of a sweep in this process are compiled quickly, for one device."""
+    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        monkeypatch.setenv(name, QUICK[name])
+
+
+def check_report(monkeypatch, capfd, tmp_path, losses):
     """tools.report reads what the sweep has written."""
     values = tmp_path / "values.json"
-    done = run_process("-m", "mtp_jax.tools.report", f"--sweep={tmp_path}", f"--json={values}", env=QUICK)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run_here(monkeypatch, report.main, f"--sweep={tmp_path}", f"--json={values}") == 0
+    assert capfd.readouterr().err == ""
     baseline, sequential = json.loads(values.read_text())["variants"]
     assert (baseline["label"], sequential["label"]) == ("none", "sequential, depth 1")
-    for variant, kind in ((baseline, "kind=none"), (sequential, "kind=sequential")):
-        found = [loss for name, loss in losses.items() if name.startswith(kind)]
-        assert variant["measures"]["loss_main"]["mean"] == pytest.approx(sum(found) / 2)
-    assert sequential["measures"]["speed_up"]["n"] == 2 and "speed_up" not in baseline["measures"]
+    for variant, loss in zip((baseline, sequential), losses, strict=True):
+        assert variant["measures"]["loss_main"]["mean"] == pytest.approx(loss)
+    assert sequential["measures"]["speed_up"]["n"] == 1 and "speed_up" not in baseline["measures"]
     assert sequential["measures"]["peak_memory_gib"]["mean"] > 0.1
 
 
-def test_two_by_two_trains_and_evaluates(tmp_path):
-    argv = ["--over=mtp.kind,mtp.depth=(none,1),(sequential,1)", "--over=seed=0,1", "--config.training.num_steps=3"]
+@pytest.mark.usefixtures("quick_children")
+def test_a_sweep_trains_and_evaluates_and_a_run_that_fails_does_not_end_the_rest(monkeypatch, capfd, tmp_path):
+    over = "--over=mtp.kind,mtp.depth,init_from=(none,1,''),(sequential,1,''),(parallel,1,nowhere)"
+    argv = [over, "--over=seed=3", "--config.training.num_steps=3"]
     argv += ["--tasks=loss,acceptance,speculative", "--eval.max_new_tokens=4"]
     argv += ["--jobs=2"] if len(os.sched_getaffinity(0)) > 1 else []
-    done = run_process(*swept(tmp_path, *argv), env=QUICK)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    assert done.stdout.splitlines()[-2] == "4 runs: 4 done"
-    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/eval.json")}
-    assert set(found) == {f"{kind},seed={seed}" for kind in ("kind=none", "kind=sequential,depth=1") for seed in (0, 1)}
-    for name, results in found.items():
-        assert results["step"] == 3 and ("speculative" in results) == name.startswith("kind=seq")
-        assert [row["step"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] == [1, 2, 3]
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        assert name.startswith(f"kind={config['mtp']['kind']}") and name.endswith(f"seed={config['seed']}")
-    losses = {name: results["loss"]["main"]["loss"] for name, results in found.items()}
-    assert len(set(losses.values())) == 4
-    assert_reported(tmp_path, losses)
-    again = run_process(*swept(tmp_path, *argv), env=QUICK)
-    assert again.returncode == 0 and again.stdout.count("was done before") == 4
-
-
-def test_a_run_that_fails_does_not_end_the_rest(tmp_path):
-    over = "--over=data.source,data.files=(text_files,none/*.txt),(python_source,'')"
-    done = run_process(*swept(tmp_path, over, "--config.training.num_steps=1"), env=QUICK)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: 1 of 2 runs failed: source=text_files,")
-    failed = next(line for line in done.stdout.splitlines() if "train.py failed" in line)
-    assert "data.files=none/*.txt: matches no file" in failed and failed.endswith("/log.txt)")
-    assert "source=python_source,files=empty: done" in done.stdout
+    for num_before in (0, 2):  # again: what failed, and only that
+        assert run_here(monkeypatch, sweep.main, *swept(tmp_path, *argv)) == 1
+        printed = capfd.readouterr()
+        (line,) = printed.err.splitlines()
+        assert line.startswith("error: 1 of 3 runs failed: kind=parallel,")
+        failed = next(line for line in printed.out.splitlines() if "train.py failed" in line)
+        assert "init_from=nowhere: " in failed and failed.endswith("/log.txt)")
+        assert printed.out.count("was done before") == num_before and "3 runs: 2 done" in printed.out
+    found = {path.parent.name.split(",")[0]: path.parent for path in sorted(tmp_path.glob("*/eval.json"))}
+    assert list(found) == ["kind=none", "kind=sequential"]
+    losses = []
+    for name, path in found.items():
+        results = json.loads((path / "eval.json").read_text())
+        assert results["step"] == 3 and ("speculative" in results) == (name == "kind=sequential")
+        assert [row["step"] for row in read_metrics(path / "metrics.jsonl")] == [1, 2, 3]
+        config = json.loads((path / "config.json").read_text())
+        assert name == f"kind={config['mtp']['kind']}" and config["seed"] == 3
+        losses.append(results["loss"]["main"]["loss"])
+    assert losses[0] != losses[1]
+    check_report(monkeypatch, capfd, tmp_path, losses)
 
 
 def wait_for_step(run, step, process):
@@ -475,10 +471,12 @@ def wait_for_step(run, step, process):
         time.sleep(0.02)
 
 
-def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
+@pytest.mark.usefixtures("quick_children")
+def test_a_sweep_that_is_killed_goes_on_with_every_step_once(monkeypatch, capfd, tmp_path):
     num_steps = 600
     argv = ["--over=seed=3", f"--config.training.num_steps={num_steps}", "--config.checkpoint.every=50"]
-    line = command(*swept(tmp_path, *argv))
+    argv = swept(tmp_path, *argv, "--tasks=loss")
+    line = command("-m", "mtp_jax.tools.sweep", *argv)
     run, metrics = tmp_path / "seed=3", tmp_path / "seed=3" / "metrics.jsonl"
     options = {"cwd": ROOT, "env": QUICK, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     for number, step in ((signal.SIGKILL, 60), (signal.SIGINT, 120)):
@@ -494,8 +492,8 @@ def test_a_sweep_that_is_killed_goes_on_with_every_step_once(tmp_path):
             time.sleep(0.01)
         lock.release()
         assert len(metrics.read_text().splitlines()) < num_steps
-    done = subprocess.run(line, cwd=ROOT, env=QUICK, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert run_here(monkeypatch, sweep.main, *argv) == 0
+    assert capfd.readouterr().err == ""
     assert [row["step"] for row in read_metrics(metrics)] == list(range(1, num_steps + 1))
     log = (run / "log.txt").read_text()
     assert log.count("$ ") == 3 and log.count("resumed  from step") == 2
