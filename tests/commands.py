@@ -6,18 +6,25 @@ import subprocess
 import sys
 
 from mtp_jax import cli
-from tests.conftest import QUICK_FLAGS, ROOT
+from tests.conftest import PATIENT_FLAGS, QUICK_FLAGS, ROOT
 
 # Small enough to compile in seconds; the sample would be one more program.
 SMALL = [
     *("--config.model.num_layers=3", "--config.model.embed_dim=32", "--config.model.num_experts=4"),
     *("--config.data.sequence_length=16", "--config.training.sample_tokens=0", "--config.training.eval_batches=1"),
 ]
+# The smallest run: one dense layer, next tokens alone, nothing to tokenize.
+DENSE = [
+    *("--config.data.source=synthetic", "--config.data.sequence_length=16", "--config.training.sample_tokens=0"),
+    *("--config.model.num_layers=1", "--config.model.num_dense_layers=1", "--config.model.num_experts=0"),
+    *("--config.model.embed_dim=32", "--config.model.attention=gqa", "--config.mtp.kind=none"),
+]
 # What a newcomer's shell has, and the caches of this test run.
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "MTP_JAX_CACHE")
 PLAIN = {name: os.environ[name] for name in ("PATH", "HOME", *CACHES) if name in os.environ}
 CPU = {**PLAIN, "JAX_PLATFORMS": "cpu"}
-QUICK = {**CPU, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": QUICK_FLAGS}  # little is run and much compiled
+# Little is run and much compiled.
+QUICK = {**CPU, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"{QUICK_FLAGS} {PATIENT_FLAGS}"}
 
 
 def command(script, *argv):

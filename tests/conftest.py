@@ -12,7 +12,11 @@ JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 # XLA's older code generator for CPUs compiles a training step in half the time. Later versions have only the newer one,
 # and refuse the flag; processes that a test starts use the newer one in any case, but where they are to be QUICK.
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false" if JAXLIB < (0, 11) else ""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS} --xla_force_host_platform_device_count=8"
+# Eight devices wait for each other in a collective: XLA aborts the process where one is late by 40 s, as on a busy
+# machine of 2 cores.
+PATIENT_FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+FLAGS = f"{QUICK_FLAGS} {PATIENT_FLAGS} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mtp_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "compiled"))

@@ -20,6 +20,7 @@ import pytest
 
 from mtp_jax.config import CheckpointConfig, UserError
 from mtp_jax.training.checkpoint import CheckpointError, Checkpoints, NonFiniteState
+from tests.conftest import PATIENT_FLAGS
 
 SYNC = CheckpointConfig(keep=3, async_save=False)
 
@@ -194,7 +195,7 @@ def test_every_flipped_byte_and_every_truncation_is_found_or_harmless(tmp_path, 
     chosen, found = random.Random(0), 0
     files = sorted(p.relative_to(original) for p in (original / "2").rglob("*") if p.is_file() and p.stat().st_size)
     want = {"params": abstract(make_state(0)["params"]), "step": saved_step()}
-    for trial in range(200):
+    for trial in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original, folder)
         path = folder / files[trial % len(files)]
@@ -214,7 +215,7 @@ def test_every_flipped_byte_and_every_truncation_is_found_or_harmless(tmp_path, 
                 jax.tree.map(np.testing.assert_array_equal, state["params"], make_state(step)["params"])
                 assert int(state["step"]) == step
         found += step == 1
-    assert found > 50
+    assert found > 25
     assert len(capfd.readouterr().err.splitlines()) == found
     gc.collect()
 
@@ -444,8 +445,7 @@ FILE_SIZE_LIMIT = """
 """
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("end", ["recovers", "fails"])
+@pytest.mark.parametrize(("mode", "end"), [("sync", "recovers"), ("async", "fails")])
 def test_a_run_goes_on_while_saves_fail_and_its_last_save_decides(tmp_path, mode, end):
     process = python(FILE_SIZE_LIMIT, tmp_path, mode, end)
     out, err = process.communicate(timeout=120)
@@ -474,7 +474,7 @@ def test_a_run_goes_on_while_saves_fail_and_its_last_save_decides(tmp_path, mode
 
 
 def python(code, *arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{PATIENT_FLAGS} --xla_force_host_platform_device_count={devices}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -497,7 +497,7 @@ ENDLESS = """
 """
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01, 0.02])
+@pytest.mark.parametrize("delay", [0.0, 0.02])
 def test_kill_in_the_middle_of_a_save(tmp_path, delay):
     process = python(ENDLESS, tmp_path)
     deadline = time.time() + 60

@@ -15,6 +15,7 @@ import pytest
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.layers.param import ParamInfo
 from mtp_jax.training import optimizer
+from tests.conftest import PATIENT_FLAGS, QUICK_FLAGS
 
 INFOS = {
     "embedding": {"table": ParamInfo(("vocab", "embed"))},
@@ -219,7 +220,8 @@ PLACEMENT = """
 
 
 def test_state_is_placed_with_its_weights_on_eight_devices():
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{QUICK_FLAGS} {PATIENT_FLAGS} --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", textwrap.dedent(PLACEMENT)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout == "placed\n", done.stderr[-3000:]
