@@ -18,7 +18,7 @@ from tests.commands import QUICK, ROOT, SMALL, command, finish, run_here, run_pr
 
 CONFIG = [
     *("--config=configs/tiny.py", *SMALL, "--config.data.source=synthetic", "--config.training.num_steps=12"),
-    "--config.checkpoint.every=4",
+    *("--config.checkpoint.every=4", "--config.model.num_experts=0", "--config.model.num_layers=2"),
 ]
 STEPS = list(range(1, 13))
 
@@ -105,7 +105,7 @@ def test_a_second_run_in_the_workdir_is_refused_at_its_start(bucket):
     assert f"--workdir={workdir}: is in use by a run on host " in lines[0] and f"pid {first.pid}, since" in lines[0]
 
 
-@pytest.mark.parametrize("kind", ["429", "500", "503", "timeout", "closed_before", "closed_after", "slow"])
+@pytest.mark.parametrize("kind", ["503", "timeout", "closed_after"])
 def test_faults_during_training_lose_nothing(bucket, undisturbed, kind):
     workdir = bucket.url + "/run"
     for match in ("POST", "metrics", "checkpoints", "lease", "GET"):

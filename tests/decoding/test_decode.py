@@ -25,6 +25,7 @@ from tests.reference import decoding as oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+ONE_MOE = replace(MOE, num_layers=1, num_dense_layers=0)  # experts take long to compile
 YARN = RopeConfig(theta=100.0, yarn=YarnConfig(factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.0))
 QWEN = replace(GQA, qk_norm=True, qkv_bias=True, rotary_fraction=0.5)
 MODELS = {
@@ -151,7 +152,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_at_once(mtp, monkeypatch):
     assert np.abs(whole.caches[0][2, :39]).min(axis=-1).max() > 0  # there is something in them
 
 
-@pytest.mark.parametrize("chunk", [2, 7, 16])
+@pytest.mark.parametrize("chunk", [2, 16])
 def test_a_ring_holds_what_the_window_sees_however_a_prompt_is_read(chunk, monkeypatch):
     """Pieces shorter and longer than the window, and longer than the ring; prompts that end at different places."""
     built = build(replace(GQA, **WINDOW), sequential(2, window=5))
@@ -171,7 +172,7 @@ def test_a_ring_holds_what_the_window_sees_however_a_prompt_is_read(chunk, monke
 
 def test_a_row_of_a_batch_is_written_as_it_is_alone():
     """Prompts of unequal lengths: the same tokens, and the same drafts kept."""
-    decoder = build(MOE, sequential(2), seed=1).decoder()
+    decoder = build(ONE_MOE, sequential(2), seed=1).decoder()
     prompts = prompts_of([3, 30, 1, 11], 16)
     together = decoder.generate(prompts, 30, num_speculative_tokens=2)
     for b, prompt in enumerate(prompts):
@@ -187,17 +188,16 @@ def test_a_row_of_a_batch_is_written_as_it_is_alone():
 
 
 TRAINED = {  # strategy, drafts per step
-    "sequential": (sequential(4), 4),
-    "shared": (sequential(4, shared_depths=True), 4),
-    "hidden first, before norm": (sequential(3, concat_order="hidden_first", decoder_hidden="before_norm"), 3),
-    "recycled after norm": (sequential(3, recycled_hidden="after_norm"), 3),
-    "chain of the decoder": (sequential(3, chain="decoder"), 3),
-    "main norm": (sequential(2, output_norm="main", recycled_hidden="after_norm"), 2),
+    "sequential": (sequential(3), 3),
+    "hidden first, before norm, chain of the decoder": (
+        sequential(3, concat_order="hidden_first", decoder_hidden="before_norm", chain="decoder"),
+        3,
+    ),
+    "main norm, recycled after norm": (sequential(2, output_norm="main", recycled_hidden="after_norm"), 2),
     "fewer drafts than depths": (sequential(3), 2),
-    "more drafts than depths": (sequential(2), 5),
+    "more drafts than depths": (sequential(2), 4),
     "more drafts than shared depths": (sequential(2, shared_depths=True, recycled_hidden="after_norm"), 4),
-    "parallel": (parallel(4), 4),
-    "fewer drafts than heads": (parallel(3), 2),
+    "parallel": (parallel(3), 3),
     "markov": (markov(2), 2),
 }
 _draft = jax.jit(drafting.draft, static_argnums=(0, 3))
@@ -208,7 +208,7 @@ def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
     """Depth k at the position before the last, its hidden state from depth k - 1 and the newest draft read: as
     `MTPModel` computes it of the text with its drafts. In every step, after drafts kept and drafts refused."""
     mtp, num_speculative_tokens = TRAINED[name]
-    model = replace(MOE, num_dense_layers=0) if mtp.depth == 3 else GQA if name == "parallel" else MLA
+    model = replace(MOE, num_dense_layers=0) if name == "sequential" else GQA if name == "parallel" else MLA
     model = replace(model, vocab_size=4, num_layers=2 if mtp.kind == "parallel" else 1)
     built = build(model, mtp, context=60, seed=5)
     decoder, sampler = built.decoder(), make_sampler(1.0)
@@ -260,10 +260,9 @@ def test_drafts_come_with_what_they_were_drawn_from():
     [
         (MOE, sequential(2), 2),
         (MLA, sequential(3, shared_depths=True, concat_order="hidden_first", chain="decoder"), 3),
-        (QWEN, parallel(2), 2),
-        (MLA, markov(2), 2),
+        (QWEN, markov(2), 2),
     ],
-    ids=["sequential", "shared", "parallel", "markov"],
+    ids=["sequential", "shared", "markov"],
 )
 def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_speculative_tokens):
     """Float64, no caches, every token from its whole row."""
@@ -367,7 +366,7 @@ def test_a_caller_who_sees_the_end_cuts_there():
 
 def test_a_row_is_sampled_whatever_stands_beside_it():
     """Its place in the batch and the seed decide what it draws."""
-    decoder, sampler = build(MOE, sequential(2)).decoder(), make_sampler(1.0, None, 0.9)
+    decoder, sampler = build(ONE_MOE, sequential(2)).decoder(), make_sampler(1.0, None, 0.9)
     first, second, third, other = prompts_of([5, 8, 3, 20], 16)
 
     def sample(prompts, seed=0):
@@ -421,7 +420,6 @@ def test_a_state_is_written_in_place():
 
 HEADS = {"num_layers": 1, "num_dense_layers": 0, "num_heads": 4, "num_kv_heads": 2}
 MESHES = {
-    "data": ({"data": 8}, replace(MLA, **HEADS), sequential(2), (2,)),
     "fsdp expert context": (
         {"data": 1, "fsdp": 2, "expert": 2, "context": 2},
         replace(MOE, **HEADS),
@@ -449,21 +447,19 @@ def test_any_mesh_writes_what_one_device_writes(name):
         )
 
 
-@pytest.mark.parametrize("num_speculative_tokens", [0, 2])
-def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16(num_speculative_tokens):
-    built = build(replace(MOE, compute_dtype="bfloat16"), sequential(2))
-    decoder = built.decoder()
-    state = decoder.start(prompts_of([4, 20], 16), 20, num_speculative_tokens=num_speculative_tokens)
+def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16():
+    decoder = build(replace(ONE_MOE, compute_dtype="bfloat16"), sequential(2)).decoder()
+    state = decoder.start(prompts_of([4, 20], 16), 20, num_speculative_tokens=2)
     caches = jax.tree.leaves((state.caches, state.mtp_caches, state.recent_BWD))
     assert {leaf.dtype for leaf in caches} == {jnp.dtype("bfloat16")}
-    found = decoder.generate(prompts_of([4, 20], 16), 20, num_speculative_tokens=num_speculative_tokens)
+    found = decoder.generate(prompts_of([4, 20], 16), 20, num_speculative_tokens=2)
     assert [len(tokens) for tokens in found.tokens] == [20, 20]
 
 
 @pytest.mark.parametrize("mtp", [sequential(2), parallel(2)])
 def test_what_is_padded_on_a_gpu_changes_nothing(mtp):
     """There a single token is run with one more, and the last depth with the position before its last."""
-    built = build(MLA, mtp, blocks=0.1)
+    built = build(replace(MLA, num_layers=1), mtp, blocks=0.1)
     prompts = prompts_of([6], MLA.vocab_size)
     plain = built.decoder().generate(prompts, 40)
     here = built.decoder().generate(prompts, 40, num_speculative_tokens=2)
