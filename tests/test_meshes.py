@@ -1,4 +1,4 @@
-"""Any mesh equals one device: thirty steps over meshes that use every axis, alone and together."""
+"""Any mesh equals one device: ten steps over meshes that use every axis, alone and together."""
 
 import math
 from dataclasses import replace
@@ -15,19 +15,9 @@ from tests.test_mistakes import rows, tiny
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 MIXED = [{"fsdp": 2, "expert": 2, "context": 2}, {"expert": 2, "context": 2, "tensor": 2}]
-MESHES = [
-    {"data": 8},
-    {"fsdp": 8},
-    {"expert": 8},
-    {"context": 8},
-    {"data": 2, "tensor": 4},
-    {"expert": 4, "tensor": 2},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    *MIXED,
-]
-CASES = [("sequential", mesh) for mesh in MESHES]
-CASES += [(kind, mesh) for kind in ("parallel", "none") for mesh in MIXED] + [("gqa", MIXED[1]), ("window", MIXED[1])]
-NUM_STEPS = 30
+CASES = [("sequential", mesh) for mesh in ({"context": 8}, *MIXED)]
+CASES += [("parallel", MIXED[0]), ("window", MIXED[1])]
+NUM_STEPS = 10
 # The rest counts tokens: one whose two best experts or words are a rounding apart may go to the other.
 CONTINUOUS = ("loss", "grad_norm", "learning_rate", "mtp_lambda")
 
@@ -83,7 +73,7 @@ def one_device():
 
 
 @pytest.mark.parametrize(("kind", "sizes"), CASES, ids=lambda x: x if isinstance(x, str) else "_".join(x))
-def test_thirty_steps_on_a_mesh_of_eight_equal_one_device(one_device, kind, sizes):
+def test_ten_steps_on_a_mesh_of_eight_equal_one_device(one_device, kind, sizes):
     """Mistake 3: a roll on a shard of the sequence; packed documents cross the shards' borders here."""
     config, batches, first, last, expected = one_device(kind)
     mesh = MeshConfig(**{"data": 1, **sizes})

@@ -24,7 +24,7 @@ def one_device():
 
     def get(kind):
         if kind not in cache:
-            config = tiny(f"--config.mtp.kind={kind}", "--config.model.num_layers=4")
+            config = tiny(f"--config.mtp.kind={kind}", "--config.mtp.depth=1")
             batches = [rows(config, seed, num_padding=2) for seed in range(3)]
             cache[kind] = (config, batches, *run_steps(config, batches))
         return cache[kind]
