@@ -74,7 +74,6 @@ def test_greedy_texts_are_the_plain_ones(name):
 NUM_BATCHES, NUM_ROWS, PROMPT = 2, 10_000, [1, 3, 0]
 PLAIN, NUCLEUS = (1.0, None, None), (1.0, None, 0.8)
 SAMPLED_CASES = {
-    "markov": (Options(markov(2), 2), PLAIN),
     "vocabulary, sequential": (Options(sequential(2), 2, [0, 2, 3]), NUCLEUS),
     "stop, sequential": (Options(sequential(2), 2, None, (0.3,)), PLAIN),
     "all": (Options(markov(2), 2, [0, 2, 3], (0.0, 0.3, 1.0)), PLAIN),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from mtp_jax.config import MeshConfig, load_config
-from mtp_jax.training.loop import train
+from mtp_jax.training.loop import Resume, train
 from mtp_jax.training.metrics import read_metrics
 from tests.test_mistakes import rows, run_steps
 
@@ -35,15 +35,13 @@ def steps(config, batches, **sizes):
 
 
 def trained_and_resumed(config, workdir):
-    """Metrics of a run of four steps, and of the same run stopped after two and continued."""
+    """Metrics of a run of four steps, and of the same run continued from its checkpoint of step 2."""
     data = dataclasses.replace(config.data, source="synthetic", synthetic_documents=200)
     checkpoint = dataclasses.replace(config.checkpoint, every=2)
-    config = dataclasses.replace(config, data=data, checkpoint=checkpoint, mesh=MeshConfig())
+    training = dataclasses.replace(config.training, num_steps=4)
+    config = dataclasses.replace(config, data=data, checkpoint=checkpoint, training=training, mesh=MeshConfig())
     found = []
-    for name, lengths in (("whole", (4,)), ("halves", (2, 4))):
-        for num_steps in lengths:
-            training = dataclasses.replace(config.training, num_steps=num_steps)
-            schedule = dataclasses.replace(config.optimizer, schedule="constant")
-            train(dataclasses.replace(config, training=training, optimizer=schedule), str(workdir / name))
-        found.append(read_metrics(workdir / name / "metrics.jsonl"))
+    for resume in (None, Resume(step=2)):
+        train(config, str(workdir / "run"), resume)
+        found.append(read_metrics(workdir / "run" / "metrics.jsonl"))
     return found

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import sharding
 from mtp_jax.training import gradient_groups
-from mtp_jax.training.step import GROUP_NORMS, make_trainer
-from tests.test_mistakes import rows, scalars, tiny
+from mtp_jax.training.step import GROUP_NORMS
+from tests.test_mistakes import rows, scalars, tiny, trainer_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -24,9 +23,8 @@ def batch(config, seed, weight=1.0):
 
 def train(config, batches, num_devices):
     """(trainer, states, metrics) after each batch; the first state is the initial one."""
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
+    mesh, trainer = trainer_of(config, num_devices)
     with jax.set_mesh(mesh):
-        trainer = make_trainer(config, mesh)
         state = trainer.init()
         states, found = [jax.device_get(state)], []
         for each in batches:
