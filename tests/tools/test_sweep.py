@@ -427,8 +427,9 @@ def check_report(monkeypatch, capfd, tmp_path, losses):
     values = tmp_path / "values.json"
     assert run_here(monkeypatch, report.main, f"--sweep={tmp_path}", f"--json={values}") == 0
     assert capfd.readouterr().err == ""
-    baseline, sequential = json.loads(values.read_text())["variants"]
-    assert (baseline["label"], sequential["label"]) == ("none", "sequential, depth 1")
+    baseline, sequential, failed = variants = json.loads(values.read_text())["variants"]
+    labels = ["none, init_from", "sequential, depth 1, init_from", "sequential, depth 2, init_from nowhere"]
+    assert [variant["label"].strip() for variant in variants] == labels and failed["measures"] == {}
     for variant, loss in zip((baseline, sequential), losses, strict=True):
         assert variant["measures"]["loss_main"]["mean"] == pytest.approx(loss)
     assert sequential["measures"]["speed_up"]["n"] == 1 and "speed_up" not in baseline["measures"]
@@ -437,7 +438,7 @@ def check_report(monkeypatch, capfd, tmp_path, losses):
 
 @pytest.mark.usefixtures("quick_children")
 def test_a_sweep_trains_and_evaluates_and_a_run_that_fails_does_not_end_the_rest(monkeypatch, capfd, tmp_path):
-    over = "--over=mtp.kind,mtp.depth,init_from=(none,1,''),(sequential,1,''),(parallel,1,nowhere)"
+    over = "--over=mtp.kind,mtp.depth,init_from=(none,1,''),(sequential,1,''),(sequential,2,nowhere)"
     argv = [over, "--over=seed=3", "--config.training.num_steps=3"]
     argv += ["--tasks=loss,acceptance,speculative", "--eval.max_new_tokens=4"]
     argv += ["--jobs=2"] if len(os.sched_getaffinity(0)) > 1 else []
@@ -445,7 +446,7 @@ def test_a_sweep_trains_and_evaluates_and_a_run_that_fails_does_not_end_the_rest
         assert run_here(monkeypatch, sweep.main, *swept(tmp_path, *argv)) == 1
         printed = capfd.readouterr()
         (line,) = printed.err.splitlines()
-        assert line.startswith("error: 1 of 3 runs failed: kind=parallel,")
+        assert line.startswith("error: 1 of 3 runs failed: kind=sequential,depth=2,")
         failed = next(line for line in printed.out.splitlines() if "train.py failed" in line)
         assert "init_from=nowhere: " in failed and failed.endswith("/log.txt)")
         assert printed.out.count("was done before") == num_before and "3 runs: 2 done" in printed.out
@@ -473,13 +474,13 @@ def wait_for_step(run, step, process):
 
 @pytest.mark.usefixtures("quick_children")
 def test_a_sweep_that_is_killed_goes_on_with_every_step_once(monkeypatch, capfd, tmp_path):
-    num_steps = 600
-    argv = ["--over=seed=3", f"--config.training.num_steps={num_steps}", "--config.checkpoint.every=50"]
+    num_steps = 400
+    argv = ["--over=seed=3", f"--config.training.num_steps={num_steps}", "--config.checkpoint.every=100"]
     argv = swept(tmp_path, *argv, "--tasks=loss")
     line = command("-m", "mtp_jax.tools.sweep", *argv)
     run, metrics = tmp_path / "seed=3", tmp_path / "seed=3" / "metrics.jsonl"
     options = {"cwd": ROOT, "env": QUICK, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    for number, step in ((signal.SIGKILL, 60), (signal.SIGINT, 120)):
+    for number, step in ((signal.SIGKILL, 60), (signal.SIGINT, 160)):
         process = subprocess.Popen(line, **options, start_new_session=True)
         wait_for_step(run, step, process)
         os.killpg(process.pid, number)  # as Ctrl-C does: the whole foreground group
