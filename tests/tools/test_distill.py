@@ -25,7 +25,7 @@ QUICK = [
 def base(tmp_path_factory):
     """A model with one sequential module, and prompts of two domains."""
     folder = tmp_path_factory.mktemp("base")
-    workdir = train_small(folder, **{"mtp.depth": 1, "training.num_steps": 60})
+    workdir = train_small(folder, **{"model.attention": "mla", "mtp.depth": 1, "training.num_steps": 60})
     (folder / "cafes.txt").write_text("".join(f"the café is open → {name}\n" for name in ("Ann", "Bob", "Eve")) * 6)
     lines = [json.dumps({"prompt": f"the {place}"}) + "\n" for place in ("station", "library")] * 8
     (folder / "places.jsonl").write_text("".join(lines))
