@@ -105,7 +105,7 @@ def test_a_second_run_in_the_workdir_is_refused_at_its_start(bucket):
     assert f"--workdir={workdir}: is in use by a run on host " in lines[0] and f"pid {first.pid}, since" in lines[0]
 
 
-@pytest.mark.parametrize("kind", ["503", "timeout", "closed_after"])
+@pytest.mark.parametrize("kind", ["429", "500", "503", "timeout", "closed_before", "closed_after", "slow"])
 def test_faults_during_training_lose_nothing(bucket, undisturbed, kind):
     workdir = bucket.url + "/run"
     for match in ("POST", "metrics", "checkpoints", "lease", "GET"):

@@ -60,7 +60,8 @@ def test_two_processes_train_as_one(alone, tmp_path):
     assert "held-out" not in evaluated[1][1]
 
 
-def test_a_stop_signal_to_one_process_stops_both_at_one_saved_step(tmp_path):
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])
+def test_a_stop_signal_to_one_process_stops_both_at_one_saved_step(number, codes, tmp_path):
     workdir = tmp_path / "run"
     endless = ["--config.training.num_steps=100000", "--config.checkpoint.every=100000"]
     config = "--config=configs/tiny.py", *DENSE, "--config.mesh.fsdp=4", "--config.data.validation_fraction=0"
@@ -68,9 +69,9 @@ def test_a_stop_signal_to_one_process_stops_both_at_one_saved_step(tmp_path):
     for line in processes[0].stdout:
         if line.startswith("step 10/"):
             break
-    os.kill(processes[1].pid, signal.SIGINT)
+    os.kill(processes[1].pid, number)
     results = finish(processes)
-    assert [code for code, _ in results] == [75, 130], results
+    assert [code for code, _ in results] == codes, results
     (step,) = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
     assert all(f"stopped by a signal at step {step}, state saved" in out for _, out in results)
     assert read_metrics(workdir / "metrics.jsonl")[-1]["step"] == step

@@ -185,7 +185,7 @@ def test_a_killed_run_continues_with_no_step_missing_or_repeated(interrupted, re
 
 
 def test_a_run_of_one_device_goes_on_with_eight(reference, tmp_path, capsys):
-    """Which read the same batches and train as one. From the first step on, see test_meshes.py."""
+    """Eight devices read the same batches and compute the same losses; test_meshes.py compares whole runs."""
     workdir = tmp_path / "run"
     shutil.copytree(reference[0], workdir, ignore=shutil.ignore_patterns("20", "20.*", "events*"))
     run = loop.train(load_config(TINY, MESH), str(workdir))

@@ -209,6 +209,19 @@ def test_records_that_are_skipped(make_config, tmp_path, capfd):
     assert "none of its 3 records can be used" in error_of(make_config(on_bad_record="skip", **files))
 
 
+def test_a_text_file_that_is_not_utf8_is_skipped(make_config, tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("first\n\n" * 2000)
+    (tmp_path / "b.txt").write_bytes("café\n\n".encode("latin-1") * 200)
+    files = {"source": "text_files", "files": f"{tmp_path}/*.txt", "max_document_chars": 100, "batch_size": 2}
+    corpus = prepare(make_config(on_bad_record="skip", **files))
+    documents = corpus.sources[0].store
+    assert all(b"first" in bytes(documents.document(i)[1:-1].astype(np.uint8)) for i in range(len(documents)))
+    assert f"records skipped: {tmp_path}/b.txt: not UTF-8 (" in capfd.readouterr().err
+    message = error_of(make_config(on_bad_record="stop", **files))
+    assert message.startswith(f"data.files: {tmp_path}/b.txt: not UTF-8 (")
+    assert message.endswith("; convert it or leave it out; or set data.on_bad_record=skip")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -306,7 +319,7 @@ def test_warm_start_needs_no_tfds(make_config):
 def test_opening_tfds_is_quiet(make_config, tfds_dir, capfd, tmp_path):
     prepare(make_config(source="tiny_texts", tfds_dir=str(tfds_dir), cache_dir=str(tmp_path)))
     (tmp_path / "a.txt").write_text("".join(f"some text {i}\n\n" for i in range(500)))
-    files = {"source": "text_files", "files": str(tmp_path / "a.txt"), "max_document_chars": 100}
+    files = {"source": "text_files", "files": str(tmp_path / "a.txt"), "max_document_chars": 100, "batch_size": 2}
     prepare(make_config(cache_dir=str(tmp_path), **files))
     assert capfd.readouterr() == ("", "")
 

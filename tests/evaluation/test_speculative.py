@@ -52,7 +52,7 @@ def test_eval_reports_acceptance_tokens_times_and_the_cache(monkeypatch, capsys,
     assert found["num_speculative_tokens"] == 2 and len(found["acceptance"]) == 2
     assert 0.5 < found["acceptance"][0] <= 1 and 1.5 < found["tokens_per_forward"] <= 3
     assert found["speed_up"] == pytest.approx(found["tokens_per_second"] / found["plain_tokens_per_second"])
-    assert found["cache_bytes"] == 2 * (32 + 8) * 4  # layers, latent and rotary key, float32
+    assert found["cache_bytes"] == 1 * 2 * (24 + 24) * 4  # layers, heads, key and value, float32
     assert found["draft_vocabulary_size"] == found["vocab_size"] == 264 and "\ndrafts from all 264 tokens\n" in out
     assert "3 of 3 texts equal those of plain decoding" in out
     assert f"cache: {found['cache_bytes']} bytes per token" in out

@@ -37,7 +37,8 @@ def trained(tmp_path_factory, quick_compilation):
     made.add_special_tokens(names[:5])
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return train_small(folder, **{"model.attention": "mla", "data.tokenizer": folder / "tokenizer.json"})
+    longer = {"model.num_layers": 2, "training.num_steps": 80, "checkpoint.every": 80}
+    return train_small(folder, **{"model.attention": "mla", **longer, "data.tokenizer": folder / "tokenizer.json"})
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_tensorboard_has_the_scalars_and_metrics_jsonl_the_lines(tmp_path):
 
 
 def test_events_are_written_without_torch_and_clients_of_object_stores(tmp_path):
-    """Which tensorboardX would import, for seconds; what a program imports afterwards is there."""
+    """tensorboardX imports them by default. None is left in sys.modules, so a later import of the program works."""
     code = """
 import sys
 from mtp_jax.config import Config

@@ -6,19 +6,23 @@ from typing import BinaryIO
 
 from mtp_jax.config import SourceConfig
 from mtp_jax.data.formats.opening import BadFile
-from mtp_jax.data.records import Record, Records
+from mtp_jax.data.records import BadRecord, Record, Records
 
 
 def read(path: str, file: BinaryIO, settings: SourceConfig) -> Records:
     """Yields the documents of a UTF-8 text file; no character is changed but a byte order mark at its start dropped.
 
+    The rest of a file that is not UTF-8 is one BadRecord.
+
     Raises:
       BadFile: a null character.
-      UnicodeDecodeError: not UTF-8.
     """
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:  # newline="" keeps \r\n
-        for number, text in enumerate(split_lines(_checked(lines), settings.max_document_chars), 1):
-            yield Record(f"{path} record {number}", text)
+        try:
+            for number, text in enumerate(split_lines(_checked(lines), settings.max_document_chars), 1):
+                yield Record(f"{path} record {number}", text)
+        except UnicodeDecodeError as error:
+            yield BadRecord(path, f"not UTF-8 ({error.reason})", "convert it or leave it out")
 
 
 def split_lines(lines: Iterable[str], max_chars: int) -> Iterator[str]:

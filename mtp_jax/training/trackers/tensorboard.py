@@ -17,14 +17,14 @@ from mtp_jax import storage
 from mtp_jax.errors import warn_once
 from mtp_jax.training.trackers.tracker import Opening, Tracker
 
-# tensorboardX imports these where they are installed: seconds and hundreds of MiB, for an annotation and for clients of
-# object stores that no record of ours is written with.
+# Modules that tensorboardX imports if they are installed, which takes seconds and hundreds of MiB. Writing events needs
+# none of them: torch serves an annotation, the others tensorboardX's own writers to object stores.
 UNUSED = ("torch", "boto3", "google.cloud.storage")
 
 
 @contextlib.contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Imports of these modules raise ImportError meanwhile, unless they have been imported already."""
+    """Context in which an import of one of these modules raises ImportError, unless it was imported before."""
     absent = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:
