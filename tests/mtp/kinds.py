@@ -44,5 +44,5 @@ def trained_and_resumed(config, workdir):
     for resume in (None, Resume(step=2)):
         train(config, str(workdir / "run"), resume)
         found.append(read_metrics(workdir / "run" / "metrics.jsonl"))
-    assert (workdir / "run" / "checkpoints.superseded" / "4").is_dir()  # the second run did begin at step 2
+    assert (workdir / "run" / "checkpoints" / "4.superseded").is_dir()  # the second run did begin at step 2
     return found
