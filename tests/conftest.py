@@ -18,6 +18,10 @@ PATIENT_FLAGS = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 FLAGS = f"{QUICK_FLAGS} {PATIENT_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile much and run each program for a few steps; without the costly optimizations they take half the time.
+    # JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as for users, as .ci/run does for some of the oracles.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"mtp_jax_tests_{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
@@ -55,16 +59,6 @@ def use_one_device(patch):
 def one_device(monkeypatch):
     """`use_one_device` for a test."""
     use_one_device(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs that run for a few steps only: compiled in half the time, without the costly optimizations."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -56,6 +56,7 @@ def run(kind, mesh_name):
     from mtp_jax.sharding import make_mesh
     from mtp_jax.training.step import make_trainer
 
+    was_quick = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)  # compiled in half the time
     config = dataclasses.replace(config_of(kind), mesh=MeshConfig(**MESHES[mesh_name]))
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(vars(config.mesh).values())])
@@ -66,7 +67,7 @@ def run(kind, mesh_name):
             batch = jax.device_put(_batch(config, seed), trainer.batch_sharding)
             state, metrics = trainer.step(state, batch)
             found.append((metrics["loss"], metrics["grad_norm"]))
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", was_quick)
     return [[float(np.asarray(x)) for x in pair] for pair in jax.device_get(found)]
 
 

@@ -19,7 +19,7 @@ from mtp_jax.training import loop
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.init_from import MODEL_PARTS
 from mtp_jax.training.workdir import open_workdir
-from tests.commands import PLAIN, SMALL, run_here, run_process
+from tests.commands import DENSE, PLAIN, SMALL, run_here, run_process
 
 TINY = "configs/tiny.py"
 
@@ -170,7 +170,7 @@ def test_help_lists_the_exit_codes(monkeypatch, capfd):
         assert all(re.search(rf"^  {code} +\w", printed, re.MULTILINE) for code in (0, 1, 2, 75, 76, 130))
 
 
-@pytest.mark.usefixtures("one_device", "quick_compilation")
+@pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_in_no_checkpoint(monkeypatch, capfd, tmp_path):
     workdir = tmp_path / "run"
     argv = [f"--config={TINY}", f"--workdir={workdir}", *SMALL]
@@ -191,8 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_in_no_checkpoint(monkeypa
 def test_the_first_command_on_a_plain_machine(tmp_path):
     """Mistake 13: no distributed setup, no environment variable is needed."""
     workdir = tmp_path / "run"
-    done = run_process(
-        "train.py", f"--config={TINY}", f"--workdir={workdir}", "--config.training.num_steps=2", env=PLAIN
-    )
+    argv = [f"--config={TINY}", *DENSE, f"--workdir={workdir}", "--config.training.num_steps=2"]
+    done = run_process("train.py", *argv, env=PLAIN)
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr and (workdir / "checkpoints" / "2").is_dir()

@@ -14,8 +14,6 @@ from mtp_jax.training.step import make_trainer
 from tests import hlo
 from tests.test_mistakes import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Sizes that tell arrays apart: no two below are equal, nor products of two others.
 SIZES = {
     "model.num_layers": 2,

@@ -20,15 +20,13 @@ from tests.data.test_tokenizer import byte_level
 from tests.decoding.models import MLA, build, parallel, replace
 from tests.decoding.trained import CONTEXT, train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BOS = 256
 PROMPTS = ["the station", "the café is", "Bob"]
 NUM_NEW = 60
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory, quick_compilation):
+def lm(tmp_path_factory):
     return mtp_jax.load(train_small(tmp_path_factory.mktemp("trained")))
 
 

@@ -21,8 +21,6 @@ from tests.mtp.kinds import batch_of, small, steps
 from tests.test_mistakes import scalars
 from tests.test_targets import packed_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BALANCE = 0.1
 
 

@@ -15,8 +15,6 @@ from mtp_jax.sharding import make_mesh
 from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MIXED = [{"fsdp": 2, "expert": 2, "context": 2}, {"expert": 2, "context": 2, "tensor": 2}]
 CASES = [("sequential", mesh) for mesh in ({"context": 8}, *MIXED)]
 CASES += [("parallel", MIXED[0]), ("window", MIXED[1])]

@@ -1,6 +1,5 @@
 """Mistakes that shipped in other frameworks, one test each, named after what it protects."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -15,8 +14,6 @@ from mtp_jax.model import abstract_model
 from mtp_jax.mtp import kind_of
 from mtp_jax.training.step import make_trainer, rows_of
 from tests.bridge import packed_rows
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = ["--config.model.vocab_size=40", "--config.model.num_layers=3", "--config.data.sequence_length=16"]
 
@@ -39,9 +36,8 @@ def scalars(metrics):
     return {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
 
 
-@functools.lru_cache(maxsize=4)
 def trainer_of(config, num_devices):
-    """(mesh, trainer), whose programs are compiled once for several runs of a test."""
+    """(mesh, trainer) on the first devices."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:num_devices])
     with jax.set_mesh(mesh):
         return mesh, make_trainer(config, mesh)

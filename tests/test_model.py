@@ -31,8 +31,6 @@ from tests.bridge import packed_rows, to_model
 from tests.reference.model import forward
 from tests.reference.params import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BASE = ModelConfig(
     vocab_size=24,
     num_layers=3,

@@ -19,8 +19,6 @@ from mtp_jax.training.workdir import open_workdir
 from tests.commands import SMALL
 from tests.test_mistakes import rows, run_steps, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = "configs/tiny.py"
 UNTIMED = ("tokens_per_second", "mfu", "peak_memory_gib")
 
@@ -99,7 +97,7 @@ def decoder_after_a_step(*overrides):
 
 
 @pytest.fixture(scope="module")
-def next_token_step(quick_compilation):
+def next_token_step():
     return {
         tied: decoder_after_a_step("--config.mtp.kind=none", f"--config.model.tie_embeddings={tied}") for tied in TIED
     }

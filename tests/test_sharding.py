@@ -14,8 +14,6 @@ from mtp_jax.sharding import LOGICAL_AXES, make_mesh, weight_spec
 from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, run_steps, tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def one_device():

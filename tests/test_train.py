@@ -22,8 +22,6 @@ from tests.commands import QUICK, command, run_process
 from tests.conftest import ROOT
 from tests.test_mistakes import run_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = "configs/tiny.py"
 NUM_STEPS = 20
 MESH = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.mesh.context=2"]

@@ -22,8 +22,6 @@ from tests.conftest import use_one_device
 from tests.data.chat_templates import CHATML, assistant, user
 from tests.mtp.kinds import small
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUM_STEPS = 4
 LOSSES = ("loss", "loss_main", "loss_mtp_1", "grad_norm")
 DENSE = ["--config.model.num_experts=0", "--config.model.num_layers=2", "--config.mtp.depth=1"]

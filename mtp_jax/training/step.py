@@ -3,6 +3,7 @@
 Shape letters: K depths (1 + extra), D extra depths, B rows, T positions, M micro-batches, L layers, E experts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,8 +81,11 @@ class Trainer(NamedTuple):
     groups: list[tuple[str, int | None]]
 
 
+@functools.lru_cache(maxsize=2)
 def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
     """Builds, shards and jits everything; nothing is compiled or allocated before the first call.
+
+    The same arguments give the same trainer, so that a run repeated or continued in a process compiles nothing again.
 
     Args:
       config: validated, with model.vocab_size set.

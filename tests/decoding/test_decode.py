@@ -23,8 +23,6 @@ from mtp_jax.mtp import Text
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, markov, parallel, prompts_of, sequential
 from tests.reference import decoding as oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ONE_MOE = replace(MOE, num_layers=1, num_dense_layers=0)  # experts take long to compile
 YARN = RopeConfig(theta=100.0, yarn=YarnConfig(factor=4.0, original_length=16, mscale=0.7, mscale_all_dim=1.0))
 QWEN = replace(GQA, qk_norm=True, qkv_bias=True, rotary_fraction=0.5)

@@ -19,8 +19,6 @@ from tests.decoding.statistics import LIKELY, count_rows, p_value
 from tests.decoding.test_sampled_texts import SMALLEST
 from tests.reference import decoding as oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Options(NamedTuple):
     """Settings of drafting. thresholds: values of `min_confidence`, which share one compiled program."""

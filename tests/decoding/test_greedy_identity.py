@@ -11,8 +11,6 @@ import pytest
 from mtp_jax.config import LocalConfig, UserError
 from tests.decoding.models import EXPERTS, GQA, MLA, MOE, WINDOW, build, parallel, prompts_of, sequential
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 NUM_NEW = 200
 MODELS = {"mla": MLA, "mla moe": MOE, "gqa": GQA, "gqa moe": replace(GQA, **EXPERTS)}
 MODELS["mla window"] = replace(MLA, local=LocalConfig(window=3))

@@ -12,7 +12,6 @@ from mtp_jax.decoding import generation as states
 from mtp_jax.decoding import shared_context
 from tests.decoding.models import GQA, MLA, MOE, WINDOW, build
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONTEXT = 48
 
 

@@ -14,7 +14,6 @@ from tests.commands import run_here
 from tests.decoding.trained import train_small
 
 lm_eval = pytest.importorskip("lm_eval")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 HARNESS = pathlib.Path(lm_eval.__file__).parent / "tasks"
 
 # task: (documents, chance of a guess or None)

@@ -18,7 +18,6 @@ from tests.data.test_tokenizer import byte_level
 from tests.decoding.models import MLA, build, replace
 
 lm_eval = pytest.importorskip("lm_eval")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TASKS = {
     "written": """

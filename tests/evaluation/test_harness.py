@@ -22,7 +22,6 @@ from tests import real_data, sentencepiece
 from tests.decoding.models import MLA, build, replace, sequential
 
 pytest.importorskip("lm_eval")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONTEXT, NUM_ITEMS, BOS, EOS = 384, 200, 256, 257
 ROWS = 50  # scored at once by the tests' own scorer
 

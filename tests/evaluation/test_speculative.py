@@ -15,8 +15,6 @@ from mtp_jax.evaluation import decode_tasks, speculative
 from tests.commands import run_here
 from tests.decoding.trained import train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

@@ -116,7 +116,6 @@ def config_of(reference, path, packing, length):
     return with_values(config, {"data.batch_size": num_rows})
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("template", "packing"), [("blocks", "whole"), ("no blocks", "packed")])
 def test_the_loss_is_that_of_each_conversation_alone(reference, template, packing, tmp_path):
     own, marked = TEMPLATES[template]

@@ -31,7 +31,6 @@ from tests.commands import CPU, SMALL, run_here
 from tests.conftest import ROOT
 from tests.interop import hf_models
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = "configs/tiny.py"
 ROUND_TRIPS = [
     *(

@@ -9,7 +9,6 @@ from tests.interop.hf_models import CASES, tokens_of
 
 TOLERANCE = 2e-5  # absolute, fp32 against fp32; the logits go up to 6, and each side is 1e-5 from float64
 ROPE_IN_TWO_STYLES = ["deepseek_v3", "deepseek_v2", "glm4_moe", "mimo", "llama3_tied", "llama_linear"]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STYLES = [(name, "released") for name in CASES] + [(name, "new") for name in ROPE_IN_TWO_STYLES]
 
 

@@ -16,10 +16,9 @@ from mtp_jax.kernels.attention import Mask, cudnn, hopper, xla
 from mtp_jax.kernels.attention.hopper import blocks
 from mtp_jax.kernels.device import pretend
 from mtp_jax.layers.stack import POLICIES
-from tests.kernels.hopper import assert_close, hopper_only, is_hopper
+from tests.kernels.hopper import assert_close, hopper_only
 
 # On Hopper the kernels are compiled as in use.
-pytestmark = [] if is_hopper() else [pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.mark.parametrize(

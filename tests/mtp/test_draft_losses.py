@@ -21,7 +21,6 @@ from tests.reference import draft_losses as oracle
 from tests.reference.model import forward
 from tests.reference.params import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH, VOCAB = 8, 12
 MODEL = dataclasses.replace(GQA, vocab_size=VOCAB, remat="none")
 

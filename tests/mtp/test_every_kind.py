@@ -15,10 +15,7 @@ from mtp_jax.mtp import KINDS, Scales, kind_of
 from mtp_jax.training.step import rows_of
 from tests.mtp.kinds import batch_of, small, steps
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.parametrize("name", KINDS),
-]
+pytestmark = pytest.mark.parametrize("name", KINDS)
 SCALES = Scales(jnp.float32(1.0), jnp.ones(3), jnp.float32(1.0))
 
 

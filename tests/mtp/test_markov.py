@@ -18,7 +18,6 @@ from tests.decoding.models import MLA, build, markov, parallel, prompts_of
 from tests.mtp.kinds import small
 from tests.reference.model import forward
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = dataclasses.replace(MLA, vocab_size=264)
 HEADS = ["--config.mtp.kind=parallel", "--config.mtp.parameter_matched=false", "--config.model.vocab_size=264"]
 RANK = "--config.mtp.parallel.markov_rank=3"
@@ -42,7 +41,7 @@ def test_logits_are_the_oracles():
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, quick_compilation):
+def source(tmp_path_factory):
     """(heads without a Markov head, a workdir with their weights)."""
     built, workdir = build(MODEL, parallel(2), context=16, seed=3), tmp_path_factory.mktemp("parallel")
     save(workdir, built.config, {"params": built.params, "biases": built.biases})

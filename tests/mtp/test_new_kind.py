@@ -19,8 +19,6 @@ from mtp_jax.targets import one_document_rows
 from mtp_jax.training.step import rows_of
 from tests.mtp.kinds import batch_of, small, steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class OddShift(nnx.Module):
     """A vector [D], 0 at the start."""

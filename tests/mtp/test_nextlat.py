@@ -18,7 +18,6 @@ from tests.decoding.models import MLA, Built, prompts_of
 from tests.mtp.kinds import batch_of, small, steps, trained_and_resumed
 from tests.reference import nextlat as oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NEXTLAT = ["--config.mtp.kind=nextlat", "--config.mtp.depth=2", "--config.mtp.nextlat.width=48"]
 
 

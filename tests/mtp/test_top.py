@@ -14,7 +14,6 @@ from mtp_jax.training.step import rows_of
 from tests.mtp.kinds import batch_of, small, steps, trained_and_resumed
 from tests.reference import top as oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOP = ["--config.mtp.kind=top", "--config.mtp.top.window=6", "--config.model.vocab_size=8"]
 
 

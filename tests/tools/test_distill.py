@@ -14,7 +14,6 @@ from mtp_jax.tools.distilling import answers, recipe
 from mtp_jax.training.checkpoint import Checkpoints
 from tests.decoding.trained import train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 QUICK = [
     *("--max_new_tokens=40", "--measured_tokens=24", "--held_out=4", "--batch_size=16", "--epochs=40"),
     *("--config.optimizer.learning_rate=3e-3", "--config.training.log_every=100"),

@@ -19,15 +19,13 @@ from mtp_jax.training.init_from import copy_sides
 from tests.commands import run_here
 from tests.decoding.trained import sentences, train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = 24
 PROMPTS = ["the station", "the café is"]
 FILE = "draft_vocabulary.json"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick_compilation):
+def trained(tmp_path_factory):
     """A workdir with a tokenizer.json, which no test changes: as many ids as the tokenizer of bytes, so that the
     programs are those of other tests."""
     folder = tmp_path_factory.mktemp("trained")

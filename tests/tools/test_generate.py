@@ -10,7 +10,6 @@ from mtp_jax.language_model.streaming import stream
 from mtp_jax.tools import generate
 from tests.decoding.trained import train_small
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPT = "the café is"
 
 

@@ -8,8 +8,6 @@ from mtp_jax.training import gradient_groups
 from mtp_jax.training.step import GROUP_NORMS
 from tests.test_mistakes import rows, scalars, tiny, trainer_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = ["--config.model.num_layers=2", "--config.training.skip_nonfinite=2"]
 
 
