@@ -56,7 +56,7 @@ def run(kind, mesh_name):
     from mtp_jax.sharding import make_mesh
     from mtp_jax.training.step import make_trainer
 
-    was_quick = jax.config.jax_disable_most_optimizations
+    was_quick = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)  # compiled in half the time
     config = dataclasses.replace(config_of(kind), mesh=MeshConfig(**MESHES[mesh_name]))
     mesh = make_mesh(config.mesh, jax.devices()[: math.prod(vars(config.mesh).values())])
