@@ -177,6 +177,12 @@ def first_position(length: int) -> jax.Array | int:
     return jax.lax.axis_index(LOGICAL_AXES["length"]) * length if num_shards("length") > 1 else 0
 
 
+def is_on_one_device() -> bool:
+    """Returns whether the ambient mesh has a single device, or there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def num_shards(name: str) -> int:
     """Returns the number of shards of a logical axis on the ambient mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Architecture
+from mtp_jax.kernels.device import device
 from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots
+from mtp_jax.layers.linear import outputs_first
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import Tree, abstract_model
@@ -31,16 +33,16 @@ class Parts(NamedTuple):
     blocks: blocks of the main model, in order.
     mtp: drafting modules, as returned by `Kind.unstack`.
     draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
-    draft_head_DV: the columns of head_DV of the draft vocabulary; None: all.
+    draft_head_VD: the rows of head_VD of the draft vocabulary; None: all.
     """
 
     embed_VD: jax.Array
-    head_DV: jax.Array
+    head_VD: jax.Array
     final_norm: RMSNorm
     blocks: list[Block]
     mtp: PyTree
     draft_vocabulary: jax.Array | None = None
-    draft_head_DV: jax.Array | None = None
+    draft_head_VD: jax.Array | None = None
 
 
 class _Structure:
@@ -103,7 +105,7 @@ class Network:
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns the logits of normed hidden states, float32[B, T, V]."""
-        return jnp.einsum("btd,dv->btv", hidden_BTD, self.parts.head_DV, preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, self.parts.head_VD, preferred_element_type=jnp.float32)
 
     @property
     def draft_vocabulary(self) -> jax.Array | None:
@@ -111,9 +113,9 @@ class Network:
 
     def draft_logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns the logits of normed hidden states for the draft vocabulary, float32[B, T, V']."""
-        if self.parts.draft_head_DV is None:
+        if self.parts.draft_head_VD is None:
             return self.logits(hidden_BTD)
-        return jnp.einsum("btd,dv->btv", hidden_BTD, self.parts.draft_head_DV, preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, self.parts.draft_head_VD, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,6 +123,8 @@ def unstack(
     architecture: Architecture, params: Tree, biases: Tree, draft_vocabulary: jax.Array | None = None
 ) -> Network:
     """Returns the network of a model: a copy of its weights, in the compute dtype except norms, biases and routers.
+
+    On devices that prefer it, weights read by `layers.linear` alone have their contracted dims last.
 
     Args:
       draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
@@ -134,21 +138,24 @@ def unstack(
             return variable
         is_cast = info.is_matrix and "router" not in info.axes  # the router computes in float32
         value = variable[...].astype(dtype if is_cast else variable.dtype)
-        return variable.replace(constrain_weight(value, info.axes))
+        variable = variable.replace(value)
+        if info.is_linear and device().prefers_outputs_first:
+            variable = outputs_first(variable)
+        return variable.replace(constrain_weight(variable[...], variable.get_metadata()["info"].axes))
 
     def ready(module: Any) -> Any:
         return jax.tree.map(one, module, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     decoder = model.trunk
-    head_DV = constrain(decoder.output_head().astype(dtype), "embed", "vocab")
+    head_VD = constrain(decoder.output_head().astype(dtype).T, "vocab", "embed")
     parts = Parts(
         embed_VD=constrain(decoder.embed[...].astype(dtype), "vocab", "embed"),
-        head_DV=head_DV,
+        head_VD=head_VD,
         final_norm=decoder.final_norm,
-        blocks=[ready(block) for block in decoder.layers()],
+        blocks=[ready(block).joined() for block in decoder.layers()],
         mtp=model.kind.unstack(model.mtp, ready),
         draft_vocabulary=draft_vocabulary,
-        draft_head_DV=None if draft_vocabulary is None else jnp.take(head_DV, draft_vocabulary, axis=1),
+        draft_head_VD=None if draft_vocabulary is None else jnp.take(head_VD, draft_vocabulary, axis=0),
     )
     return Network(parts, model.kind)
 

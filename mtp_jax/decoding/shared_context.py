@@ -134,7 +134,7 @@ def _continued(
     starts_B = jnp.repeat(lengths_G - 1, num_choices)
     slots = slots_at(starts_B[:, None] + jnp.arange(shape[2]), num_slots)
     main, _ = run_main(network, inputs_GJC.reshape(-1, shape[2]), slots, caches)
-    hidden_BCD, head_DV = network.final_norm(main.hidden), network.parts.head_DV
+    hidden_BCD, head_DV = network.final_norm(main.hidden), network.parts.head_VD.T
     scores = token_scores(hidden_BCD, head_DV, targets_GJC.reshape(-1, shape[2]), chunk_tokens(head_DV))
     log_p_BC, is_best_BC = (constrain(x, None, None) for x in scores)
     return log_p_BC.reshape(shape), is_best_BC.reshape(shape)

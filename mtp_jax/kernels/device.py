@@ -48,10 +48,11 @@ class Device:
         return self.family != "cpu"
 
     @property
-    def single_row_products_are_slow(self) -> bool:
-        """Returns whether XLA compiles matmuls of a single row to reductions that are slower than matmuls of two rows.
+    def prefers_outputs_first(self) -> bool:
+        """Returns whether matmuls of a single row are faster with the contracted dim of the weight last in memory.
 
-        1.9 ms against 1.3 ms per token (24 blocks of width 1024).
+        XLA compiles them to reductions. The products and norms of a layer (width 1024, feed-forward 4096, H200) take
+        21.7 us with the contracted dims last, 46 us with them first, and 29.6 us as matmuls of two rows.
         """
         return self.family == "gpu"
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.kernels.device import device
 from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.ffn import SwiGLU
@@ -55,17 +54,20 @@ class Block(nnx.Module):
         Returns:
           the residual stream [B, num_wanted, D], and the cache with the entries of all T tokens.
         """
-        num_rows, length = h_BTD.shape[:2]
+        length = h_BTD.shape[1]
         first = 0 if num_wanted is None else length - num_wanted
-        least = 2 if num_rows == 1 and device().single_row_products_are_slow else 1
-        padded = max(length, least)
-        padded += -padded % num_shards("length")  # equal shards
+        padded = length + -length % num_shards("length")  # equal shards
         if padded > length:
             h_BTD, slots = jnp.pad(h_BTD, ((0, 0), (0, padded - length), (0, 0))), slots.padded(padded - length)
-        start = 0 if num_shards("length") > 1 else min(first, padded - least)
+        start = 0 if num_shards("length") > 1 else first
         out_BTD, cache = self.attention.decode(self.attention_norm(h_BTD), slots, cache, start)
         h_BTD, _ = self._feed_forward(h_BTD[:, start:] + out_BTD, slots.is_written_BT[:, start:])
         return h_BTD[:, first - start : length - start], cache
+
+    def joined(self) -> "Block":
+        """Returns the block with joined weights; see `Attention.joined`."""
+        self.attention = self.attention.joined()
+        return self
 
     def _feed_forward(self, h_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats | None]:
         x_BTD = self.ffn_norm(h_BTD)

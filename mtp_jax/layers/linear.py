@@ -5,6 +5,7 @@ passed to `shard_map` or to a kernel as plain arrays are converted by `cast` fir
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,10 @@ def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> 
 
 
 def linear_columns(x: jax.Array, weight: nnx.Variable, columns_F: jax.Array) -> jax.Array:
-    """Product of `x` [..., D] and some columns of a weight [D, V], int[F] -> [..., F], dtype of x."""
-    return x @ jnp.take(weight[...], columns_F, axis=1).astype(x.dtype)
+    """Product of `x` [..., D] and some of the V outputs of a weight of D and V, int[F] -> [..., F], dtype of x."""
+    info = weight.get_metadata()["info"]
+    columns = jnp.take(weight[...], columns_F, axis=info.out_dims[0]).astype(x.dtype)
+    return jax.lax.dot_general(x, columns, (((x.ndim - 1,), (2 + info.in_dims[0],)), ((), ())))
 
 
 def sum_over_experts(x_BTEF: jax.Array, weight: nnx.Variable) -> jax.Array:
@@ -61,6 +64,23 @@ def grouped(x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, k
       UserError: the requested kernel does not support the operands.
     """
     return grouped_matmuls(x_ND, weights, sizes_E, kernel)
+
+
+def outputs_first(weight: nnx.Variable) -> nnx.Variable:
+    """Returns the weight with its contracted dims moved behind the others, as `linear` also takes it."""
+    info, value = weight.get_metadata()["info"], weight[...]
+    moved = *info.out_dims, *info.in_dims
+    order = *range(value.ndim - len(moved)), *(value.ndim + dim for dim in moved)
+    return weight.replace(value.transpose(order), info=info.outputs_first())
+
+
+def join(weights: Sequence[nnx.Variable]) -> nnx.Variable:
+    """Returns one weight [sum of outputs, D] of several weights [outputs..., D] that multiply the same input."""
+    values = [weight[...].reshape(-1, weight.shape[-1]) for weight in weights]
+    info = weights[0].get_metadata()["info"]
+    assert all(weight.get_metadata()["info"].in_dims == (-1,) for weight in weights)
+    joined = replace(info, axes=(None, info.axes[-1]), out_dims=(-2,))
+    return weights[0].replace(jnp.concatenate(values), info=joined)
 
 
 def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], precision: str | None) -> jax.Array:

@@ -17,12 +17,14 @@ class ParamInfo:
     in_dims, out_dims: negative numbers of the dims that the matmul contracts and produces; both empty for vectors
       (norm scales, biases) and for the embedding table, which is indexed and not multiplied.
     precision: of matmuls with the weight (model.matmul_precision).
+    is_linear: whether `layers.linear` alone reads the weight, so that the order of its dims may change.
     """
 
     axes: tuple[str | None, ...]
     in_dims: tuple[int, ...] = ()
     out_dims: tuple[int, ...] = ()
     precision: str = "default"
+    is_linear: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -37,13 +39,25 @@ class ParamInfo:
         assert self.axes[0] == "layers", self.axes
         return replace(self, axes=self.axes[1:])
 
+    def outputs_first(self) -> "ParamInfo":
+        """Returns the declaration of the weight with its contracted dims moved behind the dims that it produces."""
+        moved = *self.out_dims, *self.in_dims
+        axes = *self.axes[: -len(moved)], *(self.axes[dim] for dim in moved)
+        ins = len(self.in_dims)
+        return replace(self, axes=axes, in_dims=tuple(range(-ins, 0)), out_dims=tuple(range(-len(moved), -ins)))
+
 
 class RouterBias(nnx.Variable):
     """Load-balancing bias of a router, updated by `layers.router.moved_bias` and never by a gradient."""
 
 
 def matrix(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], in_dims: int, config: ModelConfig
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    in_dims: int,
+    config: ModelConfig,
+    is_linear: bool = True,
 ) -> nnx.Param:
     """Returns a weight drawn from N(0, init_std^2) in float32, cast to config.param_dtype.
 
@@ -51,13 +65,15 @@ def matrix(
       shape, axes: sizes and logical axes of an optional leading "experts" dim, then of `in_dims` contracted dims, then
         of the output dims.
       in_dims: number of contracted dims.
+      is_linear: whether `layers.linear` alone reads the weight; never true of expert weights.
     """
     first = 1 if axes[0] == "experts" else 0
     rank = len(shape)
     sums = tuple(range(first - rank, first - rank + in_dims))
     makes = tuple(range(first - rank + in_dims, 0))
     value = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value.astype(config.param_dtype), info=ParamInfo(axes, sums, makes, config.matmul_precision))
+    info = ParamInfo(axes, sums, makes, config.matmul_precision, is_linear and not first)
+    return nnx.Param(value.astype(config.param_dtype), info=info)
 
 
 def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, config: ModelConfig) -> nnx.Param:

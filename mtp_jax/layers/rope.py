@@ -1,6 +1,6 @@
 """Rotary position embedding (2104.09864) with YaRN scaling (2309.00071), as in DeepSeek's released code.
 
-Shape letters: B rows, T positions, H heads, R rotary dims.
+Shape letters: B rows, T positions, H heads, R rotary dims, r = R / 2.
 """
 
 import math
@@ -65,16 +65,21 @@ def mla_softmax_scale(head_dim: int, rope: RopeConfig) -> float:
     return head_dim**-0.5 * mscale * mscale
 
 
+def rotation(dim: int, positions_BT: jax.Array, rope: RopeConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns the scaled cosines and sines by which `dim` dims are rotated; float32[B, T, dim / 2] each."""
+    inverse = jnp.asarray(inverse_frequencies(dim, rope), jnp.float32)
+    angle_BTr = positions_BT.astype(jnp.float32)[..., None] * inverse
+    scale = rotation_scale(rope)
+    return jnp.cos(angle_BTr) * scale, jnp.sin(angle_BTr) * scale
+
+
 def rotate(x_BTHR: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.Array:
     """Rotates all dims of x by their positions; computed in float32, returned in the dtype of x.
 
     The rotated pairs are (2i, 2i + 1) if rope.interleaved, otherwise (i, i + R/2).
     """
     dim = x_BTHR.shape[-1]
-    inverse = jnp.asarray(inverse_frequencies(dim, rope), jnp.float32)
-    angle_BT1R = (positions_BT.astype(jnp.float32)[..., None] * inverse)[:, :, None, :]
-    scale = rotation_scale(rope)
-    cos, sin = jnp.cos(angle_BT1R) * scale, jnp.sin(angle_BT1R) * scale
+    cos, sin = (factor_BTr[:, :, None] for factor_BTr in rotation(dim, positions_BT, rope))
     x = x_BTHR.astype(jnp.float32)
     if rope.interleaved:
         a, b = x[..., 0::2], x[..., 1::2]

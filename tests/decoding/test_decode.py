@@ -454,9 +454,9 @@ def test_bfloat16_runs_and_keeps_its_caches_in_bfloat16():
     assert [len(tokens) for tokens in found.tokens] == [20, 20]
 
 
-@pytest.mark.parametrize("mtp", [sequential(2), parallel(2)])
-def test_what_is_padded_on_a_gpu_changes_nothing(mtp):
-    """There a single token is run with one more, and the last depth with the position before its last."""
+@pytest.mark.parametrize("mtp", [sequential(2), markov(2)])
+def test_the_order_of_dims_on_a_gpu_changes_nothing(mtp):
+    """Weights have their contracted dims last there."""
     built = build(replace(MLA, num_layers=1), mtp, blocks=0.1)
     prompts = prompts_of([6], MLA.vocab_size)
     plain = built.decoder().generate(prompts, 40)

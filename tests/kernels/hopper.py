@@ -18,4 +18,5 @@ def assert_close(found, expected, tolerance):
     """Relative error of the whole array, in float64; NaN is never close."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape
-    assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+    error = np.linalg.norm(found - expected)
+    assert error <= tolerance * np.linalg.norm(expected), error / np.linalg.norm(expected)

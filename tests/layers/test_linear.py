@@ -11,7 +11,7 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers.ffn import SwiGLU
-from mtp_jax.layers.linear import linear, sum_over_experts
+from mtp_jax.layers.linear import linear, outputs_first, sum_over_experts
 from mtp_jax.layers.param import matrix
 
 ROOT = pathlib.Path(__file__).parent.parent.parent / "mtp_jax"
@@ -35,9 +35,19 @@ def test_the_declared_dims_are_summed(shape, axes, in_dims, einsum):
     param = weight(shape, axes, in_dims)
     summed = shape[:in_dims] if axes[0] != "experts" else shape[1:2]
     x = jax.random.normal(jax.random.key(1), (2, 7, *summed)).astype(jnp.bfloat16)
+    expected = jnp.einsum(einsum, x, param[...].astype(jnp.bfloat16))
     found = linear(x, param)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, jnp.einsum(einsum, x, param[...].astype(jnp.bfloat16)))
+    np.testing.assert_array_equal(found, expected)
+    if axes[0] == "experts":
+        assert not param.get_metadata()["info"].is_linear
+    else:  # with the contracted dims last
+        last = outputs_first(param)
+        np.testing.assert_allclose(np.float32(linear(x, last)), np.float32(expected), rtol=1e-2, atol=1e-3)
+        stack = nnx.Param(jnp.stack([param[...]] * 2), info=param.get_metadata()["info"].stacked())
+        moved = outputs_first(stack)
+        np.testing.assert_array_equal(moved[...][1], last[...])
+        assert moved.get_metadata()["info"] == last.get_metadata()["info"].stacked()
 
 
 def test_outputs_of_experts_are_summed():

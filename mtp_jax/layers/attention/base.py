@@ -51,6 +51,10 @@ class Attention(nnx.Module):
         """Returns the value dim of one head."""
         raise NotImplementedError
 
+    def joined(self) -> "Attention":
+        """Returns the layer with the weights that multiply the same input joined, for inference on one device."""
+        return self
+
     # The layer.
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -10,16 +10,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig, UserError
+from mtp_jax.kernels import latent_attention
 from mtp_jax.kernels.attention import Mask, attend, attend_cached
 from mtp_jax.kernels.device import device
 from mtp_jax.layers import rope
 from mtp_jax.layers.attention.base import Attention
 from mtp_jax.layers.cache import Slots, num_slots, read_and_write
-from mtp_jax.layers.linear import cast, linear
+from mtp_jax.layers.linear import cast, join, linear
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.spec import AttentionSpec
-from mtp_jax.sharding import constrain, first_position, local, whole_length
+from mtp_jax.sharding import constrain, first_position, is_on_one_device, local, whole_length
 
 
 class MultiHeadLatentAttention(Attention):
@@ -37,7 +38,8 @@ class MultiHeadLatentAttention(Attention):
             self.q = matrix(rngs, (dim, heads, nope + rotary), ("embed", "heads", None), 1, config)
         self.kv_a = matrix(rngs, (dim, config.kv_lora_rank + rotary), ("embed", None), 1, config)
         self.kv_a_norm = RMSNorm(config.kv_lora_rank, config, eps=config.latent_norm_eps)
-        self.kv_b = matrix(rngs, (config.kv_lora_rank, heads, nope + value), ("embed", "heads", None), 1, config)
+        shape = config.kv_lora_rank, heads, nope + value
+        self.kv_b = matrix(rngs, shape, ("embed", "heads", None), 1, config, is_linear=False)
         self.o = matrix(rngs, (heads, value, dim), ("heads", None, "embed"), 2, config)
         if spec.has_sinks:
             self.sinks = vector((heads,), ("heads",), 0.0, config)
@@ -71,8 +73,8 @@ class MultiHeadLatentAttention(Attention):
         return config.v_head_dim
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-        q_BTHQ = self.queries(x_BTD, positions_BT)
-        latent_BTC, rotary_BTR = self.latents(x_BTD, positions_BT)
+        q_BTHQ, kv_BTW = self._project(x_BTD)
+        q_BTHQ, (latent_BTC, rotary_BTR) = self._queries(q_BTHQ, positions_BT), self._latents(kv_BTW, positions_BT)
         # Each device expands the latents of whole rows to the keys and values of its own heads.
         attention = local(
             self._attend,
@@ -120,14 +122,44 @@ class MultiHeadLatentAttention(Attention):
         slots = num_slots(self.spec.window, num_positions, num_new)
         return jnp.zeros((num_rows, slots, self.cache_size(self.config, self.spec)), dtype)
 
+    def joined(self) -> Attention:
+        """Returns the layer with one weight, `down`, for the two products with its input."""
+        first = self.q_a if self.config.q_lora_rank else self.q
+        if not is_on_one_device() or first.get_metadata()["info"].in_dims != (-1,):
+            return self
+        self.down = join([first, self.kv_a])
+        for name in ("q_a" if self.config.q_lora_rank else "q", "kv_a"):
+            delattr(self, name)
+        return self
+
     def decode(self, x_BTD: jax.Array, slots: Slots, cache: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array]:
         last_BT = slots.positions_BT[:, start:]
-        q_BTHQ = self.queries(x_BTD[:, start:], last_BT)
-        entries_BTW = jnp.concatenate(self.latents(x_BTD, slots.positions_BT), axis=-1)
+        if not start and not self.spec.window and not self.spec.has_sinks and is_on_one_device():
+            new = self._entries(x_BTD, slots)
+            kv_b_CHX = cast(self.kv_b, x_BTD.dtype)
+            if not latent_attention.unsupported_reason(new, kv_b_CHX, cache, self.config.qk_nope_head_dim):
+                norm, interleaved = self.kv_a_norm, self.spec.rope.interleaved
+                out_BTHV, cache = latent_attention.decode(
+                    *(new, kv_b_CHX, norm.scale[...], norm.eps, cache),
+                    *(self.config.qk_nope_head_dim, self._scale, interleaved),
+                )
+                return linear(out_BTHV, self.o), cache
+        q_BTHQ, kv_BTW = self._project(x_BTD, start)
+        q_BTHQ = self._queries(q_BTHQ, last_BT)
+        entries_BTW = jnp.concatenate(self._latents(kv_BTW, slots.positions_BT), axis=-1)
         cache, seen_BSW, key_BS = read_and_write(cache, entries_BTW, slots, self.spec.window)
         attention = self._absorbed if self._absorbs(q_BTHQ.shape[1]) else self._expanded
         out_BTHV = attention(q_BTHQ, seen_BSW, cast(self.kv_b, x_BTD.dtype), last_BT, key_BS)
         return linear(out_BTHV, self.o), cache
+
+    def _entries(self, x_BTD: jax.Array, slots: Slots) -> latent_attention.Entries:
+        cos_BTr, sin_BTr = rope.rotation(self.config.qk_rope_head_dim, slots.positions_BT, self.spec.rope)
+        if self._is_joined and not self.config.q_lora_rank:
+            q_BTF = kv_BTF = linear(x_BTD, self.down)
+        else:
+            q_BTHQ, kv_BTF = self._project(x_BTD)
+            q_BTF = q_BTHQ.reshape(*x_BTD.shape[:2], -1)
+        return latent_attention.Entries(q_BTF, kv_BTF, cos_BTr, sin_BTr, slots.positions_BT, slots.slots_BT)
 
     def _attend_cached(self, q_BTHQ, k_BSGQ, v_BSGV, last_BT, key_BS):
         return attend_cached(q_BTHQ, k_BSGQ, v_BSGV, last_BT, key_BS, self.spec.window, self._scale, self._sinks())
@@ -164,19 +196,36 @@ class MultiHeadLatentAttention(Attention):
         k_BSHQ, v_BSHV = self._expand(seen_BSW[..., :rank], seen_BSW[..., rank:], kv_b_CHX)
         return self._attend_cached(q_BTHQ, k_BSHQ, v_BSHV, last_BT, key_BS)
 
-    def queries(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Returns the queries [B, T, H, N + R], the last R dims rotated."""
+    @property
+    def _is_joined(self) -> bool:
+        return hasattr(self, "down")
+
+    def _project(self, x_BTD: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array]:
+        """Returns queries [B, T - start, H, N + R] of the tokens from `start` on and [B, T, C + R] of all tokens.
+
+        Neither is rotated, and the latter is not normed.
+        """
+        config = self.config
+        if self._is_joined:
+            width = self.cache_size(config, self.spec)
+            down_BTF = linear(x_BTD, self.down)
+            q_BTF, kv_BTW = down_BTF[:, start:, :-width], down_BTF[..., -width:]
+            if config.q_lora_rank:
+                return linear(self.q_a_norm(q_BTF), self.q_b), kv_BTW
+            return q_BTF.reshape(*q_BTF.shape[:2], config.num_heads, -1), kv_BTW
+        kv_BTW, x_BTD = linear(x_BTD, self.kv_a), x_BTD[:, start:]
+        if config.q_lora_rank:
+            return linear(self.q_a_norm(linear(x_BTD, self.q_a)), self.q_b), kv_BTW
+        return linear(x_BTD, self.q), kv_BTW
+
+    def _queries(self, q_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Returns the queries with the last R dims rotated."""
         nope = self.config.qk_nope_head_dim
-        if self.config.q_lora_rank:
-            q_BTHQ = linear(self.q_a_norm(linear(x_BTD, self.q_a)), self.q_b)
-        else:
-            q_BTHQ = linear(x_BTD, self.q)
         rotated_BTHR = rope.rotate(q_BTHQ[..., nope:], positions_BT, self.spec.rope)
         return constrain(jnp.concatenate([q_BTHQ[..., :nope], rotated_BTHR], -1), "batch", "length", "heads", None)
 
-    def latents(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _latents(self, kv_BTW: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the entries of a cache: the normalized latent [B, T, C] and the rotated shared key [B, T, R]."""
-        kv_BTW = linear(x_BTD, self.kv_a)
         rank = self.config.kv_lora_rank
         rotary_BTR = rope.rotate(kv_BTW[:, :, None, rank:], positions_BT, self.spec.rope)[:, :, 0]
         return self.kv_a_norm(kv_BTW[..., :rank]), rotary_BTR
