@@ -51,9 +51,9 @@ def draft(
     main = MainModel(text.hidden_BWD, text.hidden_BWD, network.final_norm, network.embed)
     caches = kind.draft(network.mtp, main, text, num_speculative_tokens, caches, proposer)
     return Drafts(
-        jnp.stack(proposer.tokens, axis=1),
-        jnp.stack(proposer.logits, axis=1),
-        jnp.stack(proposer.confidences, axis=1),
+        jnp.concatenate(proposer.tokens, axis=1),
+        jnp.concatenate(proposer.logits, axis=1),
+        jnp.concatenate(proposer.confidences, axis=1),
         caches,
     )
 
@@ -68,36 +68,40 @@ def window_size(num_speculative_tokens: int) -> int:
 
 
 class _Proposer:
-    """Samples drafts from hidden states one after another, and stores the tokens, logits and confidences."""
+    """Samples drafts from hidden states, and stores the tokens, logits and confidences."""
 
     def __init__(self, network: Network, sampler: Sampler, keys_BK: jax.Array, newest_B: jax.Array):
         self._network, self._sampler, self._keys_BK = network, sampler, keys_BK
         self._correction = network.kind.correction(network.mtp, network.draft_vocabulary)
         self._before_B = newest_B  # token before the next draft
-        self.tokens: list[jax.Array] = []  # int32[B] each
-        self.logits: list[jax.Array] = []  # float32[B, V] each
-        self.confidences: list[jax.Array] = []  # float32[B] each
+        self.tokens: list[jax.Array] = []  # int32[B, n] each
+        self.logits: list[jax.Array] = []  # float32[B, n, V] each
+        self.confidences: list[jax.Array] = []  # float32[B, n] each
 
     def __call__(self, hidden_BnD: jax.Array) -> jax.Array:
         """Returns the next n drafts int32[B, n], sampled from normed hidden states."""
-        first, logits_BnV = len(self.tokens), self._network.draft_logits(hidden_BnD)
-        for j in range(logits_BnV.shape[1]):
-            self._sample(logits_BnV[:, j])
-        return jnp.stack(self.tokens[first:], axis=1)
+        logits_BnV = self._network.draft_logits(hidden_BnD)
+        if self._correction is None:
+            return self._sample(logits_BnV)
+        drafts = []
+        for j in range(logits_BnV.shape[1]):  # each depends on the one before
+            drafts.append(self._sample(logits_BnV[:, j : j + 1] + self._correction(self._before_B)[:, None]))
+        return jnp.concatenate(drafts, axis=1)
 
-    def _sample(self, logits_BV: jax.Array) -> None:
-        if self._correction is not None:
-            logits_BV = logits_BV + self._correction(self._before_B)
-        self.confidences.append(jnp.exp(logits_BV.max(-1) - jax.nn.logsumexp(logits_BV, axis=-1)))
-        logits_BV = filtered(self._sampler, logits_BV)
+    def _sample(self, logits_BnV: jax.Array) -> jax.Array:
+        first, num = sum(tokens.shape[1] for tokens in self.tokens), logits_BnV.shape[1]
+        self.confidences.append(jnp.exp(logits_BnV.max(-1) - jax.nn.logsumexp(logits_BnV, axis=-1)))
         if is_greedy(self._sampler):
-            chosen_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        else:
-            chosen_B = draw(logits_BV, self._keys_BK[:, len(self.tokens)])
+            chosen_Bn = jnp.argmax(logits_BnV, axis=-1).astype(jnp.int32)
+        logits_BnV = filtered(self._sampler, logits_BnV)
+        if not is_greedy(self._sampler):
+            keys_Bn = self._keys_BK[:, first : first + num]
+            chosen_Bn = draw(logits_BnV.reshape(-1, logits_BnV.shape[-1]), keys_Bn.reshape(-1)).reshape(-1, num)
         ids_V = self._network.draft_vocabulary
         if ids_V is not None:
-            every_BV = jnp.full((len(logits_BV), self._network.vocab_size), -jnp.inf)
-            logits_BV, chosen_B = every_BV.at[:, ids_V].set(logits_BV), ids_V[chosen_B]
-        self.logits.append(logits_BV)
-        self.tokens.append(chosen_B)
-        self._before_B = chosen_B
+            every_BnV = jnp.full((*logits_BnV.shape[:2], self._network.vocab_size), -jnp.inf)
+            logits_BnV, chosen_Bn = every_BnV.at[..., ids_V].set(logits_BnV), ids_V[chosen_Bn]
+        self.logits.append(logits_BnV)
+        self.tokens.append(chosen_Bn)
+        self._before_B = chosen_Bn[:, -1]
+        return chosen_Bn

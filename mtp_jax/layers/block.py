@@ -40,7 +40,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), positions_BT, segments_BT)
         valid_BT = jnp.ones(h_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
-        return self._feed_forward(h_BTD, valid_BT)
+        return self._feed_forward(h_BTD, self.ffn_norm(h_BTD), valid_BT)
 
     def decode(
         self, h_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
@@ -60,8 +60,9 @@ class Block(nnx.Module):
         if padded > length:
             h_BTD, slots = jnp.pad(h_BTD, ((0, 0), (0, padded - length), (0, 0))), slots.padded(padded - length)
         start = 0 if num_shards("length") > 1 else first
-        out_BTD, cache = self.attention.decode(self.attention_norm(h_BTD), slots, cache, start)
-        h_BTD, _ = self._feed_forward(h_BTD[:, start:] + out_BTD, slots.is_written_BT[:, start:])
+        out_BTD, cache = self.attention.decode(self.attention_norm.decode(h_BTD)[1], slots, cache, start)
+        h_BTD, x_BTD = self.ffn_norm.decode(h_BTD[:, start:], out_BTD)
+        h_BTD, _ = self._feed_forward(h_BTD, x_BTD, slots.is_written_BT[:, start:])
         return h_BTD[:, first - start : length - start], cache
 
     def joined(self) -> "Block":
@@ -69,8 +70,10 @@ class Block(nnx.Module):
         self.attention = self.attention.joined()
         return self
 
-    def _feed_forward(self, h_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats | None]:
-        x_BTD = self.ffn_norm(h_BTD)
+    def _feed_forward(
+        self, h_BTD: jax.Array, x_BTD: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """Returns h + ffn(x) and the router's statistics; x: `ffn_norm` of h."""
         if isinstance(self.ffn, MixtureOfExperts):
             out_BTD, stats = self.ffn(x_BTD, valid_BT)
         else:

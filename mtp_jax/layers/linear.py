@@ -4,6 +4,8 @@ A weight is an `nnx.Param` made by `layers.param.matrix`, whose declaration stat
 passed to `shard_map` or to a kernel as plain arrays are converted by `cast` first.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mtp_jax.kernels.device import device
 from mtp_jax.kernels.grouped_matmul import grouped_matmuls
+
+FEW_ROWS = 8  # rows that are multiplied one by one where that is faster
 
 
 def cast(weight: nnx.Variable, dtype: DTypeLike) -> jax.Array:
@@ -85,8 +90,15 @@ def join(weights: Sequence[nnx.Variable]) -> nnx.Variable:
 
 def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], precision: str | None) -> jax.Array:
     value = cast(weight, x.dtype)
+    rows, outputs = x.shape[: x.ndim - len(in_dims)], value.shape[: value.ndim - len(in_dims)]
     configured = weight.get_metadata()["info"].precision
     precision = precision or (None if configured == "default" else configured)
+    dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=x.dtype)
+    if in_dims[-1] == -1 and 1 < math.prod(rows) <= FEW_ROWS and device().prefers_outputs_first:
+        # Products of single rows, which XLA compiles to one reduction that reads the weight once.
+        x_ND, value_FD = x.reshape(math.prod(rows), 1, -1), value.reshape(math.prod(outputs), -1)
+        out_NF = jnp.concatenate([dot(x_1D, value_FD, (((1,), (1,)), ((), ()))) for x_1D in x_ND])
+        return out_NF.reshape(*rows, *outputs)
     last = tuple(range(x.ndim - len(in_dims), x.ndim))
     summed = last, tuple(value.ndim + dim for dim in in_dims)
-    return jax.lax.dot_general(x, value, (summed, ((), ())), precision, preferred_element_type=x.dtype)
+    return dot(x, value, (summed, ((), ())))
