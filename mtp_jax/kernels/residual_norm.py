@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mtp_jax.kernels.device import device
+from mtp_jax.kernels.triton_call import triton_call
 
 MOST_TOKENS = 32
 MOST_DIM = 8192  # in the registers of one program
@@ -25,15 +26,15 @@ def add_and_norm(
     num_rows, dim = h_ND.shape
     arrays = (h_ND, scale_D) if out_ND is None else (h_ND, scale_D, out_ND)
     shape = jax.ShapeDtypeStruct(h_ND.shape, h_ND.dtype)
-    found = pl.pallas_call(
+    found = triton_call(
         functools.partial(_kernel, eps=eps),
+        *arrays,
         grid=(num_rows,),
         out_shape=(shape,) if out_ND is None else (shape, shape),
         name="add_and_norm",
-        compiler_params=plgpu.CompilerParams(num_warps=4 if dim <= 2048 else 8, num_stages=1),
-        interpret=jax.default_backend() == "cpu",
-    )(*arrays)
-    return (h_ND, *found) if out_ND is None else tuple(found)
+        num_warps=4 if dim <= 2048 else 8,
+    )
+    return (h_ND, found[0]) if out_ND is None else (found[0], found[1])
 
 
 def unsupported_reason(h_ND: jax.Array) -> str:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mtp_jax.kernels.triton_call import triton_call
+
 SLOTS = 32  # slots that a program of `_attend` reads at once
 MOST_PARTS = 16
 RANKS = 64  # rows of kv_b that a program of `_prepare` multiplies
@@ -32,8 +34,10 @@ def decode(entries, kv_b_CHX, norm_C, eps, cache_BSW, nope, scale, is_interleave
     num_parts = min(MOST_PARTS, pl.next_power_of_2(pl.cdiv(num_slots, SLOTS)))
     ranks, values = min(RANKS, rank), min(VALUES, value)
 
-    q_BMW, cache_BSW = _call(
+    q_BMW, cache_BSW = triton_call(
         functools.partial(_prepare, nope=nope, eps=eps, is_interleaved=is_interleaved, ranks=ranks),
+        *(entries.q_BTF, entries.kv_BTF, kv_b_CHX, norm_C),
+        *(entries.cos_BTr, entries.sin_BTr, entries.slots_BT, cache_BSW),
         grid=(num_rows, num_heads + 1, rank // ranks),
         out_shape=(
             jax.ShapeDtypeStruct((num_rows, num_queries, width), dtype),
@@ -41,40 +45,23 @@ def decode(entries, kv_b_CHX, norm_C, eps, cache_BSW, nope, scale, is_interleave
         ),
         name="latent_prepare",
         input_output_aliases={7: 1},
-    )(
-        *(entries.q_BTF, entries.kv_BTF, kv_b_CHX, norm_C),
-        *(entries.cos_BTr, entries.sin_BTr, entries.slots_BT, cache_BSW),
     )
-    parts_BPMC, peak_BPM, sum_BPM = _call(
+    stats = jax.ShapeDtypeStruct((num_rows, num_parts, num_queries), jnp.float32)
+    parts_BPMC, peak_BPM, sum_BPM = triton_call(
         functools.partial(_attend, num_heads=num_heads, rank=rank, scale=scale),
+        *(q_BMW, cache_BSW, entries.positions_BT),
         grid=(num_rows, num_parts),
-        out_shape=(
-            jax.ShapeDtypeStruct((num_rows, num_parts, num_queries, rank), jnp.float32),
-            jax.ShapeDtypeStruct((num_rows, num_parts, num_queries), jnp.float32),
-            jax.ShapeDtypeStruct((num_rows, num_parts, num_queries), jnp.float32),
-        ),
+        out_shape=(jax.ShapeDtypeStruct((*stats.shape, rank), jnp.float32), stats, stats),
         name="latent_attend",
-    )(q_BMW, cache_BSW, entries.positions_BT)
-    (out_BTHV,) = _call(
+    )
+    (out_BTHV,) = triton_call(
         functools.partial(_combine, nope=nope, values=values),
+        *(parts_BPMC, peak_BPM, sum_BPM, kv_b_CHX),
         grid=(num_rows, num_heads, value // values),
         out_shape=(jax.ShapeDtypeStruct((num_rows, num_new, num_heads, value), dtype),),
         name="latent_combine",
-    )(parts_BPMC, peak_BPM, sum_BPM, kv_b_CHX)
-    return out_BTHV, cache_BSW
-
-
-def _call(kernel, *, grid, out_shape, name, **options):
-    """`pallas_call` of a kernel that addresses whole arrays; interpreted on CPUs."""
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=out_shape,
-        name=name,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=jax.default_backend() == "cpu",
-        **options,
     )
+    return out_BTHV, cache_BSW
 
 
 def _prepare(

@@ -1,0 +1,37 @@
+"""Calls of Pallas kernels written for Triton, which are interpreted where the program is compiled for a CPU."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+def triton_call(
+    kernel: Callable[..., None],
+    *arrays: jax.Array,
+    grid: tuple[int, ...],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    name: str,
+    num_warps: int = 4,
+    **options: Any,
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel that addresses whole arrays; the other arguments are those of `pallas_call`.
+
+    Args:
+      num_warps: warps of 32 threads per program.
+    """
+
+    def call(is_interpreted: bool) -> Callable[..., tuple[jax.Array, ...]]:
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=tuple(out_shape),
+            name=name,
+            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+            interpret=is_interpreted,
+            **options,
+        )
+
+    return jax.lax.platform_dependent(*arrays, cpu=call(True), default=call(False))
