@@ -4,6 +4,7 @@
 reads only that.
 """
 
+from mtp_jax.config import shipped
 from mtp_jax.config.aliases import current_key, renamed
 from mtp_jax.config.checks import MAX_DEPTH, check_data, mesh_sizes, profiled_steps, validate
 from mtp_jax.config.fields import UserError, check_bounds, key_hints, value_of, walk, with_values

@@ -20,6 +20,7 @@ import ml_collections
 from etils import epath
 
 from mtp_jax import storage
+from mtp_jax.config import shipped
 from mtp_jax.config.aliases import Section, current_key, old_names, renamed
 from mtp_jax.config.fields import UserError, item_section, key_hints
 from mtp_jax.config.schema import Config
@@ -84,7 +85,7 @@ def load_config(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     """Runs a config file and applies command-line overrides.
 
     Args:
-      path: a Python file with `get_config()`, or the config.json of a workdir.
+      path: a Python file with `get_config()`, the name of a shipped config, or the config.json of a workdir.
       overrides: strings `--config.section.key=value`; tuples in Python syntax, `true`/`false` for booleans.
 
     Raises:
@@ -118,8 +119,9 @@ def override(config: T, overrides: list[str] | tuple[str, ...]) -> T:
 
 
 def _run_config_file(path: str) -> dict[str, Any]:
+    path = shipped.find(path)
     if not storage.is_file(storage.path(path, "--config")):
-        raise UserError(f"--config={path}: no such file; give a Python file with get_config(), as in configs/")
+        raise UserError(f"--config={path}: no such file; {shipped.suggestion(path)}")
     if path.endswith(".json"):
         return _read_json(path)
     spec = importlib.util.spec_from_file_location("config_file", path)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from mtp_jax import cli
-from mtp_jax.config import UserError
+from mtp_jax.config import UserError, shipped
 from mtp_jax.errors import first_line, warn_once
 from mtp_jax.evaluation import benchmark_data, sandbox
 from mtp_jax.evaluation.results import Benchmark, Metric
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # an optional dependency
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 
-TASKS_FOLDER = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
+TASKS_FOLDER = shipped.folder() / "tasks"
 BOOTSTRAP = 1000  # resamples for the standard error of a metric that is not a mean
 OTHER_TASKS = ("loss", "acceptance", "speculative", "advice")  # tasks of eval.py that are not benchmarks
 MOST_SHOWN = 8  # tasks of a group that are printed

@@ -9,6 +9,7 @@ from etils import epath
 
 from mtp_jax import cli, storage
 from mtp_jax.config import UserError
+from mtp_jax.errors import warn_once
 from mtp_jax.typing import JsonObject, PyTree
 
 Bar = tuple[str, float, float | None]  # label, value and its standard error
@@ -72,11 +73,15 @@ def without_nan(values: PyTree) -> PyTree:
 
 
 def draw(values: JsonObject, path: epath.Path, title: str) -> bool:
-    """Draws a bar chart of the results; returns False if there is nothing to draw."""
+    """Draws a bar chart of the results; returns False if there is nothing to draw, or no matplotlib, with a notice."""
     panels = [panel for panel in (_losses(values), _acceptance(values), _benchmarks(values)) if panel]
     if not panels:
         return False
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        warn_once(f"{path.name} is not drawn: matplotlib is not installed; pip install 'mtp_jax[plot]'")
+        return False
 
     height = 1.0 + 0.3 * max(len(rows) for _, rows in panels)
     size = 4.6 * len(panels), max(2.4, height)

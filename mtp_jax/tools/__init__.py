@@ -1,1 +1,1 @@
-"""Command lines in addition to train.py and eval.py."""
+"""Command lines: the console scripts mtp-train, mtp-eval and so on, or python -m mtp_jax.tools.NAME."""

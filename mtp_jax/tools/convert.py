@@ -187,6 +187,11 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-convert."""
     signal.signal(signal.SIGTERM, _stop)  # removes partial results, as Ctrl-C does
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -189,6 +189,11 @@ def _decay(loss: str) -> float:
     return 0.6 if loss == "cross_entropy" else 1.0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-distill."""
     signals.install()  # before the slow imports
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

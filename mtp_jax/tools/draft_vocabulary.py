@@ -116,5 +116,10 @@ def count(store: "TokenStore", tokenizer: "Tokenizer", vocab_size: int) -> np.nd
     return counts_V
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-draft-vocabulary."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -19,7 +19,7 @@ UNDERLINE, BRACKETS, NOTHING = ("\033[4m", "\033[24m"), ("[", "]"), ("", "")
 
 def main(argv: list[str]) -> None:
     flags = cli.parser(__doc__ or "", cli.EXIT_CODES)
-    flags.add_argument("--model", required=True, help="a workdir of train.py, or a Hugging Face folder")
+    flags.add_argument("--model", "--workdir", required=True, help="a workdir of train.py, or a Hugging Face folder")
     flags.add_argument("prompt", help="the text to continue; -: standard input")
     flags.add_argument("--chat", action="store_true", help="answer the prompt, by the model's chat template")
     flags.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
@@ -80,6 +80,11 @@ def _marks(name: str | None) -> tuple[str, str]:
     return {"underline": UNDERLINE, "brackets": BRACKETS, "nothing": NOTHING}[name]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-generate."""
     signals.install()  # before the slow imports
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
 
 def _flags() -> argparse.ArgumentParser:
     flags = cli.parser(__doc__)
-    flags.add_argument("--config", required=True, help="a Python file with get_config(), as in configs/")
+    config.shipped.add_flag(flags)
     flags.add_argument("--topology", required=True, help="generation:chips, as in v5p:4x4x4, v5e:4x4, v6e:8x8")
     flags.add_argument("--slices", type=int, default=1, help="slices joined by the data center's network")
     flags.add_argument("--json", help="write everything to this file too")
@@ -62,6 +62,11 @@ def _write(output: str | None, result: JsonObject) -> None:
         cli.write_output("json", output, json.dumps(result, indent=1))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-plan."""
     signals.install()  # Ctrl-C during a compilation
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -11,6 +11,7 @@ baseline, each if there is something to compare. Values on held-out documents co
 Exit code 2 with one line if a workdir has no metrics, or a sweep no runs.
 """
 
+import importlib.util
 import json
 
 from etils import epath
@@ -19,6 +20,8 @@ from mtp_jax import cli, storage
 from mtp_jax.config import UserError
 from mtp_jax.tools.reporting.runs import Run, load_runs
 from mtp_jax.tools.reporting.table import Table
+
+NO_MATPLOTLIB = "matplotlib is not installed; pip install 'mtp_jax[plot]'"
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +42,8 @@ def main(argv: list[str]) -> None:
     )
     if output.suffix != ".png":
         raise UserError(f"--output={output}: must end in .png")
+    if args.output and not _has_matplotlib():
+        raise UserError(f"--output={output}: {NO_MATPLOTLIB}")
     runs = load_runs(args.workdir, args.sweep)
 
     from mtp_jax.tools.reporting import variants as grouping  # imports jax
@@ -65,12 +70,19 @@ def make_tables(runs: list[Run], variants: list, source: str) -> list[Table]:
     return [*out, seeds] if seeds else out
 
 
-def _draw(variants: list, output: epath.Path) -> None:
-    from mtp_jax.tools.reporting import pictures
+def _has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
+
+def _draw(variants: list, output: epath.Path) -> None:
     if not any(run.rows for variant in variants for run in variant.runs):
         print("no curves: no run has logged a step yet")
         return
+    if not _has_matplotlib():
+        print(f"no curves: {NO_MATPLOTLIB}")
+        return
+    from mtp_jax.tools.reporting import pictures
+
     bars = output.with_name(f"{output.stem}_benchmarks.png")
     try:
         pictures.draw(variants, output)
@@ -82,5 +94,10 @@ def _draw(variants: list, output: epath.Path) -> None:
         print(f"benchmarks: {bars}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-report."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -21,7 +21,7 @@ import re
 from dataclasses import replace
 
 from mtp_jax import cli, storage
-from mtp_jax.config import UserError
+from mtp_jax.config import UserError, shipped
 from mtp_jax.model import validate
 from mtp_jax.tools.sweeping import children, run_folder
 from mtp_jax.tools.sweeping.grid import SweepRun, expand
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Returns (flags, --config.* overrides, flags of eval.py)."""
     flags = cli.parser(__doc__)
-    flags.add_argument("--config", required=True, help="as of train.py")
+    shipped.add_flag(flags)
     flags.add_argument("--workdir", required=True, help="the runs' folders go into this one")
     flags.add_argument("--over", action="append", required=True, help="settings to go through; see above")
     flags.add_argument("--tasks", default="loss,acceptance", help="of eval.py; speculative only where there are depths")
@@ -112,7 +112,6 @@ def _check(args: argparse.Namespace, root: pathlib.Path, runs: list[SweepRun], e
             pass
         except OSError as error:  # a name that is too long, a file in place of a parent
             raise UserError(f"--workdir={root}: cannot be used ({error.strerror}); give another folder") from error
-    children.check_scripts()
     children.shares_of_cores(args.jobs)
     for run in runs:
         _check_folder(root / run.name, run)
@@ -141,5 +140,10 @@ def _check_folder(path: pathlib.Path, run: SweepRun) -> None:
     changes(config, path)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs the command line of this process: mtp-sweep."""
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

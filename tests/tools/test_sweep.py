@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mtp_jax.config import UserError, load_config
+from mtp_jax.config import load_config
 from mtp_jax.evaluation import decode_tasks
 from mtp_jax.tools import report, sweep
 from mtp_jax.tools.sweeping import children, run_folder
@@ -226,10 +226,15 @@ def test_eval_looks_at_its_flags_before_anything_is_trained(monkeypatch, capfd, 
     assert "--num_speculative_tokens=0: must be at least 1 (from eval.py)" in line
 
 
-def test_without_the_scripts_it_says_where_they_were_looked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(children, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"train\.py: no such file.*clone"):
-        children.check_scripts()
+def test_commands_import_this_package_from_any_folder(tmp_path, monkeypatch):
+    """Commands of a sweep, where the current folder has another package of that name."""
+    (tmp_path / "mtp_jax").mkdir()
+    (tmp_path / "mtp_jax" / "__init__.py").write_text("raise SystemExit('another package')\n")
+    monkeypatch.chdir(tmp_path)
+    line, options = children.command("train.py", ["--help"]), {"capture_output": True, "text": True}
+    assert subprocess.run(line, **options).stderr.strip() == "another package"
+    done = subprocess.run(line, env=children.environment(), **options)
+    assert done.returncode == 0 and "--workdir" in done.stdout, done.stderr
 
 
 def test_devices_are_those_a_run_will_find(monkeypatch):

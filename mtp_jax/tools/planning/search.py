@@ -175,8 +175,9 @@ def table(found: list[Found], config_path: str, topology: Topology) -> str:
     best = found[0]
     if math.isinf(best.seconds):
         return "\n".join([*lines, "none of them fits: use more chips, a smaller batch, or --tries=N to try more"])
-    command = f"python train.py --config={config_path} --workdir=DIR {' '.join(overrides(best.candidate.config))}"
-    return "\n".join([*lines, "", f"the best on {topology.name}:", f"  {command}"])
+    command = f"python -m mtp_jax.tools.train --config={config_path} --workdir=DIR"
+    settings = " ".join(overrides(best.candidate.config))
+    return "\n".join([*lines, "", f"the best on {topology.name}:", f"  {command} {settings}"])
 
 
 HEADER = "mesh; micro-batches; remat                     GiB  step, s  bound    MFU"

@@ -6,11 +6,12 @@ import pathlib
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 
 from mtp_jax.config import UserError
 
-ROOT = pathlib.Path(__file__).parents[3]  # of the project, with train.py, eval.py and the package
+ROOT = pathlib.Path(__file__).parents[3]  # the folder that has the package: a clone, or site-packages
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -20,22 +21,16 @@ class CheckFailed(RuntimeError):
 
 
 def command(script: str, arguments: Sequence[str]) -> list[str]:
-    """Returns the command line of train.py or eval.py."""
-    return [sys.executable, str(ROOT / script), *arguments]
+    """Returns the command line of train.py or eval.py, a module of mtp_jax.tools."""
+    return [sys.executable, "-m", f"mtp_jax.tools.{script.removesuffix('.py')}", *arguments]
 
 
-def check_scripts() -> None:
-    """Checks that train.py and eval.py are beside the package.
-
-    Raises:
-      UserError: the package was installed without them.
-    """
-    missing = [script for script in ("train.py", "eval.py") if not (ROOT / script).is_file()]
-    if missing:
-        raise UserError(
-            f"{ROOT / missing[0]}: no such file; a sweep runs train.py and eval.py of the project: clone it, and call "
-            "python -m mtp_jax.tools.sweep from its folder"
-        )
+def environment() -> dict[str, str]:
+    """Returns the environment of a command: it imports the package that runs here, not one of the current folder."""
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if str(ROOT) != sysconfig.get_path("purelib"):
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return env
 
 
 def devices() -> tuple[str, int]:
@@ -61,7 +56,7 @@ def check_evaluation(arguments: Sequence[str], workdir: pathlib.Path) -> None:
       CheckFailed: eval.py fails for another reason.
     """
     checked = command("eval.py", [f"--workdir={workdir}", *arguments, "--check_only"])
-    done = subprocess.run(checked, capture_output=True, text=True, check=False)
+    done = subprocess.run(checked, capture_output=True, text=True, check=False, env=environment())
     if done.returncode == 2:
         raise UserError(f"{_last(done.stderr).removeprefix('error: ')} (from eval.py)")
     if done.returncode:
@@ -109,7 +104,7 @@ def start(arguments: list[str], log: pathlib.Path, cores: frozenset[int] | None,
             start_new_session=True,
             pass_fds=[lease],
             preexec_fn=before_exec,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**environment(), "PYTHONUNBUFFERED": "1"},
         )
 
 
