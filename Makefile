@@ -8,10 +8,12 @@
 #   make eval       # what the benchmarks of eval.py need
 #   make hf         # torch and transformers, the oracles of the weight conversion; without them its tests skip
 #   make lint
+#   make docs       # the documentation as a site, build/site; warnings are errors
 #   make clean
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 CONFIG ?= configs/quickstart.py
 WORKDIR ?= runs/quickstart
 ARGS ?=
@@ -32,7 +34,7 @@ FAST_TESTS := $(addprefix tests/, config data/test_documents.py data/test_packin
   test_reference.py test_reference_losses.py test_targets.py tools/test_report.py training/test_flops.py \
   training/test_metrics.py training/test_schedules.py training/test_workdir.py)
 
-.PHONY: train test test-fast experiments bench eval hf lint clean
+.PHONY: train test test-fast experiments bench eval hf lint docs clean
 
 train: $(VENV)/run.stamp
 	$(BIN)/python train.py --config=$(CONFIG) --workdir=$(WORKDIR) $(ARGS)
@@ -58,8 +60,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-docs .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is newer than its requirements only when everything they name is installed.
@@ -75,6 +80,12 @@ $(VENV)/eval.stamp: requirements-eval.txt $(VENV)/run.stamp
 
 $(VENV)/dev.stamp: requirements-dev.txt requirements-eval.txt requirements-cloud.txt requirements-sentencepiece.txt $(VENV)/run.stamp
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# mkdocs in an environment of its own: it reads docstrings from the source, and needs none of the other packages.
+$(DOCS_VENV)/docs.stamp: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-docs.txt
 	@touch $@
 
 $(VENV)/hf.stamp: requirements-hf.txt $(VENV)/dev.stamp

@@ -136,7 +136,9 @@ PARTS = {
     "experiments": "experiments/**/*.py",
     "benchmarks": "benchmarks/*.py",
     "documents": "docs/*.md",
+    "hooks of the site": "docs/*.py",
     "README": "README.md",
+    "CONTRIBUTING": "CONTRIBUTING.md",
 }
 
 

@@ -1,0 +1,162 @@
+"""Hooks of mkdocs (mkdocs.yml): the site has the pages of docs/ as they are written for GitHub.
+
+* Pages outside docs/ (README.md is the first page) are added, and so is every file that a page links to.
+* Equations, a fence ```math or $`...`$ in a line, become MathML, which browsers draw without a script.
+* List items are indented by four spaces, as Markdown in Python needs it.
+"""
+
+import logging
+import pathlib
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Pages of the repository outside docs/, by their path there -> path in the site.
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "launch/README.md": "launch/README.md",
+    "experiments/README.md": "experiments/README.md",
+}
+PAGES |= {source: source for source in sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md"))}
+FILES = "files"  # folder of the site for all other files that pages link to
+_SOURCES = {site: source for source, site in PAGES.items()}
+_LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+_FENCE = re.compile(r"^ *```")
+_INLINE_MATH = re.compile(r"\$`([^`]+)`\$")
+_ITEM = re.compile(r"^(\d+\.|[*-]) +")
+log = logging.getLogger("mkdocs.plugins.mtp_jax")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Links
+
+
+def site_path(source: str) -> str:
+    """Returns the path in the site of a file of the repository, a path relative to its root."""
+    if source in PAGES:
+        return PAGES[source]
+    return source.removeprefix("docs/") if source.startswith("docs/") else f"{FILES}/{source}"
+
+
+def source_path(site: str) -> str:
+    """Returns the file of the repository that a page of the site is made from."""
+    if site.startswith(f"{FILES}/"):
+        return site.removeprefix(f"{FILES}/")
+    return _SOURCES.get(site, f"docs/{site}")
+
+
+def outside_code(markdown: str, change: Callable[[str], str]) -> str:
+    """Applies a function to each line that is not in a fence."""
+    lines, is_code = [], False
+    for line in markdown.split("\n"):
+        is_fence = bool(_FENCE.match(line))
+        is_code ^= is_fence
+        lines.append(line if is_code or is_fence else change(line))
+    return "\n".join(lines)
+
+
+def targets(markdown: str, source: str) -> Iterator[str]:
+    """Yields the files of the repository that a page links to."""
+    found: list[str] = []
+    outside_code(markdown, lambda line: found.extend(m[2] for m in _LINK.finditer(line)) or line)
+    for target in found:
+        if not re.match(r"[a-z]+:|#", target):
+            yield posixpath.normpath(posixpath.join(posixpath.dirname(source), target.partition("#")[0]))
+
+
+def with_links_of_site(markdown: str, source: str) -> str:
+    """Returns a page with links to paths of the site, relative to its own."""
+    folder, own = posixpath.dirname(source), posixpath.dirname(site_path(source))
+
+    def link(match: re.Match[str]) -> str:
+        path, hash_mark, anchor = match[2].partition("#")
+        if re.match(r"[a-z]+:", path) or not path:
+            return match[0]
+        target = site_path(posixpath.normpath(posixpath.join(folder, path)))
+        return f"{match[1]}{posixpath.relpath(target, own or '.')}{hash_mark}{anchor}{match[3]}"
+
+    return outside_code(markdown, lambda line: _LINK.sub(link, line))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lists and equations
+
+
+def with_wide_items(markdown: str) -> str:
+    """Returns a page whose list items have their further lines indented by four spaces."""
+    lines, width, is_code = [], 0, False
+    for line in markdown.split("\n"):
+        item, indent = _ITEM.match(line), len(line) - len(line.lstrip())
+        if item and not is_code:
+            width = len(item[0])
+        elif line.strip() and indent < width:
+            width = 0
+        is_code ^= bool(_FENCE.match(line))
+        is_inside = width and not item and line.strip()
+        lines.append(" " * max(0, 4 - width) + line if is_inside else line)
+    return "\n".join(lines)
+
+
+def without_math(markdown: str) -> tuple[str, list[str]]:
+    """Returns a page with a mark in the place of each equation, and the equations as MathML."""
+    found: list[str] = []
+
+    def keep(tex: str, display: str) -> str:
+        found.append(mathml(tex, display))
+        return f"EQUATION{len(found) - 1}END"
+
+    blocks = re.sub(r"^```math\n(.*?)\n```$", lambda m: keep(m[1], "block"), markdown, flags=re.MULTILINE | re.DOTALL)
+    return outside_code(blocks, lambda line: _INLINE_MATH.sub(lambda m: keep(m[1], "inline"), line)), found
+
+
+def mathml(tex: str, display: str) -> str:
+    """Returns an equation as MathML; a command that the converter does not support is a warning, as in strict mode."""
+    from latex2mathml.converter import convert
+
+    made = convert(tex, display=display)
+    if "\\" in made:
+        log.warning("equation %r: a command is not supported", tex)
+    return f'<div class="equation">{made}</div>' if display == "block" else made
+
+
+def with_math(html: str, equations: list[str]) -> str:
+    """Returns the HTML of a page with the equations in the place of their marks."""
+    html = re.sub(r"<p>EQUATION(\d+)END</p>", lambda m: equations[int(m[1])], html)
+    return re.sub(r"EQUATION(\d+)END", lambda m: equations[int(m[1])], html)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Events of mkdocs
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the pages outside docs/, and the files that pages link to."""
+    from mkdocs.structure.files import File
+
+    pages = {source: (ROOT / source).read_text(encoding="utf-8") for source in PAGES}
+    for source, text in pages.items():
+        files.append(File.generated(config, PAGES[source], content=text))
+    for page in ROOT.glob("docs/*.md"):
+        pages[f"docs/{page.name}"] = page.read_text(encoding="utf-8")
+    for source, text in pages.items():
+        for target in targets(text, source):
+            site = site_path(target)
+            is_new = files.get_file_from_path(site) is None
+            if is_new and (ROOT / target).is_file():
+                files.append(File.generated(config, site, abs_src_path=str(ROOT / target)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Adapts a page from GitHub to the site."""
+    text, page.equations = without_math(markdown)
+    return with_wide_items(with_links_of_site(text, source_path(page.file.src_uri)))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Puts the equations of a page into its HTML."""
+    return with_math(html, page.equations)
