@@ -50,8 +50,9 @@ def read_only(root):
 
 def obey_permissions():
     """Makes this process, a child before its exec, obey the permissions of files, also where it is root."""
-    for capability in (OVERRIDE, SEARCH):
-        ctypes.CDLL(None).prctl(DROP, capability, 0, 0, 0)
+    library = ctypes.CDLL(None)
+    for capability in (OVERRIDE, SEARCH) if hasattr(library, "prctl") else ():
+        library.prctl(DROP, capability, 0, 0, 0)
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +145,7 @@ def test_an_installed_package_trains_evaluates_and_generates(installed, tmp_path
     small.append("--config.model.rope.interleaved=false")  # as in the layout of the export
     done = installed.run("mtp-train", "--config=tiny", "--workdir=run", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "python -m mtp_jax.tools.eval --tasks=loss --workdir=run" in done.stdout
+    assert "  mtp-eval --tasks=loss --workdir=run\n" in done.stdout
     for script, argv in AFTER_TRAINING.items():
         done = installed.run(script, *argv, cwd=tmp_path)
         assert done.returncode == 0, (script, done.stderr)
@@ -197,6 +198,24 @@ def test_help_names_settings_that_exist(monkeypatch, capfd):
     assert str(ROOT / "mtp_jax" / "config" / "schema.py") in printed
 
 
+@pytest.mark.parametrize(
+    ("command", "python", "kind", "first"),
+    [
+        ("/env/bin/mtp-train", "/env/bin/python", "none", "  mtp-eval --tasks=loss --workdir='a b'"),
+        ("train.py", "/env/bin/python", "none", "  /env/bin/python -m mtp_jax.tools.eval --tasks=loss --workdir='a b'"),
+        ("train.py", "HERE/.venv/bin/python", "none", "  .venv/bin/python -m mtp_jax.tools.eval --tasks=loss"),
+        ("mtp-train", "python", "sequential", "  mtp-eval --tasks=loss,acceptance,speculative --workdir="),
+        ("mtp-train", "python", "top", "  mtp-eval --tasks=loss --workdir="),  # never drafts
+    ],
+)
+def test_the_next_commands_have_the_form_of_this_one(monkeypatch, tmp_path, command, python, kind, first):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [command])
+    monkeypatch.setattr(sys, "executable", python.replace("HERE", str(tmp_path)))
+    lines = train.next_commands(config.load_config(str(ROOT / "configs/tiny.py"), [f"--config.mtp.kind={kind}"]), "a b")
+    assert lines[0].startswith(first) and len(lines) == 3
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Dependencies
 
@@ -244,15 +263,16 @@ def no_matplotlib(monkeypatch):
 
 
 def test_without_matplotlib_tables_and_numbers_remain(no_matplotlib, monkeypatch, capfd, tmp_path):
+    missing = "matplotlib is not installed; pip install matplotlib (the extra plot)"
     errors.warn_once.cache_clear()
     results.write(epath.Path(tmp_path / "eval.json"), "run", ["table"], {"loss": {"main": {"loss": 1.0}}})
-    assert "eval.png is not drawn: matplotlib is not installed; pip install 'mtp_jax[plot]'" in capfd.readouterr().err
+    assert f"eval.png is not drawn: {missing}" in capfd.readouterr().err
     assert (tmp_path / "eval.json").is_file() and not (tmp_path / "eval.png").exists()
 
     open_workdir(tmp_path / "run", config.load_config("tiny", ["--config.model.vocab_size=264"]))
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "loss_main": 1.0}\n')
     assert run_here(monkeypatch, report.main, f"--workdir={tmp_path / 'run'}") == 0
-    assert "no curves: matplotlib is not installed; pip install 'mtp_jax[plot]'" in capfd.readouterr().out
+    assert f"no curves: {missing}" in capfd.readouterr().out
     argv = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'a.png'}"]
     assert run_here(monkeypatch, report.main, *argv) == 2
-    assert capfd.readouterr().err.endswith("a.png: matplotlib is not installed; pip install 'mtp_jax[plot]'\n")
+    assert capfd.readouterr().err.endswith(f"a.png: {missing}\n")

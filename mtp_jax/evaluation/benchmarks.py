@@ -88,8 +88,8 @@ def select(args: argparse.Namespace, names: Sequence[str]) -> Selection:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"--tasks={names[0]}: is not loss, acceptance, speculative or advice; for benchmarks install "
-            "requirements-eval.txt first"
+            f"--tasks={names[0]}: is not loss, acceptance, speculative or advice; benchmarks need a package: pip "
+            "install 'lm_eval>=0.4.13,<0.5' (the extra eval)"
         )
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise UserError(f"--num_fewshot={args.num_fewshot}: must be at least 0")

@@ -80,7 +80,7 @@ def draw(values: JsonObject, path: epath.Path, title: str) -> bool:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        warn_once(f"{path.name} is not drawn: matplotlib is not installed; pip install 'mtp_jax[plot]'")
+        warn_once(f"{path.name} is not drawn: matplotlib is not installed; pip install matplotlib (the extra plot)")
         return False
 
     height = 1.0 + 0.3 * max(len(rows) for _, rows in panels)

@@ -21,7 +21,7 @@ from mtp_jax.config import UserError
 from mtp_jax.tools.reporting.runs import Run, load_runs
 from mtp_jax.tools.reporting.table import Table
 
-NO_MATPLOTLIB = "matplotlib is not installed; pip install 'mtp_jax[plot]'"
+NO_MATPLOTLIB = "matplotlib is not installed; pip install matplotlib (the extra plot)"
 
 
 def main(argv: list[str]) -> None:

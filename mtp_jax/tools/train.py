@@ -7,7 +7,7 @@ other settings. SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C save the state at the end of
 second one ends it at once.
 """
 
-import os.path
+import os
 from typing import Any
 
 from mtp_jax import cli, signals
@@ -95,14 +95,18 @@ def report(run, workdir: str) -> None:
 
 
 def next_commands(config: Any, workdir: str) -> list[str]:
-    """Returns command lines for a trained model, that of text with drafts if its kind has any."""
+    """Returns command lines for a trained model, in the form that this command was given: mtp-NAME, or python -m."""
     import shlex
+    import sys
 
     from mtp_jax.mtp import kind_of
 
     tasks = "loss,acceptance,speculative" if kind_of(config).max_drafts != 0 else "loss"
+    is_script = os.path.basename(sys.argv[0]).startswith("mtp-")
+    python = sys.executable.removeprefix(f"{os.getcwd()}{os.sep}")  # .venv/bin/python in a clone
+    prefix = "mtp-" if is_script else f"{shlex.quote(python)} -m mtp_jax.tools."
     lines = [f"eval --tasks={tasks}", "generate 'def fib('", "report"]
-    return [f"  python -m mtp_jax.tools.{line} --workdir={shlex.quote(workdir)}" for line in lines]
+    return [f"  {prefix}{line} --workdir={shlex.quote(workdir)}" for line in lines]
 
 
 def sample(run, is_main: bool) -> None:

@@ -33,8 +33,8 @@ class SentencePieceTokenizer:
             messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
         except ImportError as error:
             raise UserError(
-                f"data.tokenizer={path}: is read by the package sentencepiece; install requirements-sentencepiece.txt, "
-                "or use a tokenizer.json"
+                f"data.tokenizer={path}: needs a package: pip install sentencepiece (the extra of that name); or use a "
+                "tokenizer.json"
             ) from error
         from google.protobuf.message import DecodeError
 
