@@ -197,7 +197,11 @@ FLAG = re.compile(r"--config\.([\w.\[\]]+)=('[^']*'|[^\s`'|\])]*)")
 HINTS = key_hints(Config)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "--config." in (ROOT / page).read_text()])
+# The log has commands as they were given, also with settings of earlier versions.
+WITH_SETTINGS = [page for page in PAGES if "--config." in (ROOT / page).read_text() and page != "docs/log.md"]
+
+
+@pytest.mark.parametrize("page", WITH_SETTINGS)
 def test_settings_on_the_page_exist(page):
     """Each --config.KEY=VALUE names a key, and its value is of the key's type unless it is a placeholder."""
     for key, value in set(FLAG.findall((ROOT / page).read_text())):
