@@ -93,7 +93,9 @@ def test_the_run_ends_with_a_table_and_a_sample(reference):
     for loss, bits_per_byte, *_ in table.values():
         assert 2 < loss < 5 and bits_per_byte == pytest.approx(loss / math.log(2), rel=0.01)
     assert "sample, temperature 0.7" in printed and "\ndef " in printed
-    assert printed.splitlines()[-1].startswith(f"{workdir}: ")
+    *_, files, heading, first, _, _ = printed.splitlines()
+    assert files.startswith(f"{workdir}: ") and heading == "next:"
+    assert first.endswith(f" -m mtp_jax.tools.eval --tasks=loss,acceptance,speculative --workdir={workdir}")
 
 
 def test_eval_agrees_with_the_closing_table(reference, tmp_path):
