@@ -13,13 +13,16 @@ Exit code 2 with one line if a workdir has no metrics, or a sweep no runs.
 
 import importlib.util
 import json
+from typing import TYPE_CHECKING
 
 from etils import epath
 
 from mtp_jax import cli, storage
 from mtp_jax.config import UserError
-from mtp_jax.tools.reporting.runs import Run, load_runs
-from mtp_jax.tools.reporting.table import Table
+
+if TYPE_CHECKING:  # imports jax: errors in the arguments are reported before
+    from mtp_jax.tools.reporting.runs import Run
+    from mtp_jax.tools.reporting.table import Table
 
 NO_MATPLOTLIB = "matplotlib is not installed; pip install matplotlib (the extra plot)"
 
@@ -44,10 +47,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output={output}: must end in .png")
     if args.output and not _has_matplotlib():
         raise UserError(f"--output={output}: {NO_MATPLOTLIB}")
-    runs = load_runs(args.workdir, args.sweep)
 
     from mtp_jax.tools.reporting import variants as grouping  # imports jax
+    from mtp_jax.tools.reporting.runs import load_runs
 
+    runs = load_runs(args.workdir, args.sweep)
     variants, source = grouping.variants_of(runs), grouping.best_source(runs)
     tables = make_tables(runs, variants, source)
     print("\n\n".join(table.text() for table in tables))
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> None:
     _draw(variants, output)
 
 
-def make_tables(runs: list[Run], variants: list, source: str) -> list[Table]:
+def make_tables(runs: list["Run"], variants: list, source: str) -> list["Table"]:
     """Returns the tables that apply to these runs."""
     from mtp_jax.tools.reporting import tables
 
