@@ -100,9 +100,10 @@ class ModelConfig:
     init_std: float = setting(0.02, at_least=0, at_most=10, may_change="new_run")
     param_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
     compute_dtype: Literal["float32", "bfloat16"] = setting("float32", may_change="new_run")
-    # precision of float32 products with weights in layers/linear.py, on devices that round operands: default lets TPUs
-    # (bfloat16) and GPUs (TensorFloat-32) do so, highest does not. Grouped experts and the head are excluded.
-    matmul_precision: Literal["default", "high", "highest"] = setting("default", may_change="new_run")
+    # precision of products with weights in layers/linear.py. Of float32 operands, on devices that round them: default
+    # lets TPUs (bfloat16) and GPUs (TensorFloat-32) do so, highest does not; grouped experts excluded. fp8: training
+    # steps multiply in 8 bits (kernels/fp8.py), experts included. The router and the head are the same in all.
+    matmul_precision: Literal["default", "high", "highest", "fp8"] = setting("default", may_change="new_run")
     # what the backward pass recomputes: everything but matmul outputs (dots), everything but the outputs of attention
     # and of the experts' matmuls (kernels), or everything (full)
     remat: Literal["none", "dots", "kernels", "full"] = setting("none", may_change="resume")
@@ -408,7 +409,17 @@ class Config:
 
     @property
     def architecture(self) -> Architecture:
-        """The model and its MTP, without the rest of the run."""
+        """The model and its MTP as everything but a training step computes them, without the rest of the run.
+
+        matmul_precision=fp8 is a precision of training: the weights themselves are not in 8 bits.
+        """
+        is_fp8 = self.model.matmul_precision == "fp8"
+        model = dataclasses.replace(self.model, matmul_precision="default") if is_fp8 else self.model
+        return Architecture(model, self.mtp)
+
+    @property
+    def training_architecture(self) -> Architecture:
+        """The model and its MTP as training steps compute them; the same weights as `architecture`."""
         return Architecture(self.model, self.mtp)
 
 

@@ -73,7 +73,7 @@ def compare(lm: LanguageModel, tokens_BN: np.ndarray) -> list[Outcome]:
 
 def _losses(lm: LanguageModel, choice: dict[str, str], tokens_BN: np.ndarray) -> tuple[float, ...]:
     changes: dict[str, Any] = dict(choice)
-    architecture = Architecture(lm.config.model, dataclasses.replace(lm.config.mtp, **changes))
+    architecture = dataclasses.replace(lm.config.architecture, mtp=dataclasses.replace(lm.config.mtp, **changes))
     params = lm.params
     if choice["output_norm"] == "main":
         module = {name: value for name, value in params["mtp"]["module"].items() if name != "output_norm"}

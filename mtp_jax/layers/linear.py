@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mtp_jax.kernels import fp8
 from mtp_jax.kernels.device import device
 from mtp_jax.kernels.grouped_matmul import grouped_matmuls
 
@@ -39,6 +40,15 @@ def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> 
     return _contract(x, weight, weight.get_metadata()["info"].in_dims, precision)
 
 
+def linear_local(x: jax.Array, weight: jax.Array, precision: str) -> jax.Array:
+    """`linear` inside shard_map: product of x [..., D] and a weight [D, ...] passed as a plain array in the dtype of x.
+
+    Args:
+      precision: model.matmul_precision.
+    """
+    return _product(x, weight, (0,), precision)
+
+
 def linear_columns(x: jax.Array, weight: nnx.Variable, columns_F: jax.Array) -> jax.Array:
     """Product of `x` [..., D] and some of the V outputs of a weight of D and V, int[F] -> [..., F], dtype of x."""
     info = weight.get_metadata()["info"]
@@ -57,18 +67,21 @@ def gated_biases(gates_BTE: jax.Array, bias: nnx.Variable) -> jax.Array:
     return gates_BTE @ cast(bias, gates_BTE.dtype)
 
 
-def grouped(x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, kernel: str) -> list[jax.Array]:
+def grouped(
+    x_ND: jax.Array, weights: Sequence[jax.Array], sizes_E: jax.Array, kernel: str, precision: str
+) -> list[jax.Array]:
     """Grouped matmuls of rows sorted by expert with several weights of one shape: [N, F] each.
 
     Args:
       weights: [E, D, F] each, already in the dtype of x.
       sizes_E: int32, number of rows per expert.
       kernel: as in `kernels.grouped_matmul.grouped_matmul`.
+      precision: model.matmul_precision; "fp8" rounds the operands, other values have no effect.
 
     Raises:
       UserError: the requested kernel does not support the operands.
     """
-    return grouped_matmuls(x_ND, weights, sizes_E, kernel)
+    return grouped_matmuls(x_ND, weights, sizes_E, kernel, is_fp8=precision == "fp8")
 
 
 def outputs_first(weight: nnx.Variable) -> nnx.Variable:
@@ -92,13 +105,19 @@ def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], prec
     value = cast(weight, x.dtype)
     rows, outputs = x.shape[: x.ndim - len(in_dims)], value.shape[: value.ndim - len(in_dims)]
     configured = weight.get_metadata()["info"].precision
-    precision = precision or (None if configured == "default" else configured)
-    dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=x.dtype)
+    product = functools.partial(_product, precision=precision or configured)
     if in_dims[-1] == -1 and 1 < math.prod(rows) <= FEW_ROWS and device().prefers_outputs_first:
         # Products of single rows, which XLA compiles to one reduction that reads the weight once.
         x_ND, value_FD = x.reshape(math.prod(rows), 1, -1), value.reshape(math.prod(outputs), -1)
-        out_NF = jnp.concatenate([dot(x_1D, value_FD, (((1,), (1,)), ((), ()))) for x_1D in x_ND])
+        out_NF = jnp.concatenate([product(x_1D, value_FD, (1,)) for x_1D in x_ND])
         return out_NF.reshape(*rows, *outputs)
+    return product(x, value, tuple(value.ndim + dim for dim in in_dims))
+
+
+def _product(x: jax.Array, weight: jax.Array, in_dims: tuple[int, ...], precision: str) -> jax.Array:
+    """Product of x [..., contracted dims] and a weight whose dims `in_dims` are contracted."""
+    if precision == "fp8":
+        return fp8.dot(x, weight, in_dims)
     last = tuple(range(x.ndim - len(in_dims), x.ndim))
-    summed = last, tuple(value.ndim + dim for dim in in_dims)
-    return dot(x, value, (summed, ((), ())))
+    named = None if precision == "default" else precision
+    return jax.lax.dot_general(x, weight, ((last, in_dims), ((), ())), named, preferred_element_type=x.dtype)

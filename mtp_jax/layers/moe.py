@@ -105,13 +105,14 @@ class MixtureOfExperts(nnx.Module):
 def _experts(x_ND: jax.Array, sizes_E: jax.Array, weights: dict[str, jax.Array], config: ModelConfig) -> jax.Array:
     """Runs the feed-forward of each expert on its group of rows, inside or outside shard_map."""
     with jax.named_scope("experts"):
-        gate_NF, up_NF = grouped(x_ND, (weights["gate"], weights["up"]), sizes_E, config.expert_kernel)
+        kernel, precision = config.expert_kernel, config.matmul_precision
+        gate_NF, up_NF = grouped(x_ND, (weights["gate"], weights["up"]), sizes_E, kernel, precision)
         if config.expert_bias:
             # Rows after the last group get its biases; they are never read.
             expert_N = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_ND)), side="right")
             gate_NF, up_NF = gate_NF + weights["gate_bias"][expert_N], up_NF + weights["up_bias"][expert_N]
         h_NF = gated_unit(gate_NF, up_NF, config.gated_unit)
-        (out_ND,) = grouped(h_NF, (weights["down"],), sizes_E, config.expert_kernel)
+        (out_ND,) = grouped(h_NF, (weights["down"],), sizes_E, kernel, precision)
         if config.expert_bias:
             # Outputs are summed over the devices that share an expert's width, so only the first one adds the bias.
             is_first = jax.lax.axis_index(LOGICAL_AXES["ffn"]) == 0 if num_shards("ffn") > 1 else True

@@ -110,7 +110,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
     return Trainer(
         init=jax.jit(fresh, out_shardings=place),
         step=jax.jit(
-            make_step(config, built, tx),
+            make_step(config, abstract_model(config.training_architecture), tx),
             in_shardings=(place, rows),
             out_shardings=(place, replicated),
             donate_argnums=0,

@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import pretend
 from mtp_jax.layers.ffn import SwiGLU
 from mtp_jax.layers.linear import linear, outputs_first, sum_over_experts
+from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.param import matrix
 
 ROOT = pathlib.Path(__file__).parent.parent.parent / "mtp_jax"
@@ -94,3 +96,21 @@ def test_products_by_dense_weights_have_the_configured_precision(precision):
     found = [e.params["precision"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
     expected = None if precision == "default" else (jax.lax.Precision(precision),) * 2
     assert found == [expected] * 3
+
+
+def test_products_by_dense_weights_are_in_8_bits_but_for_the_router():
+    config = ModelConfig(vocab_size=8, embed_dim=16, num_experts=2, expert_dim=8, matmul_precision="fp8")
+    layer = MixtureOfExperts(config, nnx.Rngs(params=jax.random.key(0)))
+    jaxpr = jax.make_jaxpr(layer)(jnp.ones((1, 2, 16)), jnp.ones((1, 2), bool))
+    found = [operands for operands in dots(jaxpr.jaxpr)]
+    assert found.count(("float32", "float32")) == 1  # the router
+    assert found.count(("float8_e4m3fn", "float8_e4m3fn")) == len(found) - 1 == 6  # routed and shared experts
+
+
+def dots(jaxpr):
+    """Yields the dtypes of the operands of every dot_general, those in inner programs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield tuple(v.aval.dtype.name for v in eqn.invars)
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from dots(inner)

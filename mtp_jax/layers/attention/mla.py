@@ -16,7 +16,7 @@ from mtp_jax.kernels.device import device
 from mtp_jax.layers import rope
 from mtp_jax.layers.attention.base import Attention
 from mtp_jax.layers.cache import Slots, num_slots, read_and_write
-from mtp_jax.layers.linear import cast, join, linear
+from mtp_jax.layers.linear import cast, join, linear, linear_local
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.spec import AttentionSpec
@@ -112,7 +112,7 @@ class MultiHeadLatentAttention(Attention):
     def _expand(self, latent_BSC, rotary_BSR, kv_b_CHX):
         """Returns the keys [B, S, H, N + R] and values [B, S, H, V] of every head."""
         nope = self.config.qk_nope_head_dim
-        kv_BSHX = jnp.einsum("bsc,chx->bshx", latent_BSC, kv_b_CHX)
+        kv_BSHX = linear_local(latent_BSC, kv_b_CHX, self.config.matmul_precision)
         k_nope_BSHN, v_BSHV = kv_BSHX[..., :nope], kv_BSHX[..., nope:]
         rotary_BSHR = jnp.broadcast_to(rotary_BSR[:, :, None], (*k_nope_BSHN.shape[:3], rotary_BSR.shape[-1]))
         return jnp.concatenate([k_nope_BSHN, rotary_BSHR], axis=-1), v_BSHV
