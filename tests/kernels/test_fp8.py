@@ -144,6 +144,20 @@ def test_the_operands_are_in_8_bits_in_all_three_products_and_between_the_passes
     ]
 
 
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_with_no_batch_dims_saveable])
+def test_a_recomputed_product_has_the_same_gradients(policy):
+    x_ND, w_DF, g_NF = (jnp.asarray(a, jnp.float32) for a in outliers(6, 16, 8))
+
+    def layer(x, w):
+        return jnp.tanh(fp8.dot(jnp.tanh(x), w, (0,)))
+
+    found = [
+        jax.jit(lambda x, w, run=run: jax.vjp(run, x, w)[1](g_NF))(x_ND, w_DF)
+        for run in (layer, jax.checkpoint(layer, policy=policy))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 SIZES = [10, 0, 130, 60]  # and 56 rows after the last group
 
 
