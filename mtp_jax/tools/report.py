@@ -6,7 +6,8 @@
 Runs that differ only in their seed are one variant, with mean and standard deviation. Besides the newest values of
 every run, the tables show losses and costs of the variants (runs), the search over n, and benchmarks beside the
 baseline, each if there is something to compare. Values on held-out documents come from the eval.json in a run's folder
-(eval.py --output=DIR/eval.json; tools.sweep writes it). Benchmarks have a separate PNG, NAME_benchmarks.png.
+(eval.py --output=DIR/eval.json; tools.sweep writes it). Benchmarks have a separate PNG, NAME_benchmarks.png, and a
+second one, NAME_balance.png, where the baseline and others have generative and likelihood benchmarks: the differences.
 
 Exit code 2 with one line if a workdir has no metrics, or a sweep no runs.
 """
@@ -88,14 +89,18 @@ def _draw(variants: list, output: epath.Path) -> None:
     from mtp_jax.tools.reporting import pictures
 
     bars = output.with_name(f"{output.stem}_benchmarks.png")
+    balance = output.with_name(f"{output.stem}_balance.png")
     try:
         pictures.draw(variants, output)
         has_bars = pictures.draw_benchmarks(variants, bars)
+        has_balance = pictures.draw_balance(variants, balance)
     except OSError as error:
         raise UserError(f"--output={output}: cannot be written ({storage.reason(error)})") from error
     print(f"curves: {output}")
     if has_bars:
         print(f"benchmarks: {bars}")
+    if has_balance:
+        print(f"generative against likelihood: {balance}")
 
 
 def command() -> None:

@@ -300,6 +300,62 @@ def test_benchmarks_beside_the_baseline(tmp_path, run):
     assert (root / "report_benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
+def both_ways(root):
+    """Runs with one group of two tasks of both kinds, and a task outside: (generative, choice, other) of each seed."""
+    scores = {
+        ("none", 0): [(0.30, 0.50, 0.40), (0.32, 0.52, 0.40)],
+        ("sequential", 1): [(0.40, 0.45, 0.60), (0.42, 0.47, 0.60)],
+    }
+    for (kind, depth), found in scores.items():
+        for seed, (generated, chosen, other) in enumerate(found):
+            choice = benchmark(chosen, 0.01, "likelihood", group="words")
+            choice["metrics"]["acc_norm"] = {"value": chosen + 0.1, "stderr": 0.01}
+            tasks = {"copy": benchmark(generated, 0.01, group="words"), "copy_choice": choice}
+            tasks["sums"] = benchmark(other, 0.03)
+            evaluation = losses(*[1.0] * (1 + depth)) | {"benchmarks": tasks}
+            run_of(root / f"{kind}{seed}", kind, max(depth, 1), seed, evaluation=evaluation)
+    return root
+
+
+def test_means_over_benchmarks_and_the_normalized_accuracy(tmp_path, run):
+    root = both_ways(tmp_path / "a")
+    code, out, _ = run(f"--sweep={root}", f"--json={tmp_path / 'values.json'}")
+    table = rows_of(out, "\nbenchmarks")
+    (mean,) = [row for row in table if row[0].startswith("mean of the")]  # one likelihood-based task: no mean
+    # baseline (0.30 + 0.40) / 2 and (0.32 + 0.40) / 2; sequential (0.40 + 0.60) / 2 and (0.42 + 0.60) / 2
+    assert mean == ["mean of the 2 main metrics", "-", "-", "0.355 ± 0.007", "0.505 ± 0.007", "+0.150*"]
+    (normalized,) = [row for row in table if "acc_norm" in row[0]]
+    assert normalized[0] == "words: copy_choice (acc_norm)" and normalized[3:] == [
+        "0.610 ± 0.014",
+        "0.560 ± 0.014",
+        "-0.050",
+    ]
+    values = json.loads((tmp_path / "values.json").read_text())
+    (found,) = [v["means"] for v in values["variants"] if v["settings"]["mtp.kind"] == "sequential"]
+    assert found["generative"]["tasks"] == ["copy", "sums"] and found["likelihood"]["tasks"] == ["copy_choice"]
+    assert math.isclose(found["generative"]["stderr"], math.hypot(0.01, 0.03) / 2)
+    # t = 0.15 / 0.00707 (equal deviations, n = 2 each): 21.2 with two degrees of freedom
+    assert found["generative"]["p_value"] == pytest.approx(0.0022, abs=1e-4) and found["generative"]["beyond_noise"]
+    assert code == 0 and (root / "report_balance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_balance_pairs_seeds(tmp_path, monkeypatch):
+    """A point is a seed minus the baseline's same seed, likelihood across and generative up."""
+    found = variants.variants_of(runs.load_runs([], [str(both_ways(tmp_path / "a"))]))
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, _: figures.append(figure))
+    assert pictures.draw_balance(found, tmp_path / "x.png")
+    axes = figures[0].axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["all benchmarks, mean", "words"]
+    points = [
+        [tuple(map(float, line.get_xydata()[0])) for line in a.get_lines() if line.get_marker() == "."] for a in axes
+    ]
+    for got, wanted in zip(points, [[(-0.05, 0.15)] * 2, [(-0.05, 0.10)] * 2], strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-9)
+    others = [v for v in found if not v.is_baseline]
+    assert not pictures.draw_balance(others, tmp_path / "y.png")  # no baseline
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("baseline", "other", "marked"),

@@ -18,7 +18,7 @@ from matplotlib.typing import LineStyleType
 from mtp_jax import storage
 from mtp_jax.config import UserError
 from mtp_jax.tools.reporting.runs import Rows, Run
-from mtp_jax.tools.reporting.variants import Variant, shown_benchmarks
+from mtp_jax.tools.reporting.variants import Sample, Variant, baseline_of, comparable, shown_benchmarks
 from mtp_jax.training.metrics import METRICS_FILE
 
 # (panel title, metrics): a metric is a name, or a prefix ending in _ for one curve per depth
@@ -126,6 +126,69 @@ def draw_benchmarks(variants: Sequence[Variant], output: epath.Path) -> bool:
     _legend(figure, labels, "error bars: standard deviation over seeds, or standard error of the task for one seed")
     _save(figure, output)
     return True
+
+
+@matplotlib.rc_context(RC)
+def draw_balance(variants: Sequence[Variant], output: epath.Path) -> bool:
+    """Draws the differences from the baseline, generative scores over likelihood scores: one panel for the means of all
+    benchmarks, and one for each group with benchmarks of both kinds.
+
+    A small point is a seed minus the baseline's same seed; a large one is the difference of the means, with the
+    standard error of that difference over seeds. Returns False if there is no baseline, or no benchmark of one kind.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    shown = shown_benchmarks(variants)
+    groups = [("all benchmarks, mean", shown)]
+    for group in dict.fromkeys(facts.get("group") for _, facts in shown if facts.get("group")):
+        groups.append((str(group), [t for t in shown if t[1].get("group") == group]))
+    panels = [(title, comparable(ts, "likelihood"), comparable(ts, "generative")) for title, ts in groups]
+    panels = [panel for panel in panels if panel[1] and panel[2]]
+    pairs = [(i, v, baseline_of(v, variants)) for i, v in enumerate(variants) if not v.is_baseline]
+    drawn = [(i, v, baseline) for i, v, baseline in pairs if baseline is not None]
+    if not panels or not drawn:
+        return False
+    figure, axes = _grid(len(panels), 3)
+    for axis, (title, *kinds) in zip(axes, panels, strict=True):
+        for i, variant, baseline in drawn:
+            _draw_differences(axis, variant, baseline, kinds, f"C{i}")
+        axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+        axis.axvline(0, color="#999999", linewidth=0.8, zorder=0)
+        axis.axline((0, 0), slope=1, color="#cccccc", linewidth=0.8, linestyle="dashed", zorder=0)
+        axis.set_title(title)
+        axis.set_xlabel("likelihood, difference from the baseline")
+        axis.set_ylabel("generative, difference")
+        axis.margins(0.15)
+    labels: list[LegendEntry] = [(_legend_label(v), f"C{i}", "solid") for i, v, _ in drawn]
+    _legend(
+        figure, labels, "small: a seed; large: the means, with standard errors over seeds; dashed: equal differences"
+    )
+    _save(figure, output)
+    return True
+
+
+def _draw_differences(
+    axis: Axes, variant: Variant, baseline: Variant, kinds: Sequence[Sequence[str]], color: str
+) -> None:
+    """Draws one variant's points; kinds: the benchmarks of the horizontal and of the vertical axis."""
+    ours, theirs = ([v.mean_by_seed(names) for names in kinds] for v in (variant, baseline))
+    for seed in ours[0]:
+        if all(seed in found for found in (*ours, *theirs)):
+            x, y = (one[seed][0][0] - other[seed][0][0] for one, other in zip(ours, theirs, strict=True))
+            axis.plot(x, y, ".", color=color, markersize=5, alpha=0.6)
+    samples = [(variant.mean_benchmark(names), baseline.mean_benchmark(names)) for names in kinds]
+    found = [(one, other) for one, other in samples if one is not None and other is not None]
+    if len(found) == len(samples):
+        (x, xerr), (y, yerr) = ((one.mean - other.mean, _standard_error(one, other)) for one, other in found)
+        axis.errorbar(x, y, yerr, xerr, fmt="o", color=color, markersize=7, capsize=3, linewidth=1)
+
+
+def _standard_error(one: Sample, other: Sample) -> float | None:
+    """Returns the standard error over seeds of the difference of two means; None for a single run."""
+    if one.deviation is None or other.deviation is None:
+        return None
+    return math.hypot(one.deviation / math.sqrt(len(one.values)), other.deviation / math.sqrt(len(other.values)))
 
 
 def _values(variant: Variant, task: str) -> tuple[float, ...]:

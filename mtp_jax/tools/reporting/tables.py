@@ -10,6 +10,7 @@ from mtp_jax.tools.reporting.variants import (
     Variant,
     baseline_of,
     beyond_noise,
+    comparable,
     measures,
     shown_benchmarks,
     value_text,
@@ -23,6 +24,7 @@ NOISE_NOTE = (
     "assumed to have the deviation of the other side) and by 1.96 standard errors over documents, each where known; of "
     "pairs that do not differ one in twenty is marked, at most"
 )
+NORMALIZED = "acc_norm"  # shown beside acc: likelihoods divided by the lengths of the options
 SOURCES = {"validation": "held-out documents, eval.json", "training": "last logged training step, no run is evaluated"}
 
 
@@ -143,16 +145,20 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, Jso
         own = v.label([key for key in v.settings if key.startswith("mtp.")]) or v.label()
         header += [own] + ["diff"] * (baseline is not None)
     rows: list[list[str]] = []
+    shown = ([baseline] if baseline else []) + compared
     for kind, title in (("generative", "generative"), ("likelihood", "likelihood-based")):
         chosen = [t for t in tasks if t[1]["kind"] == kind]
         rows += [[title]] if chosen else []
         for task, facts in chosen:
             row = [_task_label((task, facts)), str(facts.get("num_fewshot", MISSING)), number(facts.get("num_docs"), 0)]
-            row += [score(baseline.benchmark(task), len(baseline.finished))] if baseline else []
-            for v in compared:
-                row.append(score(v.benchmark(task), len(v.finished)))
-                row += [_difference(v.benchmark(task), baseline.benchmark(task))] if baseline else []
-            rows.append(row)
+            rows.append(row + _compared([v.benchmark(task) for v in shown], shown, baseline))
+            if NORMALIZED in facts["metrics"] and facts["main_metric"] != NORMALIZED:
+                row = [_task_label((task, facts | {"main_metric": NORMALIZED})), *row[1:]]
+                rows.append(row + _compared([v.benchmark(task, NORMALIZED) for v in shown], shown, baseline))
+        names = comparable(chosen, kind)
+        if len(names) > 1:
+            row = [f"mean of the {len(names)} main metrics", MISSING, MISSING]
+            rows.append(row + _compared([v.mean_benchmark(names) for v in shown], shown, baseline))
     title = f"benchmarks{f' ({others})' if others else ''}"
     counts = ", ".join(f"{v.label()}: {v.num_runs}" for v in variants)
     notes = (
@@ -161,6 +167,16 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, Jso
         NOISE_NOTE if baseline else "no differences: there is no run with mtp.kind=none",
     )
     return Table(title, header, rows, notes)
+
+
+def _compared(samples: list[Sample | None], variants: list[Variant], baseline: Variant | None) -> list[str]:
+    """Returns the cells of one row: each variant's score and, where there is a baseline, which comes first, its
+    difference."""
+    cells = []
+    for sample, variant in zip(samples, variants, strict=True):
+        cells.append(score(sample, len(variant.finished)))
+        cells += [_difference(sample, samples[0])] if baseline and variant is not baseline else []
+    return cells
 
 
 def each_seed(variants: Sequence[Variant]) -> Table | None:

@@ -95,14 +95,36 @@ class Variant:
         values = tuple(v for v in found if v is not None)
         return Sample(values) if values else None
 
-    def benchmark(self, task: str) -> Sample | None:
-        """Returns the main metric of a benchmark over the finished runs that have it, None if none has."""
+    def benchmark(self, task: str, metric: str = "") -> Sample | None:
+        """Returns a metric of a benchmark, by default the main one, over the finished runs that have it, None if none
+        has."""
         found = [run.results().get("benchmarks", {}).get(task) for run in self.finished]
-        metrics = [f["metrics"][f["main_metric"]] for f in found if f]
-        metrics = [m for m in metrics if m["value"] is not None]
+        metrics = [f["metrics"].get(metric or f["main_metric"]) for f in found if f]
+        metrics = [m for m in metrics if m and m["value"] is not None]
         if not metrics:
             return None
         return Sample(tuple(m["value"] for m in metrics), tuple(m.get("stderr") for m in metrics))
+
+    def mean_benchmark(self, tasks: Sequence[str]) -> Sample | None:
+        """Returns the unweighted mean of the main metrics of several benchmarks over the finished runs that have all of
+        them, None if none has."""
+        by_seed = self.mean_by_seed(tasks)
+        found = [mean for means in by_seed.values() for mean in means]
+        return Sample(tuple(m[0] for m in found), tuple(m[1] for m in found)) if found else None
+
+    def mean_by_seed(self, tasks: Sequence[str]) -> dict[int | None, list[tuple[float, float | None]]]:
+        """Returns (mean of the main metrics, its standard error over documents) of the runs of each seed."""
+        out: dict[int | None, list[tuple[float, float | None]]] = {}
+        for run in self.finished:
+            found = [run.results().get("benchmarks", {}).get(task) for task in tasks]
+            metrics = [f["metrics"][f["main_metric"]] for f in found if f]
+            if len(metrics) < len(tasks) or any(m["value"] is None for m in metrics):
+                continue
+            errors = [m.get("stderr") for m in metrics]
+            known = [e for e in errors if e is not None]
+            error = math.hypot(*known) / len(tasks) if len(known) == len(errors) else None
+            out.setdefault(run.seed, []).append((statistics.fmean(m["value"] for m in metrics), error))
+        return out
 
 
 def variants_of(runs: Sequence[Run]) -> list[Variant]:
@@ -204,16 +226,29 @@ def beyond_noise(one: Sample, other: Sample) -> bool | None:
         All seeds are evaluated on the same documents, so more seeds do not reduce these errors. The two variants share
         their documents too; a paired test would reduce the errors, so this one marks rather too few than too many.
     """
-    checks, counts = [], [len(s.values) for s in (one, other)]
-    if max(counts) > 1:
-        sides = [x for s in (one, other) for x in (s.mean, s.deviation or 0.0, len(s.values))]
-        # With a single run on one side, the pooled deviation and its degrees of freedom are those of the other side.
-        found = stats.ttest_ind_from_stats(*sides, equal_var=1 in counts)
-        checks.append(bool(found.pvalue < 1 - CONFIDENCE))
+    checks, p_value = [], welch_p_value(one, other)
+    if p_value is not None:
+        checks.append(p_value < 1 - CONFIDENCE)
     if one.error is not None and other.error is not None:
         bound = stats.norm.ppf((1 + CONFIDENCE) / 2) * math.hypot(one.error, other.error)
         checks.append(abs(one.mean - other.mean) > bound)
     return all(checks) if checks else None
+
+
+def welch_p_value(one: Sample, other: Sample) -> float | None:
+    """Returns the two-sided p-value of Welch's t-test over seeds, see `beyond_noise`; None for one run on each side."""
+    counts = [len(s.values) for s in (one, other)]
+    if max(counts) < 2:
+        return None
+    sides = [x for s in (one, other) for x in (s.mean, s.deviation or 0.0, len(s.values))]
+    # With a single run on one side, the pooled deviation and its degrees of freedom are those of the other side.
+    return float(stats.ttest_ind_from_stats(*sides, equal_var=1 in counts).pvalue)
+
+
+def comparable(tasks: Sequence[tuple[str, JsonObject]], kind: str) -> list[str]:
+    """Returns the names of the benchmarks of a kind, "generative" or "likelihood", whose scores have a common scale:
+    those that are better if higher, which leaves out perplexities."""
+    return [name for name, facts in tasks if facts["kind"] == kind and facts.get("higher_is_better", True)]
 
 
 def as_json(runs: Sequence[Run], variants: Sequence[Variant], source: str) -> JsonObject:
@@ -246,8 +281,15 @@ def _json(variant: Variant, variants: Sequence[Variant], source: str) -> JsonObj
         tasks[task] = {"metric": facts["main_metric"], **_sample_json(sample)}
         other = baseline.benchmark(task) if baseline and baseline is not variant else None
         if sample and other:
-            found = {"difference": sample.mean - other.mean, "beyond_noise": beyond_noise(sample, other)}
-            tasks[task] |= found
+            tasks[task] |= _difference_json(sample, other)
+    means: JsonObject = {}
+    for kind in ("generative", "likelihood"):
+        names_of_kind = comparable(shown_benchmarks(variants), kind)
+        sample = variant.mean_benchmark(names_of_kind) if names_of_kind else None
+        other = baseline.mean_benchmark(names_of_kind) if baseline and baseline is not variant and sample else None
+        if sample:
+            means[kind] = {"tasks": names_of_kind, **_sample_json(sample)}
+            means[kind] |= _difference_json(sample, other) if other else {}
     return {
         "label": variant.label(),
         "settings": variant.settings,
@@ -256,6 +298,15 @@ def _json(variant: Variant, variants: Sequence[Variant], source: str) -> JsonObj
         "num_finished": len(variant.finished),
         "measures": {name: _sample_json(variant.sample(name, source)) for name in names},
         "benchmarks": tasks,
+        "means": means,
+    }
+
+
+def _difference_json(sample: Sample, baseline: Sample) -> JsonObject:
+    return {
+        "difference": sample.mean - baseline.mean,
+        "p_value": welch_p_value(sample, baseline),
+        "beyond_noise": beyond_noise(sample, baseline),
     }
 
 
