@@ -330,12 +330,17 @@ def test_means_over_benchmarks_and_the_normalized_accuracy(tmp_path, run):
         "0.560 ± 0.014",
         "-0.050",
     ]
+    balance = ["-0.155 ± 0.007", "0.045 ± 0.007", "+0.200*"]  # 0.355 - 0.51, 0.505 - 0.46
+    assert table[-2:] == [["balance"], ["mean generative - mean likelihood", "-", "-", *balance]]
     values = json.loads((tmp_path / "values.json").read_text())
     (found,) = [v["means"] for v in values["variants"] if v["settings"]["mtp.kind"] == "sequential"]
     assert found["generative"]["tasks"] == ["copy", "sums"] and found["likelihood"]["tasks"] == ["copy_choice"]
     assert math.isclose(found["generative"]["stderr"], math.hypot(0.01, 0.03) / 2)
     # t = 0.15 / 0.00707 (equal deviations, n = 2 each): 21.2 with two degrees of freedom
     assert found["generative"]["p_value"] == pytest.approx(0.0022, abs=1e-4) and found["generative"]["beyond_noise"]
+    difference = found["generative_minus_likelihood"]
+    assert difference["difference"] == pytest.approx(0.2) and difference["p_value"] == pytest.approx(0.00125, abs=2e-5)
+    assert difference["stderr"] == pytest.approx(math.hypot(0.01, 0.03, 2 * 0.01) / 2)
     assert code == 0 and (root / "report_balance.png").read_bytes().startswith(b"\x89PNG")
 
 

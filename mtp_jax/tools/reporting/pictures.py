@@ -160,6 +160,7 @@ def draw_balance(variants: Sequence[Variant], output: epath.Path) -> bool:
         axis.set_xlabel("likelihood, difference from the baseline")
         axis.set_ylabel("generative, difference")
         axis.margins(0.15)
+        axis.set_aspect("equal", adjustable="datalim")
     labels: list[LegendEntry] = [(_legend_label(v), f"C{i}", "solid") for i, v, _ in drawn]
     _legend(
         figure, labels, "small: a seed; large: the means, with standard errors over seeds; dashed: equal differences"
@@ -176,7 +177,7 @@ def _draw_differences(
     for seed in ours[0]:
         if all(seed in found for found in (*ours, *theirs)):
             x, y = (one[seed][0][0] - other[seed][0][0] for one, other in zip(ours, theirs, strict=True))
-            axis.plot(x, y, ".", color=color, markersize=5, alpha=0.6)
+            axis.plot(x, y, ".", color=color, markersize=7, alpha=0.6)
     samples = [(variant.mean_benchmark(names), baseline.mean_benchmark(names)) for names in kinds]
     found = [(one, other) for one, other in samples if one is not None and other is not None]
     if len(found) == len(samples):

@@ -159,6 +159,10 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, Jso
         if len(names) > 1:
             row = [f"mean of the {len(names)} main metrics", MISSING, MISSING]
             rows.append(row + _compared([v.mean_benchmark(names) for v in shown], shown, baseline))
+    both = [comparable(tasks, kind) for kind in ("generative", "likelihood")]
+    if all(both):
+        row = ["mean generative - mean likelihood", MISSING, MISSING]
+        rows += [["balance"], row + _compared([v.balance(*both) for v in shown], shown, baseline)]
     title = f"benchmarks{f' ({others})' if others else ''}"
     counts = ", ".join(f"{v.label()}: {v.num_runs}" for v in variants)
     notes = (

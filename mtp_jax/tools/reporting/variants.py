@@ -112,6 +112,14 @@ class Variant:
         found = [mean for means in by_seed.values() for mean in means]
         return Sample(tuple(m[0] for m in found), tuple(m[1] for m in found)) if found else None
 
+    def balance(self, generative: Sequence[str], likelihood: Sequence[str]) -> Sample | None:
+        """Returns the mean of the generative benchmarks minus that of the likelihood-based ones, over the finished runs
+        that have all of them; None if none has."""
+        ups, downs = self.mean_by_seed(generative), self.mean_by_seed(likelihood)
+        pairs = [pair for seed in ups if seed in downs for pair in zip(ups[seed], downs[seed], strict=False)]
+        errors = tuple(None if up[1] is None or down[1] is None else math.hypot(up[1], down[1]) for up, down in pairs)
+        return Sample(tuple(up[0] - down[0] for up, down in pairs), errors) if pairs else None
+
     def mean_by_seed(self, tasks: Sequence[str]) -> dict[int | None, list[tuple[float, float | None]]]:
         """Returns (mean of the main metrics, its standard error over documents) of the runs of each seed."""
         out: dict[int | None, list[tuple[float, float | None]]] = {}
@@ -282,14 +290,6 @@ def _json(variant: Variant, variants: Sequence[Variant], source: str) -> JsonObj
         other = baseline.benchmark(task) if baseline and baseline is not variant else None
         if sample and other:
             tasks[task] |= _difference_json(sample, other)
-    means: JsonObject = {}
-    for kind in ("generative", "likelihood"):
-        names_of_kind = comparable(shown_benchmarks(variants), kind)
-        sample = variant.mean_benchmark(names_of_kind) if names_of_kind else None
-        other = baseline.mean_benchmark(names_of_kind) if baseline and baseline is not variant and sample else None
-        if sample:
-            means[kind] = {"tasks": names_of_kind, **_sample_json(sample)}
-            means[kind] |= _difference_json(sample, other) if other else {}
     return {
         "label": variant.label(),
         "settings": variant.settings,
@@ -298,8 +298,26 @@ def _json(variant: Variant, variants: Sequence[Variant], source: str) -> JsonObj
         "num_finished": len(variant.finished),
         "measures": {name: _sample_json(variant.sample(name, source)) for name in names},
         "benchmarks": tasks,
-        "means": means,
+        "means": _means_json(variant, baseline if baseline is not variant else None, shown_benchmarks(variants)),
     }
+
+
+def _means_json(variant: Variant, baseline: Variant | None, tasks: Sequence[tuple[str, JsonObject]]) -> JsonObject:
+    """Returns the means over the benchmarks of each kind, and the difference of the two where there are both."""
+    kinds = {kind: comparable(tasks, kind) for kind in ("generative", "likelihood")}
+    out: JsonObject = {}
+    for kind, names in kinds.items():
+        if names:
+            other = baseline.mean_benchmark(names) if baseline else None
+            out[kind] = {"tasks": names, **_compared_json(variant.mean_benchmark(names), other)}
+    if all(kinds.values()):
+        other = baseline.balance(*kinds.values()) if baseline else None
+        out["generative_minus_likelihood"] = _compared_json(variant.balance(*kinds.values()), other)
+    return out
+
+
+def _compared_json(sample: Sample | None, baseline: Sample | None) -> JsonObject:
+    return _sample_json(sample) | (_difference_json(sample, baseline) if sample and baseline else {})
 
 
 def _difference_json(sample: Sample, baseline: Sample) -> JsonObject:
