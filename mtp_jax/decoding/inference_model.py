@@ -16,7 +16,7 @@ from flax import nnx
 from mtp_jax.config import Architecture
 from mtp_jax.kernels.device import device
 from mtp_jax.layers.attention import attention_of
-from mtp_jax.layers.block import Block
+from mtp_jax.layers.block import Block, Residual
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.linear import outputs_first
 from mtp_jax.layers.norm import RMSNorm
@@ -165,13 +165,13 @@ def run_main(
 ) -> tuple[MainModel, list[Cache]]:
     """Runs new tokens through the main model; returns its outputs and the caches with the entries of the new tokens."""
     inputs = DecoderInputs(network.embed(tokens_BT), slots.positions_BT, None)
-    h_BTD = branch_BTD = network.kind.decoder_inputs(network.mtp, inputs).h_BTD
+    residual = branch = Residual(network.kind.decoder_inputs(network.mtp, inputs).h_BTD)
     written = []
     for block, cache in zip(network.blocks, caches, strict=True):
-        branch_BTD = h_BTD
-        h_BTD, cache = block.decode(h_BTD, slots, cache)
+        branch = residual
+        residual, cache = block.decode(residual, slots, cache)
         written.append(cache)
-    return MainModel(h_BTD, branch_BTD, network.final_norm, network.embed), written
+    return MainModel(residual.total, branch.total, network.final_norm, network.embed), written
 
 
 def empty_caches(

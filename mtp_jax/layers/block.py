@@ -1,5 +1,7 @@
 """Transformer block of the decoder and the MTP modules: h + attention(norm(h)), then h + ffn(norm(h))."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +16,22 @@ from mtp_jax.layers.router import RouterStats
 from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.sharding import constrain, num_shards
 from mtp_jax.typing import Cache
+
+
+class Residual(NamedTuple):
+    """Residual stream of new tokens in inference, [B, T, D].
+
+    out_BTD: output of the last layer, which the next norm adds to h_BTD (`RMSNorm.decode`); None: already added.
+    """
+
+    h_BTD: jax.Array
+    out_BTD: jax.Array | None = None
+
+    @property
+    def total(self) -> jax.Array:
+        """Returns the sum, [B, T, D]."""
+        total_BTD = self.h_BTD if self.out_BTD is None else self.h_BTD + self.out_BTD
+        return constrain(total_BTD, "batch", "length", None)
 
 
 class Block(nnx.Module):
@@ -40,11 +58,12 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             h_BTD = h_BTD + self.attention(self.attention_norm(h_BTD), positions_BT, segments_BT)
         valid_BT = jnp.ones(h_BTD.shape[:2], bool) if segments_BT is None else segments_BT != 0
-        return self._feed_forward(h_BTD, self.ffn_norm(h_BTD), valid_BT)
+        out_BTD, stats = self._feed_forward(self.ffn_norm(h_BTD), valid_BT)
+        return constrain(h_BTD + out_BTD, "batch", "length", None), stats
 
     def decode(
-        self, h_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
-    ) -> tuple[jax.Array, Cache]:
+        self, residual: Residual, slots: Slots, cache: Cache, num_wanted: int | None = None
+    ) -> tuple[Residual, Cache]:
         """Runs new tokens [B, T, D], which attend to the tokens before them through the cache.
 
         Args:
@@ -54,29 +73,27 @@ class Block(nnx.Module):
         Returns:
           the residual stream [B, num_wanted, D], and the cache with the entries of all T tokens.
         """
-        length = h_BTD.shape[1]
+        length = residual.h_BTD.shape[1]
         first = 0 if num_wanted is None else length - num_wanted
         padded = length + -length % num_shards("length")  # equal shards
         if padded > length:
-            h_BTD, slots = jnp.pad(h_BTD, ((0, 0), (0, padded - length), (0, 0))), slots.padded(padded - length)
+            h_BTD = jnp.pad(residual.total, ((0, 0), (0, padded - length), (0, 0)))
+            residual, slots = Residual(h_BTD), slots.padded(padded - length)
         start = 0 if num_shards("length") > 1 else first
-        out_BTD, cache = self.attention.decode(self.attention_norm.decode(h_BTD)[1], slots, cache, start)
+        h_BTD, x_BTD = self.attention_norm.decode(*residual)
+        out_BTD, cache = self.attention.decode(x_BTD, slots, cache, start)
         h_BTD, x_BTD = self.ffn_norm.decode(h_BTD[:, start:], out_BTD)
-        h_BTD, _ = self._feed_forward(h_BTD, x_BTD, slots.is_written_BT[:, start:])
-        return h_BTD[:, first - start : length - start], cache
+        out_BTD, _ = self._feed_forward(x_BTD, slots.is_written_BT[:, start:])
+        wanted = slice(first - start, length - start)
+        return Residual(h_BTD[:, wanted], out_BTD[:, wanted]), cache
 
     def joined(self) -> "Block":
         """Returns the block with joined weights; see `Attention.joined`."""
         self.attention = self.attention.joined()
         return self
 
-    def _feed_forward(
-        self, h_BTD: jax.Array, x_BTD: jax.Array, valid_BT: jax.Array
-    ) -> tuple[jax.Array, RouterStats | None]:
-        """Returns h + ffn(x) and the router's statistics; x: `ffn_norm` of h."""
+    def _feed_forward(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, RouterStats | None]:
         if isinstance(self.ffn, MixtureOfExperts):
-            out_BTD, stats = self.ffn(x_BTD, valid_BT)
-        else:
-            with jax.named_scope("ffn"):
-                out_BTD, stats = self.ffn(x_BTD), None
-        return constrain(h_BTD + out_BTD, "batch", "length", None), stats
+            return self.ffn(x_BTD, valid_BT)
+        with jax.named_scope("ffn"):
+            return self.ffn(x_BTD), None

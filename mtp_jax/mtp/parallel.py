@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Config, ModelConfig, UserError
-from mtp_jax.layers.block import Block
+from mtp_jax.layers.block import Block, Residual
 from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.layers.stack import scan_over, stacked
@@ -204,4 +204,9 @@ class Parallel(Kind):
 def _run(blocks: Block, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:
     """Runs the first `num` heads on the same z; returns the last position's outputs [K, B, 1, D] and the caches."""
     heads = jax.tree.map(lambda w: w[:num], blocks)
-    return jax.vmap(lambda block, cache: block.decode(z_BTD, slots, cache, 1))(heads, caches)
+
+    def one(block: Block, cache: Cache) -> tuple[jax.Array, Cache]:
+        residual, cache = block.decode(Residual(z_BTD), slots, cache, 1)
+        return residual.total, cache
+
+    return jax.vmap(one)(heads, caches)
