@@ -9,17 +9,33 @@ import subprocess
 import pytest
 
 from mtp_jax.config import load_config, validate
+from mtp_jax.data import tokenizer as tokenizers
 from tests.conftest import ROOT
 
 FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("*/run.sh"))
 
 
-@pytest.fixture(scope="module")
-def graphs():
-    spec = importlib.util.spec_from_file_location("graphs", ROOT / "experiments/star_graph/graphs.py")
+def module_of(name):
+    path = ROOT / "experiments" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    return module_of("star_graph/graphs.py")
+
+
+@pytest.fixture(scope="module")
+def formulas():
+    return module_of("sat/formulas.py")
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return module_of("generative_against_likelihood/questions.py")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -62,3 +78,119 @@ def test_no_test_question_is_in_the_training_data(graphs, tmp_path):
     assert {len(each["prompt"] + each["completion"]) for each in trained} == {
         18
     }  # with bos and eos a row of the config
+
+
+def holds(clause, values):
+    """Returns whether a clause such as aBd is true where variable v has values[v]: not a, or b, or not d."""
+    return any(values[letter.lower()] == letter.isupper() for letter in clause)
+
+
+def test_an_answer_satisfies_its_formula(formulas):
+    """All assignments are tried; those that satisfy the formula are the ones that the verifier accepts."""
+    seen = set()
+    for question, answer, _ in itertools.islice(formulas.formulas(), 40):
+        clauses = question.removesuffix("=").split()
+        assert len(clauses) == len(set(clauses)) == formulas.NUM_CLAUSES
+        assert all(len(set(clause.lower())) == 3 for clause in clauses)
+        variables = formulas.VARIABLES[: formulas.NUM_VARIABLES]
+        solutions = []
+        for values in itertools.product((False, True), repeat=len(variables)):
+            assigned = dict(zip(variables, values, strict=True))
+            text = " ".join(v.upper() if assigned[v] else v for v in variables)
+            is_solution = all(holds(clause, assigned) for clause in clauses)
+            assert formulas.is_satisfied(question, text) == is_solution
+            solutions += [text] if is_solution else []
+        assert answer in solutions
+        seen.add(solutions.index(answer))
+    assert len(seen) > 2  # not always the first one
+
+
+def test_the_verifier_wants_a_whole_assignment(formulas):
+    question = "abC aBd bCD ="
+    assert formulas.is_satisfied(question, "a B c D") and formulas.is_satisfied(question, " a b C D ")
+    assert not formulas.is_satisfied(question, "A b c D")  # abC holds, aBd does not
+    for answer in ("", "a B C", "a B C D d", "B a C D", "a A B C D", "aBCD", "a B C ="):
+        assert not formulas.is_satisfied(question, answer), answer
+
+
+def test_no_test_formula_is_in_the_training_data(formulas, tmp_path):
+    pytest.importorskip("datasets")
+    formulas.write(tmp_path, 1000, formulas.NUM_VARIABLES, formulas.NUM_CLAUSES)
+    trained = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    held_out = formulas.test_set(version=1)["test"]["question"][:]
+    assert len(trained) == 1000 and len(set(held_out)) == 500
+
+    def clauses(text):
+        return frozenset(text.split())
+
+    assert not {clauses(each["prompt"]) for each in trained} & {clauses(text) for text in held_out}
+    # Small formulas recur, with their clauses in another order: 4960 sets of three clauses of four variables.
+    small = [(clauses(text), is_test) for text, _, is_test in itertools.islice(formulas.formulas(4, 3), 3000)]
+    tested, others = ({key for key, is_test in small if is_test == wanted} for wanted in (True, False))
+    assert len(tested) == 500 and len(others) > 1000 and not tested & others
+    tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+    config = load_config(str(ROOT / "experiments/sat/config.py"))
+    for each in trained[:50]:
+        ids = tokenizer.encode(each["prompt"] + each["completion"])
+        assert 2 + len(ids) == config.data.sequence_length + 1  # with bos and eos a row
+        assert tokenizer.decode(ids).split() == (each["prompt"] + each["completion"]).split()
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_a_question_has_one_right_option(size, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("SIZE", size)
+    questions = module_of("generative_against_likelihood/questions.py")
+    assert questions.SIZE == questions.SIZES[size]
+    for family in questions.FAMILIES:
+        rows = questions.test_set(family=family, version=1)["test"]
+        assert len(rows) == len(set(rows["question"][:])) == questions.NUM_TEST
+        for row in rows:
+            assert len(set(row["options"])) == 4 and row["options"][row["place"]] == row["answer"]
+            is_right = {option: answers(questions, family, row["question"], option) for option in row["options"]}
+            assert [option for option, right in is_right.items() if right] == [row["answer"]], row
+            # A wrong option that begins the answer would be at least as likely as the answer.
+            assert not any(row["answer"].startswith(wrong) for wrong in row["options"] if wrong != row["answer"])
+        assert len(set(rows["place"][:])) == 4
+
+
+def answers(questions, family, question, option):
+    """Returns whether an option answers the question, found from the question's text alone (or the knowledge base)."""
+    text, _, key = question.partition(" =")
+    name, _, asked = text.partition(" ")
+    assert name == family
+    if family == "copy":
+        return option == asked[::-1]
+    if family == "sum":
+        return int(option.replace(" ", "")) == sum(int(number) for number in asked.replace(" ", "").split("+"))
+    if family == "lookup":
+        words = asked.split()
+        triples = [words[i : i + 3] for i in range(0, len(words), 3)]
+        assert len(set(words)) == len(words)
+        return [*key.split(), *option.split()] in triples
+    person, _, attribute = asked.rpartition(" ")
+    return questions.knowledge_base()[person][attribute] == option
+
+
+def test_no_test_question_is_asked_in_training_and_every_fact_is_stated(questions, tmp_path):
+    pytest.importorskip("datasets")
+    questions.write(tmp_path, 3000, 1200)  # each fact once
+    trained = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    stated = [json.loads(line)["text"] for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    tests = {family: questions.test_set(family=family)["test"] for family in questions.FAMILIES}
+    held_out = {text for rows in tests.values() for text in rows["question"]}
+    assert len(trained) == 3000 and not {each["prompt"] for each in trained} & held_out
+    for each in trained:
+        family = each["prompt"].split()[0]
+        assert answers(questions, family, each["prompt"], each["completion"].removeprefix(" "))
+    tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+    config = load_config(str(ROOT / "experiments/generative_against_likelihood/config.py"))
+    for text in [each["prompt"] + each["completion"] for each in trained[:60]] + stated[:60]:
+        ids = tokenizer.encode(text)
+        assert 0 not in ids and tokenizer.decode(ids).split() == text.split()  # 0: unknown
+        assert 2 + len(ids) <= config.data.sequence_length + 1  # with bos and eos it fits a row
+    for row in tests["fact"]:
+        name, attribute = row["question"].removeprefix("fact ").removesuffix(" =").rsplit(" ", 1)
+        assert not any(each["prompt"].startswith(f"fact {name} ") for each in trained)  # about none of their attributes
+        ways = (f"{name} {attribute} : ", f"{attribute} of {name} : ", f"{name} has {attribute} ")
+        assert any(f"{way}{row['answer']} ." in stated for way in ways)
