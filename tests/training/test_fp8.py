@@ -74,14 +74,16 @@ def step_program(config):
         return trainer.step.trace(trainer.abstract_state, rows(config)).jaxpr.jaxpr
 
 
-def test_products_with_weights_are_in_8_bits_and_count_the_same_flops():
-    plain, fp8 = (step_program(config_of(precision, "sequential", 4)) for precision in ("default", "fp8"))
+@pytest.mark.parametrize("dispatch", ["dense", "ragged"])
+def test_products_with_weights_are_in_8_bits_and_count_the_same_flops(dispatch):
+    configs = (config_of(precision, "sequential", num_experts=4) for precision in ("default", "fp8"))
+    plain, fp8 = (step_program(with_values(config, {"model.moe_dispatch": dispatch})) for config in configs)
     assert matmul_flops(fp8, 1) == matmul_flops(plain, 1)
     assert train_flops_per_token(config_of("fp8")) == train_flops_per_token(config_of("default"))
     before, after = list(dots(plain)), list(dots(fp8))
     assert len(before) == len(after) and FP8 not in before
-    # In two blocks: q_a, q_b, kv_a, kv_b, o, three of the routed and three of the shared experts; and the projection.
-    assert after.count(FP8) == 3 * (2 * 11 + 1)
+    # In two blocks: q_a, q_b, kv_a, kv_b, o, three of the shared experts, three of the routed; and the projection.
+    assert after.count(FP8) == 3 * (2 * (11 if dispatch == "dense" else 8) + 1)
 
 
 def test_all_but_a_training_step_computes_as_without_it():

@@ -3,7 +3,6 @@
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from mtp_jax.errors import warn_once
 from mtp_jax.kernels.device import Device, device
-from mtp_jax.kernels.grouped_matmul import fp8, hopper, megablox, xla
+from mtp_jax.kernels.grouped_matmul import hopper, megablox, xla
 from mtp_jax.kernels.selection import Backend, select
 
 # First jax whose ragged_dot multiplies each row once on TPUs in all three products (libtpu 0.0.48; 0.0.42: in two).
@@ -43,22 +42,19 @@ def grouped_matmuls(
     """Returns the `grouped_matmul` of the same rows with each of several weights [E, D, F] of one shape.
 
     Args:
-      is_fp8: round the operands of the product and of its gradients to 8 bits; see `grouped_matmul.fp8`.
+      is_fp8: round the operands of the products and of their gradients to 8 bits; see `gradient.differentiable_fp8`.
     """
     backend = _selected(x_ND, weights[0], kernel)
-    run = backend.run
-    if is_fp8:
-        run = functools.partial(fp8.run, backend.run)
-        if device().multiplies_fp8:
-            warn_once(
-                f"model.matmul_precision=fp8: model.expert_kernel={backend.name} has no fp8 kernel; operands of the "
-                f"experts are rounded to 8 bits, but multiplied in {x_ND.dtype}, no faster"
-            )
+    if is_fp8 and device().multiplies_fp8:
+        warn_once(
+            f"model.matmul_precision=fp8: model.expert_kernel={backend.name} has no fp8 kernel; operands of experts "
+            f"are rounded to 8 bits, but multiplied in {x_ND.dtype}, no faster"
+        )
     # One wide matmul, whose gradient of the rows sums over all weights at once.
     if backend is HOPPER and len(weights) > 1:
-        wide_NF = run(x_ND, jnp.concatenate(weights, axis=-1), sizes_E)
+        wide_NF = backend.run(x_ND, jnp.concatenate(weights, axis=-1), sizes_E, is_fp8)
         return jnp.split(wide_NF, len(weights), axis=-1)
-    return [run(x_ND, w_EDF, sizes_E) for w_EDF in weights]
+    return [backend.run(x_ND, w_EDF, sizes_E, is_fp8) for w_EDF in weights]
 
 
 def _selected(x_ND: jax.Array, w_EDF: jax.Array, kernel: str) -> Backend:

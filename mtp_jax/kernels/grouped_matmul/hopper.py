@@ -14,9 +14,9 @@ from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 BLOCK = 128  # minimum number of rows; numbers of columns are multiples
 
 
-def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, is_fp8: bool = False) -> jax.Array:
     """See `grouped_matmul`."""
-    return by_kernels(kernels(), x_ND, w_EDF, sizes_E)
+    return by_kernels(kernels(), x_ND, w_EDF, sizes_E, is_fp8)
 
 
 def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:

@@ -19,9 +19,9 @@ LANES = 128
 ROWS, COLUMNS = 512, 1024
 
 
-def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, is_fp8: bool = False) -> jax.Array:
     """See `grouped_matmul`."""
-    return by_kernels(kernels(), x_ND, w_EDF, sizes_E, row_multiple=LANES)
+    return by_kernels(kernels(), x_ND, w_EDF, sizes_E, is_fp8, row_multiple=LANES)
 
 
 @functools.cache
