@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from mtp_jax.kernels import fp8
 from mtp_jax.kernels.device import device
 from mtp_jax.kernels.grouped_matmul import grouped_matmuls
+from mtp_jax.sharding import is_on_one_device
 
 FEW_ROWS = 8  # rows that are multiplied one by one where that is faster
 
@@ -106,7 +107,8 @@ def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], prec
     rows, outputs = x.shape[: x.ndim - len(in_dims)], value.shape[: value.ndim - len(in_dims)]
     configured = weight.get_metadata()["info"].precision
     product = functools.partial(_product, precision=precision or configured)
-    if in_dims[-1] == -1 and 1 < math.prod(rows) <= FEW_ROWS and device().prefers_outputs_first:
+    is_few = 1 < math.prod(rows) <= FEW_ROWS and is_on_one_device()  # rows may be sharded otherwise
+    if is_few and in_dims[-1] == -1 and device().prefers_outputs_first:
         # Products of single rows, which XLA compiles to one reduction that reads the weight once.
         x_ND, value_FD = x.reshape(math.prod(rows), 1, -1), value.reshape(math.prod(outputs), -1)
         out_NF = jnp.concatenate([product(x_1D, value_FD, (1,)) for x_1D in x_ND])
