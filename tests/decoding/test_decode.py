@@ -464,6 +464,8 @@ def test_on_a_gpu_texts_are_the_same(capability, mtp):
     here = built.decoder().generate(prompts, 24, num_speculative_tokens=2)
     jax.clear_caches()
     with pretend("gpu", capability):
+        block = built.decoder().network.blocks[0]
+        assert block.attention.down.shape[1] == block.ffn.gate.shape[1] == MLA.embed_dim
         for num_speculative_tokens in (0, 2):
             there = built.decoder().generate(prompts, 24, num_speculative_tokens=num_speculative_tokens)
             np.testing.assert_array_equal(there.tokens[0], plain.tokens[0])

@@ -120,6 +120,11 @@ def operands(num_rows=1, num_new=2, model=MODEL, dtype=jnp.float32):
     return entries, kv_b_CHX, draw(num_rows, NUM_SLOTS, width), model.qk_nope_head_dim
 
 
+def unsupported_reason(**change):
+    entries, *others = operands(**change)
+    return latent_attention.unsupported_reason(entries.positions_BT, *others)
+
+
 def test_tokens_without_a_slot_write_no_entry():
     entries, kv_b_CHX, cache, nope = operands(num_rows=2)
     decode = jax.jit(functools.partial(latent_attention.decode, eps=1e-6, nope=nope, scale=0.1, is_interleaved=True))
@@ -135,20 +140,20 @@ def test_tokens_without_a_slot_write_no_entry():
         ({}, ""),
         ({"model": replace(MODEL, kv_lora_rank=48)}, "powers of two"),
         ({"model": replace(MODEL, v_head_dim=8)}, "at least 16"),
-        ({"dtype": jnp.float16}, "one dtype"),
+        ({"dtype": jnp.float16}, "bfloat16 or float32"),
         ({"num_new": 9}, "few tokens"),
         ({"num_rows": 17}, "few tokens"),
         ({"model": replace(MODEL, num_heads=128)}, "few tokens"),
     ],
 )
 def test_other_operands_are_refused(change, reason, as_on_hopper):
-    found = latent_attention.unsupported_reason(*operands(**change))
+    found = unsupported_reason(**change)
     assert reason in found and bool(found) == bool(reason)
 
 
 def test_other_devices_are_refused():
     with pretend("gpu", "8.0"):
-        assert "compute capability 9.0" in latent_attention.unsupported_reason(*operands())
+        assert "compute capability 9.0" in unsupported_reason()
 
 
 @pytest.mark.parametrize("change", [{"local": LocalConfig(window=4)}, {"local": LocalConfig(window=4, sinks=True)}])

@@ -62,9 +62,9 @@ def decode(
     return triton.decode(entries, kv_b_CHX, norm_C, eps, cache_BSW, nope, scale, is_interleaved)
 
 
-def unsupported_reason(entries: Entries, kv_b_CHX: jax.Array, cache_BSW: jax.Array, nope: int) -> str:
+def unsupported_reason(positions_BT: jax.Array, kv_b_CHX: jax.Array, cache_BSW: jax.Array, nope: int) -> str:
     """Returns why the kernels do not support the operands or the device; empty if they do."""
-    num_rows, num_new = entries.positions_BT.shape
+    num_rows, num_new = positions_BT.shape
     rank, num_heads = kv_b_CHX.shape[:2]
     rotary = cache_BSW.shape[2] - rank
     dims = {"rank": rank, "rotary": rotary, "nope": nope, "value": kv_b_CHX.shape[2] - nope}
@@ -72,8 +72,8 @@ def unsupported_reason(entries: Entries, kv_b_CHX: jax.Array, cache_BSW: jax.Arr
         return reason
     if any(dim & (dim - 1) or dim < 16 for dim in dims.values()):
         return f"dims are powers of two of at least 16, and these are {dims}"
-    if entries.q_BTF.dtype not in (jnp.bfloat16, jnp.float32) or cache_BSW.dtype != entries.q_BTF.dtype:
-        return f"queries and cache have one dtype, and these are {entries.q_BTF.dtype} and {cache_BSW.dtype}"
+    if kv_b_CHX.dtype not in (jnp.bfloat16, jnp.float32) or cache_BSW.dtype != kv_b_CHX.dtype:
+        return f"weights and cache are bfloat16 or float32 alike, and these are {kv_b_CHX.dtype} and {cache_BSW.dtype}"
     if num_new > MOST_NEW or num_rows * num_new > MOST_TOKENS or num_heads * num_new > MOST_QUERIES:
         return f"it is for few tokens, and these are {num_rows} x {num_new} of {num_heads} heads"
     return ""

@@ -36,8 +36,14 @@ def decode(entries, kv_b_CHX, norm_C, eps, cache_BSW, nope, scale, is_interleave
 
     q_BMW, cache_BSW = triton_call(
         functools.partial(_prepare, nope=nope, eps=eps, is_interleaved=is_interleaved, ranks=ranks),
-        *(entries.q_BTF, entries.kv_BTF, kv_b_CHX, norm_C),
-        *(entries.cos_BTr, entries.sin_BTr, entries.slots_BT, cache_BSW),
+        entries.q_BTF,
+        entries.kv_BTF,
+        kv_b_CHX,
+        norm_C,
+        entries.cos_BTr,
+        entries.sin_BTr,
+        entries.slots_BT,
+        cache_BSW,
         grid=(num_rows, num_heads + 1, rank // ranks),
         out_shape=(
             jax.ShapeDtypeStruct((num_rows, num_queries, width), dtype),
@@ -49,14 +55,19 @@ def decode(entries, kv_b_CHX, norm_C, eps, cache_BSW, nope, scale, is_interleave
     stats = jax.ShapeDtypeStruct((num_rows, num_parts, num_queries), jnp.float32)
     parts_BPMC, peak_BPM, sum_BPM = triton_call(
         functools.partial(_attend, num_heads=num_heads, rank=rank, scale=scale),
-        *(q_BMW, cache_BSW, entries.positions_BT),
+        q_BMW,
+        cache_BSW,
+        entries.positions_BT,
         grid=(num_rows, num_parts),
         out_shape=(jax.ShapeDtypeStruct((*stats.shape, rank), jnp.float32), stats, stats),
         name="latent_attend",
     )
     (out_BTHV,) = triton_call(
         functools.partial(_combine, nope=nope, values=values),
-        *(parts_BPMC, peak_BPM, sum_BPM, kv_b_CHX),
+        parts_BPMC,
+        peak_BPM,
+        sum_BPM,
+        kv_b_CHX,
         grid=(num_rows, num_heads, value // values),
         out_shape=(jax.ShapeDtypeStruct((num_rows, num_new, num_heads, value), dtype),),
         name="latent_combine",

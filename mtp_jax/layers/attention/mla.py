@@ -133,23 +133,27 @@ class MultiHeadLatentAttention(Attention):
         return self
 
     def decode(self, x_BTD: jax.Array, slots: Slots, cache: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array]:
-        last_BT = slots.positions_BT[:, start:]
-        if not start and not self.spec.window and not self.spec.has_sinks and is_on_one_device():
-            new = self._entries(x_BTD, slots)
-            kv_b_CHX = cast(self.kv_b, x_BTD.dtype)
-            if not latent_attention.unsupported_reason(new, kv_b_CHX, cache, self.config.qk_nope_head_dim):
-                norm, interleaved = self.kv_a_norm, self.spec.rope.interleaved
-                out_BTHV, cache = latent_attention.decode(
-                    *(new, kv_b_CHX, norm.scale[...], norm.eps, cache),
-                    *(self.config.qk_nope_head_dim, self._scale, interleaved),
-                )
-                return linear(out_BTHV, self.o), cache
+        last_BT, kv_b_CHX = slots.positions_BT[:, start:], cast(self.kv_b, x_BTD.dtype)
+        nope = self.config.qk_nope_head_dim
+        is_plain = not start and not self.spec.window and not self.spec.has_sinks and is_on_one_device()
+        if is_plain and not latent_attention.unsupported_reason(last_BT, kv_b_CHX, cache, nope):
+            out_BTHV, cache = latent_attention.decode(
+                self._entries(x_BTD, slots),
+                kv_b_CHX,
+                self.kv_a_norm.scale[...],
+                self.kv_a_norm.eps,
+                cache,
+                nope,
+                self._scale,
+                self.spec.rope.interleaved,
+            )
+            return linear(out_BTHV, self.o), cache
         q_BTHQ, kv_BTW = self._project(x_BTD, start)
         q_BTHQ = self._queries(q_BTHQ, last_BT)
         entries_BTW = jnp.concatenate(self._latents(kv_BTW, slots.positions_BT), axis=-1)
         cache, seen_BSW, key_BS = read_and_write(cache, entries_BTW, slots, self.spec.window)
         attention = self._absorbed if self._absorbs(q_BTHQ.shape[1]) else self._expanded
-        out_BTHV = attention(q_BTHQ, seen_BSW, cast(self.kv_b, x_BTD.dtype), last_BT, key_BS)
+        out_BTHV = attention(q_BTHQ, seen_BSW, kv_b_CHX, last_BT, key_BS)
         return linear(out_BTHV, self.o), cache
 
     def _entries(self, x_BTD: jax.Array, slots: Slots) -> latent_attention.Entries:
