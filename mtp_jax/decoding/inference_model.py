@@ -16,10 +16,10 @@ from flax import nnx
 from mtp_jax.config import Architecture
 from mtp_jax.kernels.device import device
 from mtp_jax.layers.attention import attention_of
-from mtp_jax.layers.block import Block, Residual
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots
-from mtp_jax.layers.linear import outputs_first
-from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.linear import outputs_first, unembedded
+from mtp_jax.layers.norm import Deferred, RMSNorm
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, DecoderInputs, Kind, MainModel, kind_of
@@ -103,9 +103,9 @@ class Network:
         """Returns the embeddings [B, T, D]."""
         return constrain(jnp.take(self.parts.embed_VD, tokens_BT, axis=0), "batch", None, None)
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+    def logits(self, hidden_BTD: jax.Array | Deferred) -> jax.Array:
         """Returns the logits of normed hidden states, float32[B, T, V]."""
-        return jnp.einsum("btd,vd->btv", hidden_BTD, self.parts.head_VD, preferred_element_type=jnp.float32)
+        return unembedded(hidden_BTD, self.parts.head_VD)
 
     @property
     def draft_vocabulary(self) -> jax.Array | None:
@@ -115,7 +115,7 @@ class Network:
         """Returns the logits of normed hidden states for the draft vocabulary, float32[B, T, V']."""
         if self.parts.draft_head_VD is None:
             return self.logits(hidden_BTD)
-        return jnp.einsum("btd,vd->btv", hidden_BTD, self.parts.draft_head_VD, preferred_element_type=jnp.float32)
+        return unembedded(hidden_BTD, self.parts.draft_head_VD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -165,13 +165,13 @@ def run_main(
 ) -> tuple[MainModel, list[Cache]]:
     """Runs new tokens through the main model; returns its outputs and the caches with the entries of the new tokens."""
     inputs = DecoderInputs(network.embed(tokens_BT), slots.positions_BT, None)
-    residual = branch = Residual(network.kind.decoder_inputs(network.mtp, inputs).h_BTD)
+    hidden_BTD = branch_BTD = network.kind.decoder_inputs(network.mtp, inputs).h_BTD
     written = []
     for block, cache in zip(network.blocks, caches, strict=True):
-        branch = residual
-        residual, cache = block.decode(residual, slots, cache)
+        branch_BTD = hidden_BTD
+        hidden_BTD, cache = block.decode(hidden_BTD, slots, cache)
         written.append(cache)
-    return MainModel(residual.total, branch.total, network.final_norm, network.embed), written
+    return MainModel(hidden_BTD, branch_BTD, network.final_norm, network.embed), written
 
 
 def empty_caches(

@@ -1,5 +1,6 @@
 """Calls of Pallas kernels written for Triton, which are interpreted where the program is compiled for a CPU."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,17 +16,21 @@ def triton_call(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     name: str,
     num_warps: int = 4,
+    has_barrier: bool = False,
     **options: Any,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel that addresses whole arrays; the other arguments are those of `pallas_call`.
 
     Args:
       num_warps: warps of 32 threads per program.
+      has_barrier: whether the kernel takes a keyword argument `barrier`, a function that returns when all threads of
+        the program have called it; accesses to memory stay on their side of it. It does nothing in the interpreter.
     """
 
     def call(is_interpreted: bool) -> Callable[..., tuple[jax.Array, ...]]:
+        barrier = (lambda: None) if is_interpreted else plgpu.debug_barrier
         return pl.pallas_call(
-            kernel,
+            functools.partial(kernel, barrier=barrier) if has_barrier else kernel,
             grid=grid,
             out_shape=tuple(out_shape),
             name=name,

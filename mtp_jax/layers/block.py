@@ -1,7 +1,5 @@
 """Transformer block of the decoder and the MTP modules: h + attention(norm(h)), then h + ffn(norm(h))."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,22 +14,6 @@ from mtp_jax.layers.router import RouterStats
 from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.sharding import constrain, num_shards
 from mtp_jax.typing import Cache
-
-
-class Residual(NamedTuple):
-    """Residual stream of new tokens in inference, [B, T, D].
-
-    out_BTD: output of the last layer, which the next norm adds to h_BTD (`RMSNorm.decode`); None: already added.
-    """
-
-    h_BTD: jax.Array
-    out_BTD: jax.Array | None = None
-
-    @property
-    def total(self) -> jax.Array:
-        """Returns the sum, [B, T, D]."""
-        total_BTD = self.h_BTD if self.out_BTD is None else self.h_BTD + self.out_BTD
-        return constrain(total_BTD, "batch", "length", None)
 
 
 class Block(nnx.Module):
@@ -62,30 +44,33 @@ class Block(nnx.Module):
         return constrain(h_BTD + out_BTD, "batch", "length", None), stats
 
     def decode(
-        self, residual: Residual, slots: Slots, cache: Cache, num_wanted: int | None = None
-    ) -> tuple[Residual, Cache]:
-        """Runs new tokens [B, T, D], which attend to the tokens before them through the cache.
+        self, h_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Runs new tokens, which attend to the tokens before them through the cache.
 
         Args:
+          h_BTD: the residual stream.
           num_wanted: number of tokens, at the end of each row, whose output is returned; the others only get their
             cache entries. None: all.
 
         Returns:
-          the residual stream [B, num_wanted, D], and the cache with the entries of all T tokens.
+          the output [B, num_wanted, D], and the cache with the entries of all T tokens.
         """
-        length = residual.h_BTD.shape[1]
+        length = h_BTD.shape[1]
         first = 0 if num_wanted is None else length - num_wanted
         padded = length + -length % num_shards("length")  # equal shards
         if padded > length:
-            h_BTD = jnp.pad(residual.total, ((0, 0), (0, padded - length), (0, 0)))
-            residual, slots = Residual(h_BTD), slots.padded(padded - length)
+            h_BTD = constrain(jnp.pad(h_BTD, ((0, 0), (0, padded - length), (0, 0))), "batch", "length", None)
+            slots = slots.padded(padded - length)
         start = 0 if num_shards("length") > 1 else first
-        h_BTD, x_BTD = self.attention_norm.decode(*residual)
-        out_BTD, cache = self.attention.decode(x_BTD, slots, cache, start)
-        h_BTD, x_BTD = self.ffn_norm.decode(h_BTD[:, start:], out_BTD)
-        out_BTD, _ = self._feed_forward(x_BTD, slots.is_written_BT[:, start:])
-        wanted = slice(first - start, length - start)
-        return Residual(h_BTD[:, wanted], out_BTD[:, wanted]), cache
+        x_BTD = self.attention_norm.deferred(h_BTD)
+        h_BTD, cache = self.attention.decode(x_BTD, slots, cache, start, h_BTD[:, start:])
+        x_BTD = self.ffn_norm.deferred(h_BTD)
+        if isinstance(self.ffn, MixtureOfExperts):
+            h_BTD = h_BTD + self._feed_forward(x_BTD.normed, slots.is_written_BT[:, start:])[0]
+        else:
+            h_BTD = self.ffn(x_BTD, h_BTD)
+        return constrain(h_BTD[:, first - start : length - start], "batch", "length", None), cache
 
     def joined(self) -> "Block":
         """Returns the block with joined weights; see `Attention.joined`."""

@@ -1,11 +1,14 @@
 """Gated feed-forward (2002.05202): (silu(x W_gate) * (x W_up)) W_down, and variants of its gated linear unit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import GatedUnitConfig, ModelConfig
-from mtp_jax.layers.linear import linear
+from mtp_jax.layers.linear import combined, linear
+from mtp_jax.layers.norm import Deferred
 from mtp_jax.layers.param import matrix
 from mtp_jax.sharding import constrain
 
@@ -19,9 +22,9 @@ class SwiGLU(nnx.Module):
         self.up = matrix(rngs, (dim, width), ("embed", "ffn"), 1, config)
         self.down = matrix(rngs, (width, dim), ("ffn", "embed"), 1, config)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        h_BTF = gated_unit(linear(x_BTD, self.gate), linear(x_BTD, self.up), self.unit)
-        return linear(constrain(h_BTF, "batch", "length", "ffn"), self.down)
+    def __call__(self, x_BTD: jax.Array | Deferred, residual_BTD: jax.Array | None = None) -> jax.Array:
+        h_BTF = combined(x_BTD, (self.gate, self.up), functools.partial(gated_unit, config=self.unit))
+        return linear(constrain(h_BTF, "batch", "length", "ffn"), self.down, residual=residual_BTD)
 
 
 def gated_unit(gate: jax.Array, up: jax.Array, config: GatedUnitConfig) -> jax.Array:

@@ -4,9 +4,8 @@ A weight is an `nnx.Param` made by `layers.param.matrix`, whose declaration stat
 passed to `shard_map` or to a kernel as plain arrays are converted by `cast` first.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -14,12 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mtp_jax.kernels import fp8
-from mtp_jax.kernels.device import device
+from mtp_jax.kernels import few_rows, fp8
 from mtp_jax.kernels.grouped_matmul import grouped_matmuls
+from mtp_jax.layers.norm import Deferred, normed
 from mtp_jax.sharding import is_on_one_device
-
-FEW_ROWS = 8  # rows that are multiplied one by one where that is faster
 
 
 def cast(weight: nnx.Variable, dtype: DTypeLike) -> jax.Array:
@@ -27,8 +24,13 @@ def cast(weight: nnx.Variable, dtype: DTypeLike) -> jax.Array:
     return weight[...].astype(dtype)
 
 
-def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> jax.Array:
-    """Product of `x` and a weight cast to the dtype of x; the result has that dtype.
+def linear(
+    x: jax.Array | Deferred,
+    weight: nnx.Variable,
+    precision: str | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """Product of `x` and a weight cast to the dtype of x, added to `residual` if given; the result has that dtype.
 
     The precision is model.matmul_precision unless `precision` is given.
 
@@ -37,8 +39,28 @@ def linear(x: jax.Array, weight: nnx.Variable, precision: str | None = None) -> 
         [D, H, Q] gives [B, T, H, Q]; [B, T, H, V] by [H, V, D] gives [B, T, D]. An "experts" dim of the weight is an
         output dim like any other: [B, T, D] by [E, D, F] gives [B, T, E, F].
       precision: as in `jax.lax.dot_general`; overrides the configured one.
+      residual: array of the shape of the product.
     """
-    return _contract(x, weight, weight.get_metadata()["info"].in_dims, precision)
+    in_dims = weight.get_metadata()["info"].in_dims
+    if _is_few_rows(x, [weight], precision):
+        return _few_rows(x, [weight], residual=residual)
+    product = _contract(normed(x), weight, in_dims, precision)
+    return product if residual is None else residual + product
+
+
+def combined(x: jax.Array | Deferred, weights: Sequence[nnx.Variable], combine: Callable[..., jax.Array]) -> jax.Array:
+    """Returns an elementwise function of the products (`linear`) of `x` and several weights of one shape."""
+    if _is_few_rows(x, weights, None):
+        return _few_rows(x, weights, combine)
+    return combine(*(linear(x, weight) for weight in weights))
+
+
+def unembedded(x: jax.Array | Deferred, head_VD: jax.Array) -> jax.Array:
+    """Returns the logits of hidden states [..., D], float32[..., V]."""
+    if is_on_one_device() and not _few_rows_reason(x, head_VD.shape[1]):
+        logits_NV = _products(x, [head_VD], dtype=jnp.float32)
+        return logits_NV.reshape(*x.shape[:-1], -1)
+    return jnp.einsum("...d,vd->...v", normed(x), head_VD, preferred_element_type=jnp.float32)
 
 
 def linear_local(x: jax.Array, weight: jax.Array, precision: str) -> jax.Array:
@@ -94,26 +116,62 @@ def outputs_first(weight: nnx.Variable) -> nnx.Variable:
 
 
 def join(weights: Sequence[nnx.Variable]) -> nnx.Variable:
-    """Returns one weight [sum of outputs, D] of several weights [outputs..., D] that multiply the same input."""
-    values = [weight[...].reshape(-1, weight.shape[-1]) for weight in weights]
-    info = weights[0].get_metadata()["info"]
-    assert all(weight.get_metadata()["info"].in_dims == (-1,) for weight in weights)
-    joined = replace(info, axes=(None, info.axes[-1]), out_dims=(-2,))
-    return weights[0].replace(jnp.concatenate(values), info=joined)
+    """Returns one weight [sum of outputs, D] of several weights [outputs..., D] that multiply the same input.
+
+    Stacked weights give a stacked weight.
+    """
+    infos = [weight.get_metadata()["info"] for weight in weights]
+    assert all(info.in_dims == (-1,) for info in infos)
+    stack = weights[0].shape[: weights[0].ndim - 1 - len(infos[0].out_dims)]
+    values = [weight[...].reshape(*stack, -1, weight.shape[-1]) for weight in weights]
+    axes = *infos[0].axes[: len(stack)], None, infos[0].axes[-1]
+    return weights[0].replace(jnp.concatenate(values, axis=-2), info=replace(infos[0], axes=axes, out_dims=(-2,)))
 
 
 def _contract(x: jax.Array, weight: nnx.Variable, in_dims: tuple[int, ...], precision: str | None) -> jax.Array:
     value = cast(weight, x.dtype)
-    rows, outputs = x.shape[: x.ndim - len(in_dims)], value.shape[: value.ndim - len(in_dims)]
-    configured = weight.get_metadata()["info"].precision
-    product = functools.partial(_product, precision=precision or configured)
-    is_few = 1 < math.prod(rows) <= FEW_ROWS and is_on_one_device()  # rows may be sharded otherwise
-    if is_few and in_dims[-1] == -1 and device().prefers_outputs_first:
-        # Products of single rows, which XLA compiles to one reduction that reads the weight once.
-        x_ND, value_FD = x.reshape(math.prod(rows), 1, -1), value.reshape(math.prod(outputs), -1)
-        out_NF = jnp.concatenate([product(x_1D, value_FD, (1,)) for x_1D in x_ND])
-        return out_NF.reshape(*rows, *outputs)
-    return product(x, value, tuple(value.ndim + dim for dim in in_dims))
+    in_dims = tuple(value.ndim + dim for dim in in_dims)
+    return _product(x, value, in_dims, precision or weight.get_metadata()["info"].precision)
+
+
+def _is_few_rows(x: jax.Array | Deferred, weights: Sequence[nnx.Variable], precision: str | None) -> bool:
+    """Returns whether `kernels.few_rows` multiplies `x` by the weights."""
+    info = weights[0].get_metadata()["info"]
+    is_plain = info.is_linear and info.in_dims[-1:] == (-1,) and (precision or info.precision) == "default"
+    if not is_plain or not is_on_one_device():  # rows may be sharded otherwise
+        return False
+    return not _few_rows_reason(x, math.prod(weights[0].shape[dim] for dim in info.in_dims))
+
+
+def _few_rows_reason(x: jax.Array | Deferred, contracted: int) -> str:
+    return few_rows.unsupported_reason(math.prod(x.shape) // contracted, contracted, x.dtype, isinstance(x, Deferred))
+
+
+def _few_rows(
+    x: jax.Array | Deferred,
+    weights: Sequence[nnx.Variable],
+    combine: Callable[..., jax.Array] | None = None,
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    ins = len(weights[0].get_metadata()["info"].in_dims)
+    outputs = weights[0].shape[: weights[0].ndim - ins]
+    matrices = [cast(weight, x.dtype).reshape(math.prod(outputs), -1) for weight in weights]
+    out_NF = _products(x, matrices, combine, residual)
+    return out_NF.reshape(*x.shape[: len(x.shape) - ins], *outputs)
+
+
+def _products(
+    x: jax.Array | Deferred,
+    weights: Sequence[jax.Array],
+    combine: Callable[..., jax.Array] | None = None,
+    residual: jax.Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """`few_rows.products` of [..., K] and weights [F, K]; [N, F]."""
+    array, norm = (x.x, few_rows.Norm(x.scale_D, x.eps)) if isinstance(x, Deferred) else (x, None)
+    num_outputs, contracted = weights[0].shape
+    added_NF = None if residual is None else residual.reshape(-1, num_outputs)
+    return few_rows.products(array.reshape(-1, contracted), weights, norm, combine, added_NF, dtype)
 
 
 def _product(x: jax.Array, weight: jax.Array, in_dims: tuple[int, ...], precision: str) -> jax.Array:

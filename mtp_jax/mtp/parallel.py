@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Config, ModelConfig, UserError
-from mtp_jax.layers.block import Block, Residual
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.spec import LayerSpec
 from mtp_jax.layers.stack import scan_over, stacked
@@ -156,7 +156,7 @@ class Parallel(Kind):
 
     def unstack(self, module: ParallelHeads, ready: Ready) -> ParallelParts:
         """Returns the blocks of all heads as one module with stacked weights, which run in parallel under vmap."""
-        return ParallelParts(ready(module.block), ready(module.markov) if self.num_features else None)
+        return ParallelParts(ready(module.block).joined(), ready(module.markov) if self.num_features else None)
 
     def empty_caches(
         self, parts: ParallelParts, empty: Callable[[Block], Cache], num_speculative_tokens: int
@@ -206,7 +206,6 @@ def _run(blocks: Block, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches
     heads = jax.tree.map(lambda w: w[:num], blocks)
 
     def one(block: Block, cache: Cache) -> tuple[jax.Array, Cache]:
-        residual, cache = block.decode(Residual(z_BTD), slots, cache, 1)
-        return residual.total, cache
+        return block.decode(z_BTD, slots, cache, 1)
 
     return jax.vmap(one)(heads, caches)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import Architecture, conventions
-from mtp_jax.layers.block import Block, Residual
+from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots, slots_at
 from mtp_jax.layers.linear import linear
 from mtp_jax.layers.norm import RMSNorm
@@ -56,9 +56,7 @@ class SequentialModule(nnx.Module):
         self, embedding_BTD: jax.Array, hidden_BTD: jax.Array, slots: Slots, cache: Cache, num_wanted: int | None = None
     ) -> tuple[jax.Array, Cache]:
         """Returns h_k of new tokens and this depth's cache with their entries; see `Block.decode`."""
-        joined = Residual(self._join(embedding_BTD, hidden_BTD))
-        residual, cache = self.block.decode(joined, slots, cache, num_wanted)
-        return residual.total, cache
+        return self.block.decode(self._join(embedding_BTD, hidden_BTD), slots, cache, num_wanted)
 
     def _join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         halves = [self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)]
@@ -124,7 +122,10 @@ class Sequential(Kind):
 
     def unstack(self, module: SequentialModules, ready: Ready) -> list[SequentialModule]:
         """Returns one module per depth, or a single shared one."""
-        return [ready(one) for one in unstacked(module.module)]
+        modules = [ready(one) for one in unstacked(module.module)]
+        for one in modules:
+            one.block.joined()
+        return modules
 
     def empty_caches(
         self, parts: list[SequentialModule], empty: Callable[[Block], Cache], num_speculative_tokens: int

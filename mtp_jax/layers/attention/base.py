@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers.cache import Slots
+from mtp_jax.layers.norm import Deferred
 from mtp_jax.layers.spec import AttentionSpec
 from mtp_jax.typing import Cache
 
@@ -65,8 +66,18 @@ class Attention(nnx.Module):
         """Returns a cache for rows of `num_positions` tokens, `num_new` per decode step; see `cache.num_slots`."""
         raise NotImplementedError
 
-    def decode(self, x_BTD: jax.Array, slots: Slots, cache: Any, start: int = 0) -> tuple[jax.Array, Any]:
+    def decode(
+        self,
+        x_BTD: jax.Array | Deferred,
+        slots: Slots,
+        cache: Any,
+        start: int = 0,
+        residual_BTD: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
         """Runs new tokens against a cache and adds their entries to it.
+
+        Args:
+          residual_BTD: [B, T - start, D], to be added to the outputs.
 
         Returns:
           outputs [B, T - start, D] of the tokens from `start` on, and the cache with the entries of all T.

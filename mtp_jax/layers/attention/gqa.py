@@ -17,7 +17,7 @@ from mtp_jax.layers import rope
 from mtp_jax.layers.attention.base import Attention
 from mtp_jax.layers.cache import Slots, num_slots, read_and_write
 from mtp_jax.layers.linear import cast, linear
-from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.norm import Deferred, RMSNorm
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.spec import AttentionSpec
 from mtp_jax.sharding import first_position, local, whole_length
@@ -94,16 +94,23 @@ class GroupedQueryAttention(Attention):
         value = self.value_dim(self.config)
         return HeadCache(jnp.zeros((*shape, self.config.head_dim), dtype), jnp.zeros((*shape, value), dtype))
 
-    def decode(self, x_BTD: jax.Array, slots: Slots, cache: HeadCache, start: int = 0) -> tuple[jax.Array, HeadCache]:
+    def decode(
+        self,
+        x_BTD: jax.Array | Deferred,
+        slots: Slots,
+        cache: HeadCache,
+        start: int = 0,
+        residual_BTD: jax.Array | None = None,
+    ) -> tuple[jax.Array, HeadCache]:
         q_BTHQ, k_BTGQ, v_BTGV = self._project(x_BTD, slots.positions_BT)
         window, last_BT = self.spec.window, slots.positions_BT[:, start:]
         cache, (k_BSGQ, v_BSGV), key_BS = read_and_write(cache, HeadCache(k_BTGQ, v_BTGV), slots, window)
         sinks_H = self.sinks[...] if self.spec.has_sinks else None
         scale = self.config.head_dim**-0.5
         out_BTHV = attend_cached(q_BTHQ[:, start:], k_BSGQ, v_BSGV, last_BT, key_BS, window, scale, sinks_H)
-        return self._output(out_BTHV), cache
+        return self._output(out_BTHV, residual_BTD), cache
 
-    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x_BTD: jax.Array | Deferred, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries [B, T, H, Q], keys [B, T, G, Q], both normed and rotated, and values [B, T, G, V]."""
         config, dtype = self.config, x_BTD.dtype
         q_BTHQ, k_BTGQ, v_BTGV = (linear(x_BTD, weight) for weight in (self.q, self.k, self.v))
@@ -123,8 +130,8 @@ class GroupedQueryAttention(Attention):
         scale, kernel = self.config.head_dim**-0.5, self.config.attention_kernel
         return attend(q_BTHQ, whole_length(k_BTGQ), whole_length(v_BTGV), mask, scale, sinks_H, kernel)
 
-    def _output(self, out_BTHV: jax.Array) -> jax.Array:
-        out_BTD = linear(out_BTHV, self.o)
+    def _output(self, out_BTHV: jax.Array, residual_BTD: jax.Array | None = None) -> jax.Array:
+        out_BTD = linear(out_BTHV, self.o, residual=residual_BTD)
         return out_BTD + cast(self.o_bias, out_BTD.dtype) if self.config.output_bias else out_BTD
 
     def _rotate(self, x_BTHQ: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from mtp_jax.layers import rope
 from mtp_jax.layers.attention.base import Attention
 from mtp_jax.layers.cache import Slots, num_slots, read_and_write
 from mtp_jax.layers.linear import cast, join, linear, linear_local
-from mtp_jax.layers.norm import RMSNorm
+from mtp_jax.layers.norm import Deferred, RMSNorm, normed
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.spec import AttentionSpec
 from mtp_jax.sharding import constrain, first_position, is_on_one_device, local, whole_length
@@ -132,11 +132,18 @@ class MultiHeadLatentAttention(Attention):
             delattr(self, name)
         return self
 
-    def decode(self, x_BTD: jax.Array, slots: Slots, cache: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array]:
+    def decode(
+        self,
+        x_BTD: jax.Array | Deferred,
+        slots: Slots,
+        cache: jax.Array,
+        start: int = 0,
+        residual_BTD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         last_BT, kv_b_CHX = slots.positions_BT[:, start:], cast(self.kv_b, x_BTD.dtype)
         nope = self.config.qk_nope_head_dim
-        is_plain = not start and not self.spec.window and not self.spec.has_sinks and is_on_one_device()
-        if is_plain and not latent_attention.unsupported_reason(last_BT, kv_b_CHX, cache, nope):
+        is_plain = not self.spec.window and not self.spec.has_sinks and is_on_one_device()
+        if is_plain and not latent_attention.unsupported_reason(slots.positions_BT, kv_b_CHX, cache, nope):
             out_BTHV, cache = latent_attention.decode(
                 self._entries(x_BTD, slots),
                 kv_b_CHX,
@@ -147,16 +154,16 @@ class MultiHeadLatentAttention(Attention):
                 self._scale,
                 self.spec.rope.interleaved,
             )
-            return linear(out_BTHV, self.o), cache
+            return linear(out_BTHV[:, start:], self.o, residual=residual_BTD), cache
         q_BTHQ, kv_BTW = self._project(x_BTD, start)
         q_BTHQ = self._queries(q_BTHQ, last_BT)
         entries_BTW = jnp.concatenate(self._latents(kv_BTW, slots.positions_BT), axis=-1)
         cache, seen_BSW, key_BS = read_and_write(cache, entries_BTW, slots, self.spec.window)
         attention = self._absorbed if self._absorbs(q_BTHQ.shape[1]) else self._expanded
         out_BTHV = attention(q_BTHQ, seen_BSW, kv_b_CHX, last_BT, key_BS)
-        return linear(out_BTHV, self.o), cache
+        return linear(out_BTHV, self.o, residual=residual_BTD), cache
 
-    def _entries(self, x_BTD: jax.Array, slots: Slots) -> latent_attention.Entries:
+    def _entries(self, x_BTD: jax.Array | Deferred, slots: Slots) -> latent_attention.Entries:
         cos_BTr, sin_BTr = rope.rotation(self.config.qk_rope_head_dim, slots.positions_BT, self.spec.rope)
         if self._is_joined and not self.config.q_lora_rank:
             q_BTF = kv_BTF = linear(x_BTD, self.down)
@@ -204,7 +211,7 @@ class MultiHeadLatentAttention(Attention):
     def _is_joined(self) -> bool:
         return hasattr(self, "down")
 
-    def _project(self, x_BTD: jax.Array, start: int = 0) -> tuple[jax.Array, jax.Array]:
+    def _project(self, x_BTD: jax.Array | Deferred, start: int = 0) -> tuple[jax.Array, jax.Array]:
         """Returns queries [B, T - start, H, N + R] of the tokens from `start` on and [B, T, C + R] of all tokens.
 
         Neither is rotated, and the latter is not normed.
@@ -217,6 +224,7 @@ class MultiHeadLatentAttention(Attention):
             if config.q_lora_rank:
                 return linear(self.q_a_norm(q_BTF), self.q_b), kv_BTW
             return q_BTF.reshape(*q_BTF.shape[:2], config.num_heads, -1), kv_BTW
+        x_BTD = normed(x_BTD)
         kv_BTW, x_BTD = linear(x_BTD, self.kv_a), x_BTD[:, start:]
         if config.q_lora_rank:
             return linear(self.q_a_norm(linear(x_BTD, self.q_a)), self.q_b), kv_BTW
