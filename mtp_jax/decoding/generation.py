@@ -234,7 +234,7 @@ def _read(architecture: Architecture, network: Network, tokens_BT: jax.Array, st
     """Runs the newest token of each row and the drafts after it through the main model."""
     positions_BT = state.length_B[:, None] - 1 + jnp.arange(tokens_BT.shape[1])
     main, caches = run_main(network, tokens_BT, slots_at(positions_BT, state.tokens_BS.shape[1]), state.caches)
-    logits_BTV = network.logits(network.final_norm.deferred(main.hidden))
+    logits_BTV = network.logits(network.final_norm(main.hidden))
     return _Read(logits_BTV, kind_of(architecture).draft_hidden(main), caches)
 
 

@@ -18,8 +18,8 @@ from mtp_jax.kernels.device import device
 from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.block import Block
 from mtp_jax.layers.cache import Slots
-from mtp_jax.layers.linear import outputs_first, unembedded
-from mtp_jax.layers.norm import Deferred, RMSNorm
+from mtp_jax.layers.linear import outputs_first
+from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, DecoderInputs, Kind, MainModel, kind_of
@@ -103,9 +103,9 @@ class Network:
         """Returns the embeddings [B, T, D]."""
         return constrain(jnp.take(self.parts.embed_VD, tokens_BT, axis=0), "batch", None, None)
 
-    def logits(self, hidden_BTD: jax.Array | Deferred) -> jax.Array:
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns the logits of normed hidden states, float32[B, T, V]."""
-        return unembedded(hidden_BTD, self.parts.head_VD)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, self.parts.head_VD, preferred_element_type=jnp.float32)
 
     @property
     def draft_vocabulary(self) -> jax.Array | None:
@@ -115,7 +115,7 @@ class Network:
         """Returns the logits of normed hidden states for the draft vocabulary, float32[B, T, V']."""
         if self.parts.draft_head_VD is None:
             return self.logits(hidden_BTD)
-        return unembedded(hidden_BTD, self.parts.draft_head_VD)
+        return jnp.einsum("btd,vd->btv", hidden_BTD, self.parts.draft_head_VD, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -124,7 +124,8 @@ def unstack(
 ) -> Network:
     """Returns the network of a model: a copy of its weights, in the compute dtype except norms, biases and routers.
 
-    On devices that prefer it, weights read by `layers.linear` alone have their contracted dims last.
+    On devices that prefer it, weights read by `layers.linear` alone have their contracted dims last, and those that
+    multiply a norm include its scale.
 
     Args:
       draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
@@ -152,7 +153,7 @@ def unstack(
         embed_VD=constrain(decoder.embed[...].astype(dtype), "vocab", "embed"),
         head_VD=head_VD,
         final_norm=decoder.final_norm,
-        blocks=[ready(block).joined() for block in decoder.layers()],
+        blocks=[ready(block.folded()).joined() for block in decoder.layers()],
         mtp=model.kind.unstack(model.mtp, ready),
         draft_vocabulary=draft_vocabulary,
         draft_head_VD=None if draft_vocabulary is None else jnp.take(head_VD, draft_vocabulary, axis=0),

@@ -16,6 +16,7 @@ def triton_call(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     name: str,
     num_warps: int = 4,
+    num_stages: int = 2,
     has_barrier: bool = False,
     **options: Any,
 ) -> tuple[jax.Array, ...]:
@@ -23,6 +24,7 @@ def triton_call(
 
     Args:
       num_warps: warps of 32 threads per program.
+      num_stages: iterations of a loop whose loads are in flight at the same time.
       has_barrier: whether the kernel takes a keyword argument `barrier`, a function that returns when all threads of
         the program have called it; accesses to memory stay on their side of it. It does nothing in the interpreter.
     """
@@ -34,7 +36,7 @@ def triton_call(
             grid=grid,
             out_shape=tuple(out_shape),
             name=name,
-            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
             interpret=is_interpreted,
             **options,
         )

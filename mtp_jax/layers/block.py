@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.kernels.device import device
 from mtp_jax.layers.attention import attention_of
 from mtp_jax.layers.cache import Slots
 from mtp_jax.layers.ffn import SwiGLU
@@ -12,7 +13,7 @@ from mtp_jax.layers.moe import MixtureOfExperts
 from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.router import RouterStats
 from mtp_jax.layers.spec import LayerSpec
-from mtp_jax.sharding import constrain, num_shards
+from mtp_jax.sharding import constrain, is_on_one_device, num_shards
 from mtp_jax.typing import Cache
 
 
@@ -71,6 +72,15 @@ class Block(nnx.Module):
         else:
             h_BTD = self.ffn(x_BTD, h_BTD)
         return constrain(h_BTD[:, first - start : length - start], "batch", "length", None), cache
+
+    def folded(self) -> "Block":
+        """Returns the block with the scales of its norms as parts of weights, on a device that has kernels for it."""
+        is_default = self.attention.config.matmul_precision == "default"
+        if is_default and is_on_one_device() and device().prefers_outputs_first:
+            self.attention_norm.fold_scale(self.attention, self.attention.input_weights())
+            if isinstance(self.ffn, SwiGLU):
+                self.ffn_norm.fold_scale(self.ffn, ("gate", "up"))
+        return self
 
     def joined(self) -> "Block":
         """Returns the block with joined weights; see `Attention.joined`."""

@@ -55,14 +55,6 @@ def combined(x: jax.Array | Deferred, weights: Sequence[nnx.Variable], combine: 
     return combine(*(linear(x, weight) for weight in weights))
 
 
-def unembedded(x: jax.Array | Deferred, head_VD: jax.Array) -> jax.Array:
-    """Returns the logits of hidden states [..., D], float32[..., V]."""
-    if is_on_one_device() and not _few_rows_reason(x, head_VD.shape[1]):
-        logits_NV = _products(x, [head_VD], dtype=jnp.float32)
-        return logits_NV.reshape(*x.shape[:-1], -1)
-    return jnp.einsum("...d,vd->...v", normed(x), head_VD, preferred_element_type=jnp.float32)
-
-
 def linear_local(x: jax.Array, weight: jax.Array, precision: str) -> jax.Array:
     """`linear` inside shard_map: product of x [..., D] and a weight [D, ...] passed as a plain array in the dtype of x.
 
@@ -138,13 +130,11 @@ def _is_few_rows(x: jax.Array | Deferred, weights: Sequence[nnx.Variable], preci
     """Returns whether `kernels.few_rows` multiplies `x` by the weights."""
     info = weights[0].get_metadata()["info"]
     is_plain = info.is_linear and info.in_dims[-1:] == (-1,) and (precision or info.precision) == "default"
-    if not is_plain or not is_on_one_device():  # rows may be sharded otherwise
+    has_scale = isinstance(x, Deferred) and x.scale_D is not None
+    if has_scale or not is_plain or not is_on_one_device():  # rows may be sharded otherwise
         return False
-    return not _few_rows_reason(x, math.prod(weights[0].shape[dim] for dim in info.in_dims))
-
-
-def _few_rows_reason(x: jax.Array | Deferred, contracted: int) -> str:
-    return few_rows.unsupported_reason(math.prod(x.shape) // contracted, contracted, x.dtype, isinstance(x, Deferred))
+    contracted = math.prod(weights[0].shape[dim] for dim in info.in_dims)
+    return not few_rows.unsupported_reason(math.prod(x.shape) // contracted, contracted, x.dtype)
 
 
 def _few_rows(
@@ -153,25 +143,14 @@ def _few_rows(
     combine: Callable[..., jax.Array] | None = None,
     residual: jax.Array | None = None,
 ) -> jax.Array:
+    array, eps = (x.x, x.eps) if isinstance(x, Deferred) else (x, None)
     ins = len(weights[0].get_metadata()["info"].in_dims)
     outputs = weights[0].shape[: weights[0].ndim - ins]
     matrices = [cast(weight, x.dtype).reshape(math.prod(outputs), -1) for weight in weights]
-    out_NF = _products(x, matrices, combine, residual)
-    return out_NF.reshape(*x.shape[: len(x.shape) - ins], *outputs)
-
-
-def _products(
-    x: jax.Array | Deferred,
-    weights: Sequence[jax.Array],
-    combine: Callable[..., jax.Array] | None = None,
-    residual: jax.Array | None = None,
-    dtype: DTypeLike | None = None,
-) -> jax.Array:
-    """`few_rows.products` of [..., K] and weights [F, K]; [N, F]."""
-    array, norm = (x.x, few_rows.Norm(x.scale_D, x.eps)) if isinstance(x, Deferred) else (x, None)
-    num_outputs, contracted = weights[0].shape
+    num_outputs, contracted = matrices[0].shape
     added_NF = None if residual is None else residual.reshape(-1, num_outputs)
-    return few_rows.products(array.reshape(-1, contracted), weights, norm, combine, added_NF, dtype)
+    out_NF = few_rows.products(array.reshape(-1, contracted), matrices, eps, combine, added_NF)
+    return out_NF.reshape(*x.shape[: len(x.shape) - ins], *outputs)
 
 
 def _product(x: jax.Array, weight: jax.Array, in_dims: tuple[int, ...], precision: str) -> jax.Array:

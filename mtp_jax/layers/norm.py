@@ -1,5 +1,6 @@
 """RMSNorm (1910.07467): y = x / sqrt(mean(x^2) + eps) * scale."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -7,14 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers.param import vector
+from mtp_jax.layers.param import scaled, vector
 
 
 class Deferred(NamedTuple):
-    """Array [..., D] whose norm is taken by the products that read it (`layers.linear`); in inference only."""
+    """Array [..., D] whose norm is taken by the products that read it (`layers.linear`); in inference only.
+
+    scale_D: None if it is part of the weights that multiply the array (`RMSNorm.fold_scale`).
+    """
 
     x: jax.Array
-    scale_D: jax.Array
+    scale_D: jax.Array | None
     eps: float
 
     @property
@@ -30,7 +34,9 @@ class Deferred(NamedTuple):
         """Returns the norm of the array, computed in float32 and returned in its dtype."""
         y = self.x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale_D.astype(jnp.float32)).astype(self.x.dtype)
+        if self.scale_D is not None:
+            y = y * self.scale_D.astype(jnp.float32)
+        return y.astype(self.x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -45,7 +51,13 @@ class RMSNorm(nnx.Module):
 
     def deferred(self, x: jax.Array) -> Deferred:
         """Returns the array with the norm to be taken."""
-        return Deferred(x, self.scale[...], self.eps)
+        return Deferred(x, self.scale[...] if hasattr(self, "scale") else None, self.eps)
+
+    def fold_scale(self, module: nnx.Module, names: Sequence[str]) -> None:
+        """Multiplies the named weights of a module by the scale, and removes the scale; for inference."""
+        for name in names:
+            setattr(module, name, scaled(getattr(module, name), self.scale[...]))
+        del self.scale
 
 
 def normed(x: jax.Array | Deferred) -> jax.Array:

@@ -76,6 +76,17 @@ def matrix(
     return nnx.Param(value.astype(config.param_dtype), info=info)
 
 
+def scaled(weight: nnx.Variable, scale_D: jax.Array) -> nnx.Variable:
+    """Returns the weight whose product with x equals that of the given one with x * scale_D, in float32.
+
+    Args:
+      weight: with one contracted dim of size D; stacked if the scale is stacked.
+    """
+    (dim,) = weight.get_metadata()["info"].in_dims
+    scale = scale_D.reshape(*scale_D.shape, *(1,) * (-dim - 1)).astype(jnp.float32)
+    return weight.replace(weight[...].astype(jnp.float32) * scale)
+
+
 def vector(shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, config: ModelConfig) -> nnx.Param:
     """Returns a norm scale or a bias with every element initialized to `value`."""
     return nnx.Param(jnp.full(shape, value, config.param_dtype), info=ParamInfo(axes))

@@ -156,7 +156,7 @@ class Parallel(Kind):
 
     def unstack(self, module: ParallelHeads, ready: Ready) -> ParallelParts:
         """Returns the blocks of all heads as one module with stacked weights, which run in parallel under vmap."""
-        return ParallelParts(ready(module.block).joined(), ready(module.markov) if self.num_features else None)
+        return ParallelParts(ready(module.block.folded()).joined(), ready(module.markov) if self.num_features else None)
 
     def empty_caches(
         self, parts: ParallelParts, empty: Callable[[Block], Cache], num_speculative_tokens: int

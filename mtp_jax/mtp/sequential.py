@@ -122,7 +122,10 @@ class Sequential(Kind):
 
     def unstack(self, module: SequentialModules, ready: Ready) -> list[SequentialModule]:
         """Returns one module per depth, or a single shared one."""
-        modules = [ready(one) for one in unstacked(module.module)]
+        modules = unstacked(module.module)
+        for one in modules:
+            one.block.folded()
+        modules = [ready(one) for one in modules]
         for one in modules:
             one.block.joined()
         return modules

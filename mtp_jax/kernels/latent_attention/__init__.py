@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from mtp_jax.kernels.device import device
 from mtp_jax.kernels.latent_attention import triton
 
-MOST_NEW = 8  # T; kernels are unrolled over the new tokens of a row
+MOST_NEW = 8  # T
 MOST_TOKENS = 32  # B * T; XLA's matmuls are faster for more
-MOST_QUERIES = 128  # H * T, in the registers of one program
+MOST_HEADS = 64  # in the registers of one program
 
 
 class Entries(NamedTuple):
@@ -74,6 +74,6 @@ def unsupported_reason(positions_BT: jax.Array, kv_b_CHX: jax.Array, cache_BSW: 
         return f"dims are powers of two of at least 16, and these are {dims}"
     if kv_b_CHX.dtype not in (jnp.bfloat16, jnp.float32) or cache_BSW.dtype != kv_b_CHX.dtype:
         return f"weights and cache are bfloat16 or float32 alike, and these are {kv_b_CHX.dtype} and {cache_BSW.dtype}"
-    if num_new > MOST_NEW or num_rows * num_new > MOST_TOKENS or num_heads * num_new > MOST_QUERIES:
-        return f"it is for few tokens, and these are {num_rows} x {num_new} of {num_heads} heads"
+    if num_new > MOST_NEW or num_rows * num_new > MOST_TOKENS or num_heads > MOST_HEADS:
+        return f"it is for few tokens and heads, and these are {num_rows} x {num_new} of {num_heads} heads"
     return ""

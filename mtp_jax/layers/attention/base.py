@@ -5,6 +5,7 @@ A variant is a module class in its own file of this package, listed in `ATTENTIO
 Shape letters: B rows, T positions, S slots of a cache, D model.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,6 +51,10 @@ class Attention(nnx.Module):
     @classmethod
     def value_dim(cls, config: ModelConfig) -> int:
         """Returns the value dim of one head."""
+        raise NotImplementedError
+
+    def input_weights(self) -> Sequence[str]:
+        """Returns the names of all weights that multiply the layer's input."""
         raise NotImplementedError
 
     def joined(self) -> "Attention":

@@ -4,6 +4,7 @@ Shape letters: B rows, T positions (queries of one device), S keys of whole rows
 H query heads, G key/value heads, Q query/key dim, V value dim.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -81,6 +82,9 @@ class GroupedQueryAttention(Attention):
     @classmethod
     def value_dim(cls, config: ModelConfig) -> int:
         return config.value_head_dim or config.head_dim
+
+    def input_weights(self) -> Sequence[str]:
+        return "q", "k", "v"
 
     def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         q_BTHQ, k_BTGQ, v_BTGV = self._project(x_BTD, positions_BT)

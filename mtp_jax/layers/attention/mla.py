@@ -4,6 +4,8 @@ Shape letters: B rows, T positions (queries of one device), S keys of whole rows
 H heads, N nope dim, R rotary dim, V value dim, X = N + V, C key/value latent, W = C + R numbers per token in a cache.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -122,13 +124,16 @@ class MultiHeadLatentAttention(Attention):
         slots = num_slots(self.spec.window, num_positions, num_new)
         return jnp.zeros((num_rows, slots, self.cache_size(self.config, self.spec)), dtype)
 
+    def input_weights(self) -> Sequence[str]:
+        return "q_a" if self.config.q_lora_rank else "q", "kv_a"
+
     def joined(self) -> Attention:
         """Returns the layer with one weight, `down`, for the two products with its input."""
-        first = self.q_a if self.config.q_lora_rank else self.q
-        if not is_on_one_device() or first.get_metadata()["info"].in_dims != (-1,):
+        weights = [getattr(self, name) for name in self.input_weights()]
+        if not is_on_one_device() or weights[0].get_metadata()["info"].in_dims != (-1,):
             return self
-        self.down = join([first, self.kv_a])
-        for name in ("q_a" if self.config.q_lora_rank else "q", "kv_a"):
+        self.down = join(weights)
+        for name in self.input_weights():
             delattr(self, name)
         return self
 
