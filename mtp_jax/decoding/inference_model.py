@@ -161,6 +161,11 @@ def unstack(
     return Network(parts, model.kind)
 
 
+@jax.jit  # traced and lowered once for all equal layers
+def _decode(block: Block, residual: Residual, slots: Slots, cache: Cache) -> tuple[Residual, Cache]:
+    return block.decode(residual, slots, cache)
+
+
 def run_main(
     network: Network, tokens_BT: jax.Array, slots: Slots, caches: list[Cache]
 ) -> tuple[MainModel, list[Cache]]:
@@ -170,7 +175,7 @@ def run_main(
     written = []
     for block, cache in zip(network.blocks, caches, strict=True):
         branch_BTD = hidden_BTD
-        hidden_BTD, cache = block.decode(hidden_BTD, slots, cache)
+        hidden_BTD, cache = _decode(block, hidden_BTD, slots, cache)
         written.append(cache)
     return MainModel(hidden_BTD, branch_BTD, network.final_norm, network.embed), written
 
