@@ -63,7 +63,6 @@ REFUSED = {  # by our kernels, then by cuDNN too
     "a CUDA that compiles wrongly": ({"length": 255}, {"cuda": 12080}, "CUDA 12.8 to 12.9.0", "even length"),
     "another dtype": ({"dtype": jnp.float32}, {}, "float32", "float32"),
     "odd head dims": ({"dims": (20, 20)}, {}, "multiples of 64", "head dims"),
-    "unequal head dims": ({"dims": (96, 64)}, {}, "multiples of 64", "head dims"),
     "large head dims": ({"dims": (320, 320)}, {}, "together at most 320", "head dims"),
     "values that are larger": ({"dims": (64, 128)}, {}, "no larger", "head dims"),
     "cut rows": ({"length": 192}, {"first": jnp.int32(0)}, "multiples of 128", "whole rows"),
@@ -191,6 +190,30 @@ def documents(is_packed):
 )
 def test_on_hopper_kernels_equal_the_slow_path_in_float32(heads, groups, dims, is_packed, kernel):
     check_on_hopper(inputs(length=384, heads=heads, groups=groups, dims=dims), Mask(documents(is_packed)), kernel)
+
+
+@pytest.mark.parametrize("dims", [(96, 64), (80, 48), (192, 128)])
+def test_unequal_head_dims_are_padded_for_our_kernels(monkeypatch, dims):
+    """The kernel is replaced by XLA operations; it must get supported dims, and padding must not change the result."""
+    seen = []
+
+    def as_kernel(q, k, v, ranges, sinks_H, scale, tiles):
+        seen.append((q.shape[3], k.shape[3], v.shape[3]))
+        return xla.attend(q, k, v, Mask(), sinks_H, scale)
+
+    monkeypatch.setattr("mtp_jax.kernels.attention.hopper.kernel.attend", as_kernel)
+    q, k, v, grad = inputs(dims=dims, dtype=jnp.float32)
+    found, pull = jax.vjp(lambda *qkv: hopper.attend(*qkv, Mask(), None, 0.1), q, k, v)
+    expected, expected_pull = jax.vjp(lambda *qkv: xla.attend(*qkv, Mask(), None, 0.1), q, k, v)
+    assert all(dim % 64 == 0 for dim in seen[0]) and seen[0][0] - dims[0] < 64
+    for a, b in zip((found, *pull(grad)), (expected, *expected_pull(grad)), strict=True):
+        assert_close(a, b, 1e-5)
+
+
+@hopper_only
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_on_hopper_padded_head_dims_equal_the_slow_path_in_float32(is_packed):
+    check_on_hopper(inputs(length=384, dims=(96, 64)), Mask(documents(is_packed)), "pallas_hopper")
 
 
 @hopper_only

@@ -24,13 +24,28 @@ def attend(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H, scale) -> jax.Array:
     from mtp_jax.kernels.attention.hopper import blocks, kernel
 
     seen = blocks.ranges(mask, q_BTHQ.shape[0], k_BSGQ.shape[1], q_BTHQ.shape[1])
-    return kernel.attend(q_BTHQ, k_BSGQ, v_BSGV, seen, sinks_H, scale, blocks.Tiles())
+    value_dim = v_BSGV.shape[3]
+    wide_q, wide_v = padded_dims(q_BTHQ.shape[3], value_dim)
+    operands = (_padded(x, dim) for x, dim in ((q_BTHQ, wide_q), (k_BSGQ, wide_q), (v_BSGV, wide_v)))
+    return kernel.attend(*operands, seen, sinks_H, scale, blocks.Tiles())[..., :value_dim]
+
+
+def padded_dims(query_dim: int, value_dim: int) -> tuple[int, int]:
+    """Returns the head dims that the kernels run with: unequal ones, which no other kernel supports, are padded."""
+    if query_dim == value_dim:
+        return query_dim, value_dim
+    return -(-query_dim // 64) * 64, -(-value_dim // 64) * 64
+
+
+def _padded(x_BSHX: jax.Array, dim: int) -> jax.Array:
+    """Pads the last dim with zeros, which add nothing to a score; those of values are dropped from the output."""
+    return jnp.pad(x_BSHX, ((0, 0), (0, 0), (0, 0), (0, dim - x_BSHX.shape[3])))
 
 
 def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
     """Returns why the kernels do not support the operands; empty if they do."""
     lengths = (q_BTHQ.shape[1], k_BSGQ.shape[1])
-    dims = q_BTHQ.shape[3], v_BSGV.shape[3]
+    dims = padded_dims(q_BTHQ.shape[3], v_BSGV.shape[3])
     if 12080 <= _cuda_version() < 12091:  # as in jax's own causal kernel, jax.experimental.pallas.ops.gpu
         return f"CUDA 12.8 to 12.9.0 compiles its masks wrongly, and this is {_cuda_version()}"
     if q_BTHQ.dtype not in (jnp.bfloat16, jnp.float16):
@@ -38,7 +53,7 @@ def unsupported_reason(q_BTHQ, k_BSGQ, v_BSGV, mask: Mask, sinks_H) -> str:
     if any(length % BLOCK for length in lengths):
         return f"it takes lengths that are multiples of {BLOCK}, and these are {lengths}"
     if any(dim % 64 for dim in dims) or dims[1] > dims[0] or sum(dims) > DIMS:
-        return f"head dims are multiples of 64, values' no larger, together at most {DIMS}; these are {dims}"
+        return f"equal head dims are multiples of 64, values' no larger, together at most {DIMS}; these are {dims}"
     return ""
 
 
