@@ -11,6 +11,7 @@ A matrix is declared as one (`ParamInfo`): the number of dims does not identify 
 embedding is one weight, declared as an embedding, so it is updated once, by the embedding's rule.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -125,16 +126,20 @@ def _muon(config: OptimizerConfig, labels: Tree, infos: Tree) -> optax.GradientT
         labels,
         infos,
     )
-    return optax.chain(
-        optax.contrib.scale_by_muon(
-            ns_steps=config.muon.steps,
-            beta=config.muon.momentum,
-            eps=config.eps,
-            mu_dtype=config.moment_dtype,
-            weight_dimension_numbers=numbers,
-        ),
-        _scale_by_shape(numbers),
+    muon = optax.contrib.scale_by_muon(
+        ns_steps=config.muon.steps,
+        beta=config.muon.momentum,
+        eps=config.eps,
+        mu_dtype=config.moment_dtype,
+        weight_dimension_numbers=numbers,
     )
+
+    def update(grads: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
+        is_rounded = config.muon.matmul_precision == "bfloat16"
+        with jax.default_matmul_precision("BF16_BF16_F32") if is_rounded else contextlib.nullcontext():
+            return muon.update(grads, state, params)
+
+    return optax.chain(optax.GradientTransformation(muon.init, update), _scale_by_shape(numbers))
 
 
 def _scale_by_shape(numbers: Tree) -> optax.GradientTransformation:

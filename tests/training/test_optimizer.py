@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 import pytest
 
-from mtp_jax.config import OptimizerConfig
+from mtp_jax.config import MuonConfig, OptimizerConfig
 from mtp_jax.layers.param import ParamInfo
 from mtp_jax.training import optimizer
 from tests.conftest import PATIENT_FLAGS, QUICK_FLAGS
@@ -123,6 +123,17 @@ def test_muon_updates_have_the_rms_of_adam():
     updates = _update(_config(name="muon", weight_decay=0.0, learning_rate=1.0), _random(0), _random(1))
     for name in ("query", "out"):
         assert 0.12 < float(jnp.sqrt(jnp.mean(updates["blocks"][name]["kernel"] ** 2))) < 0.26
+
+
+@pytest.mark.parametrize(("precision", "is_rounded"), [("default", False), ("bfloat16", True)])
+def test_products_of_muon_have_the_configured_precision(precision, is_rounded):
+    """CPUs compute in float32 in both cases, so the lowered program is compared."""
+    tx = optimizer.build(_config(name="muon", muon=MuonConfig(matmul_precision=precision)), 100, INFOS)
+    params = _random(0)
+    program = jax.jit(tx.update).lower(_random(1), tx.init(params), params).as_text()
+    dots = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) >= 3  # those of an iteration
+    assert all(("lhs_precision_type = bf16" in line) == is_rounded for line in dots)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
