@@ -312,8 +312,8 @@ class MuonConfig:
 
     momentum: float = setting(0.95, at_least=0, below=1, was="optimizer.muon_momentum")
     steps: int = setting(5, at_least=1, at_most=100, was="optimizer.muon_steps")  # Newton-Schulz iterations
-    # precision of their products of float32 matrices: that of the device (TensorFloat-32 on GPUs), or operands rounded to
-    # bfloat16 as in the original implementation
+    # precision of their products of float32 matrices: that of the device (TensorFloat-32 on GPUs), or operands rounded
+    # to bfloat16 as in the original implementation
     matmul_precision: Literal["default", "bfloat16"] = setting("default", may_change="resume")
 
 
