@@ -4,46 +4,77 @@
 #   TOKENIZER=PATH/tokenizer.json FILES='/usr/lib/python3/**/*.py' bash benchmarks/drafting.sh
 #
 # Trains configs/code_400m.py with the tokenizer on the files (one sequential module), distils its module and new parallel
-# heads by several losses, and measures each at batch 1, 8 and 32, greedy and at temperature 1. BASE_FLAGS changes the
-# training of the model, DISTILL_FLAGS that of the drafts, OUT the folder. The same command again does what is missing.
+# heads by several losses, and measures each at batch 1, 8 and 32, greedy, and at batch 32 at temperature 1. The prompts
+# that are measured on are parts of documents that are held out, and no training document has them.
+#
+# The same command again does what is missing: a training continues from its last checkpoint, answers and measurements
+# from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below.
+# BASE_FLAGS changes the training of the model, DISTILL_FLAGS that of all drafts, MODULE_FLAGS that of sequential modules,
+# HEAD_FLAGS that of parallel heads, MEASURE_FLAGS the measurements; OUT is the folder of everything but the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/drafting} results=${RESULTS:-benchmarks/results/drafting.jsonl}
-batches=${BATCHES:-1,8,32} new=${NEW:-256} held_out=${HELD_OUT:-32}
+batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-64} length=${LENGTH:-96}
+stages=${STAGES:-base prompts before cross_entropy end_to_end parallel markov results}
+mkdir -p "$out"
+# Programs of plain decoding are the same for several models, and those of a killed command are not compiled again.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
-[ -s "$out/base/goodput.json" ] || $python train.py --config="${CONFIG:-configs/code_400m.py}" --workdir="$out/base" \
-  --config.data.source=text_files --config.data.files="$FILES" --config.data.tokenizer="$TOKENIZER" ${BASE_FLAGS:-}
-[ -s "$out/prompts/inner.jsonl" ] || $python experiments/distillation/prompts.py --config="$out/base/config.json" \
-  --output="$out/prompts" --length=96 --num_train="${NUM_TRAIN:-768}" --num_held_out="$held_out"
-
-measure() { # workdir, drafts, further flags
-  local workdir=$1 drafts=$2
-  shift 2
-  for temperature in 0 1; do
-    $python benchmarks/decode.py --workdir="$workdir" --prompts="$out/prompts/inner.jsonl" --drafts="$drafts" \
-      --batches="$batches" --max_new_tokens="$new" --temperature=$temperature --output="$results" "$@"
-  done
+measure() { # model, temperatures, batches, further flags
+  local model=$1 temperatures=$2 sizes=$3
+  shift 3
+  $python benchmarks/decode.py --workdir="$out/$model" --prompts="$out/prompts/inner.jsonl" --num_prompts="$held_out" \
+    --batches="$sizes" --temperatures="$temperatures" --max_new_tokens="$new" --drafts=3 --only_missing \
+    --output="$out/results.jsonl" ${MEASURE_FLAGS:-} "$@"
 }
 distill() { # name, flags
   local name=$1
   shift
-  if [ -s "$out/before.json" ]; then # measured once: it is the same for all
-    mkdir -p "$out/$name" && cp "$out/before.json" "$out/$name/before.json"
-  fi
   [ -s "$out/$name/distill.json" ] || $python -m mtp_jax.tools.distill --model="$out/base" --workdir="$out/$name" \
-    --prompts="$out/prompts/starts.jsonl" --prompts="$out/prompts/inner.jsonl" --held_out="$held_out" \
-    --answers="$out/answers" --max_new_tokens="$new" --batch_size=64 --measured_tokens=64 ${DISTILL_FLAGS:-} "$@"
-  cp "$out/$name/before.json" "$out/before.json"
+    --prompts="$out/prompts/inner.jsonl" --held_out="$held_out" --answers="$out/answers" --max_new_tokens="$new" \
+    --batch_size=64 --measured_tokens="$new" --measured_batch_size="$sampled" ${DISTILL_FLAGS:-} "$@"
 }
 
-measure "$out/base" 1,3
-distill cross_entropy --loss=cross_entropy
-measure "$out/cross_entropy" 3
-distill end_to_end --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}"
-measure "$out/end_to_end" 3 --whole_vocabulary
-measure "$out/end_to_end" 3
-measure "$out/end_to_end" 3 --min_confidence=0.3
-distill parallel --kind=parallel --loss=cross_entropy ${HEAD_FLAGS:-}
-measure "$out/parallel" 3
-distill markov --kind=parallel --loss=cross_entropy --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
-measure "$out/markov" 3
+base() {
+  [ -e "$out/base/done" ] || $python train.py --config="${CONFIG:-configs/code_400m.py}" --workdir="$out/base" \
+    --config.data.source=text_files --config.data.files="$FILES" --config.data.tokenizer="$TOKENIZER" ${BASE_FLAGS:-}
+  touch "$out/base/done" # a run that is stopped by a signal fails
+}
+prompts() {
+  [ -s "$out/prompts/inner.jsonl" ] || $python experiments/distillation/prompts.py --config="$out/base/config.json" \
+    --output="$out/prompts" --length="$length" --inner=0.2,0.4,0.6,0.8 --num_train="${NUM_TRAIN:-4096}" \
+    --num_held_out="$held_out" --unseen
+}
+before() {
+  measure base 0 "$batches"
+  measure base 1 "$sampled"
+}
+cross_entropy() {
+  distill cross_entropy --loss=cross_entropy ${MODULE_FLAGS:-}
+  measure cross_entropy 0 "$batches"
+  measure cross_entropy 1 "$sampled"
+}
+end_to_end() {
+  distill end_to_end --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}
+  measure end_to_end 0 "$batches" --vocabulary=whole,draft
+  measure end_to_end 1 "$sampled" --vocabulary=whole
+  measure end_to_end 0 "$batches" --min_confidence=0.3
+}
+parallel() {
+  distill parallel --kind=parallel --loss=cross_entropy ${HEAD_FLAGS:-}
+  measure parallel 0 "$batches"
+}
+markov() {
+  distill markov --kind=parallel --loss=cross_entropy --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
+  measure markov 0 "$batches"
+}
+results() {
+  cp "$out/results.jsonl" "$results.part" && mv "$results.part" "$results"
+}
+
+for stage in $stages; do
+  began=$SECONDS
+  $stage
+  echo "stage $stage: $((SECONDS - began)) s"
+done
