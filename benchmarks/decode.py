@@ -42,7 +42,7 @@ from mtp_jax.model import count_parameters  # noqa: E402
 from mtp_jax.mtp import kind_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.jsonl"
-LEAST_PROMPTS = MOST_BATCHES = 8
+LEAST_PROMPTS, MOST_BATCHES = 8, 4
 
 
 class Case(NamedTuple):
@@ -63,7 +63,7 @@ def main() -> None:
     flags.add_argument("--max_new_tokens", type=int, default=256)
     flags.add_argument("--temperatures", default="0")
     flags.add_argument("--prompts", help="as of eval.py; default: held-out documents")
-    flags.add_argument("--num_prompts", type=int, default=0, help="at most, 8 batches; default: the largest batch")
+    flags.add_argument("--num_prompts", type=int, default=0, help="at most, 4 batches; default: the largest batch")
     flags.add_argument("--min_confidence", default="none", help="as of eval.py, or none")
     flags.add_argument("--vocabulary", default="draft", help="draft: the model's draft vocabulary if it has one; whole")
     flags.add_argument("--compile_threads", type=int, default=1, help="programs compiled at once")

@@ -8,14 +8,15 @@
 # that are measured on are parts of documents that are held out, and no training document has them.
 #
 # The same command again does what is missing: a training continues from its last checkpoint, answers and measurements
-# from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below.
+# from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below;
+# stages joined by + run at once on one device. Speed-ups are those of the results, not of a stage's own table.
 # BASE_FLAGS changes the training of the model, DISTILL_FLAGS that of all drafts, MODULE_FLAGS that of sequential modules,
 # HEAD_FLAGS that of parallel heads, MEASURE_FLAGS the measurements; OUT is the folder of everything but the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/drafting} results=${RESULTS:-benchmarks/results/drafting.jsonl}
 batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-64} length=${LENGTH:-96}
-stages=${STAGES:-base prompts before cross_entropy end_to_end parallel markov results}
+stages=${STAGES:-base prompts cross_entropy end_to_end+parallel+markov before after results}
 mkdir -p "$out"
 # Programs of plain decoding are the same for several models, and those of a killed command are not compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}
@@ -50,31 +51,42 @@ before() {
   measure base 0 "$batches"
   measure base 1 "$sampled"
 }
-cross_entropy() {
-  distill cross_entropy --loss=cross_entropy ${MODULE_FLAGS:-}
-  measure cross_entropy 0 "$batches"
-  measure cross_entropy 1 "$sampled"
-}
-end_to_end() {
-  distill end_to_end --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}
-  measure end_to_end 0 "$batches" --vocabulary=whole,draft
-  measure end_to_end 1 "$sampled" --vocabulary=whole
-  measure end_to_end 0 "$batches" --min_confidence=0.3
-}
-parallel() {
-  distill parallel --kind=parallel --loss=cross_entropy ${HEAD_FLAGS:-}
-  measure parallel 0 "$batches"
-}
+cross_entropy() { distill cross_entropy --loss=cross_entropy ${MODULE_FLAGS:-}; }
+end_to_end() { distill end_to_end --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}; }
+parallel() { distill parallel --kind=parallel --loss=cross_entropy ${HEAD_FLAGS:-}; }
 markov() {
   distill markov --kind=parallel --loss=cross_entropy --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
+}
+before() {
+  measure base 0 "$batches"
+  measure base 1 "$sampled"
+}
+after() {
+  measure cross_entropy 0 "$batches"
+  measure end_to_end 0 "$batches" --vocabulary=whole,draft
+  measure parallel 0 "$batches"
   measure markov 0 "$batches"
+  measure cross_entropy 1 "$sampled"
+  measure end_to_end 1 "$sampled" --vocabulary=whole
+  measure end_to_end 0 "$batches" --min_confidence=0.3
 }
 results() {
   cp "$out/results.jsonl" "$results.part" && mv "$results.part" "$results"
 }
 
-for stage in $stages; do
-  began=$SECONDS
-  $stage
-  echo "stage $stage: $((SECONDS - began)) s"
+timed() { # stage
+  local began=$SECONDS
+  $1
+  echo "stage $1: $((SECONDS - began)) s"
+}
+for group in $stages; do
+  read -ra members <<<"${group//+/ }"
+  pids=()
+  for stage in "${members[@]}"; do
+    XLA_PYTHON_CLIENT_MEM_FRACTION=.$((80 / ${#members[@]})) timed "$stage" &
+    pids+=($!)
+  done
+  failed=0
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  [ $failed = 0 ]
 done
