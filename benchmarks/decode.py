@@ -46,7 +46,7 @@ LEAST_PROMPTS, MOST_BATCHES = 8, 4
 
 
 class Case(NamedTuple):
-    """What one line measures; its fields are those of the line."""
+    """Settings of one measurement; fields of its line."""
 
     vocabulary: str
     temperature: float
