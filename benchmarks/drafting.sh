@@ -47,10 +47,6 @@ prompts() {
     --output="$out/prompts" --length="$length" --inner=0.2,0.4,0.6,0.8 --num_train="${NUM_TRAIN:-4096}" \
     --num_held_out="$held_out" --unseen
 }
-before() {
-  measure base 0 "$batches"
-  measure base 1 "$sampled"
-}
 cross_entropy() { distill cross_entropy --loss=cross_entropy ${MODULE_FLAGS:-}; }
 end_to_end() { distill end_to_end --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}; }
 parallel() { distill parallel --kind=parallel --loss=cross_entropy ${HEAD_FLAGS:-}; }
@@ -62,9 +58,9 @@ before() {
   measure base 1 "$sampled"
 }
 after() {
+  measure parallel 0 "$batches"
   measure cross_entropy 0 "$batches"
   measure end_to_end 0 "$batches" --vocabulary=whole,draft
-  measure parallel 0 "$batches"
   measure markov 0 "$batches"
   measure cross_entropy 1 "$sampled"
   measure end_to_end 1 "$sampled" --vocabulary=whole

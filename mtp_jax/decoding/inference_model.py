@@ -162,8 +162,8 @@ def unstack(
 
 
 @jax.jit  # traced and lowered once for all equal layers
-def _decode(block: Block, residual: Residual, slots: Slots, cache: Cache) -> tuple[Residual, Cache]:
-    return block.decode(residual, slots, cache)
+def _decode(block: Block, h_BTD: jax.Array, slots: Slots, cache: Cache) -> tuple[jax.Array, Cache]:
+    return block.decode(h_BTD, slots, cache)
 
 
 def run_main(
