@@ -149,7 +149,7 @@ def compile_programs(
 def record(model: LanguageModel, args: argparse.Namespace, case: Case, result: speculative.SpeculativeResult) -> dict:
     """Returns the result's line."""
     counts, config = count_parameters(model.config.architecture), model.config
-    steps_per_second = result.tokens_per_second / result.tokens_per_forward / result.batch_size
+    seconds = result.num_tokens / result.tokens_per_second
     return {
         "benchmark": "decode",
         "model": pathlib.Path(args.workdir).name,
@@ -159,7 +159,7 @@ def record(model: LanguageModel, args: argparse.Namespace, case: Case, result: s
         **case._asdict(),
         **speculative.as_json(result),
         "plain_ms": 1e3 * result.batch_size / result.plain_tokens_per_second,
-        "speculative_step_ms": 1e3 / steps_per_second,
+        "speculative_step_ms": 1e3 * seconds / result.num_steps,
         "compute_dtype": config.model.compute_dtype,
         "device": jax.devices()[0].device_kind,
         "jax": metadata.version("jax"),

@@ -25,6 +25,8 @@ class SpeculativeResult:
 
     acceptance: of draft k, how often it was accepted where those before it were.
     num_same: rows with the same tokens in both (all of them, up to rounding in low precision); None where sampled.
+    num_steps: speculative steps of all batches; those of a batch are the steps of its slowest row, and rows that are done
+      wait for it. Without such differences num_tokens = num_steps * batch_size * tokens_per_forward.
     tokens_per_second, plain_tokens_per_second: of whole batches, including prefill.
     cache_bytes, multi_head_bytes: cache of the main model per token, and that of plain multi-head attention.
     draft_vocabulary_size: number of tokens that may be drafted, of the vocab_size of the model.
@@ -37,6 +39,7 @@ class SpeculativeResult:
     num_same: int | None
     acceptance: list[float]
     tokens_per_forward: float
+    num_steps: int
     plain_tokens_per_second: float
     tokens_per_second: float
     speed_up: float
@@ -181,6 +184,7 @@ def measure(
         num_same=same if is_greedy(sampler) else None,
         acceptance=drafted.acceptance,
         tokens_per_forward=drafted.tokens_per_forward,
+        num_steps=sum(int(part.num_speculative_steps.max()) for part in runs[num_speculative_tokens]),
         plain_tokens_per_second=plain_speed,
         tokens_per_second=speed,
         speed_up=speed / plain_speed,

@@ -49,6 +49,9 @@ def test_eval_reports_acceptance_tokens_times_and_the_cache(monkeypatch, capsys,
     assert (found["num_prompts"], found["num_same"], found["num_tokens"]) == (3, 3, 72)
     assert found["num_speculative_tokens"] == 2 and len(found["acceptance"]) == 2
     assert 0.5 < found["acceptance"][0] <= 1 and 1.5 < found["tokens_per_forward"] <= 3
+    # Two rows and one, 24 tokens each: a batch takes the steps of its slowest row.
+    assert 2 * 24 / 3 <= found["num_steps"] <= 2 * 24
+    assert found["num_steps"] >= found["num_tokens"] / found["batch_size"] / found["tokens_per_forward"]
     assert found["speed_up"] == pytest.approx(found["tokens_per_second"] / found["plain_tokens_per_second"])
     assert found["cache_bytes"] == 1 * 2 * (24 + 24) * 4  # layers, heads, key and value, float32
     assert found["draft_vocabulary_size"] == found["vocab_size"] == 264 and "\ndrafts from all 264 tokens\n" in out

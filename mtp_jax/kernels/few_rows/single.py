@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from mtp_jax.kernels.triton_call import triton_call
 
 WARPS = 4
-OUTPUTS = 8  # O: two per warp
+OUTPUTS = 4  # O: one per warp
 PIECE = 256  # P: 16 bytes of bfloat16 for each thread of a warp
 UNROLLED = 16  # pieces that are read before the first is used
 
