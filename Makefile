@@ -4,7 +4,7 @@
 #   make test  [ARGS="-k targets"]
 #   make test-fast  [ARGS=...]   # a minute and a half on 2 cores, without a network: for everyday use
 #   make experiments [JOBS=2]    # the findings in experiments/, with their tables
-#   make bench CONFIG=configs/NAME.py [ARGS="--peer=hf --profile"]    # a training step's time, and where it goes
+#   make bench CONFIG=configs/NAME.py [ARGS="--peer=torch --profile"]    # a training step's time, and where it goes
 #   make eval       # what the benchmarks of eval.py need
 #   make hf         # torch and transformers, the oracles of the weight conversion; without them its tests skip
 #   make lint

@@ -24,6 +24,7 @@ from mtp_jax.training.step import make_trainer
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200.jsonl"
 DOCUMENT = 1024
+NUM_BATCHES = 4
 PARTS = ("optimizer", "loss", "mtp", "experts", "router", "dispatch", "attention", "ffn")  # scopes; the first match
 COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute)")
 Span = tuple[float, float]
@@ -84,13 +85,18 @@ def batch_of(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
+def batches_of(config: Config) -> list[dict[str, np.ndarray]]:
+    """Returns the batches that a benchmark repeats."""
+    rng = np.random.default_rng(0)
+    return [batch_of(config, rng) for _ in range(NUM_BATCHES)]
+
+
 def measure(config: Config, num_steps: int, is_profiled: bool, num_warm: int = 2) -> dict[str, Any]:
     """Returns the measurements and the loss of each step. num_steps steps are timed, after num_warm others."""
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = make_trainer(config, mesh)
-        rng = np.random.default_rng(0)
-        batches = [jax.device_put(batch_of(config, rng), trainer.batch_sharding) for _ in range(4)]
+        batches = jax.device_put(batches_of(config), trainer.batch_sharding)
         started = time.perf_counter()
         step = trainer.step.lower(trainer.abstract_state, batches[0]).compile()
         compile_seconds = time.perf_counter() - started
