@@ -30,6 +30,10 @@ PLANS = {
     "671b_depth1": V3,
     "671b_depth1_fsdp": [*V3, *PURE_FSDP],
     "671b_default": V3[:2],
+    "moe_4b_depth1": [
+        *("--config=configs/moe_4b.py", "--topology=v5p:2x2x1", "--config.data.batch_size=16"),
+        *("--config.mtp.kind=sequential", "--config.mesh.data=1", "--config.mesh.fsdp=-1"),
+    ],
     **{
         f"layers_{n}": [*TINY, "--topology=v5e:4x4", "--config.data.batch_size=16", f"--config.model.num_layers={n}"]
         for n in (4, 16, 61)
@@ -40,7 +44,15 @@ PLANS = {
     },
 }
 KEPT = ("fits", "peak_hbm_gib", "peak_live_gib", "hbm_gib", "arguments_gib", "params_gib_per_chip", "mesh", "remat") + (
-    *("optimizer_gib_per_chip", "model_tflops_per_chip", "executed_tflops_per_chip", "seconds", "bound", "mfu"),
+    *(
+        "optimizer_gib_per_chip",
+        "model_tflops_per_chip",
+        "executed_tflops_per_chip",
+        "seconds",
+        "bound",
+        "mfu",
+        "estimate",
+    ),
     *("lower_seconds", "compile_seconds", "hlo_bytes"),
 )
 

@@ -14,7 +14,7 @@ from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.attention import Mask, splash
 from mtp_jax.kernels.grouped_matmul import megablox
 from mtp_jax.tools import plan as plan_command
-from mtp_jax.tools.planning import buffers, collectives, estimate, hlo, roofline, search, topology, traffic
+from mtp_jax.tools.planning import buffers, calibration, collectives, estimate, hlo, roofline, search, topology, traffic
 from mtp_jax.tools.planning.compile import compile_step, resolve
 from mtp_jax.tools.planning.matmul_flops import matmul_flops
 from mtp_jax.training.flops import train_flops_per_token
@@ -260,6 +260,64 @@ def test_times_of_links():
     assert roofline.link_seconds(exchange, chip, [(0, 8)], (8, 8, 8)) == pytest.approx(2 * 1e9 / 200e9)
 
 
+LLAMA = [
+    *("--config.mtp.kind=none", "--config.model.attention=gqa", "--config.model.num_experts=0"),
+    *("--config.model.vocab_size=128256", "--config.model.num_kv_heads=8", "--config.model.head_dim=128"),
+]
+LLAMA_70B = [
+    *("--config.model.num_layers=80", "--config.model.embed_dim=8192", "--config.model.num_heads=64"),
+    *(*LLAMA, "--config.model.ffn_dim=28672"),
+]
+LLAMA_405B = [
+    *("--config.model.num_layers=126", "--config.model.embed_dim=16384", "--config.model.num_heads=128"),
+    *(*LLAMA, "--config.model.ffn_dim=53248"),
+]
+
+
+def slice_of(generation, *shape):
+    chip = topology.CHIPS[generation]
+    name = f"{generation}:{'x'.join(map(str, shape))}"
+    return topology.Topology(name, chip, shape, 1, [None] * (chip.devices * int(np.prod(shape))))
+
+
+def estimated(config, slice_, mfu):
+    flops = train_flops_per_token(config) * config.data.batch_size * config.data.sequence_length / len(slice_.devices)
+    bounds = roofline.Roofline({"compute": flops / mfu / slice_.chip.flops}, mfu)
+    return calibration.estimate(config, slice_, flops, bounds)
+
+
+@pytest.mark.parametrize(
+    ("generation", "name", "overrides"),
+    [
+        ("v5p", "configs/deepseek_v3_671b.py", ["--config.mtp.kind=none"]),
+        ("v5p", "configs/dense_1b.py", LLAMA_405B),
+        ("v6e", "configs/dense_1b.py", LLAMA_70B),
+    ],
+)
+def test_the_estimate_of_a_measured_model_is_its_measured_rate(generation, name, overrides):
+    rows = ["--config.data.sequence_length=8192", "--config.data.batch_size=1024"]
+    config = load_config(name, [*overrides, *rows])
+    measured = calibration.MEASURED[generation, config.model.num_experts > 0]
+    found = estimated(config, slice_of(generation, 8, 8, 8), 0.9)
+    assert found.rate == pytest.approx(measured.rate, rel=2e-3)
+    assert found.seconds == pytest.approx(1024 * 8192 / measured.rate / 512, rel=2e-3)
+    assert found.basis.startswith(f"assuming an MFU of {100 * measured.mfu:.1f} %") and measured.model in found.basis
+
+
+def test_there_is_no_estimate_without_a_measurement_or_beyond_the_bound():
+    config = load_config("configs/moe_4b.py", [])
+    assert estimated(config, slice_of("v5p", 4, 4, 4), 0.34).rate > 0
+    slower = estimated(config, slice_of("v5p", 4, 4, 4), 0.33)
+    assert slower.rate is None and "the bound is slower than an MFU of 33.2 %" in slower.basis
+    for generation in ("v4", "v5e", "v6e", "tpu7x"):
+        found = estimated(config, slice_of(generation, 4, 4), 0.9)
+        assert found.seconds is None and f"no rate of a mixture of experts on {generation}" in found.basis
+
+
+def test_a_chip_of_two_devices_counts_once():
+    assert slice_of("tpu7x", 4, 4, 4).num_chips == 64
+
+
 def test_candidates_divide_the_topology():
     config = load_config("configs/tiny.py", ["--config.data.batch_size=64"])
     slice_ = topology.Topology("v5e:4x4", topology.CHIPS["v5e"], (4, 4), 1, [None] * 16)
@@ -305,7 +363,7 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
     command = ["--config=configs/tiny.py", "--topology=v5e:4x4", f"--json={out}", *SMALL]
     assert run_here(here, plan_command.main, *command) == 0
     text = capsys.readouterr().out
-    for part in ("memory per device", "largest temporaries", "collectives", "predicted:", "of 15.75"):
+    for part in ("memory per device", "largest temporaries", "collectives", "bound:", "estimate: none", "of 15.75"):
         assert part in text
     result = json.loads(out.read_text())
     assert 0 < result["peak_live_gib"] <= result["peak_hbm_gib"] < result["hbm_gib"] == 15.75
@@ -314,6 +372,7 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
     assert {"all-gather"} <= {row["kind"] for row in result["collectives"]}
     assert {tuple(row["axes"]) for row in result["collectives"]} == {("fsdp",)}
     assert 0 < result["mfu"] < 1 and result["bound"] in result["seconds"]
+    assert result["estimate"]["rate"] is None and "mixture of experts on v5e" in result["estimate"]["basis"]
 
 
 @pytest.mark.parametrize(

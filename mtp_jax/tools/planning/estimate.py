@@ -9,7 +9,7 @@ import numpy as np
 from mtp_jax.config import Config
 from mtp_jax.model import count_parameters
 from mtp_jax.mtp import kind_of
-from mtp_jax.tools.planning import hlo, traffic
+from mtp_jax.tools.planning import calibration, hlo, traffic
 from mtp_jax.tools.planning.buffers import Memory, read_memory
 from mtp_jax.tools.planning.collectives import Collective, collectives
 from mtp_jax.tools.planning.compile import compile_step
@@ -48,6 +48,13 @@ class Plan:
     lower_seconds: float
     compile_seconds: float
     hlo_bytes: int
+
+    @property
+    def estimate(self) -> calibration.Estimate | None:
+        """Estimate from a published measurement; None if the program does not fit."""
+        if self.roofline is None:
+            return None
+        return calibration.estimate(self.config, self.topology, self.model_flops, self.roofline)
 
     @property
     def needs_gib(self) -> float:
@@ -162,6 +169,7 @@ def to_json(plan: Plan) -> JsonObject:
         "step_seconds": bounds and bounds.seconds,
         "bound": bounds and bounds.bound,
         "mfu": bounds and bounds.mfu,
+        "estimate": plan.estimate and asdict(plan.estimate),
         "lower_seconds": plan.lower_seconds,
         "compile_seconds": plan.compile_seconds,
         "hlo_bytes": plan.hlo_bytes,

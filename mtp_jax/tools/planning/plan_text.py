@@ -66,10 +66,17 @@ def _bounds(plan: Plan) -> str:
         return lines[0]
     lines.append("  ".join(f"{name} {seconds:.3g} s" for name, seconds in bounds.parts.items() if seconds))
     tokens = plan.config.data.batch_size * plan.config.data.sequence_length
+    rate = tokens / bounds.seconds / plan.topology.num_chips
     lines.append(
-        f"predicted: {bounds.seconds:.3g} s a step, bound by {bounds.bound}; MFU {100 * bounds.mfu:.1f} %, "
-        f"{tokens / bounds.seconds / 1e3:,.0f} k tokens/s (a bound: nothing waits, every unit at its peak)"
+        f"bound:    {bounds.seconds:.3g} s a step by {bounds.bound}, {rate:,.0f} tokens/s per chip, "
+        f"MFU {100 * bounds.mfu:.1f} %; nothing waits, every unit at its peak"
     )
+    found = plan.estimate
+    assert found is not None
+    if found.seconds is None:
+        lines.append(f"estimate: none, {found.basis}")
+    else:
+        lines.append(f"estimate: {found.seconds:.3g} s a step, {found.rate:,.0f} tokens/s per chip, {found.basis}")
     return "\n".join(lines)
 
 

@@ -76,6 +76,11 @@ class Topology:
     num_slices: int
     devices: "list[jax.Device]"
 
+    @property
+    def num_chips(self) -> int:
+        """Number of chips of all slices."""
+        return len(self.devices) // self.chip.devices
+
 
 def open_topology(name: str, num_slices: int = 1) -> Topology:
     """Returns the topology of `num_slices` slices of "generation:AxB" or "generation:AxBxC".
