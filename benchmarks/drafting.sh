@@ -3,20 +3,21 @@
 #
 #   TOKENIZER=PATH/tokenizer.json FILES='/usr/lib/python3/**/*.py' bash benchmarks/drafting.sh
 #
-# Trains configs/code_400m.py with the tokenizer on the files (one sequential module), distils its module and new parallel
-# heads by several losses, and measures each at batch 1, 8 and 32, greedy, and at batch 32 at temperature 1. The prompts
-# that are measured on are parts of documents that are held out, and no training document has them.
+# Trains configs/code_400m.py with the tokenizer on the files twice, with one sequential module and with three parallel
+# heads, distils modules and heads by several losses, and measures each at batch 1, 8 and 32, greedy, and at batch 32 at
+# temperature 1. The prompts that are measured on are parts of documents that are held out, and no training document has
+# them.
 #
 # The same command again does what is missing: a training continues from its last checkpoint, answers and measurements
 # from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below;
 # stages joined by + run at once on one device. Speed-ups are those of the results, not of a stage's own table.
-# BASE_FLAGS changes the training of the model, DISTILL_FLAGS that of all drafts, MODULE_FLAGS that of sequential modules,
+# BASE_FLAGS changes the training of the models, DISTILL_FLAGS that of all drafts, MODULE_FLAGS that of sequential modules,
 # HEAD_FLAGS that of parallel heads, MEASURE_FLAGS the measurements; OUT is the folder of everything but the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/drafting} results=${RESULTS:-benchmarks/results/drafting.jsonl}
 batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-64} length=${LENGTH:-96}
-stages=${STAGES:-base prompts cross_entropy end_to_end+parallel+markov before after results}
+stages=${STAGES:-base heads prompts cross_entropy parallel end_to_end+markov before after results}
 mkdir -p "$out"
 # Programs of plain decoding are the same for several models, and those of a killed command are not compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}
@@ -29,32 +30,43 @@ measure() { # model, temperatures, batches, further flags
     --batches="$sizes" --temperatures="$temperatures" --max_new_tokens="$new" --drafts=3 --only_missing \
     --output="$out/results.jsonl" ${MEASURE_FLAGS:-} "$@"
 }
-distill() { # name, flags
-  local name=$1
-  shift
-  [ -s "$out/$name/distill.json" ] || $python -m mtp_jax.tools.distill --model="$out/base" --workdir="$out/$name" \
-    --prompts="$out/prompts/inner.jsonl" --held_out="$held_out" --answers="$out/answers" --max_new_tokens="$new" \
+distill() { # name, model, flags
+  local name=$1 model=$2
+  shift 2
+  [ -s "$out/$name/distill.json" ] || $python -m mtp_jax.tools.distill --model="$out/$model" --workdir="$out/$name" \
+    --prompts="$out/prompts/inner.jsonl" --held_out="$held_out" --answers="$out/answers_$model" --max_new_tokens="$new" \
     --batch_size=64 --measured_tokens="$new" --measured_batch_size="$sampled" ${DISTILL_FLAGS:-} "$@"
 }
 
-base() {
-  [ -e "$out/base/done" ] || $python train.py --config="${CONFIG:-configs/code_400m.py}" --workdir="$out/base" \
-    --config.data.source=text_files --config.data.files="$FILES" --config.data.tokenizer="$TOKENIZER" ${BASE_FLAGS:-}
-  touch "$out/base/done" # a run that is stopped by a signal fails
+train() { # name, flags
+  local name=$1
+  shift
+  [ -e "$out/$name/done" ] || $python train.py --config="${CONFIG:-configs/code_400m.py}" --workdir="$out/$name" \
+    --config.data.source=text_files --config.data.files="$FILES" --config.data.tokenizer="$TOKENIZER" \
+    ${BASE_FLAGS:-} "$@"
+  touch "$out/$name/done" # a run that is stopped by a signal fails
+}
+
+base() { train base; }
+heads() {
+  train heads --config.mtp.kind=parallel --config.mtp.depth=3 --config.mtp.parameter_matched=False
 }
 prompts() {
   [ -s "$out/prompts/inner.jsonl" ] || $python experiments/distillation/prompts.py --config="$out/base/config.json" \
     --output="$out/prompts" --length="$length" --inner=0.2,0.4,0.6,0.8 --num_train="${NUM_TRAIN:-4096}" \
     --num_held_out="$held_out" --unseen
 }
-cross_entropy() { distill cross_entropy --loss=cross_entropy ${MODULE_FLAGS:-}; }
-end_to_end() { distill end_to_end --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}; }
-parallel() { distill parallel --kind=parallel --loss=cross_entropy ${HEAD_FLAGS:-}; }
+cross_entropy() { distill cross_entropy base --loss=cross_entropy ${MODULE_FLAGS:-}; }
+end_to_end() {
+  distill end_to_end base --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}
+}
+parallel() { distill parallel heads --loss=cross_entropy ${HEAD_FLAGS:-}; }
 markov() {
-  distill markov --kind=parallel --loss=cross_entropy --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
+  distill markov heads --loss=cross_entropy --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
 }
 before() {
   measure base 0 "$batches"
+  measure heads 0 "$batches"
   measure base 1 "$sampled"
 }
 after() {
