@@ -25,8 +25,8 @@ class SpeculativeResult:
 
     acceptance: of draft k, how often it was accepted where those before it were.
     num_same: rows with the same tokens in both (all of them, up to rounding in low precision); None where sampled.
-    num_steps: speculative steps of all batches; those of a batch are the steps of its slowest row, and rows that are done
-      wait for it. Without such differences num_tokens = num_steps * batch_size * tokens_per_forward.
+    num_steps: speculative steps of all batches. A batch takes those of its slowest row, for which the others wait;
+      if all rows took as many, num_tokens would be num_steps * batch_size * tokens_per_forward.
     tokens_per_second, plain_tokens_per_second: of whole batches, including prefill.
     cache_bytes, multi_head_bytes: cache of the main model per token, and that of plain multi-head attention.
     draft_vocabulary_size: number of tokens that may be drafted, of the vocab_size of the model.

@@ -68,7 +68,7 @@ class Block(nnx.Module):
         h_BTD, cache = self.attention.decode(x_BTD, slots, cache, start, h_BTD[:, start:])
         x_BTD = self.ffn_norm.deferred(h_BTD)
         if isinstance(self.ffn, MixtureOfExperts):
-            h_BTD = h_BTD + self._feed_forward(x_BTD.normed, slots.is_written_BT[:, start:])[0]
+            h_BTD = h_BTD + self.ffn.decode(x_BTD.normed, slots.is_written_BT[:, start:])
         else:
             h_BTD = self.ffn(x_BTD, h_BTD)
         return constrain(h_BTD[:, first - start : length - start], "batch", "length", None), cache

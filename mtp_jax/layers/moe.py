@@ -11,13 +11,14 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.kernels.device import device
+from mtp_jax.kernels.few_rows import experts as few_experts
 from mtp_jax.kernels.permute import through_experts
 from mtp_jax.layers.all_to_all import exchanged
 from mtp_jax.layers.ffn import SwiGLU, gated_unit
 from mtp_jax.layers.linear import cast, gated_biases, grouped, linear, sum_over_experts
 from mtp_jax.layers.param import matrix, vector
 from mtp_jax.layers.router import Router, RouterStats
-from mtp_jax.sharding import LOGICAL_AXES, Axes, constrain, num_shards, spec
+from mtp_jax.sharding import LOGICAL_AXES, Axes, constrain, is_on_one_device, num_shards, spec
 
 
 class MixtureOfExperts(nnx.Module):
@@ -48,6 +49,25 @@ class MixtureOfExperts(nnx.Module):
             with jax.named_scope("ffn"):
                 out_BTD = out_BTD + self.shared(x_BTD)
         return out_BTD, stats
+
+    def decode(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
+        """Returns the output [B, T, D]; has no gradient.
+
+        Few tokens on Hopper GPUs read the weights of the experts they chose only.
+        """
+        config = self.config
+        num_chosen = x_BTD.shape[0] * x_BTD.shape[1] * config.num_experts_per_token
+        is_plain = is_on_one_device() and not config.expert_bias and config.matmul_precision == "default"
+        if not is_plain or few_experts.unsupported_reason(num_chosen, config.num_experts, x_BTD.dtype):
+            return self(x_BTD, valid_BT)[0]
+        gates_BTK, chosen_BTK, _ = self.router(x_BTD, valid_BT)
+        x_ND, expert_A = x_BTD.reshape(-1, x_BTD.shape[-1]), chosen_BTK.reshape(-1)
+        gate, up, down = (cast(weight, x_BTD.dtype) for weight in (self.gate, self.up, self.down))
+        unit = functools.partial(gated_unit, config=config.gated_unit)
+        h_AF = few_experts.products(x_ND, [gate, up], expert_A, unit)
+        out_BTKD = few_experts.products(h_AF, [down], expert_A).reshape(*chosen_BTK.shape, -1)
+        out_BTD = (out_BTKD * gates_BTK.astype(x_BTD.dtype)[..., None]).sum(axis=2)
+        return self.shared(x_BTD, out_BTD) if config.num_shared_experts else out_BTD
 
     def _dense(self, x_BTD: jax.Array, gates_BTK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
         """Runs every expert on every token, with gate 0 where the expert was not chosen.

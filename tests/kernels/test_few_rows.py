@@ -11,6 +11,7 @@ from flax import nnx
 from mtp_jax.config import GatedUnitConfig, ModelConfig
 from mtp_jax.kernels import few_rows
 from mtp_jax.kernels.device import pretend
+from mtp_jax.kernels.few_rows import experts
 from mtp_jax.layers.ffn import gated_unit
 from mtp_jax.layers.linear import combined, join, linear, outputs_first
 from mtp_jax.layers.norm import Deferred, RMSNorm
@@ -161,3 +162,49 @@ def test_on_a_gpu_as_other_operations(num_rows, contracted):
 
     found = jax.jit(lambda x, w, u, added: few_rows.products(x, [w, u], EPS, unit, added))(x, w, u, added)
     assert_close(found, jax.jit(separate)(x, w, u, added), 1e-2)
+
+
+# One row with all its experts, rows with experts in common, and numbers that no block divides.
+@pytest.mark.parametrize(
+    ("num_rows", "contracted", "num_outputs"), [(1, 64, 64), (3, 100, 70), (2, 512, 5), (6, 16, 8)]
+)
+def test_products_with_experts_equal_numpy(num_rows, contracted, num_outputs):
+    rng = np.random.default_rng(0)
+    x, weights = rng.standard_normal((num_rows, contracted)), rng.standard_normal((2, 7, contracted, num_outputs))
+    expert = rng.integers(0, 7, 6)
+    x32, w32, u32 = (jnp.asarray(a, jnp.float32) for a in (x, *weights))
+    row = np.arange(6) // (6 // num_rows)
+    w, u = (np.stack([x[n] @ weight[e] for n, e in zip(row, expert, strict=True)]) for weight in weights)
+    assert_close(experts.products(x32, [w32], jnp.asarray(expert)), w, 1e-6)
+    found = experts.products(x32, [w32, u32], jnp.asarray(expert), lambda gate, up: gate * up)
+    assert_close(found, w * u, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_assignments", "dtype", "reason"),
+    [(64, jnp.bfloat16, ""), (65, jnp.bfloat16, "more than 64"), (6, jnp.float16, "bfloat16 and float32")],
+)
+def test_other_experts_are_refused(num_assignments, dtype, reason, as_on_hopper):
+    found = experts.unsupported_reason(num_assignments, 64, dtype)
+    assert reason in found and bool(found) == bool(reason)
+    with pretend("cpu"):
+        assert experts.unsupported_reason(6, 64, jnp.bfloat16)
+
+
+@hopper_only
+def test_experts_on_a_gpu_as_other_operations():
+    """The size of configs/moe_4b.py."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, u = (
+        jax.random.normal(key, shape, jnp.bfloat16) * 0.1
+        for key, shape in zip(keys, [(2, 2048), (64, 2048, 1408), (64, 2048, 1408)], strict=True)
+    )
+    expert = jnp.array([5, 60, 1, 2, 63, 0, 5, 6, 7, 8, 9, 0])
+    unit = functools.partial(gated_unit, config=GatedUnitConfig())
+
+    def separate(x, w, u):
+        y, z = (jnp.einsum("ak,akf->af", jnp.repeat(x, 6, axis=0), weight[expert]) for weight in (w, u))
+        return unit(y, z)
+
+    found = jax.jit(lambda *args: experts.products(args[0], args[1:], expert, unit))(x, w, u)
+    assert_close(found, jax.jit(separate)(x, w, u), 1e-2)
