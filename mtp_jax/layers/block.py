@@ -74,10 +74,14 @@ class Block(nnx.Module):
         return constrain(h_BTD[:, first - start : length - start], "batch", "length", None), cache
 
     def folded(self) -> "Block":
-        """Returns the block with the scales of its norms as parts of weights, on a device that has kernels for it."""
+        """Returns the block with the scales of its norms multiplied into weights; unchanged except on a single GPU.
+
+        Products of few rows then take the norm themselves (`layers.norm.Deferred`).
+        """
         is_default = self.attention.config.matmul_precision == "default"
         if is_default and is_on_one_device() and device().prefers_outputs_first:
-            self.attention_norm.fold_scale(self.attention, self.attention.input_weights())
+            if names := self.attention.input_weights():
+                self.attention_norm.fold_scale(self.attention, names)
             if isinstance(self.ffn, SwiGLU):
                 self.ffn_norm.fold_scale(self.ffn, ("gate", "up"))
         return self

@@ -1,6 +1,6 @@
 """Product of two to eight rows on tensor cores, in Pallas for Triton.
 
-Tensor cores multiply at least 64 rows of W by 8 of x. To spread the weights over all multiprocessors nevertheless, the
+Tensor cores multiply at least 64 rows of W by 8 of x. To use all multiprocessors nevertheless, the
 contracted dim is split in Q chunks, and every chunk of W is multiplied by every chunk of x. The products of equal
 chunks are summed, the others dropped:
 

@@ -54,8 +54,11 @@ class Attention(nnx.Module):
         raise NotImplementedError
 
     def input_weights(self) -> Sequence[str]:
-        """Returns the names of all weights that multiply the layer's input."""
-        raise NotImplementedError
+        """Returns the names of the weights that multiply the layer's input, if nothing else reads it.
+
+        The scale of the norm before the layer can then be multiplied into them. Empty: it cannot.
+        """
+        return ()
 
     def joined(self) -> "Attention":
         """Returns the layer with the weights that multiply the same input joined, for inference on one device."""
