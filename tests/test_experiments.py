@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -50,6 +51,53 @@ def test_configs_can_be_used_and_results_are_there(folder):
     assert results
     text = (folder / "README.md").read_text()
     assert "results/curves.png" in text and "Obtained" in text and "Expected" in text
+    assert re.search(r"^\*\*Verdict\.\*\*", text, re.MULTILINE)
+
+
+VERDICTS = ("confirmed", "same direction", "not confirmed", "not measurable")
+DEVIATIONS = re.compile(r"-?\d+\.\d+ ± \d+\.\d+")
+
+
+def findings():
+    """Returns {folder: its rows of the table in docs/findings.md} and {heading: text of its section}."""
+    head, *parts = re.split(r"^## ", (ROOT / "docs" / "findings.md").read_text(), flags=re.MULTILINE)
+    rows = {}
+    for row in re.findall(r"^\| \[.*$", head, re.MULTILINE):
+        rows.setdefault(re.search(r"\.\./experiments/(\w+)/README\.md", row)[1], []).append(row)
+    return rows, {heading: text for heading, _, text in (part.partition("\n") for part in parts)}
+
+
+def test_findings_have_a_verdict_and_a_section_for_every_experiment():
+    rows, sections = findings()
+    with_results = {path.parent.parent.name for path in (ROOT / "experiments").glob("*/results/table.json")}
+    assert with_results == set(rows) == set(sections) - {"Limits"}
+    for folder in with_results:
+        assert f"experiments/{folder}/run.sh" in sections[folder] and re.search(r"\d{4}-\d\d-\d\d", sections[folder])
+        assert all(row.split("|")[5].strip().startswith(VERDICTS) for row in rows[folder])
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_means_in_findings_and_readme_are_those_of_the_results(folder):
+    """Each mean with a deviation is in the table of the same experiment."""
+    rows, sections = findings()
+    table = DEVIATIONS.findall(re.sub(" ?± ?", " ± ", (folder / "results" / "table.md").read_text()))
+    for text in ["\n".join(rows[folder.name]), sections[folder.name], (folder / "README.md").read_text()]:
+        found = set(DEVIATIONS.findall(text)) - set(table)
+        assert not found, f"{folder.name}: {sorted(found)}"
+
+
+def test_rates_of_distillation_are_those_of_the_results():
+    _, sections = findings()
+    folder = ROOT / "experiments" / "distillation"
+    results = [
+        r for domains in json.loads((folder / "results" / "table.json").read_text()).values() for r in domains.values()
+    ]
+    rates = {tuple(f"{100 * rate:.0f}" for rate in each["acceptance"]) for each in results}
+    lengths = {f"{each['tokens_per_forward']:.2f}" for each in results}
+    for text in (sections["distillation"], (folder / "README.md").read_text().partition("One seed")[0]):
+        found = re.findall(r"(\d\d) / (\d\d) / (\d\d) %", text)
+        assert len(found) >= 4 and not set(found) - rates
+        assert len(set(re.findall(r"\b\d\.\d\d\b", text)) & lengths) > 10
 
 
 def test_run_scripts_are_shell():
