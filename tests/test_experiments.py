@@ -153,7 +153,7 @@ def test_an_answer_satisfies_its_formula(formulas):
     assert len(seen) > 2  # not always the first one
 
 
-def test_the_verifier_wants_a_whole_assignment(formulas):
+def test_the_verifier_requires_a_whole_assignment(formulas):
     question = "abC aBd bCD ="
     assert formulas.is_satisfied(question, "a B c D") and formulas.is_satisfied(question, " a b C D ")
     assert not formulas.is_satisfied(question, "A b c D")  # abC holds, aBd does not

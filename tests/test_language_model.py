@@ -51,7 +51,7 @@ def all_logits(lm, rows):
 # generate
 
 
-def test_greedy_texts_are_what_the_logits_say(lm, plain):
+def test_greedy_texts_are_the_argmax_of_the_logits(lm, plain):
     rows = [[BOS, *prompt.encode(), *tokens] for prompt, tokens in zip(PROMPTS, plain.tokens, strict=True)]
     for row, tokens, text, logits in zip(rows, plain.tokens, plain.texts, all_logits(lm, rows), strict=True):
         first = len(row) - len(tokens)
@@ -250,7 +250,7 @@ def test_chats_that_cannot_be_answered_are_one_clear_line(lm, chatting):
         assert "\n" not in str(caught.value)
 
 
-def test_plain_passes_are_as_many_as_tokens_where_a_text_is_cut(lm, plain):
+def test_plain_passes_are_as_many_as_tokens_of_a_truncated_text(lm, plain):
     stop = plain.texts[0][5]
     out = lm.generate(PROMPTS, NUM_NEW, stop=stop)
     assert out.num_speculative_steps.tolist() == [len(tokens) for tokens in out.tokens]
@@ -449,7 +449,7 @@ def test_something_comes_before_a_continuation_that_is_joined_to_the_context():
     assert "pair 3: nothing comes before" in refusal(texts.pair, none, none.encode, 3, "a", "b")
 
 
-def test_a_model_without_extra_depths_or_with_fewer_heads_says_so():
+def test_a_model_without_extra_depths_or_with_fewer_heads_is_reported():
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     built = build(MLA)
     none = LanguageModel(built.config, built.params, built.biases, None, mesh)

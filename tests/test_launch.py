@@ -107,7 +107,7 @@ def test_a_slurm_job_that_is_told_to_stop_saves_and_goes_back_into_the_queue(tmp
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
-def test_the_supervisor_wants_a_command():
+def test_the_supervisor_requires_a_command():
     done = subprocess.run(["launch/supervise.sh"], cwd=ROOT, env=QUICK, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("usage: ")
 
@@ -125,7 +125,7 @@ def sourced(platform, name):
     return done.stdout
 
 
-def test_this_jaxlib_knows_the_gpu_flags():
+def test_this_jaxlib_supports_the_gpu_flags():
     flags = sourced("gpu", "XLA_FLAGS")
     code = "import jax; jax.devices()"
     env = {**CPU, "XLA_FLAGS": flags}

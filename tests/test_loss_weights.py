@@ -182,7 +182,7 @@ def test_targets_without_weight_reach_no_loss_and_no_gradient(one_device):
         assert_equal_trees(result(~is_prompt), result(jnp.zeros_like(is_prompt)))
 
 
-def test_routers_do_not_know_of_loss_weights(one_device):
+def test_routers_ignore_loss_weights(one_device):
     """Nor does a batch that trains nothing divide by zero; its loss is the balance loss."""
     answers, nothing = chat(one_device.config), chat(one_device.config, answers=0.0)
     (some, state), (none, other) = one_device.step(answers), one_device.step(nothing)

@@ -105,7 +105,7 @@ def test_install_brings_what_is_missing_or_too_old(install, monkeypatch, has_gpu
     assert install(ROOT) == [wanted + (["jax[cuda12]"] if has_gpu and name == "jax" else [])]
 
 
-def test_outside_of_a_clone_one_line_says_so(install, tmp_path):
+def test_outside_of_a_clone_the_error_is_one_line(install, tmp_path):
     with pytest.raises(SystemExit, match="clone the project and open notebooks/quickstart.ipynb from it") as stop:
         install(tmp_path)
     assert "\n" not in str(stop.value)

@@ -45,7 +45,7 @@ def test_an_object_is_created_once(bucket):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_fault_is_injected_once_and_does_what_it_says(bucket, kind):
+def test_a_fault_is_injected_once_and_has_its_effect(bucket, kind):
     bucket.inject(kind, match="POST .*name=x", skip=1, seconds=0.2)
     assert put(bucket, "x", b"first") == 200
     if kind == "slow":

@@ -461,7 +461,7 @@ def test_shared_depths_are_one_module_twice():
     np.testing.assert_allclose(run(shared, params)["hidden"], run(config_of(), twice)["hidden"])
 
 
-def test_parallel_heads_like_the_last_block_say_what_the_main_head_says():
+def test_parallel_heads_like_the_last_block_predict_as_the_main_head():
     config = config_of(PARALLEL)
     params = params_of(config)
     last = entry(params["trunk"]["blocks"], 0)
@@ -527,7 +527,7 @@ def test_agreement_compares_with_the_main_head_k_positions_later():
     assert loss_module.agreement_sums(logits, built.valid, segment_ids[:, :6], 1) == (2, 3)
 
 
-def test_agreement_asks_for_a_main_prediction_in_the_same_document():
+def test_agreement_requires_a_main_prediction_in_the_same_document():
     logits = np.zeros((2, 1, 3, 4))
     valid = np.array([[[1, 1, 0]], [[1, 1, 1]]], bool)
     assert loss_module.agreement_sums(logits, valid, np.array([[1, 1, 1]]), 1) == (1, 1)

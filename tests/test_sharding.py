@@ -54,7 +54,7 @@ def test_grouped_experts_stay_with_their_tokens(one_device, sizes):
     assert not any(f"s32[{routed}]" in line for line in sorts)
 
 
-def test_weights_and_moments_are_really_cut():
+def test_weights_and_moments_are_really_sharded():
     config = replace(tiny(), mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     abstract = make_trainer(config, mesh).abstract_state
@@ -67,7 +67,7 @@ def test_weights_and_moments_are_really_cut():
     assert by_shape[gate.shape] == {gate.sharding.shard_shape(gate.shape)}
 
 
-def test_weights_outside_the_experts_are_cut_by_the_expert_axis_too():
+def test_weights_outside_the_experts_are_sharded_by_the_expert_axis_too():
     """Else each device of that axis would hold its own copy of them and of their moments."""
     config = replace(tiny(), mesh=MeshConfig(data=1, fsdp=2, expert=4))
     mesh = make_mesh(config.mesh, jax.devices()[:8])
@@ -131,7 +131,7 @@ ODD_SIZES = [
 
 
 @pytest.mark.parametrize("keys", ODD_SIZES, ids=" ".join)
-def test_a_mesh_is_refused_in_one_line_or_cuts_everything_evenly(keys):
+def test_a_mesh_is_refused_in_one_line_or_shards_everything_evenly(keys):
     config = tiny(*(f"--config.{key}" for key in keys))
     built, refused = abstract_model(config.architecture), 0
     for sizes in MESHES_OF_8:

@@ -177,7 +177,7 @@ with signals.STOP.deferred() as stop:
 """
 
 
-def test_a_second_signal_ends_a_process_at_once_and_notices_say_what_it_waits_for():
+def test_a_second_signal_ends_a_process_at_once_and_notices_name_the_cause_of_waiting():
     code, _, errors = signalled(DEFERRED, signal.SIGTERM, signal.SIGINT, pause=1.0)
     *notes, last = errors.splitlines()
     assert code == 75 and last.startswith("error: stopped by SIGTERM twice: ended at once")

@@ -14,7 +14,7 @@ from mtp_jax.data.formats.text import split_lines
 
 
 @given(st.lists(st.text("ab \n\r", max_size=30)), st.integers(1, 40))
-def test_cut_loses_nothing(pieces, max_chars):
+def test_pieces_of_a_text_lose_nothing(pieces, max_chars):
     lines = "\n\n".join(pieces).splitlines(keepends=True)
     split = list(split_lines(lines, max_chars))
     assert "".join(split) == "".join(lines)
@@ -32,7 +32,7 @@ def test_splits_are_at_blank_lines_first():
     ]
 
 
-def test_real_text_is_cut_without_loss(real_data, tmp_path):
+def test_real_text_is_split_without_loss(real_data, tmp_path):
     path = real_data("text/tinyshakespeare.txt")
     with open(path, "rb") as file:
         content = file.read()

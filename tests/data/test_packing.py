@@ -122,7 +122,7 @@ def test_same_bytes_for_every_depth(make_store):
                 np.testing.assert_array_equal(a, b[:17])
 
 
-def test_fim_gives_back_the_document_and_meets_its_rate(make_store):
+def test_fim_gives_back_the_document_at_its_rate(make_store):
     texts = [f"number {i} is {i * i}" for i in range(2000)]
     store, fim = make_store(texts), FIM(0.3, MARKS, seed=7)
     stream = Stream(store, np.arange(2000), fim)
@@ -139,7 +139,7 @@ def test_fim_gives_back_the_document_and_meets_its_rate(make_store):
     assert abs(num_rearranged / 2000 - 0.3) < 0.04
 
 
-def test_fim_cuts_reach_every_place():
+def test_fim_splits_at_every_place():
     a, b = FIM(1.0, MARKS, 0).split_points(np.arange(3000), np.full(3000, 4))
     found = set(zip(a.tolist(), b.tolist(), strict=True))
     assert found == {(x, y) for y in range(5) for x in range(y + 1)}

@@ -168,7 +168,7 @@ def test_a_program_that_forgets_to_close_ends(make_config, num_workers):
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
-def test_closed_iterator_says_so(make_config):
+def test_closed_iterator_is_reported(make_config):
     iterator = iter(prepare(make_config()).batches("train"))
     next(iterator)
     iterator.close()

@@ -186,7 +186,7 @@ def test_unusable_files_are_one_line(tmp_path):
         assert message.startswith(f"data.tokenizer={path}: {problem}") and "\n" not in message
 
 
-def test_special_tokens_spelled_in_a_text_count_where_they_are_asked_for(saved):
+def test_special_tokens_written_in_a_text_count_on_request(saved):
     tokenizer = saved(byte_level(["<|endoftext|>", "<|im_end|>"]))
     text = "a<|im_end|> b<|endoftext|>"
     ids = tokenizer.encode(text, special_tokens=True).tolist()

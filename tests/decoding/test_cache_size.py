@@ -12,7 +12,7 @@ from tests.decoding.models import GQA, MLA, build, parallel, sequential
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("num_heads", [1, 4])
-def test_latent_attention_keeps_a_latent_and_one_rotary_key_a_layer(dtype, itemsize, num_heads):
+def test_latent_attention_keeps_a_latent_and_one_rotary_key_per_layer(dtype, itemsize, num_heads):
     model = replace(MLA, num_layers=3, num_heads=num_heads, compute_dtype=dtype)
     kept = cache_bytes_per_token(Config(model=model))["kept"]
     assert kept == (model.kv_lora_rank + model.qk_rope_head_dim) * 3 * itemsize == bytes_a_slot(model)

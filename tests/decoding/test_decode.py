@@ -202,7 +202,7 @@ _draft = jax.jit(drafting.draft, static_argnums=(0, 3))
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_drafts_are_what_the_trained_depths_say_after_any_round(name):
+def test_drafts_equal_the_trained_depths_predictions_after_any_step(name):
     """Depth k at the position before the last, its hidden state from depth k - 1 and the newest draft read: as
     `MTPModel` computes it of the text with its drafts. In every step, after drafts kept and drafts refused."""
     mtp, num_speculative_tokens = TRAINED[name]
@@ -341,7 +341,7 @@ def test_a_text_ends_at_its_stop_its_limit_or_the_context(num_speculative_tokens
             np.testing.assert_array_equal(one, tokens[: min(ends, default=len(tokens))])
 
 
-def test_a_caller_who_sees_the_end_cuts_there():
+def test_a_caller_that_sees_the_end_truncates_there():
     """`ends` is evaluated between runs of steps; rows that end late or not at all are not touched by those that did."""
     decoder = build(MLA, sequential(2), seed=2).decoder()
     prompts = prompts_of([4, 7], 16)

@@ -92,7 +92,7 @@ def exact(numbers):
 
 
 @pytest.mark.parametrize("name", SAMPLED_CASES)
-def test_sampled_texts_are_distributed_as_the_main_model_says(name):
+def test_sampled_texts_have_the_distribution_of_the_main_model(name):
     case, numbers = SAMPLED_CASES[name]
     decoder, tested = build(SMALLEST, case.mtp, seed=6).decoder(draft_vocabulary=case.vocabulary), []
     for threshold in case.thresholds:

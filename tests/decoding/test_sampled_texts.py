@@ -28,7 +28,7 @@ SMALLEST = replace(
     ],
     ids=["sequential", "drafts beyond the depth", "parallel"],
 )
-def test_speculated_texts_are_distributed_as_the_main_model_says(mtp, num_speculative_tokens, numbers):
+def test_speculated_texts_have_the_distribution_of_the_main_model(mtp, num_speculative_tokens, numbers):
     """64 texts of three tokens, their exact probabilities from whole rows, 2 x 10^4 of them sampled."""
     built = build(SMALLEST, mtp, seed=6)
     prompt = [1, 3, 0]

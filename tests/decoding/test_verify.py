@@ -164,7 +164,7 @@ def test_a_draft_outside_the_nucleus_is_never_kept():
     assert p_value(np.bincount(np.asarray(verdict.next_B), minlength=5), p) > LIKELY
 
 
-def test_without_drafts_a_token_is_drawn_from_the_main_model():
+def test_a_step_without_drafts_draws_from_the_main_model():
     main = np.array([0.5, -1.0, 2.0, 0.0])
     keys = jax.random.split(jax.random.key(5), NUM_ROWS)
     logits = jnp.broadcast_to(jnp.asarray(main, jnp.float32), (NUM_ROWS, 1, 4))

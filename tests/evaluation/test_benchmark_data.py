@@ -48,7 +48,7 @@ def test_without_a_folder_the_variable_is_named(monkeypatch, value):
         (b"\xff\xfe", "x.jsonl: cannot be read"),
     ],
 )
-def test_a_missing_or_broken_file_is_one_line_that_names_it(data_dir, content, says):
+def test_a_missing_or_corrupt_file_is_one_line_that_names_it(data_dir, content, says):
     if content is not None:
         (data_dir / "x.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=says) as error:

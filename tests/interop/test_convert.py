@@ -603,7 +603,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
+def test_a_corrupt_folder_is_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
     change, parts = BROKEN[name]
     monkeypatch.setattr(folder_checks, "_ROWS", 100)  # of the repeated tensors compared at a time, of 264
     shutil.copytree(exported, tmp_path / "hf")
@@ -673,7 +673,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, exported, action):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_too_little_space_is_said_before_anything_is_written(monkeypatch, tmp_path):
+def test_too_little_space_is_reported_before_anything_is_written(monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with (

@@ -387,7 +387,7 @@ def test_a_file_without_a_base_is_loaded_by_transformers_as_the_same_model(name)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_without_a_base_says_what_the_released_one_says(name):
+def test_a_file_without_a_base_equals_the_released_one(name):
     released, hf = FILES[name], from_config(read(FILES[name]), FILES[name]["model_type"])
     own = {"rope_scaling", "bos_token_id", "eos_token_id", "max_position_embeddings"}
     if name == "gpt_oss":  # other names of keys that are there
@@ -514,7 +514,7 @@ def test_only_what_changed_differs_from_the_base():
     assert from_config(bare, "deepseek_v3", base=base) == base | {"num_nextn_predict_layers": 0}
 
 
-def test_a_list_with_one_entry_a_layer_follows_the_number_of_layers():
+def test_a_list_with_one_entry_per_layer_follows_the_number_of_layers():
     base = QWEN2 | {"layer_types": ["full_attention"] * 24}
     assert from_config(read(base), "qwen2", base=base) == base
     fewer = from_config(model_with(base, num_layers=2), "qwen2", base=base)
@@ -566,7 +566,7 @@ def test_depth_zero_leaves_the_mtp_layers_out():
     assert "depth=2: config.json has 1 MTP layers" in refusal(read, V3, depth=2)
 
 
-def test_wiring_that_is_not_the_familys_is_written_and_read_back():
+def test_conventions_other_than_the_familys_are_written_and_read_back():
     config = mtp_with(V3, depth=3, shared_depths=True, recycled_hidden="after_norm", concat_order="hidden_first")
     hf = from_config(config, layout_of(config))
     assert hf["num_nextn_predict_layers"] == 1
@@ -693,7 +693,7 @@ NOT_HELD = {
 
 
 @pytest.mark.parametrize("named", NOT_HELD)
-def test_what_no_layout_says_is_refused_by_our_key(named):
+def test_settings_without_a_layout_are_refused_by_our_key(named):
     assert refusal(layout_of, NOT_HELD[named]).startswith(named)
 
 
@@ -942,7 +942,7 @@ def test_conventions_under_old_names_are_read_and_written_under_new_ones():
     assert message.startswith("mtp.trunk_hidden and mtp.decoder_hidden (in config.json): two names of one key")
 
 
-def test_an_unknown_key_is_accepted_where_the_caller_says_so():
+def test_an_unknown_key_is_accepted_on_request_of_the_caller():
     assert read(V3 | {"foo": 3, "rope_scaling": YARN_FILE | {"bar": 1}}, ignore=("foo", "rope_scaling.bar")) == read(V3)
     assert "'attention_bias'=True" in refusal(read, V3 | {"attention_bias": True}, ignore=("attention_bias",))
 

@@ -415,7 +415,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
+def test_a_corrupt_file_is_refused_in_one_line(tmp_path, kind):
     content, message = HEADERS[kind]
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(UserError, match=f"{FILE}: .*{message}"):
@@ -423,7 +423,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, kind):
     assert refusal(tmp_path)
 
 
-def test_a_truncated_file_says_how_much_it_has(tmp_path):
+def test_the_error_of_a_truncated_file_has_its_size(tmp_path):
     path = write(tmp_path, {"w": np.ones(100), "v": np.ones(100)}) / FILE
     size = path.stat().st_size
     os.truncate(path, size - 1)
@@ -467,7 +467,7 @@ def test_an_index_that_is_not_what_is_there(sharded):
     assert f"{INDEX}: does not name tensor 'c' of model-00002-of-00002.safetensors; " in refusal(folder)
 
 
-def test_an_index_that_is_broken(sharded):
+def test_a_corrupt_index(sharded):
     folder, index = sharded
     for text, said in {
         "{": "cannot be read as JSON (",

@@ -77,7 +77,7 @@ def program(qkv, mask, kernel):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_kernel_can_take_goes_to_the_compiler_and_is_said_once(monkeypatch, capsys, name):
+def test_unsupported_inputs_of_all_kernels_go_to_the_compiler_with_one_notice(monkeypatch, capsys, name):
     shape, more, *reasons = REFUSED[name]
     more = {"version": 91500, "limit": cudnn.MASK_BYTES, "first": 0, "cuda": 12091} | more
     monkeypatch.setattr(hopper, "_cuda_version", lambda: more["cuda"])
@@ -121,14 +121,14 @@ def test_sinks_take_their_share_of_the_softmax(window, is_packed):
     def attend(q, k, v, sinks_H):
         return attention.attend(q, k, v, Mask(segments_BS, window=window), 0.3, sinks_H)
 
-    def both_ways(function):
+    def forward_and_backward(function):
         def run(*args):
             out, pull = jax.vjp(function, *args)
             return out, *pull(grad)
 
         return jax.jit(run)(q, k, v, sinks_H)
 
-    for a, b in zip(both_ways(attend), both_ways(formula), strict=True):
+    for a, b in zip(forward_and_backward(attend), forward_and_backward(formula), strict=True):
         assert_close(a, b, 2e-6)
 
 
@@ -219,7 +219,7 @@ def test_on_hopper_padded_head_dims_equal_the_slow_path_in_float32(is_packed):
 @hopper_only
 @pytest.mark.parametrize("first", [0, 128, 256])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_on_hopper_cut_rows_equal_the_slow_path_in_float32(first, is_packed):
+def test_on_hopper_split_rows_equal_the_slow_path_in_float32(first, is_packed):
     q, k, v, grad = inputs(length=384, heads=4, groups=2)
     check_on_hopper([q[:, :128], k, v, grad[:, :128]], Mask(documents(is_packed), jnp.int32(first)), "pallas_hopper")
 
@@ -247,15 +247,15 @@ def check_on_hopper(qkv_grad, mask, kernel, sinks_H=None):
         is_real_BT = jax.lax.dynamic_slice_in_dim(mask.segments_BS, mask.first, grad.shape[1], axis=1) != 0
         grad = jnp.where(is_real_BT[..., None, None], grad, 0)
 
-    def both_ways(kernel, *args):
+    def forward_and_backward(kernel, *args):
         def attend(q, k, v, sinks_H):
             return attention.attend(q, k, v, mask, 0.07, sinks_H, kernel)
 
         out, pull = jax.vjp(attend, *args, sinks_H)
         return jax.tree.leaves([jnp.where(grad == 0, 0, out), pull(grad.astype(out.dtype))])
 
-    found = jax.jit(functools.partial(both_ways, kernel))(*qkv)
+    found = jax.jit(functools.partial(forward_and_backward, kernel))(*qkv)
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(functools.partial(both_ways, "xla"))(*(x.astype(jnp.float32) for x in qkv))
+        expected = jax.jit(functools.partial(forward_and_backward, "xla"))(*(x.astype(jnp.float32) for x in qkv))
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, 1e-2)

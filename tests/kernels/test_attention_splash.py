@@ -48,7 +48,7 @@ def documents(length=LENGTH):
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
-def both_ways(q, k, v, grad, mask=NO_MASK, sinks_H=None, kernel="auto"):
+def forward_and_backward(q, k, v, grad, mask=NO_MASK, sinks_H=None, kernel="auto"):
     def attend(q, k, v, sinks_H):
         return attention.attend(q, k, v, mask, SCALE, sinks_H, kernel)
 
@@ -71,39 +71,39 @@ def test_values_and_gradients_are_those_of_the_slow_path(as_on_tpu, heads, group
     arguments = inputs(heads, groups, dims)
     mask = Mask(documents() if is_packed else None, window=window)
     sinks_H = jnp.linspace(-1.0, 2.0, heads) if has_sinks else None
-    found = both_ways(*arguments, mask, sinks_H, kernel="splash")
-    for a, b in zip(found, both_ways(*arguments, mask, sinks_H, kernel="xla"), strict=True):
+    found = forward_and_backward(*arguments, mask, sinks_H, kernel="splash")
+    for a, b in zip(found, forward_and_backward(*arguments, mask, sinks_H, kernel="xla"), strict=True):
         assert_close(a, b, 2e-6)
 
 
 def test_bfloat16_is_about_as_near_to_float32_as_the_slow_path_is(as_on_tpu, monkeypatch):
     """At a scale that models have: queries are scaled before the product, and rounded once more than there."""
     monkeypatch.setitem(globals(), "SCALE", 192**-0.5)
-    both_ways.clear_cache()
+    forward_and_backward.clear_cache()
     arguments = inputs(2, 2, (192, 128), jnp.bfloat16)
-    exact = both_ways(*(x.astype(jnp.float32) for x in arguments), Mask(documents()), kernel="xla")
+    exact = forward_and_backward(*(x.astype(jnp.float32) for x in arguments), Mask(documents()), kernel="xla")
 
     def errors(kernel):
-        found = both_ways(*arguments, Mask(documents()), kernel=kernel)
+        found = forward_and_backward(*arguments, Mask(documents()), kernel=kernel)
         return [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, exact, strict=True)]
 
     for ours, slow in zip(errors("splash"), errors("xla"), strict=True):
         assert ours < 1.6 * slow < 0.01
-    both_ways.clear_cache()
+    forward_and_backward.clear_cache()
 
 
 @pytest.mark.parametrize("window", [0, 150])
-def test_parts_of_a_row_begin_where_the_run_says(as_on_tpu, window):
+def test_parts_of_a_row_begin_at_the_offset_of_the_run(as_on_tpu, window):
     q, k, v, grad = inputs(2, 1, length=512)
     for part in range(4):  # one program
         cut = slice(128 * part, 128 * part + 128)
         arguments = (q[:, cut], k, v, grad[:, cut], Mask(documents(512), jnp.int32(128 * part), window))
-        found = both_ways(*arguments, kernel="splash")
-        for a, b in zip(found, both_ways(*arguments, kernel="xla"), strict=True):
+        found = forward_and_backward(*arguments, kernel="splash")
+        for a, b in zip(found, forward_and_backward(*arguments, kernel="xla"), strict=True):
             assert_close(a, b, 2e-6)
 
 
-def test_on_a_mesh_that_cuts_rows_positions_and_heads(as_on_tpu):
+def test_on_a_mesh_that_shards_rows_positions_and_heads(as_on_tpu):
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, context=2, tensor=2))
     heads, groups = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
 
@@ -119,7 +119,7 @@ def test_on_a_mesh_that_cuts_rows_positions_and_heads(as_on_tpu):
     q, k, v, grad = inputs(length=256)
     with jax.set_mesh(mesh):
         found = jax.jit(functools.partial(run, "splash"))(q, k, v, documents(256), grad)
-    for a, b in zip(found, both_ways(q, k, v, grad, Mask(documents(256)), kernel="xla"), strict=True):
+    for a, b in zip(found, forward_and_backward(q, k, v, grad, Mask(documents(256)), kernel="xla"), strict=True):
         assert_close(a, b, 2e-6)
 
 
@@ -132,7 +132,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_splash_cannot_take_goes_to_the_compiler_and_is_said_once(as_on_tpu, capsys, name):
+def test_unsupported_inputs_of_splash_go_to_the_compiler_with_one_notice(as_on_tpu, capsys, name):
     shape, reason = REFUSED[name]
     warn_once.cache_clear()
     *qkv, _ = inputs(**shape)
@@ -151,7 +151,7 @@ def test_splash_is_for_tpus():
 
 
 @pytest.mark.parametrize(("kernel", "is_splash"), [("auto", True), ("splash", True), ("xla", False)])
-def test_a_tpu_takes_it_where_it_can_and_the_config_can_ask_for_another(as_on_tpu, capsys, kernel, is_splash):
+def test_a_tpu_takes_it_where_it_can_and_the_config_can_choose_another(as_on_tpu, capsys, kernel, is_splash):
     *qkv, _ = inputs()
     text = str(jax.make_jaxpr(lambda *qkv: attention.attend(*qkv, Mask(documents()), SCALE, kernel=kernel))(*qkv))
     assert ("splash_mha_fwd" in text) == is_splash

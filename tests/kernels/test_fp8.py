@@ -30,7 +30,7 @@ def outliers(num_tokens, dim, width, seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def both_ways(x, w, g, in_dims):
+def forward_and_backward(x, w, g, in_dims):
     y, pull = jax.vjp(lambda x, w: fp8.dot(x, w, in_dims), x, w)
     return y, *pull(g)
 
@@ -69,7 +69,7 @@ def test_products_and_gradients_equal_the_oracle(x_shape, w_shape, in_dims, dtyp
         g_NF.reshape(*x_shape[: -len(in_dims)], *np.take(w_shape, outputs)),
     )
     w = jnp.asarray(w_DF.reshape(np.take(w_shape, order)).transpose(np.argsort(order)), dtype)
-    found = both_ways(x, w, jnp.asarray(g, dtype), in_dims)
+    found = forward_and_backward(x, w, jnp.asarray(g, dtype), in_dims)
     as_stored = (np.asarray(jnp.asarray(a, dtype), np.float64) for a in (x_ND, w_DF, g_NF))
     y_NF, dx_ND, dw_DF = reference.per_token(*as_stored)
     expected = y_NF.reshape(g.shape), dx_ND.reshape(x_shape), dw_DF.reshape(np.take(w_shape, order))
@@ -106,13 +106,13 @@ def test_the_size_of_a_token_does_not_matter():
         jax.random.normal(key, shape) for key, shape in zip(keys, ((6, 16), (16, 8), (6, 8)), strict=True)
     )
     by_N1 = jnp.asarray(np.exp2([-80.0, -20, 0, 3, 50, 80]), jnp.float32)[:, None]
-    y_NF, dx_ND, _ = both_ways(x_ND, w_DF, g_NF, (0,))
-    y_too_NF, dx_too_ND, dw_DF = both_ways(by_N1 * x_ND, w_DF, g_NF / by_N1, (0,))
+    y_NF, dx_ND, _ = forward_and_backward(x_ND, w_DF, g_NF, (0,))
+    y_too_NF, dx_too_ND, dw_DF = forward_and_backward(by_N1 * x_ND, w_DF, g_NF / by_N1, (0,))
     np.testing.assert_array_equal(y_too_NF, by_N1 * y_NF)
     np.testing.assert_array_equal(dx_too_ND, dx_ND / by_N1)
-    np.testing.assert_array_equal(dw_DF, both_ways(x_ND, w_DF, g_NF, (0,))[2])
+    np.testing.assert_array_equal(dw_DF, forward_and_backward(x_ND, w_DF, g_NF, (0,))[2])
     for zeros in ((0 * x_ND, w_DF, 0 * g_NF), (x_ND, 0 * w_DF, g_NF), (0 * x_ND, 0 * w_DF, 0 * g_NF)):
-        found = both_ways(*zeros, (0,))
+        found = forward_and_backward(*zeros, (0,))
         assert all(np.isfinite(a).all() for a in found) and not found[0].any()
 
 
@@ -123,7 +123,7 @@ def test_what_is_not_finite_stays_so_where_it_counts(which, bad):
     place = (2, 3) if which != "w" else (3, 2)
     operands = {"x": x_ND, "w": w_DF, "g": g_NF}
     operands[which] = operands[which].at[place].set(bad)
-    y_NF, dx_ND, dw_DF = both_ways(*operands.values(), (0,))
+    y_NF, dx_ND, dw_DF = forward_and_backward(*operands.values(), (0,))
     spoilt = {"x": (y_NF[2], dw_DF[3]), "w": (y_NF[:, 2], dx_ND[:, 3]), "g": (dx_ND[2], dw_DF[:, 3])}[which]
     assert not any(np.isfinite(a).any() for a in spoilt)
     clean = {"x": [y_NF[:2], dx_ND], "w": [dw_DF], "g": [y_NF, dx_ND[3:]]}[which]
@@ -132,7 +132,7 @@ def test_what_is_not_finite_stays_so_where_it_counts(which, bad):
 
 def test_the_operands_are_in_8_bits_in_all_three_products_and_between_the_passes():
     x_ND, w_DF, g_NF = (jnp.asarray(a, jnp.bfloat16) for a in outliers(6, 16, 8))
-    jaxpr = jax.make_jaxpr(lambda *a: both_ways.__wrapped__(*a, (0,)))(x_ND, w_DF, g_NF).jaxpr
+    jaxpr = jax.make_jaxpr(lambda *a: forward_and_backward.__wrapped__(*a, (0,)))(x_ND, w_DF, g_NF).jaxpr
     dots = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     assert [[v.aval.dtype.name for v in (*e.invars, *e.outvars)] for e in dots] == [
         ["float8_e4m3fn", "float8_e4m3fn", "bfloat16"]
@@ -185,7 +185,7 @@ def test_grouped_products_and_gradients_equal_the_oracle(request, backend, dtype
         assert_close(a, b, 1e-4 if dtype == "float32" else 4e-3)
 
 
-def test_experts_on_a_gpu_say_that_they_are_no_faster(stand_ins, capsys):
+def test_experts_on_a_gpu_warn_that_they_are_no_faster(stand_ins, capsys):
     warn_once.cache_clear()
     x, w = jnp.ones((256, 128), jnp.bfloat16), jnp.ones((2, 128, 128), jnp.bfloat16)
     for _ in range(2):
@@ -194,7 +194,7 @@ def test_experts_on_a_gpu_say_that_they_are_no_faster(stand_ins, capsys):
     assert "multiplied in bfloat16" in said and "pallas_hopper has no fp8 kernel" in said
 
 
-def test_a_device_without_the_matmul_says_so(capsys):
+def test_a_device_without_the_matmul_is_reported(capsys):
     for capability, has_it in (("9.0", True), ("8.9", True), ("10.0", True), ("8.0", False), ("gfx942", False)):
         assert Device("gpu", capability).multiplies_fp8 == has_it, capability
     warn_once.cache_clear()

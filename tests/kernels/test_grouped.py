@@ -51,26 +51,26 @@ def operands(sizes, dtype, num_rows=256, dim=128, width=256):
 
 
 @functools.partial(jax.jit, static_argnames="kernel")
-def both_ways(x_ND, w_EDF, sizes_E, y_NF, kernel="auto"):
+def forward_and_backward(x_ND, w_EDF, sizes_E, y_NF, kernel="auto"):
     out, pull = jax.vjp(lambda x, w: grouped.grouped_matmul(x, w, sizes_E, kernel), x_ND, w_EDF)
     return out, *pull(y_NF)
 
 
-def check_both_ways(arguments, tolerance, **kernel):
-    for found, expected in zip(both_ways(*arguments, **kernel), by_group(*arguments), strict=True):
+def check_forward_and_backward(arguments, tolerance, **kernel):
+    for found, expected in zip(forward_and_backward(*arguments, **kernel), by_group(*arguments), strict=True):
         assert_close(found, expected, tolerance)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_values_and_gradients_are_those_of_each_row(sizes):
-    check_both_ways(operands(sizes, jnp.float32, dim=24, width=40), 1e-5)
+    check_forward_and_backward(operands(sizes, jnp.float32, dim=24, width=40), 1e-5)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_the_kernels_are_called_right(stand_ins, sizes):
-    both_ways.clear_cache()
-    check_both_ways(operands(sizes, jnp.bfloat16), 1e-2)
-    both_ways.clear_cache()
+    forward_and_backward.clear_cache()
+    check_forward_and_backward(operands(sizes, jnp.bfloat16), 1e-2)
+    forward_and_backward.clear_cache()
 
 
 def test_a_batch_of_products_is_done_one_by_one(stand_ins):
@@ -91,7 +91,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_kernels_cannot_take_goes_to_ragged_dot_and_is_said_once(capsys, name):
+def test_unsupported_inputs_of_the_kernels_go_to_ragged_dot_with_one_notice(capsys, name):
     changes, reason = REFUSED[name]
     warn_once.cache_clear()
     arguments = {"sizes": [10, 20, 30, 4], "dtype": jnp.bfloat16} | changes
@@ -110,7 +110,7 @@ def test_what_the_kernels_cannot_take_goes_to_ragged_dot_and_is_said_once(capsys
             grouped.grouped_matmul(x_ND, w_EDF, sizes_E, "pallas_hopper")
 
 
-def test_the_config_can_ask_for_ragged_dot(stand_ins, capsys):
+def test_the_config_can_choose_ragged_dot(stand_ins, capsys):
     x_ND, w_EDF, sizes_E, _ = operands(SIZES["even"], jnp.bfloat16)
     asked = jax.make_jaxpr(lambda x, w: grouped.grouped_matmul(x, w, sizes_E, "xla"))(x_ND, w_EDF)
     free = jax.make_jaxpr(lambda x, w: grouped.grouped_matmul(x, w, sizes_E))(x_ND, w_EDF)
@@ -159,4 +159,4 @@ def test_on_hopper_the_kernels_equal_the_oracle(name, num_rows, dim, width):
     sizes = [size * num_rows // 256 for size in SIZES[name]]
     if name != "rows left over":
         sizes[2] += num_rows - sum(sizes)
-    check_both_ways(operands(sizes, jnp.bfloat16, num_rows, dim, width), 1e-2, kernel="pallas_hopper")
+    check_forward_and_backward(operands(sizes, jnp.bfloat16, num_rows, dim, width), 1e-2, kernel="pallas_hopper")

@@ -12,7 +12,7 @@ from mtp_jax.errors import warn_once
 from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.device import pretend
 from mtp_jax.kernels.grouped_matmul import megablox
-from tests.kernels.test_grouped import SIZES, both_ways, check_both_ways, operands
+from tests.kernels.test_grouped import SIZES, check_forward_and_backward, forward_and_backward, operands
 
 
 @pytest.fixture
@@ -25,20 +25,20 @@ def as_on_tpu(monkeypatch):
     for name in ("product", "matrices"):
         interpreted = functools.partial(getattr(megablox, name), interpret=True)
         monkeypatch.setattr(megablox, name, interpreted)
-    both_ways.clear_cache()
+    forward_and_backward.clear_cache()
     with pretend("tpu"):
         yield
     megablox.kernels.cache_clear()
-    both_ways.clear_cache()
+    forward_and_backward.clear_cache()
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_values_and_gradients_are_those_of_each_row(as_on_tpu, sizes):
-    check_both_ways(operands(sizes, jnp.float32, dim=256, width=320), 1e-6)
+    check_forward_and_backward(operands(sizes, jnp.float32, dim=256, width=320), 1e-6)
 
 
 def test_rows_that_fill_no_tile_in_bfloat16(as_on_tpu):
-    check_both_ways(operands([10, 120, 0, 70], jnp.bfloat16, num_rows=210, dim=128, width=40), 1e-2)
+    check_forward_and_backward(operands([10, 120, 0, 70], jnp.bfloat16, num_rows=210, dim=128, width=40), 1e-2)
 
 
 def test_a_batch_of_products_is_done_one_by_one(as_on_tpu):
@@ -54,7 +54,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_megablox_cannot_take_goes_to_ragged_dot_and_is_said_once(as_on_tpu, capsys, name):
+def test_unsupported_inputs_of_megablox_go_to_ragged_dot_with_one_notice(as_on_tpu, capsys, name):
     changes, reason = REFUSED[name]
     warn_once.cache_clear()
     arguments = {"sizes": [10, 20, 30, 4], "dtype": jnp.float32, "dim": 24, "width": 40} | changes

@@ -72,7 +72,7 @@ def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport,
     def stayed(x_PND, weights_EDD, expert_PN):
         return jnp.tanh(jnp.einsum("pnd,pndf->pnf", x_PND, weights_EDD[expert_PN], precision="highest"))
 
-    def both_ways(run):
+    def forward_and_backward(run):
         def value(x_PND, weights_EDD, expert_PN):
             out_PND = run(x_PND, weights_EDD, expert_PN)
             return (out_PND * cotangent_PND).sum(), out_PND
@@ -81,7 +81,7 @@ def test_the_exchange_equals_each_row_through_its_expert(monkeypatch, transport,
 
     mesh = make_mesh(MeshConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])
     with jax.set_mesh(mesh), pretend("tpu" if transport == "ragged" else "cpu"):
-        one, other = both_ways(stayed), both_ways(travelled)
+        one, other = forward_and_backward(stayed), forward_and_backward(travelled)
         for name, chosen in routings().items():
             expert_PN = jnp.asarray(np.sort(chosen.reshape(DEVICES, -1), axis=1))
             expected, found = (run(x_PND, weights_EDD, expert_PN) for run in (one, other))

@@ -18,7 +18,7 @@ from tests.reference.moe import moe
 CONFIG = ModelConfig(embed_dim=128, num_experts=4, num_experts_per_token=2, expert_dim=128, compute_dtype="bfloat16")
 
 
-def both_ways(config):
+def forward_and_backward(config):
     """Output and gradients of one layer in x and its weights; the same weights and x whatever the config."""
     graph, state = nnx.split(MixtureOfExperts(config, nnx.Rngs(params=jax.random.key(0))))
     state = jax.tree.map(lambda w: 10 * w, state)
@@ -35,8 +35,8 @@ def both_ways(config):
 
 
 def check(config):
-    expected = both_ways(replace(CONFIG, moe_dispatch="dense", expert_kernel="xla"))
-    for a, b in zip(both_ways(config), expected, strict=True):
+    expected = forward_and_backward(replace(CONFIG, moe_dispatch="dense", expert_kernel="xla"))
+    for a, b in zip(forward_and_backward(config), expected, strict=True):
         assert_close(a, b, 2e-2)
 
 
@@ -62,8 +62,8 @@ def test_on_hopper_experts_equal_every_expert_on_every_token():
 def test_experts_in_8_bits_round_alike_in_both_dispatches(stand_ins):
     """One rounds h after its gate and one before it, which is where they differ."""
     fp8 = replace(CONFIG, matmul_precision="fp8")
-    dense, ragged = (both_ways(replace(fp8, moe_dispatch=dispatch)) for dispatch in ("dense", "ragged"))
-    plain = both_ways(replace(CONFIG, moe_dispatch="dense"))
+    dense, ragged = (forward_and_backward(replace(fp8, moe_dispatch=dispatch)) for dispatch in ("dense", "ragged"))
+    plain = forward_and_backward(replace(CONFIG, moe_dispatch="dense"))
     for a, b, exact in zip(ragged, dense, plain, strict=True):
         assert_close(a, b, 8e-2)
         assert_close(a, exact, 1.5e-1)

@@ -242,7 +242,7 @@ LIVE = """HloLiveRange (max 9):
 """
 
 
-def test_memory_is_what_the_assignment_says():
+def test_memory_is_that_of_the_assignment():
     memory = buffers.read_memory(ASSIGNMENT, LIVE, hlo.Module())
     assert (memory.total, memory.arguments, memory.heap) == (4 << 20, 1 << 20, 3 << 20)
     assert memory.live == 3 << 20  # a and c; b has gone

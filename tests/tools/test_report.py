@@ -300,7 +300,7 @@ def test_benchmarks_beside_the_baseline(tmp_path, run):
     assert (root / "report_benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def both_ways(root):
+def runs_of_two_sorts(root):
     """Runs with one group of two tasks of both kinds, and a task outside: (generative, choice, other) of each seed."""
     scores = {
         ("none", 0): [(0.30, 0.50, 0.40), (0.32, 0.52, 0.40)],
@@ -318,7 +318,7 @@ def both_ways(root):
 
 
 def test_means_over_benchmarks_and_the_normalized_accuracy(tmp_path, run):
-    root = both_ways(tmp_path / "a")
+    root = runs_of_two_sorts(tmp_path / "a")
     code, out, _ = run(f"--sweep={root}", f"--json={tmp_path / 'values.json'}")
     table = rows_of(out, "\nbenchmarks")
     (mean,) = [row for row in table if row[0].startswith("mean of the")]  # one likelihood-based task: no mean
@@ -346,7 +346,7 @@ def test_means_over_benchmarks_and_the_normalized_accuracy(tmp_path, run):
 
 def test_the_balance_pairs_seeds(tmp_path, monkeypatch):
     """A point is a seed minus the baseline's same seed, likelihood across and generative up."""
-    found = variants.variants_of(runs.load_runs([], [str(both_ways(tmp_path / "a"))]))
+    found = variants.variants_of(runs.load_runs([], [str(runs_of_two_sorts(tmp_path / "a"))]))
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, _: figures.append(figure))
     assert pictures.draw_balance(found, tmp_path / "x.png")
@@ -438,7 +438,7 @@ def test_tasks_of_a_group_that_has_a_number_are_not_listed():
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_lower_is_better_is_said(tmp_path, run):
+def test_lower_is_better_is_stated(tmp_path, run):
     root = benchmarked(tmp_path / "a", {("none", 0): [(0.2, 0.1)]}, higher_is_better=False, group="arithmetic")
     assert "arithmetic: sums (exact_match, lower is better)" in run(f"--sweep={root}")[1]
 

@@ -88,7 +88,7 @@ def test_a_save_that_was_interrupted_is_no_lost_checkpoint(tmp_path):
     assert is_new(Resume(), tmp_path)
 
 
-def test_a_new_run_may_have_any_config_and_says_so(tmp_path, capsys):
+def test_a_new_run_may_have_any_config_and_reports_it(tmp_path, capsys):
     a_run(tmp_path)
     assert RATE in refused(open_workdir, tmp_path, LOWER)
     open_workdir(tmp_path, replace(LOWER, seed=3), is_new=True)
@@ -146,7 +146,7 @@ def test_a_longer_run_that_bends_its_schedule_is_noted(schedule, bends):
     assert bent_schedule(old, with_values(longer, {RATE: 1e-5}), 100) is None  # asked for by name
 
 
-def test_a_workdir_in_use_is_looked_at_by_nobody_else(tmp_path, caplog, one_device):
+def test_a_workdir_in_use_is_not_read_by_another_process(tmp_path, caplog, one_device):
     """A run takes the lease before it reads the workdir: else it could start over what another one is about to save."""
     config = load_config("configs/tiny.py", ["--config.data.source=synthetic", "--config.data.sequence_length=16"])
     a_run(tmp_path, logged=5)

@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written():
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"seed": "x"}', '{"sead": 1}', "\x00\xff"])
-def test_a_broken_config_is_named(tmp_path, text):
+def test_a_corrupt_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     assert "config.json" in _refused(tmp_path)
 
