@@ -50,7 +50,7 @@ def run_here(monkeypatch, main, *argv):
 
 
 def start_two(script, *argv, before=(), heartbeat=10, **env):
-    """Two processes of two devices each that meet by flags, as a list of Popen; stdout and stderr together.
+    """Two processes of two devices each that are connected by flags, as a list of Popen; stdout and stderr together.
 
     before: what each command line starts with, such as a supervisor.
     """

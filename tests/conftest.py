@@ -46,7 +46,7 @@ def project_root():
 
 
 def use_one_device(patch):
-    """Runs in this process use one of its eight devices; their configs need say nothing of the mesh."""
+    """Runs in this process use one of its eight devices; their configs need not set the mesh."""
     import jax
 
     from mtp_jax import sharding
@@ -63,8 +63,8 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_dropped():
-    """What a file has compiled goes with it. A program takes dozens of the memory maps that Linux allows a process
-    (vm.max_map_count, 65,530): after a thousand programs the next one is a segmentation fault."""
+    """Programs compiled by a file are dropped after it. A program takes dozens of the memory maps that Linux allows a
+    process (vm.max_map_count, 65,530): after a thousand programs the next one is a segmentation fault."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()

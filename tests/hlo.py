@@ -1,4 +1,4 @@
-"""What crosses which mesh axes in a compiled program, read from its text."""
+"""Collectives of a compiled program by mesh axis, read from its text."""
 
 import math
 import re
@@ -62,7 +62,7 @@ def _axes(rest, mesh):
 
 
 def _groups(rest, num_devices):
-    """The groups of device numbers, in each of the ways XLA prints them."""
+    """The groups of device numbers, in each of the forms that XLA prints."""
     listed = re.search(r"(?:source_target_pairs|replica_groups)=\{(\{.*?\})\}", rest)
     if listed:  # {{0,1},{2,3}}
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed.group(1))]

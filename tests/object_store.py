@@ -27,10 +27,10 @@ from dataclasses import dataclass
 import pytest
 
 FAULTS = ("400", "429", "500", "503", "timeout", "closed_before", "closed_after", "slow")
-HOLD_SECONDS = 60.0  # a request that times out is held this long, unless the test says otherwise
+HOLD_SECONDS = 60.0  # a request that times out is held this long, unless the test sets another time
 
 ALWAYS = {  # read when the clients are imported
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs asks for the bucket's type over gRPC
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs requests the bucket's type over gRPC
     "GOOGLE_CLOUD_PROJECT": "test",
     # No credentials are looked up
     "FSSPEC_GCS_TOKEN": "anon",

@@ -120,14 +120,14 @@ def test_debug_shows_where(monkeypatch, capfd, tmp_path):
 
 
 def test_a_bug_shows_its_traceback(monkeypatch, capfd, tmp_path):
-    def broken(*_):
+    def failing(*_):
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr(loop, "train", broken)
+    monkeypatch.setattr(loop, "train", failing)
     assert run_here(monkeypatch, train_script.main, f"--config={TINY}", f"--workdir={tmp_path / 'run'}") == 1
     lines = capfd.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback") and lines[-1].startswith("KeyError: ")
-    assert any("in broken" in line for line in lines)
+    assert any("in failing" in line for line in lines)
 
 
 FAILING = """

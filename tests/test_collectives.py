@@ -1,4 +1,4 @@
-"""What crosses which axis, read from compiled steps: tokens and not experts, latents and not heads, never logits."""
+"""Contents of each axis's collectives in compiled steps: tokens, not experts; latents, not heads; never logits."""
 
 import math
 from dataclasses import replace
@@ -93,7 +93,7 @@ def test_weights_are_gathered_by_concatenation(sizes):
 
 
 def test_the_loss_never_gathers_logits():
-    """With the vocabulary cut over `tensor`, what crosses that axis is a number a token."""
+    """With the vocabulary sharded over `tensor`, one number per token crosses that axis."""
     config, found = crossing({"fsdp": 2, "tensor": 4})
     vocab = config.model.vocab_size
     assert not [c for c in found if "tensor" in c.axes for shape in c.floats if vocab in shape]

@@ -121,7 +121,7 @@ TRAIN += ["--config.data.validation_fraction=0", "--config.checkpoint.every=10"]
 
 
 def wait_for(condition, seconds=120):
-    """What `condition()` returns once it is true."""
+    """The value of `condition()` once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := condition():

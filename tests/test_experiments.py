@@ -1,4 +1,4 @@
-"""The experiments: their configs can be used, their data is what it says, and their results are there."""
+"""The experiments: their configs can be used, their data is as documented, and their results are there."""
 
 import importlib.util
 import itertools
@@ -113,7 +113,7 @@ def test_a_star_graph_has_one_answer(graphs):
         edges = edges.split("|")
         assert len(edges) == len(set(edges)) == 4 and all(a + b in edges for a, b in itertools.pairwise(path))
         assert path[0] + path[-1] == ends and len(set("".join(edges))) == 5
-        assert sum(edge[0] == path[0] for edge in edges) == 2  # two ways to go from the centre
+        assert sum(edge[0] == path[0] for edge in edges) == 2  # two edges leave the centre
 
 
 def test_no_test_question_is_in_the_training_data(graphs, tmp_path):
@@ -240,5 +240,5 @@ def test_no_test_question_is_asked_in_training_and_every_fact_is_stated(question
     for row in tests["fact"]:
         name, attribute = row["question"].removeprefix("fact ").removesuffix(" =").rsplit(" ", 1)
         assert not any(each["prompt"].startswith(f"fact {name} ") for each in trained)  # about none of their attributes
-        ways = (f"{name} {attribute} : ", f"{attribute} of {name} : ", f"{name} has {attribute} ")
-        assert any(f"{way}{row['answer']} ." in stated for way in ways)
+        forms = (f"{name} {attribute} : ", f"{attribute} of {name} : ", f"{name} has {attribute} ")
+        assert any(f"{form}{row['answer']} ." in stated for form in forms)

@@ -69,7 +69,7 @@ def test_speculated_texts_are_the_plain_ones_in_fewer_passes(lm, plain):
     assert len(found.acceptance) == kind_of(lm.config).depth == 2 and min(found.acceptance) > 0.4  # chance: 1 / 261
     assert found.num_forward_passes < 0.7 * plain.num_forward_passes
     assert found.tokens_per_forward == pytest.approx(sum(map(len, found.tokens)) / found.num_speculative_steps.sum())
-    # Expected tokens a pass: 1 + a_1 + a_1 a_2, but for the last step of a row, which the limit shortens.
+    # Expected tokens per pass: 1 + a_1 + a_1 a_2, but for the last step of a row, which the limit shortens.
     a_1, a_2 = found.acceptance
     assert found.tokens_per_forward == pytest.approx(1 + a_1 + a_1 * a_2, rel=0.1)
 
@@ -94,11 +94,11 @@ def test_a_text_ends_before_its_stop_string(lm, plain, speculative):
         found = lm.generate(PROMPTS, NUM_NEW, speculative=speculative, stop=stops)
         stops = [stops] if isinstance(stops, str) else stops
         for text, tokens, whole, all_tokens in zip(found.texts, found.tokens, plain.texts, plain.tokens, strict=True):
-            cuts = [whole.index(s) for s in stops if s in whole]
-            assert text == whole[: min(cuts, default=len(whole))]
+            ends = [whole.index(s) for s in stops if s in whole]
+            assert text == whole[: min(ends, default=len(whole))]
             np.testing.assert_array_equal(tokens, all_tokens[: len(tokens)])
-            assert any(decoded(tokens).endswith(s) for s in stops) == bool(cuts)
-            assert bool(cuts) or len(tokens) == len(all_tokens)
+            assert any(decoded(tokens).endswith(s) for s in stops) == bool(ends)
+            assert bool(ends) or len(tokens) == len(all_tokens)
     assert any("→" in text for text in plain.texts) and any("open" in text for text in plain.texts)
 
 

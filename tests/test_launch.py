@@ -1,4 +1,4 @@
-"""What launch/ runs: the supervisor's restarts and signals, flags that the installed compiler knows, readable files."""
+"""Scripts of launch/: the supervisor's restarts and signals, flags of the installed compiler, readable files."""
 
 import os
 import pathlib

@@ -79,7 +79,7 @@ def test_after_a_kill_it_is_taken_over_at_once(folder):
 def test_a_live_lease_of_another_host_is_refused_once_it_is_renewed(bucket, capfd):
     folder = bucket.url + "/run"
     with Lease(folder, seconds=4) as lease:
-        # The copy on the store is that of another host for anyone who reads it, until it is renewed
+        # The copy on the store is that of another host for any reader, until it is renewed
         lease._holder._owner |= {"host": "elsewhere", "processes": "other"}
         on_another_host(folder)
         with pytest.raises(UserError, match="in use by a run on host elsewhere, pid"), Lease(folder):

@@ -56,7 +56,7 @@ def plain(hidden, head, targets, mask, is_head_detached=False):
 
 
 @pytest.mark.parametrize(("chunk_tokens", "is_head_detached"), [(1, True), (8, False), (20, True), (1000, False)])
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # whose ways to the same sums differ
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # which compute the same sums differently
 def test_value_and_gradients_do_not_depend_on_the_chunk(arrays, chunk_tokens, is_head_detached, platform):
     hidden, head, targets, mask = arrays
 
@@ -103,7 +103,7 @@ def test_agreement_compares_with_the_main_head_k_positions_later():
     everything = jnp.ones((3, 1, 4), bool)
     agree, num = agreement(picks, everything)
     assert agree.tolist() == [4, 2, 1] and num.tolist() == [4, 3, 2]
-    agree, num = agreement(picks, everything.at[0, 0, 2].set(False))  # the main head has no say at position 2
+    agree, num = agreement(picks, everything.at[0, 0, 2].set(False))  # the main head has no prediction at position 2
     assert agree.tolist() == [3, 1, 0] and num.tolist() == [3, 2, 1]
 
 
@@ -124,7 +124,7 @@ W = 6
 
 
 class Arrays(NamedTuple):
-    """What a loss is differentiated in, teachers included."""
+    """Arrays that a loss is differentiated in, teachers included."""
 
     hidden: jax.Array
     head: jax.Array

@@ -51,7 +51,7 @@ def test_two_processes_train_as_one(alone, tmp_path):
         np.testing.assert_allclose(biases[1][name], bias, rtol=1e-4, atol=1e-7, err_msg=name)
     table = alone[1][alone[1].index("validation,") : alone[1].index("sample,")]
     assert table in out_0 and "peers    2 processes, found by flags\n" in out_0
-    assert "peers" not in out_1 and "validation," not in out_1  # the other process measures, and says nothing
+    assert "peers" not in out_1 and "validation," not in out_1  # the other process measures, and prints nothing
 
     evaluated = finish(start_two("eval.py", f"--workdir={tmp_path / 'run'}"))
     assert [code for code, _ in evaluated] == [0, 0], evaluated

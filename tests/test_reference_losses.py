@@ -338,7 +338,7 @@ def test_nextlat_counts_by_hand():
 
 
 def test_nextlat_latent_target_is_of_the_same_document():
-    """Where an id returns after another document, h[i + j] may be foreign though x[i + 1 + j] has i's id."""
+    """If an id returns after another document, h[i + j] may be foreign though x[i + 1 + j] has i's id."""
     assert nextlat.token_valid([1, 2, 1], 0, 1)
     assert not nextlat.latent_valid([1, 2, 1], 0, 1, 2)
     assert nextlat.latent_valid([1, 1, 1], 0, 1, 2)

@@ -72,8 +72,8 @@ def test_weights_outside_the_experts_are_sharded_by_the_expert_axis_too():
     config = replace(tiny(), mesh=MeshConfig(data=1, fsdp=2, expert=4))
     mesh = make_mesh(config.mesh, jax.devices()[:8])
     blocks = make_trainer(config, mesh).abstract_state["params"]["trunk"]["blocks"]
-    for leaf, cut in ((blocks["ffn"]["gate"], 8), (blocks["attention"]["kv_a"], 8)):
-        assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cut == leaf.size
+    for leaf, parts in ((blocks["ffn"]["gate"], 8), (blocks["attention"]["kv_a"], 8)):
+        assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * parts == leaf.size
 
 
 @pytest.mark.parametrize(

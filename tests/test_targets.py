@@ -37,7 +37,7 @@ def row_of(*lengths, padding=0):
 def shift_step_by_step(segment_ids, depth):
     """MaxText's mistake: shift the mask and the segment ids once a depth and compare neighbours in the shifted row.
 
-    valid_k[i] becomes s[i + k] == s[i + k + 1], which says nothing about document s[i].
+    valid_k[i] becomes s[i + k] == s[i + k + 1], which does not depend on document s[i].
     """
     T = segment_ids.shape[1] - 1 - depth
     shifted, out = segment_ids, []

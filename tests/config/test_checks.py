@@ -6,7 +6,7 @@ import pytest
 
 from mtp_jax.config import Config, ModelConfig, UserError, check_bounds, load_config, validate, walk
 
-OTHER_LIMITS = {"mtp.depth"}  # the kind of MTP says how deep it may be
+OTHER_LIMITS = {"mtp.depth"}  # the kind of MTP limits the depth
 
 
 def test_every_number_has_a_lower_and_an_upper_bound():

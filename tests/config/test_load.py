@@ -1,4 +1,4 @@
-"""How a config file and the command line become a Config; old names of keys; lists of sections."""
+"""Config from a config file and the command line; old names of keys; lists of sections."""
 
 import dataclasses
 import functools

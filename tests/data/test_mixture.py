@@ -30,7 +30,7 @@ def test_every_row_of_every_source_is_drawn_in_order(sources):
         assert row == drawn[source]
         drawn[source] += 1
         assert limits[source] is None or drawn[source] <= limits[source]
-        if limits == (None,) * len(limits):  # evenly spread at every moment
+        if limits == (None,) * len(limits):  # evenly distributed at every moment
             shares = np.array(weights) / sum(weights)
             assert (np.abs(np.array(drawn) - (n + 1) * shares) < len(weights)).all()
     if mixture.num_rows is not None:

@@ -1,4 +1,4 @@
-"""What is read at a step: the same by any road."""
+"""Rows read at a step, the same by every method of reading."""
 
 import itertools
 import pickle

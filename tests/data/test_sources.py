@@ -15,7 +15,7 @@ from mtp_jax.data import documents, prepare, sources, tfds_source
 
 
 class TinyTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What somebody else may have prepared."""
+    """A data set prepared outside of mtp_jax."""
 
     name = "tiny_texts"
     VERSION = tfds.core.Version("1.2.0")

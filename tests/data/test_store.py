@@ -95,7 +95,7 @@ def test_processes_that_prepare_at_once_agree(make_config, tmp_path):
 
 
 def test_one_process_building_does_not_disturb_another_without_locks(make_config, tmp_path, monkeypatch):
-    """Where the file system has no locks, the entry that is renamed first stays."""
+    """Without locks of the file system, the entry that is renamed first stays."""
     import fcntl
 
     from mtp_jax.data import cache

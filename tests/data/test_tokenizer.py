@@ -171,13 +171,13 @@ def test_real_tokenizer(real_data):
 
 
 def test_unusable_files_are_one_line(tmp_path):
-    (tmp_path / "broken.json").write_text(json.dumps({"model": 1}))
+    (tmp_path / "corrupt.json").write_text(json.dumps({"model": 1}))
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     for path, problem in [
         ("/nowhere/tokenizer.json", "no such file"),
         ("byte", "no such file"),
         (str(tmp_path), "no such file"),
-        (str(tmp_path / "broken.json"), "not a readable tokenizer.json"),
+        (str(tmp_path / "corrupt.json"), "not a readable tokenizer.json"),
         (str(tmp_path / "binary.json"), "not a readable tokenizer.json"),
     ]:
         with pytest.raises(UserError) as caught:

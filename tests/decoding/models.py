@@ -1,4 +1,4 @@
-"""Tiny models with random weights, and what they say of whole rows, without caches.
+"""Tiny models with random weights, and their predictions for whole rows, without caches.
 
 Shape letters: B rows, N tokens, T positions, K depths (1 + extra), V vocabulary.
 """
@@ -96,7 +96,7 @@ def build(model, mtp=None, context=512, seed=0, blocks=1.0):
 
     Args:
       blocks: how much they add to the residual stream. With little, and modules that hand on the embedding, sequential
-        depths often say what the main model will, and not always.
+        depths often predict as the main model will, and not always.
     """
     config = Config(model=model, mtp=mtp or MTPConfig(), data=DataConfig(sequence_length=context))
     reference = random_params(config, kind_of(config).num_main_layers, conventions(config.mtp).output_norm, seed)

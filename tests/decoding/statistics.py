@@ -25,7 +25,7 @@ def p_value(counts, probs):
 
 
 def count_rows(rows, num_values):
-    """How often each tuple of values occurs: int[V, ..., V] of int[N, places]."""
+    """Counts of each tuple of values: int[V, ..., V] of int[N, places]."""
     rows = np.asarray(rows)
     shape = (num_values,) * rows.shape[1]
     return np.bincount(np.ravel_multi_index(rows.T, shape), minlength=num_values ** rows.shape[1]).reshape(shape)

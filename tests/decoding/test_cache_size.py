@@ -1,4 +1,4 @@
-"""What a token takes in the caches: in the formula, and in the arrays that are really there."""
+"""Cache size per token: in the formula, and in the arrays that are really there."""
 
 from dataclasses import replace
 
@@ -62,6 +62,6 @@ def test_the_report_of_deepseek_v2_saves_93_percent_of_the_cache():
 
 
 def test_deepseek_v2_beside_plain_heads_of_its_own():
-    """Table 1 of the report: 4.5 d_h numbers a layer, where plain attention keeps 2 n_h d_h."""
+    """Table 1 of the report: 4.5 d_h numbers per layer, where plain attention keeps 2 n_h d_h."""
     sizes = cache_bytes_per_token(Config(model=V2))
     assert sizes["kept"] == 4.5 * 128 * 60 * 2 and sizes["multi_head"] == 2 * 128 * 128 * 60 * 2

@@ -85,7 +85,7 @@ def test_what_stands_before_the_row_or_beyond_its_room_is_written_nowhere():
     assert slots.positions_BT.min() == 0 and slots.num_visible == 5
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # where the projection is not cut
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # where the projection is not split
 @pytest.mark.parametrize("name", ["mla", "mla_q_lora_moe", "mla_yarn"])
 def test_absorbed_and_expanded_latents_give_the_same(name, platform):
     built = build(MODELS[name], seed=3)
@@ -279,7 +279,7 @@ def test_the_oracle_writes_the_same_and_keeps_the_same_drafts(model, mtp, num_sp
 
 
 def test_a_step_keeps_the_accepted_drafts_up_to_limit_and_stop():
-    """By hand, K = 3: what is written, what is counted, who is done."""
+    """By hand, K = 3: what is written, what is counted, which rows are done."""
     lengths = np.array([2, 2, 2, 2, 2, 2], np.int32)
     limits = np.array([9, 9, 4, 9, 9, 2], np.int32)
     drafts = np.array([[5, 6, 7], [5, 6, 7], [5, 6, 7], [5, 8, 7], [5, 6, 7], [5, 6, 7]], np.int32)
@@ -331,8 +331,8 @@ def test_a_text_ends_at_its_stop_its_limit_or_the_context(num_speculative_tokens
     whole = decoder.generate(prompts, 100, num_speculative_tokens=num_speculative_tokens)
     assert [len(tokens) for tokens in whole.tokens] == [36, 10, 1]
     for num in (7, 8, 9):
-        cut = decoder.generate(prompts, num, num_speculative_tokens=num_speculative_tokens)
-        for one, tokens in zip(cut.tokens, whole.tokens, strict=True):
+        short = decoder.generate(prompts, num, num_speculative_tokens=num_speculative_tokens)
+        for one, tokens in zip(short.tokens, whole.tokens, strict=True):
             np.testing.assert_array_equal(one, tokens[:num])
     for stops in ([int(whole.tokens[0][10])], [int(whole.tokens[0][5]), int(whole.tokens[1][3])]):
         ended = decoder.generate(prompts, 100, num_speculative_tokens=num_speculative_tokens, stop_tokens=stops)

@@ -1,4 +1,4 @@
-"""Greedy text is the same, token for token, whoever drafts it: 200 new tokens each, float32."""
+"""Greedy text is the same, token for token, with every source of drafts: 200 new tokens each, float32."""
 
 import functools
 import itertools
@@ -35,7 +35,7 @@ def programs_dropped_here():
 
 @functools.cache
 def plain(name):
-    """What the main model writes by itself after five prompts, and after the fourth alone."""
+    """Text of the main model by itself after five prompts, and after the fourth alone."""
     built = build(MODELS[name], blocks=0.3)
     decoder, prompts = built.decoder(), prompts_of(LENGTHS, 16)
     found = decoder.generate(prompts, NUM_NEW)

@@ -1,4 +1,4 @@
-"""Whole texts, sampled and speculated, are distributed as the main model alone says."""
+"""Whole texts, sampled and speculated, have the distribution of the main model alone."""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ from tests.reference import decoding as oracle
 
 V = 6
 NUM_DRAWS = 100_000
-# Few different values: ties everywhere. The fine ones differ by less than a softmax in float32 can tell apart.
+# Few different values: ties everywhere. The fine ones differ by less than a softmax in float32 resolves.
 LOGITS = st.lists(st.sampled_from([-30.0, -2.0, -1.0, 0.0, 0.25, 1.0, 1.0000001, 3.0]), min_size=V, max_size=V)
 
 

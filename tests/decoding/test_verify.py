@@ -1,4 +1,4 @@
-"""Speculation changes no probability: what `verify` lets through is distributed as the main model says.
+"""Speculation changes no probability: what `verify` lets through has the distribution of the main model.
 
 Shape letters: N rows, B = N, K drafts, V vocabulary.
 """
@@ -146,7 +146,7 @@ def test_drafts_of_the_main_model_itself_are_all_kept(num_speculative_tokens, nu
 
 
 def test_a_draft_outside_the_nucleus_is_never_kept():
-    """top_p limits what is written, whoever wrote it: drafts from another sampler's tail are replaced."""
+    """top_p limits what is written, whatever its source: drafts from another sampler's tail are replaced."""
     main = np.array([3.0, 2.0, 0.0, -1.0, -1.0])
     p = oracle.distribution(main, 1.0, None, 0.8)
     out_of_it = int(np.flatnonzero(p == 0)[0])
@@ -216,7 +216,7 @@ def by_token(drafts, q_NKV):
 
 @pytest.mark.parametrize(("rule", "is_right"), [(by_distribution, True), (by_token, False)], ids=["right", "wrong"])
 def test_a_stop_may_depend_on_distributions_and_not_on_the_token_it_discards(rule, is_right):
-    """The first token, and the second after each first, are distributed as p says; not so with a wrong rule."""
+    """The first token, and the second after each first, have the distribution p; not so with a wrong rule."""
     case = Case(2, 5, PLAIN, "near", seed=3)
     num, emitted = case.run(num_drafts=rule)
     assert set(num) == {0, 1, 2}

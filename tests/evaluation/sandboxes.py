@@ -84,7 +84,7 @@ def serve():
 
 
 class Watch:
-    """What the descendants of a process amount to, sampled all the time: `with Watch(pid) as seen:`.
+    """Number and memory of the descendants of a process, sampled all the time: `with Watch(pid) as seen:`.
 
     num_processes, num_threads and bytes_used are maxima; left() are the processes seen that still run.
     """

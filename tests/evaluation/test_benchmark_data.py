@@ -1,4 +1,4 @@
-"""Local benchmark files, and what is said where they are missing or broken."""
+"""Local benchmark files, and the messages where they are missing or corrupt."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""HumanEval and MBPP as the harness runs them, with models that know the answers or nothing; and their solutions."""
+"""HumanEval and MBPP as the harness runs them, with models that write the answers or nothing; and their solutions."""
 
 import json
 import pathlib

@@ -1,5 +1,5 @@
-"""What the harness is told equals what a scorer says that knows nothing of batches, caches or the harness: it reads
-the files, makes the prompts by hand and asks for the logits of whole rows."""
+"""Values given to the harness equal those of a scorer without batches, caches or the harness: it reads
+the files, makes the prompts by hand and computes the logits of whole rows."""
 
 import argparse
 import dataclasses
@@ -195,7 +195,7 @@ def test_generative(evaluate, lm, main_logits, tmp_path):
         assert sample["resps"] == [[text]]
         right.append(any(without_punctuation(text) == without_punctuation(answer) for answer in doc["answer"]))
     assert values["written"]["metrics"]["exact_match"]["value"] == np.mean(right)
-    assert len({sample["resps"][0][0] for sample in samples["written"]}) > 10  # they do not all say the same
+    assert len({sample["resps"][0][0] for sample in samples["written"]}) > 10  # they are not all the same
     assert values["written"]["kind"] == "generative" and values["written"]["tokens_per_forward"] == 1
 
 

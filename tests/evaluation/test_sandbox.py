@@ -30,7 +30,7 @@ OVERHEAD = 120 << 20  # bytes: resident beside the program, each process counted
 
 @pytest.fixture(scope="session", params=["this user", "an ordinary user"])
 def user(request):
-    """Who starts the sandbox."""
+    """User that starts the sandbox."""
     if request.param == "an ordinary user" and os.geteuid() != 0:
         pytest.skip("this user is an ordinary one")
     out = Ordinary() if request.param == "an ordinary user" else Here()
@@ -39,7 +39,7 @@ def user(request):
 
 
 class Outside:
-    """What a program could reach outside: a folder with files and a socket, ports, an open file. `unharmed` looks."""
+    """Things outside that a program could reach: a folder with files and a socket, ports, a file. `unharmed` looks."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -80,7 +80,7 @@ class Outside:
 
     def unharmed(self):
         assert self.state() == self.before
-        assert select.select(self.sockets, [], [], 0)[0] == []  # nobody called
+        assert select.select(self.sockets, [], [], 0)[0] == []  # no connection was made
 
     def close(self):
         for listening in self.sockets:

@@ -20,7 +20,7 @@ COLUMN = {"x86_64": 0, "aarch64": 1}
 
 
 def answer(machine, number, argument=0, audit=None, threads=True):
-    """What the kernel would do with a call, by seccomp(2)."""
+    """Action of the kernel on a call, by seccomp(2)."""
     memory = {0: number, 4: AUDIT[machine] if audit is None else audit, 16: argument & 0xFFFFFFFF}
     code, at, value = sandbox_runner.instructions(machine, threads), 0, 0
     while True:

@@ -1,4 +1,4 @@
-"""What eval.py says of self-speculation, and what the advice on draft lengths is made of."""
+"""Values that eval.py reports of self-speculation, and the sources of the advice on draft lengths."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Import and export through the command line: bit-equal round trips, what transformers says, and what is refused."""
+"""Import and export by the command line: bit-equal round trips, equality with transformers, and what is refused."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def trained(workdir, *overrides, seed=0):
     return config
 
 
-# The dims of configs/tiny.py stay; what these layouts have and it has not is said.
+# The dims of configs/tiny.py stay; what these layouts have and it has not is set here.
 GROUPED = ("--config.model.attention=gqa", "--config.model.rope.interleaved=false", "--config.model.head_dim=8")
 UNGROUPED = ("--config.model.router.num_groups=1", "--config.model.router.groups_per_token=1")
 WINDOWED = {
@@ -186,7 +186,7 @@ def test_router_biases_are_not_dropped_in_silence(monkeypatch, tmp_path, capfd):
     ("kind", "layers"), [("deepseek_v3", 61), ("glm4_moe", 46), ("gpt_oss", 3), ("mimo_v2_flash", 3)]
 )
 def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypatch, tmp_path, kind, layers):
-    """With as many layers as released, for transformers knows the MTP layer by its number."""
+    """With as many layers as released, for transformers identifies the MTP layer by its number."""
     hf_models.needs_torch()
     import torch
     import transformers
@@ -202,7 +202,7 @@ def test_transformers_loads_an_export_with_no_key_missing_or_unexpected(monkeypa
         small += ["--config.model.num_kv_heads=2", "--config.model.head_dim=8", "--config.model.rotary_fraction=0.5"]
     if kind in WINDOWED:
         small = [*WINDOWED[kind], f"--config.model.num_layers={layers}"]
-        small += ["--config.mtp.kind=none"] if kind == "gpt_oss" else []  # transformers knows none of it
+        small += ["--config.mtp.kind=none"] if kind == "gpt_oss" else []  # transformers has no MTP for it
     trained(tmp_path / "run", *small)
     if kind == "gpt_oss":
         zero_router_biases(tmp_path / "run")
@@ -375,7 +375,7 @@ def expected_losses(lm, rows, segments, positions, config):
 
 
 def test_block_wise_fp8_is_dequantised(monkeypatch, tmp_path):
-    """A folder with fp8 weights is the folder with what their plain loop says, rounded to bfloat16."""
+    """A folder with fp8 weights equals the folder with the values of their plain loop, rounded to bfloat16."""
     trained(tmp_path / "run", "--config.model.embed_dim=160", "--config.mtp.depth=1")
     convert_here(
         monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'bf16'}", "--dtype=bfloat16"
@@ -418,7 +418,7 @@ def test_block_wise_fp8_is_dequantised(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("one_device")
 def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypatch, capfd, tmp_path):
-    """Imported under the wrong order, by a config.json that says so, it is noticed."""
+    """An import under the wrong order, as stated by config.json, is noticed."""
     small = ["--config.model.num_layers=2", "--config.model.num_experts=0", "--config.mtp.depth=1"]
     small += ["--config.data.sequence_length=64", "--config.optimizer.learning_rate=1e-2"]
     loop.train(load_config(TINY, [*SMALL, *small, "--config.training.num_steps=120"]), str(tmp_path / "run"))
@@ -460,7 +460,7 @@ def test_check_is_content_where_the_configured_conventions_are_best():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A sound folder, exported once."""
+    """A valid folder, exported once."""
     folder = tmp_path_factory.mktemp("exported")
     trained(folder / "run")
     sys.argv = ["convert"]
@@ -570,7 +570,7 @@ def test_tensors_that_a_family_cannot_hold_are_left_out_with_one_line(capfd, tmp
 
 HEAD = "model.layers.3.shared_head.head.weight"
 MAIN_ALONE = ["mtp_jax.tools.convert import --hf=FOLDER --workdir=DIR --depth=0` and give DIR", "load(..., depth=0)"]
-BROKEN = {
+CORRUPT = {
     "missing tensor": (without("model.layers.1.mlp.gate.weight"), ["model.layers.1.mlp.gate.weight"]),
     "missing MTP tensor": (without("model.layers.4.enorm.weight"), ["model.layers.4.enorm", *MAIN_ALONE]),
     "extra tensor": (lambda p: rewrite(p, lambda t: t.update(more=t[HEAD])), ["tensor more", "does not imply"]),
@@ -602,9 +602,9 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", CORRUPT)
 def test_a_corrupt_folder_is_refused_in_one_line(monkeypatch, capfd, tmp_path, exported, name):
-    change, parts = BROKEN[name]
+    change, parts = CORRUPT[name]
     monkeypatch.setattr(folder_checks, "_ROWS", 100)  # of the repeated tensors compared at a time, of 264
     shutil.copytree(exported, tmp_path / "hf")
     change(tmp_path / "hf")
@@ -656,7 +656,7 @@ def test_parallel_heads_have_no_layout_but_their_main_model_has(monkeypatch, cap
 
 @pytest.mark.parametrize("action", ["import", "export"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, exported, action):
-    """Files may not grow beyond 20 kB: what the system says then takes the way of a disk that is full."""
+    """Files may not grow beyond 20 kB: the system's error is then handled like that of a full disk."""
     trained(tmp_path / "run")
     argv = {
         "import": ["import", f"--hf={exported}", f"--workdir={tmp_path / 'out'}"],
@@ -665,7 +665,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, exported, action):
     limit = "import resource, signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     limit += "runpy.run_module('mtp_jax.tools.convert', run_name='__main__')"
-    command = [sys.executable, "-B", "-c", limit, *argv]  # -B: bytecode written under the limit would be cut short
+    command = [sys.executable, "-B", "-c", limit, *argv]  # -B: bytecode written under the limit would be truncated
     done = subprocess.run(command, cwd=ROOT, env=CPU, capture_output=True, text=True, timeout=300, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode in (1, 2) and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr

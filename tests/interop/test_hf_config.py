@@ -1,4 +1,4 @@
-"""config.json <-> Config: what released files say, what is refused, and that nothing changes on the way back."""
+"""config.json <-> Config: values of released files, what is refused, and that nothing changes on the way back."""
 
 import copy
 import dataclasses
@@ -320,7 +320,7 @@ def transformers():
 
 
 def through_transformers(hf):
-    """What transformers' class makes of a config.json, in its newer style."""
+    """A config.json as written by transformers' class, in its newer style."""
     model_type = hf["model_type"]
     # MiMo's own class is remote code, and Qwen2's with one more key; Kimi-K2's is DeepSeek-V3's.
     name = {"mimo": "qwen2", "kimi_k2": "deepseek_v3"}.get(model_type, model_type)
@@ -630,7 +630,7 @@ def test_a_window_beyond_the_longest_text_is_none():
 
 
 def test_windows_of_some_layers_are_those_of_transformers():
-    """From max_window_layers on, where layer_types does not name them; and back, in both ways."""
+    """From max_window_layers on, where layer_types does not name them; and back, in both directions."""
     model = read(QWEN2_WINDOW).model
     assert (model.local.window, model.local.pattern) == (4096, "G" * 21 + "LLL")
     theirs = through_transformers(QWEN2_WINDOW)

@@ -58,7 +58,7 @@ def test_missing_torch_fails_only_in_ci(monkeypatch, ci, outcome):
     ],
 )
 def test_the_files_are_the_model(built, name, style):
-    """transformers reads the folder, in either style of config.json, and computes what the reference says."""
+    """transformers reads the folder, in either style of config.json, and computes the reference's values."""
     from transformers import AutoModelForCausalLM
 
     reference, tokens = built(name, style=style), tokens_of(name)

@@ -1,4 +1,4 @@
-"""Safetensors files: against the library both ways, what is refused, and what is in memory."""
+"""Safetensors files: against the library in both directions, what is refused, and what is in memory."""
 
 import concurrent.futures
 import importlib
@@ -114,7 +114,7 @@ def test_the_library_reads_what_is_written(tmp_path, framework):
 
 
 def library_arrays():
-    """What save_file of torch can write: bf16 and fp8 too, in the library's own order."""
+    """Arrays that save_file of torch can write: bf16 and fp8 too, in the library's own order."""
     torch = needed("torch")
     kinds = {"z": torch.float32, "b": torch.bfloat16, "f": torch.float8_e4m3fn, "i": torch.int64, "t": torch.bool}
     tensors = {name: (torch.arange(15).reshape(5, 3) % 2).to(kind) for name, kind in kinds.items()}

@@ -1,4 +1,4 @@
-"""What the tests of GPU kernels share: where they run, and how close is close."""
+"""Parts shared by the tests of GPU kernels: the devices they run on, and tolerances."""
 
 import jax
 import numpy as np

@@ -65,7 +65,7 @@ REFUSED = {  # by our kernels, then by cuDNN too
     "odd head dims": ({"dims": (20, 20)}, {}, "multiples of 64", "head dims"),
     "large head dims": ({"dims": (320, 320)}, {}, "together at most 320", "head dims"),
     "values that are larger": ({"dims": (64, 128)}, {}, "no larger", "head dims"),
-    "cut rows": ({"length": 192}, {"first": jnp.int32(0)}, "multiples of 128", "whole rows"),
+    "split rows": ({"length": 192}, {"first": jnp.int32(0)}, "multiples of 128", "whole rows"),
     "an old cuDNN": ({"length": 192}, {"version": 90900}, "multiples of 128", "9.10"),
     "a huge mask": ({"length": 192}, {"limit": 1 << 10}, "multiples of 128", "mask"),
 }
@@ -241,7 +241,7 @@ def test_on_hopper_windows_of_cudnn_equal_the_slow_path_in_float32(is_packed):
 
 
 def check_on_hopper(qkv_grad, mask, kernel, sinks_H=None):
-    """But for padding, whose positions see other padding or do not: nobody reads them."""
+    """But for padding, whose positions see other padding or do not, and are not read."""
     *qkv, grad = qkv_grad
     if mask.segments_BS is not None:
         is_real_BT = jax.lax.dynamic_slice_in_dim(mask.segments_BS, mask.first, grad.shape[1], axis=1) != 0

@@ -96,8 +96,8 @@ def test_bfloat16_is_about_as_near_to_float32_as_the_slow_path_is(as_on_tpu, mon
 def test_parts_of_a_row_begin_at_the_offset_of_the_run(as_on_tpu, window):
     q, k, v, grad = inputs(2, 1, length=512)
     for part in range(4):  # one program
-        cut = slice(128 * part, 128 * part + 128)
-        arguments = (q[:, cut], k, v, grad[:, cut], Mask(documents(512), jnp.int32(128 * part), window))
+        section = slice(128 * part, 128 * part + 128)
+        arguments = (q[:, section], k, v, grad[:, section], Mask(documents(512), jnp.int32(128 * part), window))
         found = forward_and_backward(*arguments, kernel="splash")
         for a, b in zip(found, forward_and_backward(*arguments, kernel="xla"), strict=True):
             assert_close(a, b, 2e-6)

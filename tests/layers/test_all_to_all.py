@@ -10,11 +10,11 @@ from mtp_jax.kernels.device import pretend
 from mtp_jax.layers import all_to_all
 from mtp_jax.sharding import make_mesh
 
-DEVICES, EXPERTS, TOKENS, CHOSEN, DIM = 4, 8, 12, 2, 6  # 12 tokens a device, two experts each
+DEVICES, EXPERTS, TOKENS, CHOSEN, DIM = 4, 8, 12, 2, 6  # 12 tokens per device, two experts each
 
 
 def routings():
-    """Name -> int[devices, tokens, chosen], distinct experts a token."""
+    """Name -> int[devices, tokens, chosen], distinct experts per token."""
     rng = np.random.default_rng(0)
     skew = np.exp2(-np.arange(EXPERTS))
     draw = lambda p: np.stack(  # noqa: E731

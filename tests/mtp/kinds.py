@@ -1,4 +1,4 @@
-"""What the tests of single MTP kinds share: a small model, its state, a batch, training on meshes and as a command."""
+"""Parts shared by tests of single MTP kinds: a small model, its state, a batch, training on meshes and as a command."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What holds for every registered kind of MTP."""
+"""Properties of every registered kind of MTP."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How to add a kind of MTP: a subclass of `Kind`, and its name in `mtp.KINDS`.
+"""Adding a kind of MTP: a subclass of `Kind`, and its name in `mtp.KINDS`.
 
 This one has one parameter, and changes what the decoder reads.
 """

@@ -117,7 +117,7 @@ def test_drafts_change_nothing_but_the_number_of_passes(num_speculative_tokens):
 
 
 def test_drafts_are_the_trained_roll():
-    """What drafting draws from is what `MTPModel` says of the text with its drafts, at the position before the last."""
+    """Drafts are drawn from what `MTPModel` predicts for the text with its drafts, at the position before the last."""
     mtp = MTPConfig(kind="nextlat", depth=3)
     built = random_model(replace(MLA, vocab_size=8), mtp)
     decoder, sampler, prompts = built.decoder(), make_sampler(1.0), prompts_of([2, 5, 17], 8)

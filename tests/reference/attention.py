@@ -15,7 +15,7 @@ def attend(q_BTHn, k_BTHn, v_BTHm, segment_ids_BT, scale, window=0, sinks_H=None
     With a window only the last `window` of them, i included. With sinks the softmax has one more score per head, whose
     weight nothing gets.
 
-    Segment id 0 is padding and like any other id here: padding sees padding, and nobody uses what it says.
+    Segment id 0 is padding and like any other id here: padding sees padding, and its output is not used.
 
     Returns:
       [B, T, H, m].

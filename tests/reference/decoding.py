@@ -17,9 +17,9 @@ def next_logits(params, config, conventions, text):
 
 
 def draft_logits(params, config, conventions, text, drafts):
-    """[V]: what depth k = 1 + len(drafts) says of x[n + k], given the text and the k - 1 drafts after it.
+    """[V]: prediction of depth k = 1 + len(drafts) for x[n + k], given the text and the k - 1 drafts after it.
 
-    Depth k at position i foretells x[i + 1 + k], so it is position n - 1 that foretells x[n + k]. A sequential module
+    Depth k at position i predicts x[i + 1 + k], so it is position n - 1 that predicts x[n + k]. A sequential module
     reads x[i + k], which is the newest draft there, and the hidden state of depth k - 1 at i, which has read the draft
     before.
     """
@@ -28,7 +28,7 @@ def draft_logits(params, config, conventions, text, drafts):
 
 
 def _at(params, config, conventions, tokens, depth, position):
-    """Logits of one depth at one position. What comes after the tokens it may know are zeros, which it cannot see."""
+    """Logits of one depth at one position. After the tokens that are given there are zeros, which it cannot see."""
     num_positions = position + 1
     num_extra = 0 if config.mtp.kind == "none" else config.mtp.depth
     row = np.zeros((1, num_positions + 1 + num_extra), int)

@@ -27,7 +27,7 @@ def depth_sums(logits_BTV, targets_BT, valid_BT):
 
 
 def agreement_sums(logits_KBTV, valid_KBT, segment_ids_BT, k):
-    """(agreed, count) of depth k: does it say what the main head says one forward pass later, at i + k?
+    """(agreed, count) of depth k: is its choice that of the main head one forward pass later, at i + k?
 
     Counted where i + k is a position, depth k is valid at i, depth 0 is valid at i + k, and both are one document.
     """

@@ -26,7 +26,7 @@ def forward(params, config, tokens, segment_ids, positions, conventions=None, mt
 
     Returns:
       dict: hidden [K, B, T, D] (normed, ready for the head), logits [K, B, T, V], targets, aux {"trunk": one entry a
-      mixture-of-experts block, "mtp": one a depth, None when dense} of {"loads": [E], "balance": float}, and the
+      mixture-of-experts block, "mtp": one per depth, None when dense} of {"loads": [E], "balance": float}, and the
       entries of `loss.loss` ("loss" without the balance loss, which is left to the caller to weigh).
     """
     params = as_float64(params)

@@ -11,7 +11,7 @@ from tests.reference.tree import entry, unstack
 def sequential(params, model, mtp, conventions, decoder_output, inputs_KBT, segments_KBT, positions_BT):
     """h_k = Block_k(M_k [norm_e(Emb(x[i + k])); norm_h(h_{k-1})]), p_k = Head(norm_k(h_k)).
 
-    The conventions say: which half comes first (concat_order), whether h_0 (decoder_hidden) and h_k (recycled_hidden)
+    The conventions state which half comes first (concat_order), whether h_0 (decoder_hidden) and h_k (recycled_hidden)
     are taken before or after their output norm, whose norm that is (output_norm), and whether depth k + 1 receives
     h_k or h_0 again (chain).
 

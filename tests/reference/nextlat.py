@@ -1,7 +1,7 @@
 """Next-latent prediction (NextLat, 2511.05963 v4): an MLP that predicts the decoder's next hidden state, unrolled.
 
 The abstract was read at the source. Details (the residual, the three layers, which vectors enter the norm, the
-losses) come from third-party notes. These say LayerNorm; the default here is RMSNorm, as in the rest of the model.
+losses) come from third-party notes. These have LayerNorm; the default here is RMSNorm, as in the rest of the model.
 """
 
 import math

@@ -45,7 +45,7 @@ def llama3(frequency, model):
 
 def correction_range(dim, model):
     """(low, high): the pair indices where the ramp starts and ends, clipped to [0, dim - 1]; rounded to floor and
-    ceiling where the config says truncate."""
+    ceiling where the config has truncate."""
 
     def pair_index(num_turns):
         return (
@@ -62,7 +62,7 @@ def correction_range(dim, model):
 
 
 def attention_factor(model):
-    """What cos and sin are multiplied by."""
+    """Factor of cos and sin."""
     factor = model.rope.yarn.factor
     if factor <= 1:
         return 1.0
@@ -72,7 +72,7 @@ def attention_factor(model):
 
 
 def softmax_factor(model):
-    """What the softmax scale of latent attention is multiplied by."""
+    """Factor of the softmax scale of latent attention."""
     if model.rope.yarn.factor <= 1 or model.rope.yarn.mscale_all_dim <= 0:
         return 1.0
     return get_mscale(model.rope.yarn.factor, model.rope.yarn.mscale_all_dim) ** 2

@@ -1,4 +1,4 @@
-"""Which experts a token goes to and with what weight (DeepSeek-V3, 2412.19437, eqs. 13-16 and section 2.1.2)."""
+"""Routing: the experts of each token and their weights (DeepSeek-V3, 2412.19437, eqs. 13-16 and section 2.1.2)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Depth-k inputs, targets and validity by brute force: each document is cut out and looked at alone."""
+"""Depth-k inputs, targets and validity by brute force: each document is taken out and treated alone."""
 
 from typing import NamedTuple
 

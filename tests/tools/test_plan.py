@@ -22,7 +22,7 @@ from tests.commands import run_here
 
 MESH = {"data": 2, "fsdp": 4}
 
-# A loop of 26 runs around an inner one of 8, a fusion, and a loop whose bound only the run knows.
+# A loop of 26 runs around an inner one of 8, a fusion, and a loop whose bound is known only at run time.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -184,7 +184,7 @@ def test_flops_of_kernels_are_those_of_the_blocks_they_compute():
     def attend(q, k, v):
         return splash.attend(q, k, v, Mask(), None, 0.1).astype(jnp.float32).sum()
 
-    pairs = 2 * 4 * 512 * 512 * (4 * 5 / 2)  # four blocks a row, those above the diagonal left out
+    pairs = 2 * 4 * 512 * 512 * (4 * 5 / 2)  # four blocks per row, those above the diagonal left out
     forward = 2 * (192 + 128)
     backward = 2 * (2 * 192 + 128) + 2 * (2 * 192 + 2 * 128)  # dq; dk and dv
     assert matmul_flops(jax.make_jaxpr(attend)(*shapes).jaxpr, 1) == pairs * forward
@@ -252,7 +252,9 @@ def test_memory_is_that_of_the_assignment():
 def test_times_of_links():
     chip = topology.CHIPS["v5p"]
     one = collectives.Collective("all-gather", ("fsdp",), 16, 1e9, 1e9, 1, "")
-    assert roofline.link_seconds(one, chip, [(0, 4)], (4, 4, 4)) == pytest.approx(1e9 / 200e9)  # a ring, both ways
+    assert roofline.link_seconds(one, chip, [(0, 4)], (4, 4, 4)) == pytest.approx(
+        1e9 / 200e9
+    )  # a ring, both directions
     assert roofline.link_seconds(one, chip, [(0, 2)], (4, 4, 4)) == pytest.approx(1e9 / 100e9)  # part of one: a line
     both = roofline.link_seconds(one, chip, [(0, 4), (1, 4)], (4, 4, 4))
     assert both == pytest.approx(1e9 / 400e9)
@@ -378,7 +380,7 @@ def test_a_real_step_compiles_for_a_tpu_and_is_reported(here, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("context", "length", "is_splash"),
     [(1, 256, True), (2, 256, True), (2, 128, False)],
-    ids=["whole rows", "cut rows", "cut too short"],
+    ids=["whole rows", "split rows", "split too short"],
 )
 def test_a_mixture_of_experts_compiles_to_the_tpu_kernels_on_every_axis(here, capsys, context, length, is_splash):
     libtpu_or_skip()

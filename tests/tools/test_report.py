@@ -162,7 +162,7 @@ def rows_of(out, title):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Where only the tables are looked at: a picture takes longer than all of them."""
+    """No pictures, for tests of tables alone: a picture takes longer than all of them."""
     monkeypatch.setattr(report, "_draw", lambda *_: None)
 
 
@@ -300,7 +300,7 @@ def test_benchmarks_beside_the_baseline(tmp_path, run):
     assert (root / "report_benchmarks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def runs_of_two_sorts(root):
+def runs_of_both_kinds(root):
     """Runs with one group of two tasks of both kinds, and a task outside: (generative, choice, other) of each seed."""
     scores = {
         ("none", 0): [(0.30, 0.50, 0.40), (0.32, 0.52, 0.40)],
@@ -318,7 +318,7 @@ def runs_of_two_sorts(root):
 
 
 def test_means_over_benchmarks_and_the_normalized_accuracy(tmp_path, run):
-    root = runs_of_two_sorts(tmp_path / "a")
+    root = runs_of_both_kinds(tmp_path / "a")
     code, out, _ = run(f"--sweep={root}", f"--json={tmp_path / 'values.json'}")
     table = rows_of(out, "\nbenchmarks")
     (mean,) = [row for row in table if row[0].startswith("mean of the")]  # one likelihood-based task: no mean
@@ -346,7 +346,7 @@ def test_means_over_benchmarks_and_the_normalized_accuracy(tmp_path, run):
 
 def test_the_balance_pairs_seeds(tmp_path, monkeypatch):
     """A point is a seed minus the baseline's same seed, likelihood across and generative up."""
-    found = variants.variants_of(runs.load_runs([], [str(runs_of_two_sorts(tmp_path / "a"))]))
+    found = variants.variants_of(runs.load_runs([], [str(runs_of_both_kinds(tmp_path / "a"))]))
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, _: figures.append(figure))
     assert pictures.draw_balance(found, tmp_path / "x.png")
@@ -399,7 +399,7 @@ def test_the_test_over_seeds_is_welchs():
 
 
 def test_a_single_run_is_assumed_to_have_the_deviation_of_the_other_side():
-    """The same as Student's test of one run against several; what the documents alone would say is not enough."""
+    """The same as Student's test of one run against several; a difference by the documents alone is not enough."""
     from scipy.stats import ttest_ind
 
     rng, found = np.random.default_rng(1), []
@@ -420,7 +420,7 @@ def test_without_a_baseline_there_are_no_differences(tmp_path, run):
 
 @pytest.mark.usefixtures("undrawn")
 def test_every_seed_is_listed(tmp_path, run):
-    """A mean of 0.75 says nothing of runs at 0.5 and 1."""
+    """A mean of 0.75 does not describe runs at 0.5 and 1."""
     scores = {("none", 0): [(0.5, 0.1), (0.49, 0.1)], ("sequential", 1): [(0.5, 0.1), (1.0, 0.1)]}
     root = benchmarked(tmp_path / "a", scores)
     rows = rows_of(run(f"--sweep={root}")[1], "\nbenchmarks of every seed")
@@ -476,7 +476,7 @@ def test_seeds_are_thin_and_their_mean_is_bold(sweep, monkeypatch, tmp_path):
     widths = {color: [x.get_linewidth() for x in lines if x.get_color() == color] for color in ("C0", "C1", "C2")}
     assert [(sum(w < 1 for w in ws), sum(w > 1.5 for w in ws)) for ws in widths.values()] == [(3, 1), (3, 1), (3, 1)]
     (mean,) = [x for x in lines if x.get_color() == "C1" and x.get_linewidth() > 1.5]
-    assert len(mean.get_xdata()) == 600  # of the finished two: the seed that failed at step 300 does not cut it
+    assert len(mean.get_xdata()) == 600  # of the finished two: the seed that failed at step 300 does not shorten it
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -491,12 +491,12 @@ def test_sweeps_and_workdirs_together_and_each_run_once(sweep, run, tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_unusable_sweeps(tmp_path, run, sweep):
     (tmp_path / "empty").mkdir()
-    broken = run_of(tmp_path / "broken" / "x")
-    (broken / "eval.json").write_text("{")
+    corrupt = run_of(tmp_path / "corrupt" / "x")
+    (corrupt / "eval.json").write_text("{")
     cases = [
         ([f"--sweep={tmp_path / 'absent'}"], "no such folder"),
         ([f"--sweep={tmp_path / 'empty'}"], "no run in it or below it"),
-        ([f"--sweep={tmp_path / 'broken'}"], "eval.json: cannot be read as JSON"),
+        ([f"--sweep={tmp_path / 'corrupt'}"], "eval.json: cannot be read as JSON"),
         ([f"--workdir={sweep}"], f"give the folder of a run, or --sweep={sweep}"),
         ([f"--sweep={sweep}", f"--json={tmp_path}"], "cannot be written (Is a directory)"),
         ([f"--sweep={sweep}", f"--markdown={tmp_path}"], "cannot be written (Is a directory)"),

@@ -1,4 +1,4 @@
-"""The sweep command: which runs it asks for, that each is done once whatever happens, and its one-line errors."""
+"""The sweep command: which runs it has, that each is done once whatever happens, and its one-line errors."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_names_are_short_safe_and_tell_apart():
 
 @pytest.fixture
 def no_processes(monkeypatch):
-    """What the sweep asks of other processes before it starts: one CPU device, and an eval.py that is content."""
+    """Answers of other processes before the sweep starts: one CPU device, and an eval.py without an error."""
     monkeypatch.setattr(children, "devices", lambda: ("cpu", 1))
     monkeypatch.setattr(children, "check_evaluation", lambda *_: None)
     for name in ("ID", "COUNT", "MIN", "STEP"):

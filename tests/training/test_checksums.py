@@ -98,6 +98,6 @@ def test_a_list_of_leaves_comes_back_and_every_change_of_it_is_an_error():
     bad += [json.dumps(checksums.to_json([])), json.dumps(json.loads(text) | {"leaves": []})]
     for other in bad:
         try:
-            assert checksums.from_json(other) == leaves  # white space, say
+            assert checksums.from_json(other) == leaves  # with other white space
         except ValueError as error:
             assert "list of leaves" in str(error)

@@ -11,7 +11,7 @@ from mtp_jax.training.checkpoint import CheckpointError, Checkpoints, write_stre
 
 
 class Counted:
-    """An array that knows which parts of it were asked for."""
+    """An array that records which parts of it were read."""
 
     def __init__(self, array, split_order=None):
         self._array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
@@ -71,11 +71,11 @@ def test_parts_are_read_once_and_no_larger_than_a_chunk(monkeypatch, tmp_path):
 
 
 def test_what_a_leaf_raises_is_reported_and_nothing_stays(tmp_path, capfd):
-    class Broken(Counted):
+    class Failing(Counted):
         def __getitem__(self, index):
             raise OSError("the file is gone")
 
-    state = {"params": {"a": np.ones(3, np.float32), "b": Broken(np.ones(3, np.float32))}}
+    state = {"params": {"a": np.ones(3, np.float32), "b": Failing(np.ones(3, np.float32))}}
     with pytest.raises(CheckpointError, match="cannot save step 0: the file is gone"):
         write_streamed(tmp_path, 0, state)
     assert Checkpoints(tmp_path).steps() == [] and "Traceback" not in capfd.readouterr().err

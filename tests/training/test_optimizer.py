@@ -1,4 +1,4 @@
-"""Which rule each weight gets, what Muon does to a stack, and where optimizer state is placed."""
+"""The rule of each weight, Muon on stacks, and the placement of optimizer state."""
 
 import os
 import subprocess
