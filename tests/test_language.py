@@ -192,7 +192,8 @@ def test_comments_and_names_of_tests_are_read(tmp_path):
     """Comments at the end of a line too; the names of tests by all terms, those of other functions by their words."""
     file = tmp_path / "test_module.py"
     file.write_text(
-        "x = 1  # two rows a device\n\n\ndef test_the_file_says_so():\n    # a walls of x\n    rows_a_device = '# one'\n"
+        "x = 1  # two rows a device\n\n\ndef test_the_file_says_so():\n"
+        "    # the walls of x\n    rows_a_device = '# one'\n"
     )
     found = findings([file], tmp_path)
     assert [line.partition(", write")[0].partition(": ")[2] for line in found] == [
