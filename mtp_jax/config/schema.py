@@ -334,8 +334,14 @@ class OptimizerConfig:
     eps: float = setting(1e-8, above=0, at_most=1)
     weight_decay: float = setting(0.1, at_least=0, at_most=1e6, may_change="by_name")  # on matrices only
     clip_norm: float = setting(1.0, at_least=0, at_most=1e30, may_change="by_name")  # 0: no clipping
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    # of stored moments; bfloat16_stochastic: rounded up or down at random, so that small updates are not lost
+    moment_dtype: Literal["float32", "bfloat16", "bfloat16_stochastic"] = "float32"
     muon: MuonConfig = MuonConfig()
+
+    @property
+    def stored_dtype(self) -> Literal["float32", "bfloat16"]:
+        """The dtype of stored moments."""
+        return "float32" if self.moment_dtype == "float32" else "bfloat16"
 
 
 @dataclass(frozen=True)

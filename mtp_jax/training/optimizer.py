@@ -22,7 +22,7 @@ import optax.contrib
 
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.layers.param import ParamInfo
-from mtp_jax.training import gradient_groups, schedules
+from mtp_jax.training import gradient_groups, schedules, stochastic_rounding
 
 Tree = Any  # nested dicts of the parameters' structure
 
@@ -34,7 +34,7 @@ def build(config: OptimizerConfig, num_steps: int, infos: Tree) -> optax.Gradien
     """Returns clipping by the global norm, then AdamW or Muon by weight, then the learning rate schedule.
 
     Moments are stored in config.moment_dtype and computed in float32. With bfloat16, beta2 above about 0.99 stalls the
-    second moment: an update smaller than 2^-9 of it is rounded away.
+    second moment: an update smaller than 2^-9 of it is rounded away. bfloat16_stochastic keeps it in expectation.
 
     Args:
       num_steps: length of the run, which the schedule spans.
@@ -108,9 +108,11 @@ def _clip(max_norm: float, infos: Tree) -> optax.GradientTransformation:
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
     """optax's Adam with both moments in moment_dtype: it has an option for the first, the second follows `init`."""
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.moment_dtype)
+    if config.moment_dtype == "bfloat16_stochastic":
+        return stochastic_rounding.of_state(optax.scale_by_adam(config.beta1, config.beta2, config.eps))
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.stored_dtype)
     return optax.GradientTransformation(
-        lambda params: adam.init(optax.tree.cast(params, jnp.dtype(config.moment_dtype))), adam.update
+        lambda params: adam.init(optax.tree.cast(params, jnp.dtype(config.stored_dtype))), adam.update
     )
 
 
@@ -126,13 +128,16 @@ def _muon(config: OptimizerConfig, labels: Tree, infos: Tree) -> optax.GradientT
         labels,
         infos,
     )
+    is_stochastic = config.moment_dtype == "bfloat16_stochastic"
     muon = optax.contrib.scale_by_muon(
         ns_steps=config.muon.steps,
         beta=config.muon.momentum,
         eps=config.eps,
-        mu_dtype=config.moment_dtype,
+        mu_dtype="float32" if is_stochastic else config.stored_dtype,
         weight_dimension_numbers=numbers,
     )
+    if is_stochastic:
+        muon = stochastic_rounding.of_state(muon)
 
     def update(grads: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, Any]:
         is_rounded = config.muon.matmul_precision == "bfloat16"

@@ -148,9 +148,10 @@ def test_tied_embedding_is_updated_once_by_the_embedding_rule(name):
     assert sum(leaf.shape == (10, 8) for leaf in jax.tree.leaves(state)) == 2  # one first and one second moment
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "bfloat16_stochastic"])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_moments_are_kept_in_the_moment_dtype(name):
-    config = _config(name=name, moment_dtype="bfloat16")
+def test_moments_are_kept_in_the_moment_dtype(name, dtype):
+    config = _config(name=name, moment_dtype=dtype)
     tx = optimizer.build(config, 100, INFOS)
     state = tx.init(_random(0))
     _, after = jax.jit(tx.update)(_random(1), state, _random(0))

@@ -113,7 +113,7 @@ def trained_share(config: Config) -> str:
     from mtp_jax.model import count_parameters
 
     counts = count_parameters(config.architecture)
-    moments = 2 * (4 if config.optimizer.moment_dtype == "float32" else 2)
+    moments = 2 * (4 if config.optimizer.stored_dtype == "float32" else 2)
     total = counts.total + counts.mtp_total
     return (
         f"trains {counts.mtp_total / 1e6:,.2f} M of {total / 1e6:,.2f} M parameters; optimizer state "

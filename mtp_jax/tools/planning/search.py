@@ -119,7 +119,7 @@ def meshes(num_devices: int, num_slices: int) -> Iterator[dict[str, int]]:
 
 def memory_gib(config: Config, sizes: dict[str, int]) -> float:
     """Estimates state, gradients and saved activations per device, GiB; temporaries of a running layer are left out."""
-    model, moments = config.model, 2 if config.optimizer.moment_dtype == "bfloat16" else 4
+    model, moments = config.model, 4 if config.optimizer.stored_dtype == "float32" else 2
     param_bytes = 4 if model.param_dtype == "float32" else 2
     moment_count = 2 if config.optimizer.name == "adamw" else 1
     state = 0.0
