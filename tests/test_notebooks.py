@@ -99,7 +99,7 @@ def execute(book, folder, **settings):
         cell.source = "".join(cell.source)
     env = {**CPU, "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(folder / "ipython")}
     place = {"metadata": {"path": str(ROOT / "notebooks")}}
-    nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=place).execute(env=env)
+    nbclient.NotebookClient(book, timeout=1800, kernel_name="python3", resources=place).execute(env=env)
     outputs = [output for cell in cells for output in cell.outputs]
     pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     return "".join(o.text for o in outputs if o.output_type == "stream"), pictures
