@@ -122,13 +122,14 @@ class Sequential(Kind):
 
     def unstack(self, module: SequentialModules, ready: Ready) -> list[SequentialModule]:
         """Returns one module per depth, or a single shared one."""
-        modules = unstacked(module.module)
-        for one in modules:
-            one.block.folded()
-        modules = [ready(one) for one in modules]
-        for one in modules:
-            one.block.joined()
-        return modules
+
+        def prepared(one: SequentialModule) -> SequentialModule:
+            one.block = one.block.folded()
+            one = ready(one)
+            one.block = one.block.joined()
+            return one
+
+        return [prepared(one) for one in unstacked(module.module)]
 
     def empty_caches(
         self, parts: list[SequentialModule], empty: Callable[[Block], Cache], num_speculative_tokens: int
