@@ -13,6 +13,7 @@ from flax import nnx
 from mtp_jax.config import LocalConfig, ModelConfig, RopeConfig
 from mtp_jax.kernels import latent_attention
 from mtp_jax.kernels.device import pretend
+from mtp_jax.kernels.latent_attention import triton
 from mtp_jax.layers import rope
 from mtp_jax.layers.attention.mla import MultiHeadLatentAttention
 from mtp_jax.layers.cache import NOWHERE, slots_at
@@ -69,26 +70,28 @@ KERNELS = {"latent_prepare", "latent_attend", "latent_combine"}
 @pytest.mark.parametrize(
     ("is_interleaved", "is_joined", "q_lora_rank"), [(True, False, 0), (False, True, 0), (True, True, 6)]
 )
-def test_every_token_equals_the_oracle(is_interleaved, is_joined, q_lora_rank, as_on_hopper):
-    """One token at a time and three at a time, in rows at different positions."""
+@pytest.mark.parametrize("num_rows", [2, 7])
+def test_every_token_equals_the_oracle(num_rows, is_interleaved, is_joined, q_lora_rank, as_on_hopper):
+    """One token at a time and three at a time, in rows at different positions; 7 rows of three tokens use tiles."""
+    assert 2 * 3 <= triton.FEW < 7 * 3
     rotary = RopeConfig(theta=50.0, interleaved=is_interleaved)
     model = replace(MODEL, rope=rotary, q_lora_rank=q_lora_rank)
-    attention, length, lag_B = layer(model), 38, np.array([0, 3])
-    x_BLD = np.random.default_rng(1).standard_normal((2, length, model.embed_dim), np.float32)
+    attention, length, lag_B = layer(model), 38, 3 * np.arange(num_rows)
+    x_BLD = np.random.default_rng(1).standard_normal((num_rows, length, model.embed_dim), np.float32)
     params = {name: np.asarray(getattr(attention, name)[...], np.float64) for name in weights_of(model)}
     for norm in norms_of(model):
         params[norm] = {"scale": np.asarray(getattr(attention, norm).scale[...], np.float64)}
     if is_joined:
         attention = as_in_inference(attention, model)
-    positions_BL = np.broadcast_to(np.arange(length), (2, length))
-    expected = mla(params, model, x_BLD.astype(np.float64), np.ones((2, length), int), positions_BL)
+    positions_BL = np.broadcast_to(np.arange(length), (num_rows, length))
+    expected = mla(params, model, x_BLD.astype(np.float64), np.ones((num_rows, length), int), positions_BL)
 
     def step(x_BTD, positions_BT, cache):
         return attention.decode(x_BTD, slots_at(positions_BT, NUM_SLOTS), cache)
 
     for size in (1, 3):
-        run, cache = jax.jit(step), attention.empty_cache(2, NUM_SLOTS, size, jnp.float32)
-        found, checked = np.zeros(expected.shape), np.zeros((2, length), bool)
+        run, cache = jax.jit(step), attention.empty_cache(num_rows, NUM_SLOTS, size, jnp.float32)
+        found, checked = np.zeros(expected.shape), np.zeros((num_rows, length), bool)
         for first in range(0, length + max(lag_B) + size, size):
             positions = first + np.arange(size) - lag_B[:, None]
             inside = (positions >= 0) & (positions < length)
@@ -97,7 +100,7 @@ def test_every_token_equals_the_oracle(is_interleaved, is_joined, q_lora_rank, a
             if first == 0:
                 assert used_kernels(step, *args) == KERNELS
             out_BTD, cache = run(*args)
-            rows = np.broadcast_to(np.arange(2)[:, None], at.shape)[inside]
+            rows = np.broadcast_to(np.arange(num_rows)[:, None], at.shape)[inside]
             found[rows, at[inside]], checked[rows, at[inside]] = np.asarray(out_BTD)[inside], True
         assert checked.all()
         assert_close(found, expected, 1e-6)
@@ -142,7 +145,7 @@ def test_tokens_without_a_slot_write_no_entry():
         ({"model": replace(MODEL, v_head_dim=8)}, "at least 16"),
         ({"dtype": jnp.float16}, "bfloat16 or float32"),
         ({"num_new": 9}, "few tokens"),
-        ({"num_rows": 17}, "few tokens"),
+        ({"num_rows": 129}, "few tokens"),
         ({"model": replace(MODEL, num_heads=128)}, "few tokens"),
     ],
 )
@@ -165,7 +168,7 @@ def test_windows_and_sinks_use_other_operations(change, as_on_hopper):
 
 
 @hopper_only
-@pytest.mark.parametrize(("num_rows", "num_new"), [(1, 1), (1, 4), (8, 1), (8, 4)])
+@pytest.mark.parametrize(("num_rows", "num_new"), [(1, 1), (1, 4), (8, 1), (8, 4), (9, 3), (32, 4)])
 def test_on_a_gpu_as_other_operations(num_rows, num_new):
     """The size of configs/code_400m.py, in bfloat16."""
     model = ModelConfig(

@@ -15,7 +15,7 @@ from mtp_jax.kernels.device import device
 from mtp_jax.kernels.latent_attention import triton
 
 MOST_NEW = 8  # T
-MOST_TOKENS = 32  # B * T; XLA's matmuls are faster for more
+MOST_TOKENS = 256  # B * T; XLA's matmuls are faster for more
 MOST_HEADS = 64  # in the registers of one program
 
 

@@ -4,9 +4,11 @@
 2. `_attend` averages the latents of a part of the slots by the softmax of the part, for all heads (2205.14135).
 3. `_combine` joins the parts and multiplies by the up-projection of values.
 
-Every program works for one token, so that several tokens of a row take hardly longer than one.
+For a few tokens every program works for one of them, so that several take hardly longer than one. For more, `_prepare`
+and `_combine` multiply a tile of tokens by the weights that they read.
 
-Shape letters: as in `kernels.latent_attention`; r = R / 2 pairs, M heads and padding, P parts of the slots.
+Shape letters: as in `kernels.latent_attention`; N = B * T tokens, t tokens of a program, r = R / 2 pairs, M heads and
+padding, P parts of the slots.
 """
 
 import functools
@@ -18,8 +20,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from mtp_jax.kernels.triton_call import triton_call
 
+FEW = 16  # tokens that have programs of their own
+TOKENS = 16  # of a tile
 SLOTS = 32  # slots that a program of `_attend` reads at once
 MOST_PARTS = 16
+PROGRAMS = 128  # of `_attend`, at least, for more than a few tokens with enough slots
 RANKS = 64  # rows of kv_b that a program of `_prepare` multiplies
 VALUES = 32  # value dims of a program of `_combine`
 MASKED = -1e30  # as in kernels.attention.xla
@@ -34,117 +39,150 @@ def decode(entries, kv_b_CHX, norm_C, eps, cache_BSW, nope, scale, is_interleave
     dtype = entries.q_BTF.dtype
     num_queries = max(16, pl.next_power_of_2(num_heads))
     num_tokens = num_rows * num_new
-    num_parts = min(MOST_PARTS, pl.next_power_of_2(pl.cdiv(num_slots, SLOTS)))
+    tile, num_parts = blocks(num_tokens, num_slots)
     ranks, values = min(RANKS, rank), min(VALUES, value)
+    q_NF, kv_NF, cos_Nr, sin_Nr, positions_N, slots_N = (x.reshape(num_tokens, *x.shape[2:]) for x in entries)
 
-    q_BTMW, cache_BSW = triton_call(
-        functools.partial(_prepare, nope=nope, eps=eps, is_interleaved=is_interleaved, ranks=ranks),
-        entries.q_BTF,
-        entries.kv_BTF,
+    q_NMW, cache_BSW = triton_call(
+        functools.partial(
+            _prepare, num_new=num_new, nope=nope, eps=eps, is_interleaved=is_interleaved, tile=tile, ranks=ranks
+        ),
+        q_NF,
+        kv_NF,
         kv_b_CHX,
         norm_C,
-        entries.cos_BTr,
-        entries.sin_BTr,
-        entries.slots_BT,
+        cos_Nr,
+        sin_Nr,
+        slots_N,
         cache_BSW,
-        grid=(num_tokens, num_heads + 1, rank // ranks),
+        grid=(pl.cdiv(num_tokens, tile), num_heads + 1, rank // ranks),
         out_shape=(
-            jax.ShapeDtypeStruct((num_rows, num_new, num_queries, width), dtype),
+            jax.ShapeDtypeStruct((num_tokens, num_queries, width), dtype),
             jax.ShapeDtypeStruct(cache_BSW.shape, cache_BSW.dtype),
         ),
         name="latent_prepare",
         input_output_aliases={7: 1},
     )
-    stats = jax.ShapeDtypeStruct((num_rows, num_new, num_parts, num_queries), jnp.float32)
-    parts_BTPMC, peak_BTPM, sum_BTPM = triton_call(
-        functools.partial(_attend, rank=rank, scale=scale),
-        q_BTMW,
+    stats = jax.ShapeDtypeStruct((num_tokens, num_parts, num_queries), jnp.float32)
+    parts_NPMC, peak_NPM, sum_NPM = triton_call(
+        functools.partial(_attend, num_new=num_new, rank=rank, scale=scale),
+        q_NMW,
         cache_BSW,
-        entries.positions_BT,
+        positions_N,
         grid=(num_tokens, num_parts),
         out_shape=(jax.ShapeDtypeStruct((*stats.shape, rank), jnp.float32), stats, stats),
         name="latent_attend",
     )
-    (out_BTHV,) = triton_call(
-        functools.partial(_combine, nope=nope, values=values),
-        parts_BTPMC,
-        peak_BTPM,
-        sum_BTPM,
+    (out_NHV,) = triton_call(
+        functools.partial(_combine, nope=nope, tile=tile, values=values),
+        parts_NPMC,
+        peak_NPM,
+        sum_NPM,
         kv_b_CHX,
-        grid=(num_tokens, num_heads, value // values),
-        out_shape=(jax.ShapeDtypeStruct((num_rows, num_new, num_heads, value), dtype),),
+        grid=(pl.cdiv(num_tokens, tile), num_heads, value // values),
+        out_shape=(jax.ShapeDtypeStruct((num_tokens, num_heads, value), dtype),),
         name="latent_combine",
     )
-    return out_BTHV, cache_BSW
+    return out_NHV.reshape(num_rows, num_new, num_heads, value), cache_BSW
+
+
+def blocks(num_tokens: int, num_slots: int) -> tuple[int, int]:
+    """Returns the tokens of a program of `_prepare` and `_combine`, and P."""
+    most_parts = min(MOST_PARTS, pl.next_power_of_2(pl.cdiv(num_slots, SLOTS)))
+    if num_tokens <= FEW:
+        return 1, most_parts
+    num_parts = 1
+    while num_parts < most_parts and num_parts * num_tokens < PROGRAMS:
+        num_parts *= 2
+    return TOKENS, num_parts
 
 
 def _prepare(
-    q_BTF,
-    kv_BTF,
+    q_NF,
+    kv_NF,
     kv_b_CHX,
     norm_C,
-    cos_BTr,
-    sin_BTr,
-    slots_BT,
+    cos_Nr,
+    sin_Nr,
+    slots_N,
     _,
-    q_BTMW,
+    q_NMW,
     cache_BSW,
     *,
+    num_new,
     nope,
     eps,
     is_interleaved,
+    tile,
     ranks,
 ):
-    """Program (token, head, block of ranks): queries of one head; head H: the cache entry."""
-    row, t = divmod(pl.program_id(0), q_BTF.shape[1])
+    """Program (tile, head, block of ranks): queries of one head; head H: the cache entries."""
     head, block = pl.program_id(1), pl.program_id(2)
-    (rank, num_heads), num_slots = kv_b_CHX.shape[:2], cache_BSW.shape[1]
-    num_pairs = cos_BTr.shape[2]
-    first_q, first_kv = head * (nope + 2 * num_pairs), kv_BTF.shape[2] - cache_BSW.shape[2]
+    num_tokens, (rank, num_heads), num_slots = slots_N.shape[0], kv_b_CHX.shape[:2], cache_BSW.shape[1]
+    tokens = pl.ds(pl.program_id(0) * tile, tile)
+    token_t = pl.program_id(0) * tile + jnp.arange(tile)
+    is_token_t = token_t < num_tokens
+    num_pairs = cos_Nr.shape[1]
+    first_q, first_kv = head * (nope + 2 * num_pairs), kv_NF.shape[1] - cache_BSW.shape[2]
     pair_r = jnp.arange(num_pairs)
     first_r, second_r = (2 * pair_r, 2 * pair_r + 1) if is_interleaved else (pair_r, pair_r + num_pairs)
+    shape_tr = tile, num_pairs
+    token_tr = jnp.broadcast_to(token_t[:, None], shape_tr)
 
-    def rotated(a_r, b_r):
-        a_r, b_r = a_r.astype(jnp.float32), b_r.astype(jnp.float32)
-        cos_r, sin_r = cos_BTr[row, t, :], sin_BTr[row, t, :]
-        return a_r * cos_r - b_r * sin_r, b_r * cos_r + a_r * sin_r
+    def load(ref, *at):
+        mask_t = is_token_t if len(at) == 1 else is_token_t[:, None]
+        return plgpu.load(ref.at[at], mask=mask_t, other=0).astype(jnp.float32)
+
+    def rotated(ref, first):
+        """Returns the columns of both numbers of each pair, [t, r], and the numbers after rotation."""
+        at_tr = [jnp.broadcast_to(at_r[None], shape_tr) for at_r in (first_r, second_r)]
+        a_tr, b_tr = (load(ref, token_tr, first + pairs_tr) for pairs_tr in at_tr)
+        cos_tr, sin_tr = load(cos_Nr, tokens, slice(None)), load(sin_Nr, tokens, slice(None))
+        return zip(at_tr, (a_tr * cos_tr - b_tr * sin_tr, b_tr * cos_tr + a_tr * sin_tr), strict=True)
 
     @pl.when(head < num_heads)
     def absorb():
-        up_cN = kv_b_CHX[pl.ds(block * ranks, ranks), head, pl.ds(0, nope)].astype(jnp.float32)
-        q_N = q_BTF[row, t, pl.ds(first_q, nope)].astype(jnp.float32)
-        q_BTMW[row, t, head, pl.ds(block * ranks, ranks)] = jnp.sum(up_cN * q_N[None], axis=1).astype(q_BTMW.dtype)
+        up_cN = kv_b_CHX[pl.ds(block * ranks, ranks), head, pl.ds(0, nope)]
+        q_tN = load(q_NF, tokens, pl.ds(first_q, nope))
+        out_tc = _product(q_tN.astype(up_cN.dtype), up_cN.T)
+        at = q_NMW.at[tokens, head, pl.ds(block * ranks, ranks)]
+        plgpu.store(at, out_tc.astype(q_NMW.dtype), mask=is_token_t[:, None])
 
     @pl.when((head < num_heads) & (block == 0))
     def rotate_queries():
-        pairs = rotated(*(q_BTF[row, t, first_q + nope + at_r] for at_r in (first_r, second_r)))
-        for at_r, x_r in zip((first_r, second_r), pairs, strict=True):
-            q_BTMW[row, t, head, rank + at_r] = x_r.astype(q_BTMW.dtype)
+        for at_tr, x_tr in rotated(q_NF, first_q + nope):
+            plgpu.store(q_NMW.at[token_tr, head, rank + at_tr], x_tr.astype(q_NMW.dtype), mask=is_token_t[:, None])
 
-    slot = slots_BT[row, t]
+    @pl.when((head == num_heads) & (block == 0))
+    def write_entries():
+        slot_t = plgpu.load(slots_N.at[tokens], mask=is_token_t, other=num_slots)
+        is_written_t = is_token_t & (slot_t < num_slots)
+        latent_tC = load(kv_NF, tokens, pl.ds(first_kv, rank))
+        mean_t = jnp.sum(latent_tC * latent_tC, axis=1) / rank
+        latent_tC = latent_tC * jax.lax.rsqrt(mean_t + eps)[:, None] * norm_C[...].astype(jnp.float32)[None]
 
-    @pl.when((head == num_heads) & (block == 0) & (slot < num_slots))
-    def write_entry():
-        latent_C = kv_BTF[row, t, pl.ds(first_kv, rank)].astype(jnp.float32)
-        latent_C = latent_C * jax.lax.rsqrt(jnp.sum(latent_C * latent_C) / rank + eps)
-        latent_C = latent_C * norm_C[...].astype(jnp.float32)
-        cache_BSW[row, slot, pl.ds(0, rank)] = latent_C.astype(cache_BSW.dtype)
-        pairs = rotated(*(kv_BTF[row, t, first_kv + rank + at_r] for at_r in (first_r, second_r)))
-        for at_r, x_r in zip((first_r, second_r), pairs, strict=True):
-            cache_BSW[row, slot, rank + at_r] = x_r.astype(cache_BSW.dtype)
+        def write(at_tw, x_tw):
+            row_tw = jnp.broadcast_to((token_t // num_new)[:, None], at_tw.shape)
+            slot_tw = jnp.broadcast_to(slot_t[:, None], at_tw.shape)
+            mask_tw = jnp.broadcast_to(is_written_t[:, None], at_tw.shape)
+            plgpu.store(cache_BSW.at[row_tw, slot_tw, at_tw], x_tw.astype(cache_BSW.dtype), mask=mask_tw)
+
+        write(jnp.broadcast_to(jnp.arange(rank)[None], latent_tC.shape), latent_tC)
+        for at_tr, x_tr in rotated(kv_NF, first_kv + rank):
+            write(rank + at_tr, x_tr)
 
 
-def _attend(q_BTMW, cache_BSW, positions_BT, parts_BTPMC, peak_BTPM, sum_BTPM, *, rank, scale):
+def _attend(q_NMW, cache_BSW, positions_N, parts_NPMC, peak_NPM, sum_NPM, *, num_new, rank, scale):
     """Program (token, part): softmax and average over the slots of one part, with the part's peak and sum."""
-    row, t = divmod(pl.program_id(0), q_BTMW.shape[1])
-    part = pl.program_id(1)
+    token, part = pl.program_id(0), pl.program_id(1)
+    row = token // num_new
     num_slots, width = cache_BSW.shape[1:]
-    num_queries, num_parts = q_BTMW.shape[2], parts_BTPMC.shape[2]
+    num_queries, num_parts = q_NMW.shape[1], parts_NPMC.shape[1]
     per_part = pl.cdiv(pl.cdiv(num_slots, SLOTS), num_parts) * SLOTS
     latents, rotaries = pl.ds(0, rank), pl.ds(rank, width - rank)
-    q_MC, q_MR = q_BTMW[row, t, :, latents], q_BTMW[row, t, :, rotaries]
+    q_MC, q_MR = q_NMW[token, :, latents], q_NMW[token, :, rotaries]
     first = part * per_part
-    end = jnp.minimum(jnp.minimum(first + per_part, num_slots), positions_BT[row, t] + 1)
+    end = jnp.minimum(jnp.minimum(first + per_part, num_slots), positions_N[token] + 1)
 
     def block(n, carry):
         peak_M, sum_M, out_MC = carry
@@ -164,25 +202,48 @@ def _attend(q_BTMW, cache_BSW, positions_BT, parts_BTPMC, peak_BTPM, sum_BTPM, *
     zero_M = jnp.zeros(num_queries, jnp.float32)
     start = zero_M + MASKED, zero_M, jnp.zeros((num_queries, rank), jnp.float32)
     num_blocks = pl.cdiv(jnp.maximum(end - first, 0), SLOTS)
-    peak_BTPM[row, t, part, :], sum_BTPM[row, t, part, :], parts_BTPMC[row, t, part, :, :] = jax.lax.fori_loop(
+    peak_NPM[token, part, :], sum_NPM[token, part, :], parts_NPMC[token, part, :, :] = jax.lax.fori_loop(
         0, num_blocks, block, start
     )
 
 
-def _combine(parts_BTPMC, peak_BTPM, sum_BTPM, kv_b_CHX, out_BTHV, *, nope, values):
-    """Program (token, head, block of values): output of one head."""
-    row, t = divmod(pl.program_id(0), out_BTHV.shape[1])
+def _combine(parts_NPMC, peak_NPM, sum_NPM, kv_b_CHX, out_NHV, *, nope, tile, values):
+    """Program (tile, head, block of values): output of one head."""
+    tokens = pl.ds(pl.program_id(0) * tile, tile)
+    is_token_t = pl.program_id(0) * tile + jnp.arange(tile) < out_NHV.shape[0]
     head, block = pl.program_id(1), pl.program_id(2)
-    up_Cv = kv_b_CHX[:, head, pl.ds(nope + block * values, values)].astype(jnp.float32)
-    peak_P = peak_BTPM[row, t, :, head]
-    weight_P = jnp.exp(peak_P - peak_P.max(axis=0))
-    total = jnp.sum(weight_P * sum_BTPM[row, t, :, head])
-    latent_C = jnp.sum(parts_BTPMC[row, t, :, head, :] * weight_P[:, None], axis=0) / total
-    latent_C = latent_C.astype(out_BTHV.dtype).astype(jnp.float32)  # as a product of two matrices rounds it
-    out_v = jnp.sum(up_Cv * latent_C[:, None], axis=0)
-    out_BTHV[row, t, head, pl.ds(block * values, values)] = out_v.astype(out_BTHV.dtype)
+    num_parts, rank = parts_NPMC.shape[1], parts_NPMC.shape[3]
+    up_Cv = kv_b_CHX[:, head, pl.ds(nope + block * values, values)]
+    mask_tp = is_token_t[:, None]
+    highest_t = plgpu.load(peak_NPM.at[tokens, :, head], mask=mask_tp, other=0.0).max(axis=1)
+
+    def joined(parts):
+        """Returns the sums over parts of latents and of weights, relative to the highest peak."""
+        peak_tp = plgpu.load(peak_NPM.at[tokens, parts, head], mask=mask_tp, other=0.0)
+        sum_tp = plgpu.load(sum_NPM.at[tokens, parts, head], mask=mask_tp, other=1.0)
+        parts_tpC = plgpu.load(parts_NPMC.at[tokens, parts, head, :], mask=mask_tp[:, :, None], other=0.0)
+        weight_tp = jnp.exp(peak_tp - highest_t[:, None])
+        return jnp.sum(parts_tpC * weight_tp[:, :, None], axis=1), jnp.sum(sum_tp * weight_tp, axis=1)
+
+    if tile == 1:
+        latent_tC, total_t = joined(slice(None))
+    else:  # the parts of a tile do not fit into the registers of a program
+        start = jnp.zeros((tile, rank), jnp.float32), jnp.zeros(tile, jnp.float32)
+        add = lambda part, sums: tuple(map(jnp.add, sums, joined(pl.ds(part, 1))))  # noqa: E731
+        latent_tC, total_t = jax.lax.fori_loop(0, num_parts, add, start)
+    latent_tC = latent_tC / total_t[:, None]
+    out_tv = _product(latent_tC.astype(out_NHV.dtype).astype(up_Cv.dtype), up_Cv)
+    at = out_NHV.at[tokens, head, pl.ds(block * values, values)]
+    plgpu.store(at, out_tv.astype(out_NHV.dtype), mask=is_token_t[:, None])
 
 
-def _dot(a, b):
+def _product(x_tk: jax.Array, w_kn: jax.Array) -> jax.Array:
+    """Returns x w in float32, on tensor cores if there are enough tokens for them."""
+    if x_tk.shape[0] > 1:
+        return _dot(x_tk, w_kn)
+    return jnp.sum(x_tk.astype(jnp.float32).T * w_kn.astype(jnp.float32), axis=0)[None]
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
