@@ -9,9 +9,10 @@
     python benchmarks/decode.py --workdir=OUT --prompts=PROMPTS.jsonl --drafts=3 --temperatures=0,1 \
         --min_confidence=none,0.3 --vocabulary=draft,whole      # after mtp_jax.tools.distill
 
-Appends a line per combination of the values to benchmarks/results/decode.jsonl: acceptance of each draft, tokens
-per forward pass, tokens per second of plain and speculative decoding (the same prompts, alternating by batch, the
-faster of two runs, prefill included), the speed-up, milliseconds per speculative step, and the number of equal texts.
+Appends a line per combination of the values to benchmarks/results/decode.jsonl: acceptance of each draft, tokens per
+forward pass, tokens per second of plain and speculative decoding, the speed-up, milliseconds per speculative step, and
+the number of equal texts. The prompts, 8 times the batch size, enter where texts are done; plain and speculative
+decoding take turns, and the faster of two runs each counts, prefill included.
 --only_missing leaves out what the file has a line of already. With JAX_COMPILATION_CACHE_DIR the programs of plain
 decoding, which are the same for all models of one kind, are compiled once.
 """
@@ -42,7 +43,7 @@ from mtp_jax.model import count_parameters  # noqa: E402
 from mtp_jax.mtp import kind_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.jsonl"
-LEAST_PROMPTS, MOST_BATCHES = 8, 4
+LEAST_PROMPTS, MOST_BATCHES = 16, 8
 
 
 class Case(NamedTuple):
@@ -63,7 +64,7 @@ def main() -> None:
     flags.add_argument("--max_new_tokens", type=int, default=256)
     flags.add_argument("--temperatures", default="0")
     flags.add_argument("--prompts", help="as of eval.py; default: held-out documents")
-    flags.add_argument("--num_prompts", type=int, default=0, help="at most, 4 batches; default: the largest batch")
+    flags.add_argument("--num_prompts", type=int, default=0, help="at most, 8 batches; default: the largest batch")
     flags.add_argument("--min_confidence", default="none", help="as of eval.py, or none")
     flags.add_argument("--vocabulary", default="draft", help="draft: the model's draft vocabulary if it has one; whole")
     flags.add_argument("--compile_threads", type=int, default=1, help="programs compiled at once")
@@ -85,7 +86,7 @@ def main() -> None:
         model = models[case.vocabulary]
         result = speculative.measure(
             model.decoder,
-            prompts[: max(LEAST_PROMPTS, MOST_BATCHES * case.batch_size)],
+            measured(prompts, case),
             num_speculative_tokens=case.num_speculative_tokens,
             batch_size=case.batch_size,
             max_new_tokens=args.max_new_tokens,
@@ -139,11 +140,22 @@ def read_prompts(args: argparse.Namespace, model: LanguageModel, largest_batch: 
 def compile_programs(
     args: argparse.Namespace, models: dict[str, LanguageModel], prompts: list[np.ndarray], case: Case
 ) -> None:
-    """Compiles plain and speculative decoding of a batch."""
-    decoder = models[case.vocabulary].decoder
+    """Compiles plain and speculative decoding."""
+    decoder, sampler = models[case.vocabulary].decoder, make_sampler(case.temperature)
     for drafts, least in ((0, None), (case.num_speculative_tokens, case.min_confidence)):
-        state = decoder.start(prompts[: case.batch_size], args.max_new_tokens, num_speculative_tokens=drafts)
-        decoder.write(state, 0, sampler=make_sampler(case.temperature), min_confidence=least)
+        decoder.compile(
+            measured(prompts, case),
+            args.max_new_tokens,
+            sampler=sampler,
+            num_speculative_tokens=drafts,
+            min_confidence=least,
+            batch_size=case.batch_size,
+        )
+
+
+def measured(prompts: list[np.ndarray], case: Case) -> list[np.ndarray]:
+    """Returns the prompts of a case: few where few rows run at the same time, to save time."""
+    return prompts[: max(LEAST_PROMPTS, MOST_BATCHES * case.batch_size)]
 
 
 def record(model: LanguageModel, args: argparse.Namespace, case: Case, result: speculative.SpeculativeResult) -> dict:

@@ -139,7 +139,7 @@ def compiled_kernels(architecture: Architecture, batch: int, drafts: int, target
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
 
     def state(network, tokens_BS, length_B):
-        return generation.begin(architecture, drafts, network, tokens_BS, length_B, length_B, 0)
+        return generation.begin(architecture, drafts, network, tokens_BS, length_B, length_B, 0, length_B)
 
     with pretend("gpu", capability), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         params, biases = jax.eval_shape(lambda: model.init(architecture, 0))

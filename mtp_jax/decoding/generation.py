@@ -47,6 +47,7 @@ class State(NamedTuple):
     recent_BWD: `Kind.draft_hidden` at the last W positions that the main model has read, from length - 1 - W on.
     caches, mtp_caches: entries of positions 0 .. length - 2.
     counts: statistics of speculative decoding.
+    num_passes: int32, speculative steps of the batch, including those in which some rows were done.
     """
 
     tokens_BS: jax.Array
@@ -58,6 +59,7 @@ class State(NamedTuple):
     caches: list[Cache]
     mtp_caches: Caches
     counts: Counts
+    num_passes: jax.Array
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -74,13 +76,18 @@ def begin(
     length_B: jax.Array,
     limit_B: jax.Array,
     seed: jax.typing.ArrayLike,
+    index_B: jax.Array,
 ) -> State:
-    """Returns the state of a batch of prompts, before prefill."""
+    """Returns the state of a batch of prompts, before prefill.
+
+    Args:
+      index_B: int, index of each prompt, of which its random samples are a function.
+    """
     num_rows, num_slots = tokens_BS.shape
     model = architecture.model
     caches, mtp_caches = empty_caches(architecture, network, num_speculative_tokens, num_rows, num_slots)
     recent_BWD = jnp.zeros((num_rows, window_size(num_speculative_tokens), model.embed_dim), model.compute_dtype)
-    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(num_rows))
+    keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index_B)
     zero_BK = jnp.zeros((num_rows, num_speculative_tokens), jnp.int32)
     return State(
         tokens_BS=tokens_BS,
@@ -92,6 +99,7 @@ def begin(
         caches=caches,
         mtp_caches=mtp_caches,
         counts=Counts(jnp.zeros(num_rows, jnp.int32), zero_BK, zero_BK),
+        num_passes=jnp.zeros((), jnp.int32),
     )
 
 
@@ -155,24 +163,53 @@ def generate(
     state: State,
     num_steps: jax.Array,
     min_confidence: jax.Array | None = None,
+    num_done: jax.Array | None = None,
 ) -> State:
-    """Runs at most `num_steps` speculative steps, until all rows are done; donates `state`.
+    """Runs at most `num_steps` speculative steps, until `num_done` rows are done; donates `state`.
 
     Args:
       stop_tokens: int[N]; a row ends with the first of these tokens.
       min_confidence: float32; drafts are verified while the product of their confidences is at least this. None: all.
+      num_done: int32; None: all rows.
     """
+    enough = len(state.is_done_B) if num_done is None else num_done
 
     def is_going(carry):
-        num_done, state = carry
-        return (num_done < num_steps) & ~state.is_done_B.all()
+        step, state = carry
+        return (step < num_steps) & (state.is_done_B.sum() < enough)
 
     def one(carry):
-        num_done, state = carry
-        return num_done + 1, _step(architecture, sampler, network, stop_tokens, state, min_confidence)
+        step, state = carry
+        return step + 1, _step(architecture, sampler, network, stop_tokens, state, min_confidence)
 
-    state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))[1]
-    # Replicated outputs can be read by every process; the other arrays keep the sharding that the next call expects.
+    num_passes, state = jax.lax.while_loop(is_going, one, (jnp.zeros((), jnp.int32), state))
+    return _sharded(architecture, state._replace(num_passes=state.num_passes + num_passes))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def replace_rows(architecture: Architecture, state: State, more: State, rows_R: jax.Array) -> State:
+    """Returns the state with rows replaced by those of another one; donates `state`.
+
+    Args:
+      more: R rows after prefill, for texts of the same maximum length and the same number of drafts.
+      rows_R: int[R], rows to be replaced; those outside the batch replace none.
+    """
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[rows_R].set(new, mode="drop")
+
+    def put_stacked(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[:, rows_R].set(new, mode="drop")
+
+    put_mtp = put_stacked if kind_of(architecture).stacks_caches else put
+    found = {"num_passes": state.num_passes, "mtp_caches": jax.tree.map(put_mtp, state.mtp_caches, more.mtp_caches)}
+    names = [name for name in State._fields if name not in found]
+    found |= {name: jax.tree.map(put, getattr(state, name), getattr(more, name)) for name in names}
+    return _sharded(architecture, State(**found))
+
+
+def _sharded(architecture: Architecture, state: State) -> State:
+    """Returns the state, whose arrays for the host are replicated and the others sharded as the next call expects."""
     return state._replace(
         recent_BWD=constrain(state.recent_BWD, "batch", None, None),
         caches=placed(state.caches),

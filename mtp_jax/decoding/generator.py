@@ -3,6 +3,7 @@
 Shape letters: B rows, S slots, K drafts per speculative step.
 """
 
+import collections
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from mtp_jax.mtp import kind_of
 
 STEPS_PER_CALL = 64  # speculative steps per call, between checks on the host
 STEPS_PER_CALL_WITH_ENDS = 16  # the same with `ends`, which is evaluated on the host
+REFILLED = 4  # waiting prompts enter together, this part of a batch at a time
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,20 @@ class Generation:
     num_speculative_steps: int[B], speculative steps per row, each a forward pass of the main model; prefill is not
       counted. For rows ended by `ends` it includes the steps until the next check, up to 16 more than needed.
     tested, accepted: int[B, K], number of drafts verified and accepted, by their index in the step.
+    num_forward_passes: forward passes of the main model for all rows together; prefill is not counted.
     """
 
     tokens: list[np.ndarray]
     num_speculative_steps: np.ndarray
     tested: np.ndarray
     accepted: np.ndarray
+    num_forward_passes: int
 
     @property
     def rounds(self) -> np.ndarray:
         """Deprecated name of num_speculative_steps."""
         warn_once("Generation.rounds is now num_speculative_steps; the next release drops the old name")
         return self.num_speculative_steps
-
-    @property
-    def num_forward_passes(self) -> int:
-        """Number of forward passes of the batch: that of the row with the most."""
-        return int(self.num_speculative_steps.max(initial=0))
 
     @property
     def tokens_per_forward(self) -> float:
@@ -102,43 +101,108 @@ class Generator:
         stop_tokens: Sequence[int] = (),
         ends: Callable[[int, np.ndarray], int | None] | None = None,
         min_confidence: float | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Generation:
         """Continues every prompt until `max_new_tokens`, the model's context length or a stop.
+
+        Texts of a batch end after different numbers of steps. If prompts are waiting, they replace the texts that are
+        done as soon as a quarter of the batch is (continuous batching; Orca, OSDI 2022).
 
         Args:
           prompts: token ids, at least one each; lengths may differ.
           max_new_tokens: maximum number of generated tokens per row.
           sampler: see `make_sampler`.
           num_speculative_tokens: K, tokens drafted before each forward pass of the main model; 0 is plain decoding.
-          seed: random seed. The samples of a row depend on its index in the batch, but not on the other rows.
+          seed: random seed. The samples of a row depend on the index of its prompt, but not on the other rows.
           stop_tokens: ids that end a row.
           ends: (row index, tokens generated so far) -> number of tokens to keep if the row has ended, else None.
           min_confidence: as in `write`.
+          batch_size: number of prompts generated from at the same time; None: all.
+          progress: called with the number of texts done since the last call.
 
         Raises:
           UserError: prompts or numbers are invalid; see `start`.
         """
-        state = self.start(prompts, max_new_tokens, num_speculative_tokens=num_speculative_tokens, seed=seed)
-        starts = [len(p) for p in prompts]
-        kept: dict[int, int] = {}
+        self.check(prompts, max_new_tokens, num_speculative_tokens, seed)
+        first, *later = _groups(len(prompts), batch_size)
+        waiting = collections.deque(later)
+
+        def prefilled(group: range) -> State:
+            return self._prefilled(prompts, group, max_new_tokens, num_speculative_tokens, seed)
+
+        state, upcoming = prefilled(first), None
+        num_padding = len(state.length_B) - len(first)
+        active = {row: row for row in first}  # prompt by row
+        rows: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
+        steps, tested, accepted = (
+            np.zeros((len(prompts), *x.shape[1:]), np.int32) for x in jax.tree.leaves(state.counts)
+        )
         while True:
             num_steps = STEPS_PER_CALL if ends is None else STEPS_PER_CALL_WITH_ENDS
             state = self.write(
-                state, num_steps, sampler=sampler, stop_tokens=stop_tokens, min_confidence=min_confidence
+                state,
+                num_steps,
+                sampler=sampler,
+                stop_tokens=stop_tokens,
+                min_confidence=min_confidence,
+                num_done=num_padding + len(waiting[0]) if waiting else None,
             )
-            rows, is_done = _written(state, starts)
-            found = {} if ends is None else {b: ends(b, row) for b, row in enumerate(rows) if b not in kept}
-            kept |= {b: end for b, end in found.items() if end is not None}
-            is_done[list(kept)] = True
-            if is_done.all():
-                break
-            if any(end is not None for end in found.values()):
+            if waiting and upcoming is None:
+                upcoming = prefilled(waiting[0])  # by the device, while the host waits for the steps
+            tokens, lengths, is_done, counts, num_passes = jax.device_get(
+                (state.tokens_BS, state.length_B, state.is_done_B, state.counts, state.num_passes)
+            )
+            is_done, is_ended, num_active = np.array(is_done), False, len(active)
+            for row, n in list(active.items()):
+                text = tokens[row, len(prompts[n]) : lengths[row]]
+                end = None if ends is None else ends(n, text)
+                if end is None and not is_done[row]:
+                    continue
+                is_ended |= not is_done[row]
+                is_done[row] = True
+                del active[row]
+                rows[n] = text if end is None else text[:end]
+                steps[n] = min(counts.num_steps_B[row], len(rows[n]))  # a step gives at least one token
+                tested[n], accepted[n] = counts.tested_BK[row], counts.accepted_BK[row]
+            if progress is not None:
+                progress(num_active - len(active))
+            if not active and not waiting:
+                return Generation(rows, steps, tested, accepted, int(num_passes))
+            if is_ended:
                 state = state._replace(is_done_B=jax.device_put(is_done, state.is_done_B.sharding))
-        counts = jax.device_get(state.counts)
-        rows = [row[: kept.get(b, len(row))] for b, row in enumerate(rows)]
-        num_rows = len(prompts)
-        num_steps_B = np.minimum(counts.num_steps_B[:num_rows], [len(row) for row in rows])  # a step gives >= 1 token
-        return Generation(rows, num_steps_B, counts.tested_BK[:num_rows], counts.accepted_BK[:num_rows])
+            free = [row for row in first if row not in active]
+            while waiting and len(free) >= len(waiting[0]):
+                entering = waiting.popleft()
+                more = prefilled(entering) if upcoming is None else upcoming
+                state = self._replaced(state, more, free[: len(entering)])
+                upcoming = None
+                active |= dict(zip(free, entering, strict=False))
+                free = free[len(entering) :]
+
+    def compile(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        *,
+        sampler: Sampler = GREEDY,
+        num_speculative_tokens: int = 0,
+        stop_tokens: Sequence[int] = (),
+        min_confidence: float | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Compiles the programs that `generate` runs with the same arguments, so that it can be timed.
+
+        Raises:
+          UserError: as `generate`.
+        """
+        self.check(prompts, max_new_tokens, num_speculative_tokens)
+        first, *later = _groups(len(prompts), batch_size)
+        state = self._prefilled(prompts, first, max_new_tokens, num_speculative_tokens, 0)
+        for group in later:
+            more = self._prefilled(prompts, group, max_new_tokens, num_speculative_tokens, 0)
+            state = self._replaced(state, more, range(len(group)))
+        self.write(state, 0, sampler=sampler, stop_tokens=stop_tokens, min_confidence=min_confidence)
 
     def start(
         self,
@@ -155,19 +219,42 @@ class Generator:
             max_new_tokens < 1, or the model cannot draft this many tokens.
         """
         self.check(prompts, max_new_tokens, num_speculative_tokens, seed)
+        return self._prefilled(prompts, range(len(prompts)), max_new_tokens, num_speculative_tokens, seed)
+
+    def _prefilled(
+        self,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        group: range,
+        max_new_tokens: int,
+        num_speculative_tokens: int,
+        seed: int,
+    ) -> State:
+        """Returns the state of a group of the prompts after prefill, with room for the longest text of all prompts.
+
+        It has rows, done from the start, up to the next number that the mesh divides.
+        """
         with jax.set_mesh(self.mesh):
-            num_more = -len(prompts) % sharding.num_shards("batch")  # padding rows, done from the start
-            lengths = np.array([len(p) for p in prompts] + [1] * num_more, np.int32)
-            limits = lengths + np.minimum(min(max_new_tokens, self.context), self.context - lengths)
-            limits[len(prompts) :] = 1
-            # Drafts beyond a row's limit have no slot; tokens beyond the limit are discarded in any case.
-            tokens = np.zeros((len(lengths), bucket(int(limits.max()))), np.int32)
-            for row, prompt in zip(tokens, prompts, strict=False):
-                row[: len(prompt)] = prompt
+            num_rows = len(group) + -len(group) % sharding.num_shards("batch")
+        longest = min(self.context, max(map(len, prompts)) + max_new_tokens)
+        # Drafts beyond a row's limit have no slot; tokens beyond the limit are discarded in any case.
+        tokens = np.zeros((num_rows, bucket(longest)), np.int32)
+        lengths, limits, index = np.ones(num_rows, np.int32), np.ones(num_rows, np.int32), np.zeros(num_rows, np.int32)
+        for row, n in enumerate(group):
+            length = len(prompts[n])
+            tokens[row, :length], lengths[row], index[row] = prompts[n], length, n
+            limits[row] = min(self.context, length + max_new_tokens)
+        with jax.set_mesh(self.mesh):
             state = states.begin(
-                self.architecture, num_speculative_tokens, self.network, tokens, lengths, limits, np.uint32(seed)
+                self.architecture, num_speculative_tokens, self.network, tokens, lengths, limits, np.uint32(seed), index
             )
             return states.prefill_all(self.architecture, self.network, state, int(lengths.max()) - 1)
+
+    def _replaced(self, state: State, more: State, rows: Sequence[int]) -> State:
+        """Returns the state whose `rows` are replaced by the first rows of `more`; donates `state`."""
+        replaced = np.full(len(more.length_B), len(state.length_B), np.int32)  # outside the batch: none
+        replaced[: len(rows)] = rows
+        with jax.set_mesh(self.mesh):
+            return states.replace_rows(self.architecture, state, more, replaced)
 
     def write(
         self,
@@ -177,8 +264,9 @@ class Generator:
         sampler: Sampler = GREEDY,
         stop_tokens: Sequence[int] = (),
         min_confidence: float | None = None,
+        num_done: int | None = None,
     ) -> State:
-        """Returns the state after at most `num_steps` further steps, fewer if all rows are done; donates `state`.
+        """Returns the state after at most `num_steps` further steps, until `num_done` rows are done; donates `state`.
 
         Args:
           state: from `start`.
@@ -186,6 +274,7 @@ class Generator:
           sampler, stop_tokens: as in `generate`.
           min_confidence: probability; each row verifies its drafts only while the product of their confidences, each
             the probability of the likeliest token, is at least this. None: all drafts are verified.
+          num_done: number of rows, padding included; None: all.
 
         Raises:
           UserError: min_confidence is no probability.
@@ -196,7 +285,10 @@ class Generator:
         stops = np.full(1 << max(0, len(stop_tokens) - 1).bit_length(), -1, np.int32)  # few sizes, so few programs
         stops[: len(stop_tokens)] = stop_tokens
         with jax.set_mesh(self.mesh):
-            return states.generate(self.architecture, sampler, self.network, stops, state, np.int32(num_steps), least)
+            enough = np.int32(len(state.is_done_B) if num_done is None else num_done)
+            return states.generate(
+                self.architecture, sampler, self.network, stops, state, np.int32(num_steps), least, enough
+            )
 
     def check(
         self,
@@ -224,6 +316,15 @@ class Generator:
             bad = ids[(ids < 0) | (ids >= vocab)]
             if len(bad):
                 raise UserError(f"prompt {b}: token {int(bad[0])} is outside the vocabulary of {vocab}")
+
+
+def _groups(num_prompts: int, batch_size: int | None) -> list[range]:
+    """Returns the prompts that enter together: first a batch, then parts of it."""
+    check_integer("batch_size", num_prompts if batch_size is None else batch_size, 1)
+    num_rows = min(num_prompts, batch_size or num_prompts)
+    part = -(-num_rows // REFILLED)
+    later = [range(at, min(at + part, num_prompts)) for at in range(num_rows, num_prompts, part)]
+    return [range(num_rows), *later]
 
 
 def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -265,9 +366,3 @@ def _checked_ids(draft_vocabulary: np.ndarray, vocab: int) -> np.ndarray:
         shown = np.array2string(ids, threshold=8, separator=", ").replace("\n", "")
         raise UserError(f"draft_vocabulary={shown}: must be increasing token ids from 0 to {vocab - 1}, at least one")
     return ids.astype(np.int32)
-
-
-def _written(state: State, starts: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the generated tokens of each row, and which rows are done."""
-    tokens, lengths, is_done = jax.device_get((state.tokens_BS, state.length_B, state.is_done_B))
-    return [tokens[b, start : lengths[b]] for b, start in enumerate(starts)], np.array(is_done)

@@ -96,7 +96,8 @@ def _batch(decoder: Generator, contexts, continuations, num_slots: int, num_rows
                 inputs_GJC[g, j, : len(tokens)] = [context[-1], *tokens[:-1]]
                 targets_GJC[g, j, : len(tokens)] = tokens
         network = decoder.network
-        state = states.begin(decoder.architecture, 0, network, tokens_GS, lengths_G, lengths_G, np.uint32(0))
+        index_G = np.arange(num_rows, dtype=np.int32)
+        state = states.begin(decoder.architecture, 0, network, tokens_GS, lengths_G, lengths_G, np.uint32(0), index_G)
         state = states.prefill_all(decoder.architecture, network, state, int(lengths_G.max()) - 1)
         found = _continued(num_slots, network, state.caches, lengths_G, inputs_GJC, targets_GJC)
         log_p_GJC, is_best_GJC = jax.device_get(found)

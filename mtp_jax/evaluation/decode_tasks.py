@@ -146,8 +146,8 @@ def _mesh(workdir: str) -> MeshConfig | None:
 
 def _advice(decoder: Generator, prompts: list[np.ndarray], args: argparse.Namespace, options: dict[str, Any]):
     most = args.num_speculative_tokens or draft_length.most_drafts(decoder.architecture)
-    rates = speculative.write_all(
-        decoder, prompts, args.batch_size or 1, num_speculative_tokens=most, **options
+    rates = decoder.generate(
+        prompts, num_speculative_tokens=most, batch_size=args.batch_size or 1, **options
     ).acceptance
     costs = draft_length.measure_costs(decoder, BATCH_SIZES, most, prompts[0])
     advised = draft_length.advise(rates, costs)

@@ -25,9 +25,9 @@ class SpeculativeResult:
 
     acceptance: of draft k, how often it was accepted where those before it were.
     num_same: rows with the same tokens in both (all of them, up to rounding in low precision); None where sampled.
-    num_steps: speculative steps of all batches. A batch takes those of its slowest row, for which the others wait;
-      if all rows took as many, num_tokens would be num_steps * batch_size * tokens_per_forward.
-    tokens_per_second, plain_tokens_per_second: of whole batches, including prefill.
+    num_steps: speculative steps of the batch. If it were full in all of them, num_tokens would be num_steps *
+      batch_size * tokens_per_forward; texts that are done wait for others (`Generator.generate`).
+    tokens_per_second, plain_tokens_per_second: of all prompts, including prefill.
     cache_bytes, multi_head_bytes: cache of the main model per token, and that of plain multi-head attention.
     draft_vocabulary_size: number of tokens that may be drafted, of the vocab_size of the model.
     """
@@ -110,24 +110,6 @@ def _prompt_of(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def write_all(
-    decoder: Generator, prompts: Sequence[np.ndarray], batch_size: int, *, seed: int = 0, **options: Any
-) -> Generation:
-    """`Generator.generate` of all prompts in batches, each with its own seed."""
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    return joined([decoder.generate(batch, seed=seed + n, **options) for n, batch in enumerate(batches)])
-
-
-def joined(parts: Sequence[Generation]) -> Generation:
-    """Returns several batches as one."""
-    return Generation(
-        tokens=[tokens for g in parts for tokens in g.tokens],
-        num_speculative_steps=np.concatenate([g.num_speculative_steps for g in parts]),
-        tested=np.concatenate([g.tested for g in parts]),
-        accepted=np.concatenate([g.accepted for g in parts]),
-    )
-
-
 def measure(
     decoder: Generator,
     prompts: Sequence[np.ndarray],
@@ -141,35 +123,25 @@ def measure(
     min_confidence: float | None = None,
     repeats: int = 1,
 ) -> SpeculativeResult:
-    """Generates plain and self-speculated continuations of every prompt, alternating batch by batch.
+    """Generates plain and self-speculated continuations of every prompt, `batch_size` at a time.
 
-    Programs are compiled before the clock starts; the fastest of `repeats` is reported. For `min_confidence` see
-    `Generator.write`.
+    Programs are compiled before the clock starts. Plain and speculative generation alternate; the fastest of `repeats`
+    is reported. For `min_confidence` see `Generator.write`.
 
     Raises:
       UserError: as `Generator.generate`.
     """
-    decoder.check(prompts, max_new_tokens, num_speculative_tokens)
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    least = {0: None, num_speculative_tokens: min_confidence}  # by the number of drafts
-    for batch in batches:
-        for drafts in (0, num_speculative_tokens):
-            state = decoder.start(batch, max_new_tokens, num_speculative_tokens=drafts)
-            decoder.write(state, 0, sampler=sampler, stop_tokens=stop_tokens, min_confidence=least[drafts])
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_tokens": stop_tokens}
-    runs: dict[int, list[Generation]] = {}
-    seconds = {0: math.inf, num_speculative_tokens: math.inf}
-    for _ in range(repeats):
-        spent = dict.fromkeys(seconds, 0.0)
-        runs = {drafts: [] for drafts in seconds}
-        for n, batch in enumerate(batches):
-            for drafts in seconds:
-                started = time.monotonic()
-                options |= {"num_speculative_tokens": drafts, "min_confidence": least[drafts]}
-                runs[drafts].append(decoder.generate(batch, seed=seed + n, **options))
-                spent[drafts] += time.monotonic() - started
-        seconds = {drafts: min(seconds[drafts], spent[drafts]) for drafts in seconds}
-    plain, drafted = joined(runs[0]), joined(runs[num_speculative_tokens])
+    common: dict[str, Any] = {"sampler": sampler, "stop_tokens": stop_tokens, "batch_size": batch_size}
+    options = {0: common, num_speculative_tokens: common | {"min_confidence": min_confidence}}  # by number of drafts
+    for drafts, each in options.items():
+        decoder.compile(prompts, max_new_tokens, num_speculative_tokens=drafts, **each)
+    runs: dict[int, Generation] = {}
+    seconds = dict.fromkeys(options, math.inf)
+    for drafts, each in [*options.items()] * repeats:
+        started = time.monotonic()
+        runs[drafts] = decoder.generate(prompts, max_new_tokens, num_speculative_tokens=drafts, seed=seed, **each)
+        seconds[drafts] = min(seconds[drafts], time.monotonic() - started)
+    plain, drafted = runs[0], runs[num_speculative_tokens]
     same = sum(np.array_equal(a, b) for a, b in zip(plain.tokens, drafted.tokens, strict=True))
     num_tokens = sum(map(len, drafted.tokens))
     speed, plain_speed = num_tokens / seconds[num_speculative_tokens], sum(map(len, plain.tokens)) / seconds[0]
@@ -184,7 +156,7 @@ def measure(
         num_same=same if is_greedy(sampler) else None,
         acceptance=drafted.acceptance,
         tokens_per_forward=drafted.tokens_per_forward,
-        num_steps=sum(int(part.num_speculative_steps.max()) for part in runs[num_speculative_tokens]),
+        num_steps=drafted.num_forward_passes,
         plain_tokens_per_second=plain_speed,
         tokens_per_second=speed,
         speed_up=speed / plain_speed,
@@ -209,7 +181,7 @@ def text(result: SpeculativeResult) -> str:
     saved = 1 - r.cache_bytes / r.multi_head_bytes
     is_reduced = r.draft_vocabulary_size < r.vocab_size
     part = f"{r.draft_vocabulary_size:,} of {r.vocab_size:,}" if is_reduced else f"all {r.vocab_size:,}"
-    size = f"{r.num_prompts} prompts in batches of {r.batch_size}, {r.num_tokens:,} new tokens"
+    size = f"{r.num_prompts} prompts {r.batch_size} at a time, {r.num_tokens:,} new tokens"
     return "\n".join(
         [
             f"speculative decoding, {size}{same}",

@@ -99,9 +99,11 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         special_tokens: bool = False,
+        batch_size: int | None = None,
+        progress: Callable[[int], None] | None = None,
         draft_length: int | None = None,
     ) -> Completions:
-        """Generates continuations of prompts, all of them as one batch.
+        """Generates continuations of prompts.
 
         Args:
           prompts: texts, which begin as documents do in training (with the tokenizer's bos, if it has one), or token
@@ -121,6 +123,9 @@ class LanguageModel:
           stop: a text ends before the first of these strings; one that names a special token is that token.
           stop_tokens: ids that end a text; None: `end_tokens`.
           special_tokens: special tokens that a prompt spells are encoded as such; False: as text.
+          batch_size: number of prompts generated from at the same time; further ones enter where texts are done. None:
+            all prompts.
+          progress: called with the number of texts done since the last call.
           draft_length: deprecated name of num_speculative_tokens.
 
         Raises:
@@ -154,7 +159,7 @@ class LanguageModel:
             check_integer("stop_tokens", token, 0, (self.config.model.vocab_size or 1) - 1)
         befores = self.prompt_ids(prompts, special_tokens)
         if is_auto:
-            num_speculative_tokens = self._best_draft_length(befores, sampler)
+            num_speculative_tokens = self._best_draft_length(befores[:batch_size], sampler)
         written = self.decoder.generate(
             befores,
             max_new_tokens,
@@ -164,6 +169,8 @@ class LanguageModel:
             stop_tokens=stop_tokens,
             ends=self._finder(befores, stops) if stops else None,
             min_confidence=min_confidence if num_speculative_tokens else None,
+            batch_size=batch_size,
+            progress=progress,
         )
         parts = {f.name: getattr(written, f.name) for f in dataclasses.fields(written)}
         return Completions(**parts, texts=self._texts(befores, written.tokens, stops, stop_tokens))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtp_jax.config import LocalConfig, MeshConfig, RopeConfig, YarnConfig, conventions
+from mtp_jax.config import LocalConfig, MeshConfig, RopeConfig, UserError, YarnConfig, conventions
 from mtp_jax.decoding import drafting
 from mtp_jax.decoding import generation as states
 from mtp_jax.decoding.generator import Generation, Generator
@@ -289,6 +289,7 @@ def test_a_step_keeps_the_accepted_drafts_up_to_limit_and_stop():
         *(jnp.ones((6, 12), jnp.int32).at[:, 2:].set(0), jnp.asarray(lengths), jnp.asarray(limits)),
         *(jnp.asarray(lengths >= limits), None, None, None, None),
         states.Counts(jnp.zeros(6, jnp.int32), zero, zero),
+        jnp.zeros((), jnp.int32),
     )
     state = states._extended(state, jnp.asarray(drafts), verdict, jnp.array([8]))
     rows = [list(map(int, row[2:length])) for row, length in zip(state.tokens_BS, state.length_B, strict=True)]
@@ -304,8 +305,8 @@ def test_a_step_keeps_the_accepted_drafts_up_to_limit_and_stop():
 def test_rates_and_tokens_per_forward_of_counts():
     """Each row has its own counts; a draft that was never judged has no rate."""
     tokens = [np.arange(6), np.arange(3)]
-    done = Generation(tokens, np.array([2, 3]), np.array([[2, 2, 0], [2, 0, 0]]), np.array([[2, 1, 0], [1, 0, 0]]))
-    assert done.num_forward_passes == 3 and done.rounds is done.num_speculative_steps  # rounds: the deprecated name
+    done = Generation(tokens, np.array([2, 3]), np.array([[2, 2, 0], [2, 0, 0]]), np.array([[2, 1, 0], [1, 0, 0]]), 3)
+    assert done.rounds is done.num_speculative_steps  # rounds: the deprecated name
     assert done.tokens_per_forward == pytest.approx(9 / 5)
     assert done.acceptance[:2] == [0.75, 0.5] and np.isnan(done.acceptance[2])
 
@@ -381,6 +382,35 @@ def test_a_row_is_sampled_whatever_stands_beside_it():
     assert (twins[0] != twins[1]).any() and (twins[1] != twins[2]).any()
 
 
+@pytest.mark.parametrize("num_speculative_tokens", [0, 2])
+@pytest.mark.parametrize("name", ["sequential", "parallel", "window"])
+def test_waiting_prompts_replace_texts_that_are_done(name, num_speculative_tokens):
+    """Texts and counts are those of all prompts at once; the batch takes fewer steps than one batch after the other."""
+    model = replace(MLA, **WINDOW) if name == "window" else MLA
+    decoder = build(model, parallel(2) if name == "parallel" else sequential(2), context=40, seed=2).decoder()
+    prompts = prompts_of([4, 30, 7, 38, 2, 12, 25, 3, 36], 16)
+    options = {"sampler": make_sampler(0.8), "num_speculative_tokens": num_speculative_tokens, "stop_tokens": (5,)}
+    ends = lambda b, text: 6 if b % 3 == 0 and len(text) > 6 else None  # noqa: E731
+    for each in (options, options | {"ends": ends}):
+        expected = decoder.generate(prompts, 24, **each)
+        for size in (1, 3, 8):
+            found = decoder.generate(prompts, 24, batch_size=size, **each)
+            assert [text.tolist() for text in found.tokens] == [text.tolist() for text in expected.tokens]
+            if each is options:
+                for field in ("num_speculative_steps", "tested", "accepted"):
+                    np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+    steps = decoder.generate(prompts, 24, batch_size=3, **options)
+    batches = [steps.num_speculative_steps[at : at + 3].max() for at in (0, 3, 6)]
+    assert steps.num_speculative_steps.sum() / 3 <= steps.num_forward_passes < sum(batches)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_size_that_is_none_is_refused(batch_size):
+    decoder = build(MLA, sequential(1)).decoder()
+    with pytest.raises(UserError, match="batch_size"):
+        decoder.generate(prompts_of([3, 4], 16), 4, batch_size=batch_size)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Programs, devices, dtypes
 
@@ -430,14 +460,14 @@ MESHES = {
 
 @pytest.mark.parametrize("name", MESHES)
 def test_any_mesh_writes_what_one_device_writes(name):
-    """Five prompts on eight devices, drafted and plain: the same tokens in as many steps."""
+    """Five prompts on eight devices, three of them at once, drafted and plain: the same tokens in as many steps."""
     sizes, model, mtp, nums_speculative_tokens = MESHES[name]
     built = build(model, mtp, seed=9)
     prompts = prompts_of([4, 17, 1, 9, 2], 16)
     one, many = built.decoder(), built.decoder(MeshConfig(**sizes))
     for num_speculative_tokens in nums_speculative_tokens:
         expected = one.generate(prompts, 16, num_speculative_tokens=num_speculative_tokens)
-        found = many.generate(prompts, 16, num_speculative_tokens=num_speculative_tokens)
+        found = many.generate(prompts, 16, num_speculative_tokens=num_speculative_tokens, batch_size=3)
         for a, b in zip(expected.tokens, found.tokens, strict=True):
             np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(

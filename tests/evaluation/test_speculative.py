@@ -179,12 +179,12 @@ def test_a_hugging_face_folder_needs_prompts(monkeypatch, capsys, tmp_path):
     assert (code, out) == (2, "") and "give --prompts=FILE" in err, err
 
 
-def test_batches_are_sampled_with_draws_of_their_own(workdir):
+def test_waiting_prompts_are_sampled_with_draws_of_their_own(workdir):
     import mtp_jax
 
     prompt = np.arange(97, 107)
     options = {"max_new_tokens": 20, "sampler": make_sampler(1.5), "num_speculative_tokens": 0}
-    first, second = speculative.write_all(mtp_jax.load(workdir).decoder, [prompt, prompt], 1, **options).tokens
+    first, second = mtp_jax.load(workdir).decoder.generate([prompt, prompt], batch_size=1, **options).tokens
     assert not np.array_equal(first, second)
 
 
