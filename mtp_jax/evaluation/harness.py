@@ -18,6 +18,7 @@ from mtp_jax.errors import warn_once
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mtp import kind_of
 
+BATCHES_PER_CALL = 8  # of `LanguageModel.generate`; its caches have room for the longest text of a call
 DEFAULT_NEW_TOKENS = 256  # the harness's default
 # Generation options that tasks may set. IGNORED ones select a search, which neither greedy nor sampled decoding uses.
 OPTIONS = ("until", "max_gen_toks", "max_new_tokens", "max_tokens", "do_sample", "temperature", "top_p", "top_k")
@@ -119,8 +120,8 @@ class HarnessModel(LM):
 
         An answer has the number of tokens that its task requests, or as many as fit the model's context after the
         prompt. A prompt loses its beginning only where it would leave less than half of the context, and less than
-        requested. Requests with the same options are batched together, the longest contexts first; the last batch is
-        padded with repetitions, so that one compiled program serves all.
+        requested. Requests with the same options are generated together, the longest contexts first; those that wait
+        enter the batch where answers are done.
 
         Raises:
           UserError: options that the decoding does not support.
@@ -132,19 +133,19 @@ class HarnessModel(LM):
                 options["stop"] = [*options["stop"], *self.marks]
                 prompts = {i: self._prompt(requests[i].args[0], num_new) for i in members}
                 members.sort(key=lambda i: -len(prompts[i]))
-                for number, at in enumerate(range(0, len(members), self.batch_size)):
-                    batch = members[at : at + self.batch_size]
-                    rows = [prompts[i] for i in batch]
-                    rows += [rows[-1]] * (self.batch_size - len(rows)) if len(members) > self.batch_size else []
-                    written = self.model.generate(rows, num_new, seed=self.seed + number, **options, **self.drafts)
-                    for row, i in enumerate(batch):
+                size = BATCHES_PER_CALL * self.batch_size
+                for number, at in enumerate(range(0, len(members), size)):
+                    some = members[at : at + size]
+                    rows = [prompts[i] for i in some]
+                    options |= {"seed": self.seed + number, "batch_size": self.batch_size, "progress": progress}
+                    written = self.model.generate(rows, num_new, **options, **self.drafts)
+                    for row, i in enumerate(some):
                         answers[i], tokens = written.texts[row], written.tokens[row]
                         task = requests[i].task_name or ""
                         self.num_shortened[task] += self._is_shortened(rows[row], tokens, num_new, options["stop"])
                         counts = self.passes[task]
                         counts[0] += len(tokens)
                         counts[1] += int(written.num_speculative_steps[row])
-                    progress(len(batch))
         return answers
 
     def _is_shortened(self, prompt: list[int], tokens: np.ndarray, num_new: int, stops: list[str]) -> bool:
