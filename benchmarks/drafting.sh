@@ -3,10 +3,10 @@
 #
 #   TOKENIZER=PATH/tokenizer.json FILES='/usr/lib/python3/**/*.py' bash benchmarks/drafting.sh
 #
-# Trains configs/code_400m.py with the tokenizer on the files twice, with one sequential module and with three parallel
-# heads, distils modules and heads by several losses, and measures each at batch 1, 8 and 32, greedy, and at batch 32 at
-# temperature 1. The prompts that are measured on are parts of documents that are held out, and no training document has
-# them.
+# Trains configs/code_400m.py with the tokenizer on the files, with one sequential module, and from its weights a model with
+# HEADS parallel heads; distils modules and heads by several losses, and measures each at batch 1, 8 and 32, greedy, and at
+# batch 32 at temperature 1. Heads are measured with three drafts and with all. The prompts that are measured on are parts
+# of documents that are held out, and no training document has them.
 #
 # The same command again does what is missing: a training continues from its last checkpoint, answers and measurements
 # from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below;
@@ -16,18 +16,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/drafting} results=${RESULTS:-benchmarks/results/drafting.jsonl}
-batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-64} length=${LENGTH:-96}
+batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-256} length=${LENGTH:-96} heads=${HEADS:-7}
 stages=${STAGES:-base heads prompts cross_entropy parallel end_to_end+markov before after results}
 mkdir -p "$out"
 # Programs of plain decoding are the same for several models, and those of a killed command are not compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(cd "$out" && pwd)/programs}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
-measure() { # model, temperatures, batches, further flags
-  local model=$1 temperatures=$2 sizes=$3
-  shift 3
+measure() { # model, drafts, temperatures, batches, further flags
+  local model=$1 drafts=$2 temperatures=$3 sizes=$4
+  shift 4
   $python benchmarks/decode.py --workdir="$out/$model" --prompts="$out/prompts/inner.jsonl" --num_prompts="$held_out" \
-    --batches="$sizes" --temperatures="$temperatures" --max_new_tokens="$new" --drafts=3 --only_missing \
+    --batches="$sizes" --temperatures="$temperatures" --max_new_tokens="$new" --drafts="$drafts" --only_missing \
     --output="$out/results.jsonl" ${MEASURE_FLAGS:-} "$@"
 }
 distill() { # name, model, flags
@@ -49,7 +49,8 @@ train() { # name, flags
 
 base() { train base; }
 heads() {
-  train heads --config.mtp.kind=parallel --config.mtp.depth=3 --config.mtp.parameter_matched=False
+  train heads --config.mtp.kind=parallel --config.mtp.depth="$heads" --config.mtp.parameter_matched=False \
+    --config.init_from="${HEADS_FROM-$out/base}"
 }
 prompts() {
   [ -s "$out/prompts/inner.jsonl" ] || $python experiments/distillation/prompts.py --config="$out/base/config.json" \
@@ -60,23 +61,24 @@ cross_entropy() { distill cross_entropy base --loss=cross_entropy ${MODULE_FLAGS
 end_to_end() {
   distill end_to_end base --loss=end_to_end_tv --draft_vocabulary="${VOCABULARY:-8192}" ${MODULE_FLAGS:-}
 }
-parallel() { distill parallel heads --loss=cross_entropy ${HEAD_FLAGS:-}; }
+parallel() { distill parallel heads --loss=cross_entropy --num_speculative_tokens="$heads" ${HEAD_FLAGS:-}; }
 markov() {
-  distill markov heads --loss=cross_entropy --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
+  distill markov heads --loss=cross_entropy --num_speculative_tokens="$heads" \
+    --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
 }
 before() {
-  measure base 0 "$batches"
-  measure heads 0 "$batches"
-  measure base 1 "$sampled"
+  measure base 3 0 "$batches"
+  measure heads "3,$heads" 0 "$batches"
+  measure base 3 1 "$sampled"
 }
 after() {
-  measure parallel 0 "$batches"
-  measure cross_entropy 0 "$batches"
-  measure end_to_end 0 "$batches" --vocabulary=whole,draft
-  measure markov 0 "$batches"
-  measure cross_entropy 1 "$sampled"
-  measure end_to_end 1 "$sampled" --vocabulary=whole
-  measure end_to_end 0 "$batches" --min_confidence=0.3
+  measure parallel "3,$heads" 0 "$batches"
+  measure cross_entropy 3 0 "$batches"
+  measure end_to_end 3 0 "$batches" --vocabulary=whole,draft
+  measure cross_entropy 3 1 "$sampled"
+  measure end_to_end 3 1 "$sampled" --vocabulary=whole
+  measure markov "3,$heads" 0 "$batches"
+  measure end_to_end 3 0 "$batches" --min_confidence=0.3
 }
 results() {
   cp "$out/results.jsonl" "$results.part" && mv "$results.part" "$results"
