@@ -21,6 +21,9 @@ are lower than with e5m2 by a third.
 
 Everything is a plain operation of the jit that calls it, so that the compiler can fuse maxima and casts with what comes
 before them. A device without 8-bit matmuls converts the rounded operands first, with the same result.
+
+8-bit matmuls of Hopper GPUs read operands whose contracted dim is the last one in memory. x, w and g are contracted over
+one dim in one product and over another in a second one, so the pass that rounds them writes both orders (`ordered`).
 """
 
 import functools
@@ -31,6 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from mtp_jax.errors import warn_once
@@ -73,7 +77,7 @@ def rounded(x: jax.Array, dims: Sequence[int], dtype: DTypeLike = DTYPE) -> Roun
     # The exponent alone is the largest power of two in it; that of an infinity or NaN is infinity.
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.uint32) & EXPONENT_BITS, jnp.float32)
     scale = power * 2.0 ** (1 - math.floor(math.log2(float(jnp.finfo(dtype).max))))
-    return Rounded((x * (1 / scale)).astype(dtype), scale)
+    return Rounded(_row_major((x * (1 / scale)).astype(dtype)), scale)
 
 
 def with_one_scale(x: Rounded, factor: jax.Array) -> Rounded:
@@ -84,7 +88,17 @@ def with_one_scale(x: Rounded, factor: jax.Array) -> Rounded:
     """
     both = x.scale * factor
     scale = jnp.maximum(jnp.max(both), SMALLEST_SCALE)
-    return Rounded((x.values.astype(jnp.float32) * (both / scale)).astype(x.values.dtype), scale)
+    values = (x.values.astype(jnp.float32) * (both / scale)).astype(x.values.dtype)
+    return Rounded(_row_major(values), scale)
+
+
+def ordered(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Returns an array of `rounded` values with its dims in another order, as stored in memory.
+
+    Without layouts and a barrier the compiler would take the order to be a matter of layout: it would propagate it to the
+    activations before, or to the matmul, and then transpose the rounded array in a pass of its own.
+    """
+    return jax.lax.optimization_barrier(_row_major(jnp.transpose(x, order)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -98,41 +112,63 @@ def dot(x: jax.Array, w: jax.Array, in_dims: tuple[int, ...]) -> jax.Array:
     return _forward(x, w, in_dims)[0]
 
 
+class Residuals(NamedTuple):
+    """Arrays kept for the backward pass, in the order in which it contracts them.
+
+    x: [contracted..., tokens...]. w: [contracted..., outputs...], and as many scales. x_scale: [tokens..., outputs...].
+    """
+
+    x: jax.Array
+    x_scale: jax.Array
+    w: Rounded
+
+
 def _forward(x, w, in_dims):
     assert x.dtype == w.dtype and list(in_dims) == sorted(set(in_dims)), (x.dtype, w.dtype, in_dims)
     if not device().multiplies_fp8:
         warn_once("model.matmul_precision=fp8: slow here; this device multiplies fp8 operands in a larger dtype")
-    _, summed, outputs = _dims(x.ndim, w.ndim, in_dims)
+    tokens, summed = _split(x.ndim, len(in_dims))
+    outputs = tuple(d for d in range(w.ndim) if d not in in_dims)
     x8, w8 = rounded(x, summed), rounded(w, range(w.ndim))
-    y = _product(x8.values, w8.values, (summed, in_dims), x.dtype)
-    return _scaled(y, _per_token(x8, summed, outputs), w8.scale.reshape(())), (x8, w8)
+    x_scale = _per_token(x8.scale, len(tokens), len(outputs))
+    y = _product(ordered(x8.values, (*tokens, *summed)), ordered(w8.values, (*outputs, *in_dims)), len(summed), x.dtype)
+    y = _scaled(y, x_scale, w8.scale.reshape(()))
+    values = ordered(w8.values, (*in_dims, *outputs))
+    return y, Residuals(ordered(x8.values, (*summed, *tokens)), x_scale, Rounded(values, w8.scale.reshape(())))
 
 
 def _backward(in_dims, residuals, g):
-    x8, w8 = residuals
-    tokens, summed, outputs = _dims(x8.values.ndim, w8.values.ndim, in_dims)
-    own = tuple(range(len(tokens), g.ndim))  # the outputs, in g
+    x, x_scale, w8 = residuals
+    outputs = w8.values.ndim - len(in_dims)
+    tokens, own = _split(g.ndim, outputs)
     g8 = rounded(g, own, GRADIENT_DTYPE)
-    dx = _product(g8.values, w8.values, (own, outputs), g.dtype)
-    dx = _scaled(dx, _per_token(g8, own, summed), w8.scale.reshape(()))
-    shifted = with_one_scale(g8, _per_token(x8, summed, outputs))
-    dw = _product(x8.values, shifted.values, (tokens, tokens), g.dtype)
+    dx = _product(ordered(g8.values, (*tokens, *own)), w8.values, outputs, g.dtype)
+    dx = _scaled(dx, _per_token(g8.scale, len(tokens), len(in_dims)), w8.scale)
+    shifted = with_one_scale(g8, x_scale)
+    dw = _product(x, ordered(shifted.values, (*own, *tokens)), len(tokens), g.dtype)
     dw = _scaled(dw, shifted.scale)
     # From [contracted..., outputs...] to the order of the weight's dims.
-    return dx, jnp.transpose(dw, sorted(range(dw.ndim), key=(*in_dims, *outputs).__getitem__))
+    order = (*in_dims, *(d for d in range(w8.values.ndim) if d not in in_dims))
+    return dx, jnp.transpose(dw, sorted(range(dw.ndim), key=order.__getitem__))
 
 
 dot.defvjp(_forward, _backward)
 
 
-def _dims(x_ndim: int, w_ndim: int, in_dims: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Returns the dims of x that are tokens and those that are contracted, and the output dims of w."""
-    first = x_ndim - len(in_dims)
-    return tuple(range(first)), tuple(range(first, x_ndim)), tuple(d for d in range(w_ndim) if d not in in_dims)
+def _split(ndim: int, num_last: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the first and the last dims of an array."""
+    return tuple(range(ndim - num_last)), tuple(range(ndim - num_last, ndim))
 
 
-def _product(a: jax.Array, b: jax.Array, summed: tuple[Sequence[int], Sequence[int]], dtype: DTypeLike) -> jax.Array:
-    return jax.lax.dot_general(a, b, (summed, ((), ())), PRECISION, preferred_element_type=jnp.dtype(dtype))
+def _row_major(x: jax.Array) -> jax.Array:
+    """Returns x, whose last dim is contiguous in memory."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _product(a: jax.Array, b: jax.Array, num_summed: int, dtype: DTypeLike) -> jax.Array:
+    """Product of two arrays over their last dims."""
+    last = [tuple(range(x.ndim - num_summed, x.ndim)) for x in (a, b)]
+    return _row_major(jax.lax.dot_general(a, b, (last, ((), ())), PRECISION, preferred_element_type=jnp.dtype(dtype)))
 
 
 def _scaled(x: jax.Array, *scales: jax.Array) -> jax.Array:
@@ -140,6 +176,6 @@ def _scaled(x: jax.Array, *scales: jax.Array) -> jax.Array:
     return functools.reduce(jnp.multiply, scales, x.astype(jnp.float32)).astype(x.dtype)
 
 
-def _per_token(x: Rounded, old: tuple[int, ...], new: tuple[int, ...]) -> jax.Array:
-    """Returns the scales of tokens, followed by as many dims of size 1 as `new` has, in place of those of `old`."""
-    return x.scale.reshape(*x.scale.shape[: x.scale.ndim - len(old)], *(1 for _ in new))
+def _per_token(scale: jax.Array, num_tokens: int, num_others: int) -> jax.Array:
+    """Returns the scales of tokens followed by `num_others` dims of size 1."""
+    return scale.reshape(*scale.shape[:num_tokens], *(1 for _ in range(num_others)))

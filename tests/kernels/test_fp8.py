@@ -137,9 +137,12 @@ def test_the_operands_are_in_8_bits_in_all_three_products_and_between_the_passes
     assert [[v.aval.dtype.name for v in (*e.invars, *e.outvars)] for e in dots] == [
         ["float8_e4m3fn", "float8_e4m3fn", "bfloat16"]
     ] * 3
+    for dot in dots:  # as Hopper's 8-bit instructions read both operands
+        (contracted, batch), ndims = dot.params["dimension_numbers"], [v.aval.ndim for v in dot.invars]
+        assert contracted == tuple((ndim - 1,) for ndim in ndims) and batch == ((), ())
     kept = jax.tree.leaves(jax.vjp(lambda x, w: fp8.dot(x, w, (0,)), x_ND, w_DF)[1])
     assert sorted((a.shape, a.dtype.name) for a in kept if a.size > 6) == [
-        ((6, 16), "float8_e4m3fn"),
+        ((16, 6), "float8_e4m3fn"),
         ((16, 8), "float8_e4m3fn"),
     ]
 
