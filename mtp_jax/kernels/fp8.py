@@ -101,6 +101,11 @@ def ordered(x: jax.Array, order: Sequence[int]) -> jax.Array:
     return jax.lax.optimization_barrier(_row_major(jnp.transpose(x, order)))
 
 
+def scaled(x: jax.Array, *scales: jax.Array) -> jax.Array:
+    """Returns x times scales, in its dtype."""
+    return functools.reduce(jnp.multiply, scales, x.astype(jnp.float32)).astype(x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot(x: jax.Array, w: jax.Array, in_dims: tuple[int, ...]) -> jax.Array:
     """Product of x [tokens..., contracted...] and a weight: [tokens..., outputs...] in the dtype of x.
@@ -132,7 +137,7 @@ def _forward(x, w, in_dims):
     x8, w8 = rounded(x, summed), rounded(w, range(w.ndim))
     x_scale = _per_token(x8.scale, len(tokens), len(outputs))
     y = _product(ordered(x8.values, (*tokens, *summed)), ordered(w8.values, (*outputs, *in_dims)), len(summed), x.dtype)
-    y = _scaled(y, x_scale, w8.scale.reshape(()))
+    y = scaled(y, x_scale, w8.scale.reshape(()))
     values = ordered(w8.values, (*in_dims, *outputs))
     return y, Residuals(ordered(x8.values, (*summed, *tokens)), x_scale, Rounded(values, w8.scale.reshape(())))
 
@@ -143,10 +148,10 @@ def _backward(in_dims, residuals, g):
     tokens, own = _split(g.ndim, outputs)
     g8 = rounded(g, own, GRADIENT_DTYPE)
     dx = _product(ordered(g8.values, (*tokens, *own)), w8.values, outputs, g.dtype)
-    dx = _scaled(dx, _per_token(g8.scale, len(tokens), len(in_dims)), w8.scale)
+    dx = scaled(dx, _per_token(g8.scale, len(tokens), len(in_dims)), w8.scale)
     shifted = with_one_scale(g8, x_scale)
     dw = _product(x, ordered(shifted.values, (*own, *tokens)), len(tokens), g.dtype)
-    dw = _scaled(dw, shifted.scale)
+    dw = scaled(dw, shifted.scale)
     # From [contracted..., outputs...] to the order of the weight's dims.
     order = (*in_dims, *(d for d in range(w8.values.ndim) if d not in in_dims))
     return dx, jnp.transpose(dw, sorted(range(dw.ndim), key=order.__getitem__))
@@ -169,11 +174,6 @@ def _product(a: jax.Array, b: jax.Array, num_summed: int, dtype: DTypeLike) -> j
     """Product of two arrays over their last dims."""
     last = [tuple(range(x.ndim - num_summed, x.ndim)) for x in (a, b)]
     return _row_major(jax.lax.dot_general(a, b, (last, ((), ())), PRECISION, preferred_element_type=jnp.dtype(dtype)))
-
-
-def _scaled(x: jax.Array, *scales: jax.Array) -> jax.Array:
-    """Returns x times scales, in its dtype."""
-    return functools.reduce(jnp.multiply, scales, x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _per_token(scale: jax.Array, num_tokens: int, num_others: int) -> jax.Array:

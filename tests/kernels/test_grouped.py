@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mtp_jax.config import UserError
 from mtp_jax.errors import warn_once
@@ -140,16 +141,43 @@ class SomeHopper:
 @pytest.mark.parametrize("product", gradient.Kernels._fields)
 def test_the_kernels_lower_for_cuda(monkeypatch, product, dim, width):
     monkeypatch.setattr(jax, "devices", lambda: [SomeHopper()])
-    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    x, y, w, sizes = (
-        shape((9000, dim)),
-        shape((9000, width)),
-        shape((8, dim, width)),
-        jax.ShapeDtypeStruct((8,), "int32"),
-    )
-    operands = {"forward": (x, w), "rows": (y, w), "matrices": (x, y)}[product]
+    dtype = jnp.float8_e4m3fn if product.endswith("8bit") else jnp.bfloat16
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    x, y, w = shape((9088, dim)), shape((9088, width)), shape((8, dim, width))
+    operands = {"forward": (x, w), "matrices": (x, y), "matrices_8bit": (shape((dim, 9088)), shape((width, 9088)))}
     run = jax.jit(getattr(hopper.kernels(), product))
-    assert "mosaic_gpu" in run.trace(*operands, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    traced = run.trace(*operands.get(product, (y, w)), jax.ShapeDtypeStruct((8,), "int32"))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+class SmallHopper:
+    core_count = 2
+
+
+@pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="this jax does not interpret kernels for GPUs")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("name", ["uneven", "first and last empty"])
+def test_interpreted_kernels_equal_the_oracle(monkeypatch, name, dtype):
+    monkeypatch.setattr(jax, "devices", lambda: [SmallHopper()])
+    interpreted = functools.partial(plgpu.kernel, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(hopper_kernels.plgpu, "kernel", interpreted)
+    sizes = list(SIZES[name])
+    sizes[2] += 256 - sum(sizes)
+    x_ND, w_EDF, sizes_E, y_NF = operands(sizes, dtype)
+    is_8bit = x_ND.dtype.itemsize == 1
+    tiles = hopper_kernels.Tiles(block_k=128 if is_8bit else 64)
+    product = functools.partial(hopper_kernels.product, sizes_E=sizes_E, tiles=tiles)
+    rows_ND = product(y_NF, w_EDF, is_transposed=True)
+    if is_8bit:
+        out_NF = product(x_ND, jnp.swapaxes(w_EDF, 1, 2), is_transposed=True)
+        matrices_EDF = hopper_kernels.matrices_8bit(x_ND.T, y_NF.T, sizes_E, tiles)
+    else:
+        out_NF = product(x_ND, w_EDF, is_transposed=False)
+        matrices_EDF = hopper_kernels.matrices(x_ND, y_NF, sizes_E, tiles)
+    expected = by_group(x_ND, w_EDF, sizes_E, y_NF)
+    for found, of_oracle in zip((out_NF, rows_ND, matrices_EDF), expected, strict=True):
+        assert found.dtype == jnp.bfloat16
+        assert_close(found, of_oracle, 3e-3)
 
 
 @hopper_only
@@ -160,3 +188,20 @@ def test_on_hopper_the_kernels_equal_the_oracle(name, num_rows, dim, width):
     if name != "rows left over":
         sizes[2] += num_rows - sum(sizes)
     check_forward_and_backward(operands(sizes, jnp.bfloat16, num_rows, dim, width), 1e-2, kernel="pallas_hopper")
+
+
+@hopper_only
+@pytest.mark.parametrize(("num_rows", "dim", "width"), [(256, 128, 256), (1024, 256, 384), (5120, 2048, 1408)])
+@pytest.mark.parametrize("name", SIZES)
+def test_on_hopper_the_8_bit_kernels_equal_the_oracle(name, num_rows, dim, width):
+    sizes = [size * num_rows // 256 for size in SIZES[name]]
+    sizes[2] += num_rows - sum(sizes)
+    x_ND, w_EDF, sizes_E, y_NF = operands(sizes, jnp.float8_e4m3fn, num_rows, dim, width)
+    kernels = hopper.kernels()
+    found = (
+        kernels.rows_8bit(x_ND, jnp.swapaxes(w_EDF, 1, 2), sizes_E),
+        kernels.rows_8bit(y_NF, w_EDF, sizes_E),
+        kernels.matrices_8bit(x_ND.T, y_NF.T, sizes_E),
+    )
+    for one, expected in zip(found, by_group(x_ND, w_EDF, sizes_E, y_NF), strict=True):
+        assert_close(one, expected, 3e-3)

@@ -45,7 +45,7 @@ def grouped_matmuls(
       is_fp8: round the operands of the products and of their gradients to 8 bits; see `gradient.differentiable_fp8`.
     """
     backend = _selected(x_ND, weights[0], kernel)
-    if is_fp8 and device().multiplies_fp8:
+    if is_fp8 and device().multiplies_fp8 and backend is not HOPPER:
         warn_once(
             f"model.matmul_precision=fp8: model.expert_kernel={backend.name} has no fp8 kernel; operands of experts "
             f"are rounded to 8 bits, but multiplied in {x_ND.dtype}, no faster"

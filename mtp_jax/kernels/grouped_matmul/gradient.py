@@ -1,7 +1,7 @@
 """Differentiable grouped matmul from three kernels: the product and both of its gradients.
 
-The operands may be rounded to 8 bits. No kernel multiplies 8-bit operands by group yet. Rounded operands are exact in
-bfloat16, so a product in the compute dtype has the same result as one in 8 bits, at the speed of the compute dtype.
+The operands may be rounded to 8 bits (`kernels.fp8`). Rounded operands are exact in bfloat16, so kernels that do not
+multiply 8-bit operands get them in the compute dtype: the same result, at the speed of the compute dtype.
 
 Shape letters: N rows, D columns in, F columns out, E groups.
 """
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.kernels import KERNEL
-from mtp_jax.kernels.fp8 import GRADIENT_DTYPE, rounded, with_one_scale
+from mtp_jax.kernels.fp8 import GRADIENT_DTYPE, ordered, rounded, scaled, with_one_scale
 
 
 class Kernels(NamedTuple):
@@ -23,11 +23,15 @@ class Kernels(NamedTuple):
 
     forward: (x [N, D], w [E, D, F], sizes [E]) -> [N, F]. rows: (y [N, F], w, sizes) -> [N, D], the product with the
     transposed matrices. matrices: (x, y, sizes) -> [E, D, F], x^T y of each group.
+    rows_8bit, matrices_8bit: rows and matrices with 8-bit operands and results in bfloat16, or None. Every operand has
+    its contracted dim last: matrices_8bit takes (x [D, N], y [F, N], sizes).
     """
 
     forward: Callable[..., jax.Array]
     rows: Callable[..., jax.Array]
     matrices: Callable[..., jax.Array]
+    rows_8bit: Callable[..., jax.Array] | None = None
+    matrices_8bit: Callable[..., jax.Array] | None = None
 
 
 def by_kernels(
@@ -73,20 +77,50 @@ def differentiable_fp8(kernels: Kernels, x_ND: jax.Array, w_EDF: jax.Array, size
     return _forward_fp8(kernels, x_ND, w_EDF, sizes_E)[0]
 
 
+class Residuals(NamedTuple):
+    """Arrays kept for the backward pass: 8-bit values of x and w, the scale of each row of x and that of its group."""
+
+    x_DN: jax.Array
+    w_EDF: jax.Array
+    x_scale_N1: jax.Array
+    w_scale_N1: jax.Array
+    sizes_E: jax.Array
+
+
 def _forward_fp8(kernels, x_ND, w_EDF, sizes_E):
     x8, w8 = rounded(x_ND, (1,)), rounded(w_EDF, (1, 2))
-    y_NF = kernels.forward(x8.dequantized(x_ND.dtype), w8.dequantized(w_EDF.dtype), sizes_E)
-    return y_NF, (x8, w8, sizes_E)
+    w_scale_N1 = _of_groups(w8.scale[:, 0, 0], sizes_E, x_ND.shape[0])
+    y_NF = _rows_8bit(kernels, ordered(x8.values, (0, 1)), ordered(w8.values, (0, 2, 1)), sizes_E, x_ND.dtype)
+    kept = ordered(x8.values, (1, 0)), ordered(w8.values, (0, 1, 2))
+    return scaled(y_NF, x8.scale, w_scale_N1), Residuals(*kept, x8.scale, w_scale_N1, sizes_E)
 
 
-def _backward_fp8(kernels, residuals, grad_NF):
-    x8, w8, sizes_E = residuals
+def _backward_fp8(kernels, kept, grad_NF):
     dtype = grad_NF.dtype
     grad8 = rounded(grad_NF, (1,), GRADIENT_DTYPE)
-    shifted = with_one_scale(grad8, x8.scale)
-    dx_ND = kernels.rows(grad8.dequantized(dtype), w8.dequantized(dtype), sizes_E)
-    dw_EDF = kernels.matrices(x8.values.astype(dtype), shifted.dequantized(dtype), sizes_E)
-    return dx_ND, dw_EDF, None
+    dx_ND = _rows_8bit(kernels, ordered(grad8.values, (0, 1)), kept.w_EDF, kept.sizes_E, dtype)
+    shifted = with_one_scale(grad8, kept.x_scale_N1)
+    dw_EDF = _matrices_8bit(kernels, kept.x_DN, ordered(shifted.values, (1, 0)), kept.sizes_E, dtype)
+    return scaled(dx_ND, grad8.scale, kept.w_scale_N1), scaled(dw_EDF, shifted.scale), None
 
 
 differentiable_fp8.defvjp(_forward_fp8, _backward_fp8)
+
+
+def _rows_8bit(kernels, y_NF, w_EDF, sizes_E, dtype):
+    if kernels.rows_8bit is None:
+        return kernels.rows(y_NF.astype(dtype), w_EDF.astype(dtype), sizes_E)
+    return kernels.rows_8bit(y_NF, w_EDF, sizes_E).astype(dtype)
+
+
+def _matrices_8bit(kernels, x_DN, y_FN, sizes_E, dtype):
+    if kernels.matrices_8bit is None:
+        return kernels.matrices(x_DN.astype(dtype).T, y_FN.astype(dtype).T, sizes_E)
+    return kernels.matrices_8bit(x_DN, y_FN, sizes_E).astype(dtype)
+
+
+def _of_groups(values_E: jax.Array, sizes_E: jax.Array, num_rows: int) -> jax.Array:
+    """Returns the value of the group of each row, [N, 1]; zero for rows outside the groups."""
+    ends_E, row_N1 = jnp.cumsum(sizes_E), jnp.arange(num_rows)[:, None]
+    is_in_NE = (row_N1 >= ends_E - sizes_E) & (row_N1 < ends_E)
+    return jnp.where(is_in_NE, values_E, 0).sum(1, keepdims=True)

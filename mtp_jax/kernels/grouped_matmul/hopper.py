@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from mtp_jax.kernels.grouped_matmul.gradient import Kernels, by_kernels
 
-BLOCK = 128  # minimum number of rows; numbers of columns are multiples
+BLOCK = 128  # minimum number of rows; numbers of columns are multiples, and in 8 bits the number of rows too
 
 
 def run(x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, is_fp8: bool = False) -> jax.Array:
     """See `grouped_matmul`."""
-    return by_kernels(kernels(), x_ND, w_EDF, sizes_E, is_fp8)
+    return by_kernels(kernels(), x_ND, w_EDF, sizes_E, is_fp8, row_multiple=BLOCK if is_fp8 else 1)
 
 
 def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
@@ -31,7 +31,10 @@ def unsupported_reason(x_ND: jax.Array, w_EDF: jax.Array) -> str:
 
 @functools.cache
 def kernels() -> Kernels:
-    """Returns the Pallas kernels, with the fastest tiles on one H200 (docs/log.md); vmap runs them in sequence.
+    """Returns the Pallas kernels; vmap runs them in sequence.
+
+    The tiles in bfloat16 are the fastest ones on one H200 (docs/log.md). 8-bit blocks of the same number of bytes have
+    twice as many columns to sum over.
 
     The kernels are imported on use, since they require a jax with CUDA.
     """
@@ -41,4 +44,8 @@ def kernels() -> Kernels:
     forward = functools.partial(hopper_kernels.product, tiles=Tiles(turns=11), is_transposed=False)
     rows = functools.partial(hopper_kernels.product, tiles=Tiles(turns=8), is_transposed=True)
     matrices = functools.partial(hopper_kernels.matrices, tiles=Tiles(turns=8))
-    return Kernels(*map(jax.custom_batching.sequential_vmap, (forward, rows, matrices)))
+    tiles_8bit = Tiles(block_k=128, turns=8)
+    rows_8bit = functools.partial(hopper_kernels.product, tiles=tiles_8bit, is_transposed=True)
+    matrices_8bit = functools.partial(hopper_kernels.matrices_8bit, tiles=tiles_8bit)
+    every = forward, rows, matrices, rows_8bit, matrices_8bit
+    return Kernels(*map(jax.custom_batching.sequential_vmap, every))
