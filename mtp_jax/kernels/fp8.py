@@ -22,8 +22,9 @@ are lower than with e5m2 by a third.
 Everything is a plain operation of the jit that calls it, so that the compiler can fuse maxima and casts with what comes
 before them. A device without 8-bit matmuls converts the rounded operands first, with the same result.
 
-8-bit matmuls of Hopper GPUs read operands whose contracted dim is the last one in memory. x, w and g are contracted over
-one dim in one product and over another in a second one, so the pass that rounds them writes both orders (`ordered`).
+8-bit matmuls of Hopper GPUs read operands whose contracted dim is the last one in memory. x, w and g are contracted
+over one dim in one product and over another in a second one, so the pass that rounds them writes both orders
+(`ordered`).
 """
 
 import functools
@@ -95,8 +96,8 @@ def with_one_scale(x: Rounded, factor: jax.Array) -> Rounded:
 def ordered(x: jax.Array, order: Sequence[int]) -> jax.Array:
     """Returns an array of `rounded` values with its dims in another order, as stored in memory.
 
-    Without layouts and a barrier the compiler would take the order to be a matter of layout: it would propagate it to the
-    activations before, or to the matmul, and then transpose the rounded array in a pass of its own.
+    Without layouts and a barrier the compiler would take the order to be a matter of layout: it would propagate it to
+    the activations before, or to the matmul, and then transpose the rounded array in a pass of its own.
     """
     return jax.lax.optimization_barrier(_row_major(jnp.transpose(x, order)))
 

@@ -143,7 +143,7 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles)
 
     The two warpgroups compute the two halves, of block_m rows each, of a block of D, for the same columns.
     """
-    num_rows, dim = x_ND.shape
+    (num_rows, dim), dtype = x_ND.shape, x_ND.dtype
     num_groups, num_columns = sizes_E.shape[0], y_NF.shape[1]
     height = NUM_WARPGROUPS * tiles.block_m
     ends_E = _running_sum(sizes_E)
@@ -159,7 +159,7 @@ def matrices(x_ND: jax.Array, y_NF: jax.Array, sizes_E: jax.Array, tiles: Tiles)
         @functools.partial(
             pl.run_scoped,
             buffers=pipeline(num_rows // tiles.block_k, _nothing, _nothing).get_allocations(x_ref, y_ref),
-            out_smem=plgpu.SMEM((NUM_WARPGROUPS, tiles.block_m, tiles.block_n), x_ND.dtype, transforms=_transforms(x_ND.dtype)),
+            out_smem=plgpu.SMEM((NUM_WARPGROUPS, tiles.block_m, tiles.block_n), dtype, transforms=_transforms(dtype)),
             collective_axes="warpgroup",
         )
         def run(buffers, out_smem):
