@@ -1,6 +1,7 @@
 """Operations of a step, each timed separately, with a lower bound and PyTorch's time.
 
     python benchmarks/ops.py [--only=NAME,...] [--peer=torch]     # grouped, attention, attention_packed, ...
+    python benchmarks/ops.py --only=matmul_fp8,rounding,mlp,mlp_fp8,grouped,grouped_fp8      # 8 bits beside bfloat16
     python benchmarks/ops.py --sweep=forward,rows      # tiles of the grouped matmul's kernels; minutes
 
 Appends a line per result to benchmarks/results/h200.jsonl: milliseconds forward, and forward and backward; `floor_ms`,
@@ -29,14 +30,17 @@ from flax import nnx  # noqa: E402
 from benchmarks.measuring import RESULTS, ROOT, append, milliseconds  # noqa: E402
 from mtp_jax import losses  # noqa: E402
 from mtp_jax.config import ModelConfig  # noqa: E402
-from mtp_jax.kernels import attention  # noqa: E402
+from mtp_jax.kernels import attention, fp8  # noqa: E402
 from mtp_jax.kernels import grouped_matmul as grouped
-from mtp_jax.kernels.grouped_matmul import hopper_kernels  # noqa: E402
+from mtp_jax.kernels.grouped_matmul import hopper, hopper_kernels  # noqa: E402
 from mtp_jax.kernels.permute import gather  # noqa: E402
+from mtp_jax.layers.ffn import SwiGLU  # noqa: E402
+from mtp_jax.layers.norm import RMSNorm  # noqa: E402
 from mtp_jax.layers.router import Router  # noqa: E402
 
 ROWS, LENGTH, HEADS, QUERY_DIM, VALUE_DIM = 4, 4096, 16, 192, 128
 TOKENS, DIM, WIDTH, EXPERTS, CHOSEN, VOCAB = ROWS * LENGTH, 2048, 1408, 64, 6, 102_400
+DENSE_WIDTH = 5632  # of configs/dense_1b.py
 SHARED_BYTES = 227 << 10  # shared memory per thread block on Hopper
 DOCUMENT = 1024  # tokens, on average, of packed rows
 
@@ -69,6 +73,11 @@ def routing() -> tuple[jax.Array, jax.Array]:
     return expert_N, jnp.bincount(expert_N, length=EXPERTS).astype(jnp.int32)
 
 
+def normal_8bit(seed: int, *shape: int) -> jax.Array:
+    """Returns random values rounded to 8 bits with a scale of 1."""
+    return normal(seed, *shape).astype(fp8.DTYPE)
+
+
 def rate() -> float:
     """bfloat16 FLOP/s of a large matmul: the denominator of `floor_ms`."""
     a, b = normal(3, 8192, 8192), normal(4, 8192, 8192)
@@ -88,6 +97,76 @@ def bench_grouped() -> dict:
     dense = forward_and_backward(jnp.matmul, x_ND, w_EDF[0] + 0)
     found = forward_and_backward(grouped.grouped_matmul, x_ND, w_EDF, given=(sizes_E,))
     return {"forward_ms": found[0], "both_ms": found[1], "dense_forward_ms": dense[0], "floor_ms": dense[1]}
+
+
+def bench_grouped_fp8() -> dict:
+    """The same in 8 bits, with the passes that round; and the three kernels alone."""
+    _, sizes_E = routing()
+    x_ND, w_EDF = normal(5, TOKENS * CHOSEN, DIM), normal(6, EXPERTS, DIM, 2 * WIDTH)
+
+    def run(x_ND, w_EDF, sizes_E):
+        return grouped.grouped_matmuls(x_ND, [w_EDF], sizes_E, is_fp8=True)[0]
+
+    found = forward_and_backward(run, x_ND, w_EDF, given=(sizes_E,))
+    rows_8bit, matrices_8bit = map(jax.jit, (hopper.kernels().rows_8bit, hopper.kernels().matrices_8bit))
+    x8_ND, y8_NF = normal_8bit(5, *x_ND.shape), normal_8bit(6, len(x_ND), 2 * WIDTH)
+    w8_EFD, w8_EDF = normal_8bit(7, EXPERTS, 2 * WIDTH, DIM), normal_8bit(8, *w_EDF.shape)
+    x8_DN, y8_FN = normal_8bit(5, DIM, len(x_ND)), normal_8bit(6, 2 * WIDTH, len(x_ND))
+    dense = jax.jit(lambda x, w: dot_8bit(x, w, None))
+    return {
+        "forward_ms": found[0],
+        "both_ms": found[1],
+        "kernel_forward_ms": milliseconds(lambda: rows_8bit(x8_ND, w8_EFD, sizes_E)),
+        "kernel_rows_ms": milliseconds(lambda: rows_8bit(y8_NF, w8_EDF, sizes_E)),
+        "kernel_matrices_ms": milliseconds(lambda: matrices_8bit(x8_DN, y8_FN, sizes_E)),
+        "dense_forward_ms": milliseconds(lambda: dense(x8_ND, w8_EFD[0])),
+    }
+
+
+def dot_8bit(a: jax.Array, b: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+    """Returns a b^T in bfloat16, both contracted over their last dim."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.bfloat16)
+
+
+def bench_matmul_fp8() -> dict:
+    """One matmul of the dense feed-forward in bfloat16 and in 8 bits, with the compiler's two ways to add products."""
+    x, w = normal(5, TOKENS, DIM), normal(6, DENSE_WIDTH, DIM)
+    x8, w8 = x.astype(fp8.DTYPE), w.astype(fp8.DTYPE)
+    found = {"bfloat16_ms": (x, w, None), "fast_ms": (x8, w8, None), "exact_ms": (x8, w8, jax.lax.Precision.HIGHEST)}
+    dot = jax.jit(dot_8bit, static_argnums=2)
+    return {name: milliseconds(functools.partial(dot, *args)) for name, args in found.items()}
+
+
+def bench_rounding() -> dict:
+    """Rounding of activations to 8 bits in both orders, and of one order only."""
+    x = normal(5, TOKENS, DENSE_WIDTH)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(x, orders):
+        x8 = fp8.rounded(x, (1,))
+        return [fp8.ordered(x8.values, order) for order in orders], x8.scale
+
+    both, plain = ((0, 1), (1, 0)), ((0, 1),)
+    return {
+        "both_ms": milliseconds(lambda: run(x, both)),
+        "forward_ms": milliseconds(lambda: run(x, plain)),
+        "floor_ms": 1e3 * (2 * 2 + 2) * x.size / bandwidth(),  # read for the maximum and for rounding; two copies
+    }
+
+
+def bench_mlp(precision: str) -> dict:
+    """Dense gated feed-forward with float32 weights and the norm before it."""
+    config = ModelConfig(embed_dim=DIM, compute_dtype="bfloat16", matmul_precision=precision)
+    norm, unit = RMSNorm(DIM, config), SwiGLU(DENSE_WIDTH, config, nnx.Rngs(0))
+    graph, state = nnx.split((norm, unit))
+
+    def run(x_BTD, state):
+        norm, unit = nnx.merge(graph, state)
+        return x_BTD + unit(norm(x_BTD))
+
+    found = forward_and_backward(run, normal(5, ROWS, LENGTH, DIM), state)
+    flops = 3 * 3 * 2 * TOKENS * DIM * DENSE_WIDTH
+    return {"forward_ms": found[0], "both_ms": found[1], "bfloat16_floor_ms": 1e3 * flops / rate()}
 
 
 def segments() -> jax.Array:
@@ -160,6 +239,11 @@ def bench_loss() -> dict:
 
 BENCHMARKS = {
     "grouped": bench_grouped,
+    "grouped_fp8": bench_grouped_fp8,
+    "matmul_fp8": bench_matmul_fp8,
+    "rounding": bench_rounding,
+    "mlp": functools.partial(bench_mlp, "default"),
+    "mlp_fp8": functools.partial(bench_mlp, "fp8"),
     "attention": functools.partial(bench_attention, False),
     "attention_packed": functools.partial(bench_attention, True),
     "attention_window": functools.partial(bench_attention, False, 512),
@@ -169,21 +253,35 @@ BENCHMARKS = {
     "loss": bench_loss,
 }
 TILES = {"block_n": (128,), "block_k": (64, 128), "stages": (2, 3, 4), "turns": (1, 2, 4, 8, 11)}
+TILES_8BIT = TILES | {"block_m": (64, 128), "block_k": (128,)}
 
 
 def sweep(product: str, output: pathlib.Path) -> None:
     """Times every tile size of one product of the grouped matmul; those that exceed shared memory are skipped."""
     _, sizes_E = routing()
-    x_ND, y_NF = normal(5, TOKENS * CHOSEN, DIM), normal(6, TOKENS * CHOSEN, 2 * WIDTH)
-    w_EDF = normal(7, EXPERTS, DIM, 2 * WIDTH)
-    first = {"forward": x_ND, "rows": y_NF}[product]
-    for values in itertools.product(*TILES.values()):
-        tiles = hopper_kernels.Tiles(**dict(zip(TILES, values, strict=True)))
-        stage_bytes = 2 * tiles.block_k * (tiles.block_m + 2 * tiles.block_n)
+    num_rows, is_8bit = TOKENS * CHOSEN, product.endswith("_8bit")
+    draw = normal_8bit if is_8bit else normal
+    first, second = {
+        "forward": ((num_rows, DIM), (EXPERTS, DIM, 2 * WIDTH)),
+        "rows": ((num_rows, 2 * WIDTH), (EXPERTS, DIM, 2 * WIDTH)),
+        "forward_8bit": ((num_rows, DIM), (EXPERTS, 2 * WIDTH, DIM)),
+        "rows_8bit": ((num_rows, 2 * WIDTH), (EXPERTS, DIM, 2 * WIDTH)),
+        "matrices_8bit": ((DIM, num_rows), (2 * WIDTH, num_rows)),
+    }[product]
+    a, b = draw(5, *first), draw(6, *second)
+    every = TILES_8BIT if is_8bit else TILES
+    for values in itertools.product(*every.values()):
+        tiles = hopper_kernels.Tiles(**dict(zip(every, values, strict=True)))
+        stage_bytes = a.dtype.itemsize * tiles.block_k * (tiles.block_m + 2 * tiles.block_n)
+        if product == "matrices_8bit":
+            stage_bytes = tiles.block_k * (2 * tiles.block_m + tiles.block_n)
         if tiles.stages * stage_bytes + 4 * tiles.block_m * tiles.block_n > SHARED_BYTES:
             continue
-        run = jax.jit(functools.partial(hopper_kernels.product, tiles=tiles, is_transposed=product == "rows"))
-        found = milliseconds(lambda run=run: run(first, w_EDF, sizes_E), calls=5, repeats=3)
+        kernel = functools.partial(hopper_kernels.product, is_transposed=product != "forward")
+        run = jax.jit(
+            functools.partial(hopper_kernels.matrices_8bit if product == "matrices_8bit" else kernel, tiles=tiles)
+        )
+        found = milliseconds(lambda run=run: run(a, b, sizes_E), calls=5, repeats=3)
         append(output, {"benchmark": f"sweep_{product}", "tiles": tiles._asdict(), "ms": found})
 
 

@@ -173,7 +173,7 @@ def _row_major(x: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array, num_summed: int, dtype: DTypeLike) -> jax.Array:
     """Product of two arrays over their last dims."""
-    last = [tuple(range(x.ndim - num_summed, x.ndim)) for x in (a, b)]
+    last = tuple(range(a.ndim - num_summed, a.ndim)), tuple(range(b.ndim - num_summed, b.ndim))
     return _row_major(jax.lax.dot_general(a, b, (last, ((), ())), PRECISION, preferred_element_type=jnp.dtype(dtype)))
 
 
