@@ -12,7 +12,7 @@ from mtp_jax.errors import warn_once
 from mtp_jax.kernels import fp8
 from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.device import Device, pretend
-from tests.kernels.hopper import assert_close
+from tests.kernels.hopper import assert_close, hopper_only
 from tests.reference import fp8 as reference
 
 FORMATS = {reference.E4M3: ml_dtypes.float8_e4m3fn, reference.E5M2: ml_dtypes.float8_e5m2}
@@ -164,9 +164,17 @@ def test_a_recomputed_product_has_the_same_gradients(policy):
 SIZES = [10, 0, 130, 60]  # and 56 rows after the last group
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("xla", "float32"), ("xla", "bfloat16"), ("hopper", "bfloat16")])
-def test_grouped_products_and_gradients_equal_the_oracle(request, backend, dtype):
-    if backend == "hopper":
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "stands_in"),
+    [
+        ("xla", "float32", False),
+        ("xla", "bfloat16", False),
+        ("pallas_hopper", "bfloat16", True),
+        pytest.param("pallas_hopper", "bfloat16", False, marks=hopper_only),
+    ],
+)
+def test_grouped_products_and_gradients_equal_the_oracle(request, kernel, dtype, stands_in):
+    if stands_in:
         request.getfixturevalue("stand_ins")
     parts = [outliers(size, 128, 128, seed) for seed, size in enumerate(SIZES)]
     x_ND, g_NF = (np.concatenate([*(part[i] for part in parts), np.zeros((56, 128))]) for i in (0, 2))
@@ -175,7 +183,8 @@ def test_grouped_products_and_gradients_equal_the_oracle(request, backend, dtype
 
     @jax.jit
     def run(x, w, g):
-        (y,), pull = jax.vjp(lambda x, w: grouped.grouped_matmuls(x, [w], jnp.asarray(SIZES), is_fp8=True), x, w)
+        sizes_E = jnp.asarray(SIZES, jnp.int32)
+        (y,), pull = jax.vjp(lambda x, w: grouped.grouped_matmuls(x, [w], sizes_E, kernel, is_fp8=True), x, w)
         return y, *pull([g])
 
     expected = np.zeros((256, 128)), np.zeros((256, 128)), np.zeros(w.shape)
