@@ -39,7 +39,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from mtp_jax.errors import warn_once
+from mtp_jax.kernels import rounding
 from mtp_jax.kernels.device import device
+from mtp_jax.sharding import is_on_one_device
 
 DTYPE = jnp.float8_e4m3fn  # of activations and weights
 GRADIENT_DTYPE = jnp.float8_e4m3fn  # of gradients of outputs; float8_e5m2 has more range and one bit less
@@ -81,16 +83,21 @@ def rounded(x: jax.Array, dims: Sequence[int], dtype: DTypeLike = DTYPE) -> Roun
     return Rounded(_row_major((x * (1 / scale)).astype(dtype)), scale)
 
 
+def common_scale(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns one scale for all elements, a scalar, and the factors from `scale` to it."""
+    common = jnp.maximum(jnp.max(scale), SMALLEST_SCALE)
+    return common, scale / common
+
+
 def with_one_scale(x: Rounded, factor: jax.Array) -> Rounded:
     """Returns x * factor with one scale for all elements, a scalar; exact but for values that underflow.
 
     Args:
       factor: powers of two in the shape of x.scale.
     """
-    both = x.scale * factor
-    scale = jnp.maximum(jnp.max(both), SMALLEST_SCALE)
-    values = (x.values.astype(jnp.float32) * (both / scale)).astype(x.values.dtype)
-    return Rounded(_row_major(values), scale)
+    common, shift = common_scale(x.scale * factor)
+    values = (x.values.astype(jnp.float32) * shift).astype(x.values.dtype)
+    return Rounded(_row_major(values), common)
 
 
 def ordered(x: jax.Array, order: Sequence[int]) -> jax.Array:
@@ -137,10 +144,11 @@ def _forward(x, w, in_dims):
     outputs = tuple(d for d in range(w.ndim) if d not in in_dims)
     x8, w8 = rounded(x, summed), rounded(w, range(w.ndim))
     x_scale = _per_token(x8.scale, len(tokens), len(outputs))
-    y = _product(ordered(x8.values, (*tokens, *summed)), ordered(w8.values, (*outputs, *in_dims)), len(summed), x.dtype)
+    values, turned = both_orders(x, x8, len(tokens))
+    y = _product(values, ordered(w8.values, (*outputs, *in_dims)), len(summed), x.dtype)
     y = scaled(y, x_scale, w8.scale.reshape(()))
-    values = ordered(w8.values, (*in_dims, *outputs))
-    return y, Residuals(ordered(x8.values, (*summed, *tokens)), x_scale, Rounded(values, w8.scale.reshape(())))
+    w_values = ordered(w8.values, (*in_dims, *outputs))
+    return y, Residuals(turned.values, x_scale, Rounded(w_values, w8.scale.reshape(())))
 
 
 def _backward(in_dims, residuals, g):
@@ -148,10 +156,10 @@ def _backward(in_dims, residuals, g):
     outputs = w8.values.ndim - len(in_dims)
     tokens, own = _split(g.ndim, outputs)
     g8 = rounded(g, own, GRADIENT_DTYPE)
-    dx = _product(ordered(g8.values, (*tokens, *own)), w8.values, outputs, g.dtype)
+    values, shifted = both_orders(g, g8, len(tokens), x_scale)
+    dx = _product(values, w8.values, outputs, g.dtype)
     dx = scaled(dx, _per_token(g8.scale, len(tokens), len(in_dims)), w8.scale)
-    shifted = with_one_scale(g8, x_scale)
-    dw = _product(x, ordered(shifted.values, (*own, *tokens)), len(tokens), g.dtype)
+    dw = _product(x, shifted.values, len(tokens), g.dtype)
     dw = scaled(dw, shifted.scale)
     # From [contracted..., outputs...] to the order of the weight's dims.
     order = (*in_dims, *(d for d in range(w8.values.ndim) if d not in in_dims))
@@ -164,6 +172,30 @@ dot.defvjp(_forward, _backward)
 def _split(ndim: int, num_last: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the first and the last dims of an array."""
     return tuple(range(ndim - num_last)), tuple(range(ndim - num_last, ndim))
+
+
+def both_orders(
+    x: jax.Array, x8: Rounded, num_tokens: int, factor: jax.Array | None = None
+) -> tuple[jax.Array, Rounded]:
+    """Returns the values of x rounded per token, and x rounded with the dims of its tokens last.
+
+    Args:
+      x: [tokens..., others...]. x8: `rounded(x, others)`.
+      factor: as in `with_one_scale`, which the second result is then scaled by.
+    """
+    tokens, others = _split(x.ndim, x.ndim - num_tokens)
+    shape = math.prod(x.shape[:num_tokens]), math.prod(x.shape[num_tokens:])
+    if not is_on_one_device() or rounding.unsupported_reason(*shape):
+        turned = x8 if factor is None else with_one_scale(x8, factor)
+        return ordered(x8.values, (*tokens, *others)), turned._replace(
+            values=ordered(turned.values, (*others, *tokens))
+        )
+    common, shift = (x8.scale, None) if factor is None else common_scale(x8.scale * factor)
+    shift_N = None if shift is None else shift.reshape(-1)
+    dtype, inverse_N = x8.values.dtype, 1 / x8.scale.reshape(-1)
+    values_NK, turned_KN = rounding.rounded_in_both_orders(x.reshape(shape), inverse_N, shift_N, dtype)
+    last = turned_KN.reshape(*x.shape[num_tokens:], *x.shape[:num_tokens])
+    return values_NK.reshape(x.shape), Rounded(last, common)
 
 
 def _row_major(x: jax.Array) -> jax.Array:

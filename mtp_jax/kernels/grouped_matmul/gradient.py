@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.kernels import KERNEL
-from mtp_jax.kernels.fp8 import GRADIENT_DTYPE, ordered, rounded, scaled, with_one_scale
+from mtp_jax.kernels.fp8 import GRADIENT_DTYPE, both_orders, ordered, rounded, scaled
 
 
 class Kernels(NamedTuple):
@@ -98,9 +98,9 @@ def _forward_fp8(kernels, x_ND, w_EDF, sizes_E):
 def _backward_fp8(kernels, kept, grad_NF):
     dtype = grad_NF.dtype
     grad8 = rounded(grad_NF, (1,), GRADIENT_DTYPE)
-    dx_ND = _rows_8bit(kernels, ordered(grad8.values, (0, 1)), kept.w_EDF, kept.sizes_E, dtype)
-    shifted = with_one_scale(grad8, kept.x_scale_N1)
-    dw_EDF = _matrices_8bit(kernels, kept.x_DN, ordered(shifted.values, (1, 0)), kept.sizes_E, dtype)
+    values_NF, shifted = both_orders(grad_NF, grad8, 1, kept.x_scale_N1)
+    dx_ND = _rows_8bit(kernels, values_NF, kept.w_EDF, kept.sizes_E, dtype)
+    dw_EDF = _matrices_8bit(kernels, kept.x_DN, shifted.values, kept.sizes_E, dtype)
     return scaled(dx_ND, grad8.scale, kept.w_scale_N1), scaled(dw_EDF, shifted.scale), None
 
 
