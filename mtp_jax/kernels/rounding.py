@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from mtp_jax.kernels.device import device
 from mtp_jax.kernels.triton_call import triton_call
 
-# With these, every access has 16 bytes and a block is transposed by ldmatrix, as with 64 by 64 and 2 warps or 128 by 128
-# and 4; with 64 by 64 and 4 warps, or 128 by 128 and 8, it is transposed byte by byte (PTX, jax 0.11.2).
+# With these, every access has 16 bytes and a block is transposed by ldmatrix, as with 64 by 64 and 2 warps or 128 by
+# 128 and 4; with 64 by 64 and 4 warps, or 128 by 128 and 8, it is transposed byte by byte (PTX, jax 0.11.2).
 BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS = 128, 64, 4
 
 
