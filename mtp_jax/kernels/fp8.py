@@ -101,12 +101,13 @@ def with_one_scale(x: Rounded, factor: jax.Array) -> Rounded:
 
 
 def ordered(x: jax.Array, order: Sequence[int]) -> jax.Array:
-    """Returns an array of `rounded` values with its dims in another order, as stored in memory.
+    """Returns an array of `rounded` values with its dims in another order, on GPUs as stored in memory.
 
     Without layouts and a barrier the compiler would take the order to be a matter of layout: it would propagate it to
     the activations before, or to the matmul, and then transpose the rounded array in a pass of its own.
     """
-    return jax.lax.optimization_barrier(_row_major(jnp.transpose(x, order)))
+    x = jnp.transpose(x, order)
+    return jax.lax.optimization_barrier(_row_major(x)) if device().family == "gpu" else x
 
 
 def scaled(x: jax.Array, *scales: jax.Array) -> jax.Array:
@@ -199,8 +200,8 @@ def both_orders(
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-    """Returns x, whose last dim is contiguous in memory."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    """Returns x, on GPUs with its last dim contiguous in memory."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if device().family == "gpu" else x
 
 
 def _product(a: jax.Array, b: jax.Array, num_summed: int, dtype: DTypeLike) -> jax.Array:

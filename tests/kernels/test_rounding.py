@@ -31,7 +31,13 @@ def test_the_kernel_rounds_as_xla_does(is_shifted):
 
 
 def test_other_shapes_are_left_to_xla():
+    x_NK = jax.random.normal(jax.random.key(0), (100, 64), jnp.bfloat16)
+    jax.clear_caches()
     with pretend("gpu", "9.0"):
-        x = jnp.ones((100, 64), jnp.bfloat16)
-        text = str(jax.make_jaxpr(lambda x: fp8.both_orders(x, fp8.rounded(x, (1,)), 1)[0])(x))
-    assert "rounded_in_both_orders" not in text
+        traced = jax.jit(lambda x: fp8.both_orders(x, fp8.rounded(x, (1,)), 1)).trace(x_NK)
+        text = str(traced.jaxpr)
+        assert "rounded_in_both_orders" not in text and "layout_constraint" in text
+        values_NK, turned = traced.lower().compile()(x_NK)
+    np.testing.assert_array_equal(values_NK.astype(jnp.float32).T, turned.values.astype(jnp.float32))
+    expected = fp8.rounded(x_NK, (1,)).values
+    np.testing.assert_array_equal(values_NK.astype(jnp.float32), expected.astype(jnp.float32))
