@@ -76,7 +76,9 @@ def test_products_and_gradients_equal_the_oracle(x_shape, w_shape, in_dims, dtyp
     expected = *expected[:2], expected[2].transpose(np.argsort(order))
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype and np.isfinite(np.asarray(a, np.float32)).all()
-        assert_close(a, b, 1e-6 if dtype == "float32" else 4e-3)
+        # Hopper's tensor cores add up to 128 products with 14 bits before a sum in float32.
+        exact = 1e-6 if jax.default_backend() == "cpu" else 1e-3
+        assert_close(a, b, exact if dtype == "float32" else 4e-3)
 
 
 def errors(found, exact):
