@@ -164,20 +164,37 @@ def _product(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
 def _logits(chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
     """Returns the logits of a chunk and their argmax."""
     logits = _product(chunk.hidden, head_DV)
-    picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     num_devices = math.prod(sharding.num_shards(name) for name in ("batch", "length", "vocab"))
     if not device().gathers_are_fast or num_devices > 1:
+        picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum instead of a gather, which may gather sharded logits on every device.
         is_target = jnp.arange(logits.shape[-1]) == chunk.targets[..., None]
         target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     else:
-        # Two passes over the logits instead of four; on a GPU the logits are in memory at this point.
-        chosen = jnp.take_along_axis(logits, jnp.stack([picks, chunk.targets], axis=-1), axis=-1)
-        largest, target_logit = chosen[..., 0], chosen[..., 1]
-        log_z = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(axis=-1))
+        # One pass over the logits instead of four; on a GPU the logits are in memory at this point.
+        picks, log_z = _argmax_and_log_z(logits)
+        target_logit = jnp.take_along_axis(logits, chunk.targets[..., None], axis=-1)[..., 0]
     teacher = None if chunk.teacher is None else jax.lax.stop_gradient(_product(chunk.teacher, head_DV))
     return Logits(logits, log_z, target_logit, chunk.targets, teacher, chunk.words, chunk.probs), picks
+
+
+def _argmax_and_log_z(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns int32 argmax and logsumexp over the last dim, by one reduction; it has no gradient."""
+
+    def join(one, two):
+        """Joins the largest logit, its index and the sum of exponentials relative to it, of two parts."""
+        (peak, index, total), (peak2, index2, total2) = one, two
+        is_first = (peak > peak2) | ((peak == peak2) & (index < index2))
+        highest = jnp.maximum(peak, peak2)
+        total = total * jnp.exp(peak - highest) + total2 * jnp.exp(peak2 - highest)
+        return highest, jnp.where(is_first, index, index2), total
+
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    nothing = jnp.finfo(logits.dtype).min, jnp.int32(0), jnp.zeros((), logits.dtype)
+    parts = logits, index, jnp.ones_like(logits)
+    peak, picks, total = jax.lax.reduce(parts, nothing, join, (logits.ndim - 1,))
+    return picks, peak + jnp.log(total)
 
 
 def _values(loss: Loss, chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array, _Positions]:
