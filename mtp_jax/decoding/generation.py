@@ -217,6 +217,7 @@ def _sharded(architecture: Architecture, state: State) -> State:
         tokens_BS=constrain(state.tokens_BS, None, None),
         length_B=constrain(state.length_B, None),
         is_done_B=constrain(state.is_done_B, None),
+        num_passes=constrain(state.num_passes),
         counts=jax.tree.map(lambda x: constrain(x, *(None for _ in x.shape)), state.counts),
     )
 
