@@ -78,9 +78,9 @@ def test_findings_have_a_verdict_and_a_section_for_every_experiment():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_means_in_findings_and_readme_are_those_of_the_results(folder):
-    """Each mean with a deviation is in the table of the same experiment."""
+    """Each mean with a deviation is in a table of the same experiment."""
     rows, sections = findings()
-    table = DEVIATIONS.findall((folder / "results" / "table.md").read_text())
+    table = [pair for path in (folder / "results").glob("*.md") for pair in DEVIATIONS.findall(path.read_text())]
     for text in ["\n".join(rows[folder.name]), sections[folder.name], (folder / "README.md").read_text()]:
         found = set(DEVIATIONS.findall(text)) - set(table)
         assert not found, f"{folder.name}: {sorted(found)}"
@@ -98,6 +98,25 @@ def test_rates_of_distillation_are_those_of_the_results():
         found = re.findall(r"(\d\d) / (\d\d) / (\d\d) %", text)
         assert len(found) >= 4 and not set(found) - rates
         assert len(set(re.findall(r"\b\d\.\d\d\b", text)) & lengths) > 10
+
+
+def test_agreement_over_training_is_the_mean_of_windows(tmp_path):
+    """The last window of each seed is the mean of the batches logged within it; seeds are not mixed."""
+    agreement = module_of("acceptance_over_training/agreement.py")
+    for seed in (0, 1):
+        folder = tmp_path / f"seed={seed}"
+        folder.mkdir()
+        settings = {"kind": "sequential", "depth": 1}
+        config = {"mtp": settings, "training": {"num_steps": 40}, "seed": seed, "model": {"vocab_size": 264}}
+        (folder / "config.json").write_text(json.dumps(config))
+        rows = [{"step": i, "loss_main": 2.0, "agreement_mtp_1": i / 40 + seed} for i in range(1, 41)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = agreement.over_training(agreement.variants_of(agreement.load_runs([], [str(tmp_path)])))
+    points = curves["sequential"]["agreement_mtp_1"]
+    assert [point["step"] for point in points] == list(range(2, 41, 2))
+    assert points[-1]["values"] == pytest.approx([39.5 / 40, 39.5 / 40 + 1])
+    assert "| sequential modules, agreement, depth 1 |" in agreement.table(curves)
+    assert "1.488 ± 0.707" in agreement.table(curves)
 
 
 def test_run_scripts_are_shell():
