@@ -4,9 +4,11 @@ import importlib.util
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 
+import numpy as np
 import pytest
 
 from mtp_jax.config import load_config, validate
@@ -261,3 +263,59 @@ def test_no_test_question_is_asked_in_training_and_every_fact_is_stated(question
         assert not any(each["prompt"].startswith(f"fact {name} ") for each in trained)  # about none of their attributes
         forms = (f"{name} {attribute} : ", f"{attribute} of {name} : ", f"{name} has {attribute} ")
         assert any(f"{form}{row['answer']} ." in stated for form in forms)
+
+
+def value_of(expressions, question):
+    """Returns the text of a question's value; numpy's polynomials over the integers, reduced after each operation."""
+    operations = {"+": lambda a, b: a + b, "*": lambda a, b: a * b, "@": lambda a, b: a(b)}
+    stack, coefficients = [], []
+    for symbol in question.removesuffix("="):
+        if symbol in "-+*@":
+            b = stack.pop()
+            value = -b if symbol == "-" else operations[symbol](stack.pop(), b)
+            low = [int(round(c)) % expressions.PRIME for c in value.coeffs[::-1][: expressions.DEGREE]]
+            stack.append(np.poly1d(low[::-1]))
+        else:
+            power, coefficient = divmod(expressions.SYMBOLS.index(symbol), expressions.PRIME)
+            assert power == len(coefficients)
+            coefficients.append(coefficient)
+        if len(coefficients) == expressions.DEGREE:
+            stack.append(np.poly1d(coefficients[::-1]))
+            coefficients = []
+    (value,) = stack
+    padded = [*(int(c) for c in value.coeffs[::-1]), *[0] * expressions.DEGREE][: expressions.DEGREE]
+    return "".join(expressions.SYMBOLS[k * expressions.PRIME + c] for k, c in enumerate(padded))
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_the_value_of_an_expression_is_that_of_numpy(size, monkeypatch):
+    monkeypatch.setenv("SIZE", size)
+    expressions = module_of("polynomials/expressions.py")
+    assert (expressions.PRIME, expressions.DEGREE) == expressions.SIZES[size]
+    draw, answers = random.Random(0), set()
+    for m in (0, 1, 3, 8) * 60:
+        question, value = expressions.expression(draw, m)
+        assert sum(symbol in "-+*@" for symbol in question) == m
+        answer = expressions.text_of(value)
+        assert value_of(expressions, question) == answer
+        answers.add(answer)
+    assert len(answers) >= 4
+
+
+def test_no_test_expression_of_two_or_more_operations_is_in_the_training_data(tmp_path):
+    pytest.importorskip("datasets")
+    expressions = module_of("polynomials/expressions.py")
+    expressions.write(tmp_path, 5000)
+    trained = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows = [*expressions.test_set(first=1, last=5)["test"], *expressions.test_set(first=6, last=8)["test"]]
+    for m in range(1, expressions.MAX_TESTED + 1):
+        questions = [row["question"] for row in rows if row["num_operations"] == m]
+        assert len(questions) == expressions.NUM_TEST
+        assert m == 1 or len(set(questions)) == len(questions)
+        assert m == 1 or not set(questions) & {each["prompt"] for each in trained}
+    config = load_config(str(ROOT / "experiments/polynomials/config.py"))
+    longest = max(len(each["prompt"] + each["completion"]) for each in trained)
+    assert 2 + longest <= config.data.sequence_length + 1  # with bos and eos it fits a row
+    row = rows[-1]
+    assert expressions.score(row, [row["answer"] + "+"]) == {"exact": 1.0, "exact_8": 1.0}
+    assert expressions.score(row, [row["answer"][:-1]]) == {"exact": 0.0, "exact_8": 0.0}
