@@ -45,7 +45,9 @@ test: $(VENV)/dev.stamp
 test-fast: $(VENV)/dev.stamp
 	HF_HUB_OFFLINE=1 $(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS) $(FAST_TESTS)
 
-experiments: $(VENV)/eval.stamp
+experiments: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/runs/experiments/programs
+experiments: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0.2
+experiments: $(VENV)/eval.stamp  # the seeds of a variant share their compiled programs
 	for each in experiments/*/run.sh; do PYTHON=$(BIN)/python JOBS=$(JOBS) bash $$each || exit; done
 
 bench: $(VENV)/run.stamp
