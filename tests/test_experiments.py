@@ -41,6 +41,11 @@ def questions():
     return module_of("generative_against_likelihood/questions.py")
 
 
+@pytest.fixture(scope="module")
+def stories():
+    return module_of("induction/stories.py")
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_configs_can_be_used_and_results_are_there(folder):
     config = load_config(str(folder / "config.py"))
@@ -319,3 +324,28 @@ def test_no_test_expression_of_two_or_more_operations_is_in_the_training_data(tm
     row = rows[-1]
     assert expressions.score(row, [row["answer"] + "+"]) == {"exact": 1.0, "exact_8": 1.0}
     assert expressions.score(row, [row["answer"][:-1]]) == {"exact": 0.0, "exact_8": 0.0}
+
+
+def test_the_second_token_of_a_name_can_only_be_copied(stories, tmp_path):
+    """The question has the whole name before, ends with its first token, and no training story has that name."""
+    pytest.importorskip("datasets")
+    stories.write(tmp_path, 2000)
+    trained = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len(trained) == 2000 and len(stories.FIRST) == len(stories.SECOND) == 64
+    assert not set(stories.FIRST) & set(stories.SECOND)
+    followed = {pair for text in trained for pair in itertools.pairwise(text.split()) if pair[0] in stories.FIRST}
+    tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+    rows = stories.test_set(version=1)["test"]
+    assert len(rows) == stories.NUM_TEST
+    for row in rows:
+        *before, start = row["question"].split()
+        assert (start, row["answer"]) in itertools.pairwise(before)
+        assert {word for word, following in itertools.pairwise(before) if following == row["answer"]} == {start}
+        assert (start, row["answer"]) not in followed
+        assert stories.score(row, [f" {row['answer']} "]) == {"second_token": 1.0}
+        assert stories.score(row, [""]) == {"second_token": 0.0}
+        ids = tokenizer.encode(f"{row['question']} {row['answer']}")
+        assert 0 not in ids and len(ids) == len(before) + 2  # one token per word, none unknown
+    assert not any(
+        word not in tokenizer.decode(tokenizer.encode(word)) for text in trained[:20] for word in text.split()
+    )
