@@ -27,13 +27,16 @@ class Targets(NamedTuple):
 class Rows(NamedTuple):
     """Rows of tokens and the arrays derived from them for training, validation and scoring.
 
-    inputs_KBT, targets_KBT: int, x[i + k] and x[i + 1 + k].
-    segments_KBT: int, segment id of position i if depth k counts at i, else `PADDING`. Attention mask, router
-      statistics and loss all use this array, so they cannot disagree. None: every row is one document and all
-      positions count.
-    weight_KBT: float32, weight of position i at depth k: that of its target token, or 0 where it does not count.
-    positions_BT: int, for the rotary embedding.
-    tokens_BN, segment_ids_BN: the original rows, N = T + 1 + lookahead.
+    Attributes:
+      inputs_KBT: int, x[i + k].
+      targets_KBT: int, x[i + 1 + k].
+      segments_KBT: int, segment id of position i if depth k counts at i, else `PADDING`. Attention mask, router
+        statistics and loss all use this array, so they cannot disagree. None: every row is one document and all
+        positions count.
+      weight_KBT: float32, weight of position i at depth k: that of its target token, or 0 where it does not count.
+      positions_BT: int, for the rotary embedding.
+      tokens_BN: the original rows, N = T + 1 + lookahead.
+      segment_ids_BN: the original segment ids.
     """
 
     inputs_KBT: jax.Array

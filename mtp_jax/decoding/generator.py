@@ -29,11 +29,13 @@ REFILLED = 4  # waiting prompts enter together, this part of a batch at a time
 class Generation:
     """Generated tokens and statistics.
 
-    tokens: int32, tokens of each row without the prompt, including the stop token.
-    num_speculative_steps: int[B], speculative steps per row, each a forward pass of the main model; prefill is not
-      counted. For rows ended by `ends` it includes the steps until the next check, up to 16 more than needed.
-    tested, accepted: int[B, K], number of drafts verified and accepted, by their index in the step.
-    num_forward_passes: forward passes of the main model for all rows together; prefill is not counted.
+    Attributes:
+      tokens: int32, tokens of each row without the prompt, including the stop token.
+      num_speculative_steps: int[B], speculative steps per row, each a forward pass of the main model; prefill is not
+        counted. For rows ended by `ends` it includes the steps until the next check, up to 16 more than needed.
+      tested: int[B, K], number of drafts verified, by their index in the step.
+      accepted: int[B, K], number of drafts accepted.
+      num_forward_passes: forward passes of the main model for all rows together; prefill is not counted.
     """
 
     tokens: list[np.ndarray]

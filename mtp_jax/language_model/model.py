@@ -31,8 +31,9 @@ SHORTEST_SHARED = 16  # tokens of a context below which sharing its forward pass
 class Completions(Generation):
     """A `Generation` with its texts.
 
-    texts: the text generated after each prompt, up to the stop string or token. The prompt's text followed by this is
-      the text of all tokens. Empty without a tokenizer.
+    Attributes:
+      texts: the text generated after each prompt, up to the stop string or token. The prompt's text followed by this is
+        the text of all tokens. Empty without a tokenizer.
     """
 
     texts: list[str]
@@ -42,10 +43,11 @@ class Completions(Generation):
 class LanguageModel:
     """Weights on their devices, with the tokenizer they were trained with.
 
-    tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
-    step: the training step of the checkpoint; None for a Hugging Face folder.
-    eos_ids: end-of-text ids of a Hugging Face folder beside the tokenizer's, such as a chat model's end of a turn.
-    draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
+    Attributes:
+      tokenizer: None where a Hugging Face folder has no tokenizer.json, or had none when it was imported.
+      step: the training step of the checkpoint; None for a Hugging Face folder.
+      eos_ids: end-of-text ids of a Hugging Face folder beside the tokenizer's, such as a chat model's end of a turn.
+      draft_vocabulary: int32[V'], increasing ids of the tokens that may be drafted; None: all.
     """
 
     config: Config

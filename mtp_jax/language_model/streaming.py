@@ -17,8 +17,11 @@ INCOMPLETE = "\ufffd"  # the end of a text whose last character has more bytes t
 class Piece(NamedTuple):
     """Part of a text.
 
-    text: what its tokens add to the text. is_drafted: whether they were accepted drafts, which took no forward pass of
-    their own. num_tokens: number of tokens. ends_step: whether it is the last piece of a forward pass.
+    Attributes:
+      text: what its tokens add to the text.
+      is_drafted: whether they were accepted drafts, which took no forward pass of their own.
+      num_tokens: number of tokens.
+      ends_step: whether it is the last piece of a forward pass.
     """
 
     text: str

@@ -71,7 +71,8 @@ class Term:
       first_depth: depth of index 0 (0 is the main model) if the leading dim runs over depths of token prediction; else
         None.
       teacher_KBTD: hidden states of the teacher; the loss compares with their logits through the same head, detached.
-      words_KBTW, probs_KBTW: target distribution of a listwise loss.
+      words_KBTW: tokens of the target distribution of a listwise loss.
+      probs_KBTW: their probabilities.
       head_share_K: float32 in [0, 1], share of each depth's gradient that the head receives; None: 1.
     """
 
@@ -96,7 +97,8 @@ class HiddenTerm:
     Attributes:
       name: name of the metric `loss_<name>`.
       value_KBT: float32, loss of each position; differentiable.
-      weight_KBT, scale_K: as in `Term`.
+      weight_KBT: as in `Term`.
+      scale_K: as in `Term`.
     """
 
     name: str
