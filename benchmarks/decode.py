@@ -11,7 +11,7 @@
 
 Appends a line per combination of the values to benchmarks/results/decode.jsonl: acceptance of each draft, tokens per
 forward pass, tokens per second of plain and speculative decoding, the speed-up, milliseconds per speculative step, and
-the number of equal texts. The prompts, 8 times the batch size, enter where texts are done; plain and speculative
+the number of equal texts. The prompts, up to 8 times the batch size, enter where texts are done; plain and speculative
 decoding take turns, and the faster of two runs each counts, prefill included.
 --only_missing leaves out what the file has a line of already. With JAX_COMPILATION_CACHE_DIR the programs of plain
 decoding, which are the same for all models of one kind, are compiled once.

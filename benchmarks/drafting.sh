@@ -3,10 +3,10 @@
 #
 #   TOKENIZER=PATH/tokenizer.json FILES='/usr/lib/python3/**/*.py' bash benchmarks/drafting.sh
 #
-# Trains configs/code_400m.py with the tokenizer on the files, with one sequential module, and from its weights a model with
-# HEADS parallel heads; distils modules and heads by several losses, and measures each at batch 1, 8 and 32, greedy, and at
-# batch 32 at temperature 1. Heads are measured with three drafts and with all. The prompts that are measured on are parts
-# of documents that are held out, and no training document has them.
+# Trains configs/code_400m.py with the tokenizer on the files, with one sequential module, and from its weights a
+# model with HEADS parallel heads (HEADS_FROM= trains it from scratch); distils modules and heads by several losses, and
+# measures each at batch 1, 8 and 32, greedy, and at batch 32 at temperature 1. Heads are measured with three drafts and
+# with all. The prompts that are measured on are parts of documents that are held out, and no training document has them.
 #
 # The same command again does what is missing: a training continues from its last checkpoint, answers and measurements
 # from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below;
@@ -16,7 +16,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/drafting} results=${RESULTS:-benchmarks/results/drafting.jsonl}
-batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-256} length=${LENGTH:-96} heads=${HEADS:-7}
+batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-256}
+length=${LENGTH:-96} heads=${HEADS:-7}
 stages=${STAGES:-base heads prompts cross_entropy parallel end_to_end+markov before after results}
 mkdir -p "$out"
 # Programs of plain decoding are the same for several models, and those of a killed command are not compiled again.

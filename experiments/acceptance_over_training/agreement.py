@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mtp_jax.tools.reporting.runs import Run, load_runs
-from mtp_jax.tools.reporting.variants import Variant, variants_of
+from mtp_jax.tools.reporting.table import mean_and_std
+from mtp_jax.tools.reporting.variants import Sample, Variant, variants_of
 
 NUM_WINDOWS = 20
 SHOWN = (2, 5, 10, 20)  # windows in the table
@@ -53,15 +54,9 @@ def table(curves: dict[str, dict[str, list[dict]]]) -> str:
     for kind, metrics in curves.items():
         for metric, points in metrics.items():
             name = "main loss" if metric == "loss_main" else f"agreement, depth {metric.rpartition('_')[2]}"
-            cells = [mean_and_deviation(points[i - 1]["values"]) for i in SHOWN]
+            cells = [mean_and_std(Sample(tuple(points[i - 1]["values"])), 3) for i in SHOWN]
             lines.append(f"| {LABELS[kind]}, {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """Returns mean ± sample standard deviation, or the value alone of a single seed."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def draw(curves: dict[str, dict[str, list[dict]]], output: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
+from mtp_jax.tools.reporting.table import mean_and_std
 from mtp_jax.tools.reporting.variants import Sample, welch_p_value
 
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100")
@@ -39,7 +40,7 @@ def table(found: Scores) -> str:
     columns = [*sorted(name for name in found[1] if name.isdigit()), *RANGES]
     lines = [f"| operations | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
     for n, by_operations in found.items():
-        cells = [mean_and_deviation(by_operations[name]) for name in columns]
+        cells = [mean_and_std(Sample(tuple(by_operations[name])), 3) for name in columns]
         lines.append(f"| n = {n} | {' | '.join(cells)} |")
         if n > 1:
             pairs = [(Sample(tuple(by_operations[name])), Sample(tuple(found[1][name]))) for name in columns]
@@ -47,12 +48,6 @@ def table(found: Scores) -> str:
             shown = ["" if p is None or math.isnan(p) else f"{p:.3f}" for p in p_values]  # nan: no deviation
             lines.append(f"| p | {' | '.join(shown)} |")
     return "\n".join(lines)
-
-
-def mean_and_deviation(values: list[float]) -> str:
-    """Returns mean ± sample standard deviation, or the value alone of a single seed."""
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def draw(found: Scores, output: pathlib.Path) -> None:

@@ -399,9 +399,23 @@ def test_waiting_prompts_replace_texts_that_are_done(name, num_speculative_token
             if each is options:
                 for field in ("num_speculative_steps", "tested", "accepted"):
                     np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
-    steps = decoder.generate(prompts, 24, batch_size=3, **options)
+    done: list[int] = []
+    steps = decoder.generate(prompts, 24, batch_size=3, progress=done.append, **options)
+    assert sum(done) == len(prompts) and max(done) <= 3
     batches = [steps.num_speculative_steps[at : at + 3].max() for at in (0, 3, 6)]
     assert steps.num_speculative_steps.sum() / 3 <= steps.num_forward_passes < sum(batches)
+
+
+def test_compiling_beforehand_leaves_nothing_to_compile():
+    decoder = build(replace(MLA, ffn_dim=28), sequential(2), context=40).decoder()  # of no other test
+    programs = states.begin, states.prefill, states.replace_rows, states.generate
+    options = {"num_speculative_tokens": 2, "batch_size": 3, "sampler": make_sampler(0.6)}
+    prompts = prompts_of([4, 30, 7, 38, 2], 16)
+    before = sum(program._cache_size() for program in programs)
+    decoder.compile(prompts, 24, **options)
+    compiled = sum(program._cache_size() for program in programs)
+    decoder.generate(prompts, 24, **options)
+    assert before < compiled == sum(program._cache_size() for program in programs)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
