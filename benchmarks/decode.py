@@ -11,7 +11,7 @@
 
 Appends a line per combination of the values to benchmarks/results/decode.jsonl: acceptance of each draft, tokens per
 forward pass, tokens per second of plain and speculative decoding, the speed-up, milliseconds per speculative step, and
-the number of equal texts. The prompts, up to 8 times the batch size, enter where texts are done; plain and speculative
+the number of equal texts. The prompts, up to 12 times the batch size, enter where texts are done; plain and speculative
 decoding take turns, and the faster of two runs each counts, prefill included.
 --only_missing leaves out what the file has a line of already. With JAX_COMPILATION_CACHE_DIR the programs of plain
 decoding, which are the same for all models of one kind, are compiled once.
@@ -43,7 +43,7 @@ from mtp_jax.model import count_parameters  # noqa: E402
 from mtp_jax.mtp import kind_of  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "decode.jsonl"
-LEAST_PROMPTS, MOST_BATCHES = 16, 8
+LEAST_PROMPTS, MOST_BATCHES = 32, 12
 
 
 class Case(NamedTuple):
@@ -64,7 +64,7 @@ def main() -> None:
     flags.add_argument("--max_new_tokens", type=int, default=256)
     flags.add_argument("--temperatures", default="0")
     flags.add_argument("--prompts", help="as of eval.py; default: held-out documents")
-    flags.add_argument("--num_prompts", type=int, default=0, help="at most, 8 batches; default: the largest batch")
+    flags.add_argument("--num_prompts", type=int, default=0, help="at most, 12 batches; default: the largest batch")
     flags.add_argument("--min_confidence", default="none", help="as of eval.py, or none")
     flags.add_argument("--vocabulary", default="draft", help="draft: the model's draft vocabulary if it has one; whole")
     flags.add_argument("--compile_threads", type=int, default=1, help="programs compiled at once")
@@ -154,8 +154,9 @@ def compile_programs(
 
 
 def measured(prompts: list[np.ndarray], case: Case) -> list[np.ndarray]:
-    """Returns the prompts of a case: few where few rows run at the same time, to save time."""
-    return prompts[: max(LEAST_PROMPTS, MOST_BATCHES * case.batch_size)]
+    """Returns the prompts of a case, taken evenly from all: few where few rows run at the same time, to save time."""
+    num = min(len(prompts), max(LEAST_PROMPTS, MOST_BATCHES * case.batch_size))
+    return [prompts[i * len(prompts) // num] for i in range(num)]
 
 
 def record(model: LanguageModel, args: argparse.Namespace, case: Case, result: speculative.SpeculativeResult) -> dict:

@@ -10,15 +10,16 @@
 #
 # The same command again does what is missing: a training continues from its last checkpoint, answers and measurements
 # from the last one that was written. STAGES="base prompts" does a part of the work, in the order of the default below;
-# stages joined by + run at once on one device. Speed-ups are those of the results, not of a stage's own table.
+# stages joined by + run at once on one device. Two commands with CUDA_VISIBLE_DEVICES=0 and 1 do different stages on two
+# GPUs: those of modules (base, cross_entropy, end_to_end, measure_modules) need none of those of heads. Speed-ups are those of the results, not of a stage's own table.
 # BASE_FLAGS changes the training of the models, DISTILL_FLAGS that of all drafts, MODULE_FLAGS that of sequential modules,
 # HEAD_FLAGS that of parallel heads, MEASURE_FLAGS the measurements; OUT is the folder of everything but the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python} out=${OUT:-runs/drafting} results=${RESULTS:-benchmarks/results/drafting.jsonl}
-batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-256}
+batches=${BATCHES:-1,8,32} sampled=${SAMPLED:-32} new=${NEW:-256} held_out=${HELD_OUT:-384}
 length=${LENGTH:-96} heads=${HEADS:-7}
-stages=${STAGES:-base heads prompts cross_entropy parallel end_to_end+markov before after results}
+stages=${STAGES:-base heads prompts cross_entropy parallel end_to_end+markov measure_modules measure_heads measure_markov results}
 mkdir -p "$out"
 # Programs of plain decoding are the same for several models, and those of a killed command are not compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(cd "$out" && pwd)/programs}
@@ -65,22 +66,22 @@ end_to_end() {
 parallel() { distill parallel heads --loss=cross_entropy --num_speculative_tokens="$heads" ${HEAD_FLAGS:-}; }
 markov() {
   distill markov heads --loss=cross_entropy --num_speculative_tokens="$heads" \
-    --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
+    --draft_vocabulary="${VOCABULARY:-8192}" --config.mtp.parallel.markov_rank=256 ${HEAD_FLAGS:-}
 }
-before() {
+measure_modules() {
   measure base 3 0 "$batches"
-  measure heads "3,$heads" 0 "$batches"
-  measure base 3 1 "$sampled"
-}
-after() {
-  measure parallel "3,$heads" 0 "$batches"
   measure cross_entropy 3 0 "$batches"
   measure end_to_end 3 0 "$batches" --vocabulary=whole,draft
+  measure base 3 1 "$sampled"
   measure cross_entropy 3 1 "$sampled"
   measure end_to_end 3 1 "$sampled" --vocabulary=whole
-  measure markov "3,$heads" 0 "$batches"
   measure end_to_end 3 0 "$batches" --min_confidence=0.3
 }
+measure_heads() {
+  measure heads "3,$heads" 0 "$batches"
+  measure parallel "3,$heads" 0 "$batches"
+}
+measure_markov() { measure markov "3,$heads" 0 "$batches" --vocabulary=whole,draft; }
 results() {
   cp "$out/results.jsonl" "$results.part" && mv "$results.part" "$results"
 }

@@ -20,7 +20,7 @@ from mtp_jax.errors import warn_once
 from mtp_jax.model import Tree
 from mtp_jax.mtp import kind_of
 
-STEPS_PER_CALL = 64  # speculative steps per call, between checks on the host
+STEPS_PER_CALL = 256  # speculative steps per call, between checks on the host
 STEPS_PER_CALL_WITH_ENDS = 16  # the same with `ends`, which is evaluated on the host
 REFILLED = 4  # waiting prompts enter together, this part of a batch at a time
 
