@@ -30,7 +30,7 @@ from flax import nnx  # noqa: E402
 from benchmarks.measuring import RESULTS, ROOT, append, milliseconds  # noqa: E402
 from mtp_jax import losses  # noqa: E402
 from mtp_jax.config import ModelConfig  # noqa: E402
-from mtp_jax.kernels import attention, fp8  # noqa: E402
+from mtp_jax.kernels import attention, fp8, log_z  # noqa: E402
 from mtp_jax.kernels import grouped_matmul as grouped
 from mtp_jax.kernels.grouped_matmul import hopper, hopper_kernels  # noqa: E402
 from mtp_jax.kernels.permute import gather  # noqa: E402
@@ -227,19 +227,34 @@ def bench_dispatch() -> dict:
     return {"forward_ms": found[0], "both_ms": found[1], "floor_ms": 1e3 * bytes_moved / bandwidth()}
 
 
-def bench_loss() -> dict:
-    """The chunked cross-entropy with its gradients in hidden states and head."""
+def bench_loss(precision: str) -> dict:
+    """The chunked cross-entropy with its gradients in hidden states and head, with training.loss_precision."""
     hidden, head = normal(5, 1, ROWS, LENGTH, DIM), 0.02 * normal(6, DIM, VOCAB).astype(jnp.float32)
     targets = jax.random.randint(jax.random.key(7), (1, ROWS, LENGTH), 0, VOCAB)
     weight, scale = jnp.ones((1, ROWS, LENGTH)), jnp.full((1,), 1 / TOKENS)
 
     def total(hidden, head):
         term = losses.Term(losses.CrossEntropy(), hidden, head, targets, weight, scale)
-        return losses.evaluate([term])[0]
+        return losses.evaluate([term], precision=precision)[0]
 
-    step = jax.jit(jax.value_and_grad(total, (0, 1)))
+    options = fp8.compiler_options() if precision == "fp8" else {}
+    step = jax.jit(jax.value_and_grad(total, (0, 1)), compiler_options=options)
     found = milliseconds(lambda: step(hidden, head), calls=3)
     return {"both_ms": found, "floor_ms": 1e3 * 6 * TOKENS * DIM * VOCAB / rate()}
+
+
+def bench_log_z() -> dict:
+    """Argmax and log-sum-exp of the logits of 4,096 tokens, in one pass."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        logits = normal(5, 4096, VOCAB).astype(dtype)
+        for name in ("by_kernel", "by_reduction"):
+            run = jax.jit(
+                lambda x, name=name: getattr(log_z, name)(x if name == "by_kernel" else x.astype(jnp.float32))
+            )
+            found[f"{dtype}_{name}_ms"] = milliseconds(lambda run=run, logits=logits: run(logits))
+        found[f"{dtype}_floor_ms"] = 1e3 * logits.nbytes / bandwidth()
+    return found
 
 
 BENCHMARKS = {
@@ -255,7 +270,10 @@ BENCHMARKS = {
     "attention_packed_window": functools.partial(bench_attention, True, 512),
     "router": bench_router,
     "dispatch": bench_dispatch,
-    "loss": bench_loss,
+    "loss": functools.partial(bench_loss, "default"),
+    "loss_bfloat16": functools.partial(bench_loss, "bfloat16"),
+    "loss_fp8": functools.partial(bench_loss, "fp8"),
+    "log_z": bench_log_z,
 }
 TILES = {"block_n": (128,), "block_k": (64, 128), "stages": (2, 3, 4), "turns": (1, 2, 4, 8, 11)}
 TILES_8BIT = TILES | {"block_m": (64, 128), "block_k": (128,)}

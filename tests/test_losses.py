@@ -1,6 +1,7 @@
 """The chunked losses against plain autodiff over full logits, and their values against the oracle (cross-entropy's in
 test_model.py)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.config import MeshConfig
 from mtp_jax.kernels.device import pretend
 from mtp_jax.losses import (
     CrossEntropy,
@@ -23,6 +25,7 @@ from mtp_jax.losses import (
     expected_tokens_per_pass,
     weight_sum,
 )
+from mtp_jax.sharding import make_mesh
 from tests.reference import losses as oracle
 
 K, B, T, D, V = 3, 4, 12, 8, 50
@@ -74,6 +77,38 @@ def test_value_and_gradients_do_not_depend_on_the_chunk(arrays, chunk_tokens, is
     assert float(alone) == pytest.approx(float(expected), rel=1e-5)
     for got, wanted in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"fsdp": 2, "context": 2}, {"data": 2, "tensor": 2}])
+def test_rows_on_several_gpus_have_the_same_loss_and_gradients(arrays, sizes):
+    hidden, head, targets, mask = arrays
+
+    def chunked(hidden, head):
+        return evaluate([term(hidden, head, targets, mask)], 8)[0]
+
+    expected = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+    mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[: math.prod(sizes.values())])
+    jax.clear_caches()
+    with jax.set_mesh(mesh), pretend("gpu"):
+        found = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+    for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_8_bits_keep_the_gradients_of_unlikely_tokens():
+    """A token far less likely than others is one of very many: together their gradients matter."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (1, 1, 16, D)).at[..., 0].set(1.0)
+    head = jax.random.normal(keys[1], (D, V)).at[0, V // 2 :].set(-17.0)
+    targets = jnp.arange(16)[None, None]
+
+    def chunked(head, precision):
+        return evaluate([term(hidden, head, targets, jnp.ones((1, 1, 16)), jnp.ones(1))], 8, precision)[0]
+
+    found, expected = (jax.jit(jax.grad(chunked), static_argnums=1)(head, name) for name in ("fp8", "default"))
+    for part in (np.s_[:, : V // 2], np.s_[:, V // 2 :]):
+        error = np.linalg.norm(found[part] - expected[part]) / np.linalg.norm(expected[part])
+        assert error < 0.1
 
 
 def test_bfloat16_hidden_states_keep_a_float32_loss_and_head_gradient(arrays):
@@ -217,6 +252,30 @@ def test_a_positions_value_is_the_oracles(compared, name):
     assert float(total) == pytest.approx(by_depth.sum(), rel=1e-5)
     one = jnp.zeros((K, B, T)).at[1, 2, 3].set(1.0)
     assert jax.jit(loss)(one)[1][0].value.tolist() == pytest.approx([0.0, expected[1, 2, 3], 0.0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "gradient_error"), [("bfloat16", 0.05), ("fp8", 0.1)]
+)  # signs of total variation change
+@pytest.mark.parametrize("name", ["cross_entropy", *COMPARED])
+def test_lower_precisions_are_close_to_full_logits(compared, name, precision, gradient_error):
+    arrays, *data = compared
+
+    def run(hidden, head, precision):
+        changed = arrays._replace(hidden=hidden, head=head)
+        if name == "cross_entropy":
+            each = term(hidden, head, data[0], arrays.weight > 0, arrays.scale)
+        else:
+            each = compared_term(name, changed, *data)
+        return evaluate([each], 8, precision)[0]
+
+    both = jax.jit(jax.value_and_grad(run, (0, 1)), static_argnums=2)
+    value, grads = both(arrays.hidden, arrays.head, precision)
+    expected, expected_grads = both(arrays.hidden, arrays.head, "default")
+    assert 0 < abs(float(value / expected) - 1) < 3e-3
+    for got, wanted in zip(grads, expected_grads, strict=True):
+        assert got.dtype == wanted.dtype
+        assert 0 < np.linalg.norm(got - wanted) < gradient_error * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 20])

@@ -354,6 +354,9 @@ class TrainingConfig:
     grad_accum_steps: int = setting(1, at_least=1, at_most=2**20, was="training.accumulate_steps")
     # tokens whose logits are in memory at one time
     loss_chunk: int = setting(4096, at_least=1, below=2**31, may_change="resume")
+    # default: float32 logits. bfloat16: logits of training steps are stored in bfloat16. fp8: and their gradient is
+    # multiplied in 8 bits
+    loss_precision: Literal["default", "bfloat16", "fp8"] = setting("default", may_change="new_run")
     z_loss_weight: float = setting(0.0, at_least=0, at_most=1e6)
     # steps in a row that may be skipped because their loss or gradients are not finite: weights, optimizer state and
     # router biases stay as they are, and one more ends the run. 0: the first such step ends the run

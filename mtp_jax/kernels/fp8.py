@@ -3,7 +3,7 @@
     y = x w,   dx = g w^T,   dw = x^T g
 
 DeepSeek-V3 (2412.19437, section 3.3) with coarser scales. x, w and the gradient g of y are rounded once each, to
-float8_e4m3fn; sums are float32, results have the compute dtype. An array is divided by its scales before it is rounded,
+float8_e4m3fn; results have the compute dtype. An array is divided by its scales before it is rounded,
 and results are multiplied by them: one scale per token of x and of g, one for w. The backward pass reads x in 8 bits,
 which takes half the memory of bfloat16 between the passes.
 
@@ -18,6 +18,9 @@ rounded arrays are exact in bfloat16, and normal numbers are rounded alike under
 
 Gradients are rounded to e4m3 as in DeepSeek-V3: with a scale per token its range suffices, and the errors of dx and dw
 are lower than with e5m2 by a third.
+
+Gradients of logits are an exception (`losses/driver.py`): most are 1e-5 of the largest of their token and less, which
+would be zero in e4m3, so they are rounded to e5m2.
 
 Everything is a plain operation of the jit that calls it, so that the compiler can fuse maxima and casts with what comes
 before them. A device without 8-bit matmuls converts the rounded operands first, with the same result.
@@ -45,11 +48,22 @@ from mtp_jax.sharding import is_on_one_device
 
 DTYPE = jnp.float8_e4m3fn  # of activations and weights
 GRADIENT_DTYPE = jnp.float8_e4m3fn  # of gradients of outputs; float8_e5m2 has more range and one bit less
-# Sums in float32: by default Hopper GPUs keep about 14 bits of a sum of 8-bit products (2412.19437, section 3.3.2).
-PRECISION = jax.lax.Precision.HIGHEST
+# By default Hopper GPUs keep about 14 bits of a sum of 8-bit products (2412.19437, section 3.3.2). Gradients are summed
+# in float32, which takes 19 % longer (H200); as in NVIDIA's Transformer Engine, the forward pass is not.
+FORWARD_PRECISION = jax.lax.Precision.DEFAULT
+GRADIENT_PRECISION = jax.lax.Precision.HIGHEST
 SMALLEST = 2.0**-100  # maxima below it count as this, so that a row of zeros has a scale
 SMALLEST_SCALE = 2.0**-120  # of the product of two scales, the smallest of which underflow
 EXPONENT_BITS = np.uint32(0x7F800000)  # of a float32
+
+
+def compiler_options() -> dict[str, bool]:
+    """Returns options of the compiler for a program with 8-bit matmuls.
+
+    On GPUs XLA would compile matmuls with Triton as well, in many tile sizes, and keep the fastest. With 8-bit operands
+    that takes minutes (docs/log.md); cuBLAS alone takes 17 s (dense_1b, H200) and is as fast in bfloat16.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if device().family == "gpu" else {}
 
 
 class Rounded(NamedTuple):
@@ -141,29 +155,59 @@ def _forward(x, w, in_dims):
     assert x.dtype == w.dtype and list(in_dims) == sorted(set(in_dims)), (x.dtype, w.dtype, in_dims)
     if not device().multiplies_fp8:
         warn_once("model.matmul_precision=fp8: slow here; this device multiplies fp8 operands in a larger dtype")
-    tokens, summed = _split(x.ndim, len(in_dims))
     outputs = tuple(d for d in range(w.ndim) if d not in in_dims)
-    x8, w8 = rounded(x, summed), rounded(w, range(w.ndim))
-    x_scale = _per_token(x8.scale, len(tokens), len(outputs))
+    w8 = rounded(w, range(w.ndim))
+    values, kept = residuals(x, weight_residuals(w8, in_dims), len(in_dims))
+    y = _product(values, ordered(w8.values, (*outputs, *in_dims)), len(in_dims), x.dtype, FORWARD_PRECISION)
+    return scaled(y, kept.x_scale, w8.scale.reshape(())), kept
+
+
+def weight_residuals(w8: Rounded, in_dims: Sequence[int]) -> Rounded:
+    """Returns a weight, rounded with one scale, as `Residuals` hold it: [contracted..., outputs...] and a scalar."""
+    outputs = (d for d in range(w8.values.ndim) if d not in in_dims)
+    return Rounded(ordered(w8.values, (*in_dims, *outputs)), w8.scale.reshape(()))
+
+
+def residuals(x: jax.Array, w: Rounded, num_summed: int) -> tuple[jax.Array, Residuals]:
+    """Returns the values of x [tokens..., contracted...] rounded per token, and the arrays of the backward pass.
+
+    Args:
+      w: `weight_residuals`.
+      num_summed: number of contracted dims.
+    """
+    tokens, summed = _split(x.ndim, num_summed)
+    x8 = rounded(x, summed)
     values, turned = both_orders(x, x8, len(tokens))
-    y = _product(values, ordered(w8.values, (*outputs, *in_dims)), len(summed), x.dtype)
-    y = scaled(y, x_scale, w8.scale.reshape(()))
-    w_values = ordered(w8.values, (*in_dims, *outputs))
-    return y, Residuals(turned.values, x_scale, Rounded(w_values, w8.scale.reshape(())))
+    return values, Residuals(turned.values, _per_token(x8.scale, len(tokens), w.values.ndim - num_summed), w)
 
 
-def _backward(in_dims, residuals, g):
-    x, x_scale, w8 = residuals
-    outputs = w8.values.ndim - len(in_dims)
+def gradients(
+    kept: Residuals, g: jax.Array, num_summed: int, dtype: DTypeLike = GRADIENT_DTYPE, dw_dtype: DTypeLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns dx [tokens..., contracted...] in the dtype of g, and dw [contracted..., outputs...].
+
+    Args:
+      kept: of `residuals`.
+      g: gradient of the product, [tokens..., outputs...].
+      num_summed: number of contracted dims of the product.
+      dtype: 8-bit dtype of g.
+      dw_dtype: dtype of dw; None: that of g.
+    """
+    x, x_scale, w8 = kept
+    outputs = w8.values.ndim - num_summed
     tokens, own = _split(g.ndim, outputs)
-    g8 = rounded(g, own, GRADIENT_DTYPE)
+    g8 = rounded(g, own, dtype)
     values, shifted = both_orders(g, g8, len(tokens), x_scale)
     dx = _product(values, w8.values, outputs, g.dtype)
-    dx = scaled(dx, _per_token(g8.scale, len(tokens), len(in_dims)), w8.scale)
-    dw = _product(x, shifted.values, len(tokens), g.dtype)
-    dw = scaled(dw, shifted.scale)
+    dx = scaled(dx, _per_token(g8.scale, len(tokens), num_summed), w8.scale)
+    dw = _product(x, shifted.values, len(tokens), dw_dtype or g.dtype)
+    return dx, scaled(dw, shifted.scale)
+
+
+def _backward(in_dims, kept, g):
+    dx, dw = gradients(kept, g, len(in_dims))
     # From [contracted..., outputs...] to the order of the weight's dims.
-    order = (*in_dims, *(d for d in range(w8.values.ndim) if d not in in_dims))
+    order = (*in_dims, *(d for d in range(dw.ndim) if d not in in_dims))
     return dx, jnp.transpose(dw, sorted(range(dw.ndim), key=order.__getitem__))
 
 
@@ -204,10 +248,13 @@ def _row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if device().family == "gpu" else x
 
 
-def _product(a: jax.Array, b: jax.Array, num_summed: int, dtype: DTypeLike) -> jax.Array:
+def _product(
+    a: jax.Array, b: jax.Array, num_summed: int, dtype: DTypeLike, precision: jax.lax.Precision = GRADIENT_PRECISION
+) -> jax.Array:
     """Product of two arrays over their last dims."""
     last = tuple(range(a.ndim - num_summed, a.ndim)), tuple(range(b.ndim - num_summed, b.ndim))
-    return _row_major(jax.lax.dot_general(a, b, (last, ((), ())), PRECISION, preferred_element_type=jnp.dtype(dtype)))
+    y = jax.lax.dot_general(a, b, (last, ((), ())), precision, preferred_element_type=jnp.dtype(dtype))
+    return _row_major(y)
 
 
 def _per_token(scale: jax.Array, num_tokens: int, num_others: int) -> jax.Array:

@@ -8,25 +8,33 @@ S = K * N chunks in total (S = N for a joint loss, whose chunks hold K depths). 
 """
 
 import functools
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax import sharding
+from mtp_jax.kernels import fp8
 from mtp_jax.kernels.device import device
+from mtp_jax.kernels.log_z import argmax_and_log_z
 from mtp_jax.losses.cross_entropy import CrossEntropy
 from mtp_jax.losses.term import HiddenTerm, Logits, Loss, Term, TermSums, weight_sum
 from mtp_jax.sharding import constrain
 
+Precision = Literal["default", "bfloat16", "fp8"]  # see `evaluate`
 
-def evaluate(terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096) -> tuple[jax.Array, list[TermSums]]:
+
+def evaluate(
+    terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096, precision: Precision = "default"
+) -> tuple[jax.Array, list[TermSums]]:
     """Returns the loss of all terms and the sums of each term.
 
     Args:
       chunk_tokens: number of positions, per device, whose logits are in memory at a time.
+      precision: "default": float32 logits. "bfloat16": logits are rounded to bfloat16 before they are stored, and the
+        passes over them read half as much; losses and sums are float32. "fp8": as bfloat16, and both products of the
+        gradient of the logits are in 8 bits (`kernels.fp8`).
 
     Returns:
       the loss, float32, differentiable in hidden states, heads, weights and scales; and the sums of each term, which
@@ -34,7 +42,7 @@ def evaluate(terms: Sequence[Term | HiddenTerm], chunk_tokens: int = 4096) -> tu
     """
     total, sums = jnp.float32(0.0), []
     for term in terms:
-        value, found = _hidden(term) if isinstance(term, HiddenTerm) else _chunked_term(term, chunk_tokens)
+        value, found = _hidden(term) if isinstance(term, HiddenTerm) else _chunked_term(term, chunk_tokens, precision)
         total += value
         sums.append(found)
     return total, sums
@@ -53,7 +61,7 @@ def token_scores(
     """
     ones = jnp.ones((1, *targets_BT.shape), jnp.float32)
     term = Term(CrossEntropy(), hidden_BTD[None], head_DV, targets_BT[None], ones, jnp.ones(1))
-    positions = _positions(term, chunk_tokens)[1]
+    positions = _positions(term, chunk_tokens, "default")[1]
     return -positions.nll[0], positions.picks[0] == targets_BT
 
 
@@ -84,15 +92,15 @@ def _hidden(term: HiddenTerm) -> tuple[jax.Array, TermSums]:
     return (term.scale_K * value_K).sum(), jax.lax.stop_gradient(sums)
 
 
-def _chunked_term(term: Term, chunk_tokens: int) -> tuple[jax.Array, TermSums]:
-    total, positions = _positions(term, chunk_tokens)
+def _chunked_term(term: Term, chunk_tokens: int, precision: Precision) -> tuple[jax.Array, TermSums]:
+    total, positions = _positions(term, chunk_tokens, precision)
     weight_KBT = jax.lax.stop_gradient(term.weight_KBT)
     value_K, nll_K = ((weight_KBT * x).sum((1, 2)) for x in (positions.value, positions.nll))
     correct_K = jnp.where(positions.picks == term.targets_KBT, weight_KBT, 0.0).sum((1, 2))
     return total, TermSums(value_K, weight_sum(weight_KBT), nll_K, correct_K, positions.picks)
 
 
-def _positions(term: Term, chunk_tokens: int) -> tuple[jax.Array, _Positions]:
+def _positions(term: Term, chunk_tokens: int, precision: Precision) -> tuple[jax.Array, _Positions]:
     """Returns the term's part of the loss, and its values per position [K, B, T]."""
     depth, is_joint = term.hidden_KBTD.shape[0], term.loss.is_joint
     at_once = (depth if is_joint else 1) * (1 if term.teacher_KBTD is None else 2)
@@ -113,7 +121,7 @@ def _positions(term: Term, chunk_tokens: int) -> tuple[jax.Array, _Positions]:
         words=None if term.words_KBTW is None else split(term.words_KBTW),
         probs=None if term.probs_KBTW is None else split(term.probs_KBTW),
     )
-    total, positions = _scan(term.loss, chunks, term.head_DV)
+    total, positions = _scan(term.loss, precision, chunks, term.head_DV)
     return total, jax.tree.map(lambda x: _joined(x, term.targets_KBT.shape, is_joint), positions)
 
 
@@ -154,82 +162,80 @@ def _head(head_DV: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return constrain(head_DV.astype(dtype), None, "vocab")
 
 
-def _product(hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """Returns the logits, float32[..., V]."""
+def _product(precision: Precision, hidden: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """Returns the logits as they are stored, [..., V]; not differentiated."""
     equation = "kbcd,dv->kbcv" if hidden.ndim == 4 else "bcd,dv->bcv"
-    logits = jnp.einsum(equation, hidden, head_DV, preferred_element_type=jnp.float32)
+    stored = jnp.float32 if precision == "default" else jnp.bfloat16
+    logits = jnp.einsum(equation, hidden, head_DV, preferred_element_type=stored)
     return constrain(logits, *(None for _ in range(hidden.ndim - 3)), "batch", "length", "vocab")
 
 
-def _logits(chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
+def _logits(precision: Precision, chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array]:
     """Returns the logits of a chunk and their argmax."""
-    logits = _product(chunk.hidden, head_DV)
-    num_devices = math.prod(sharding.num_shards(name) for name in ("batch", "length", "vocab"))
-    if not device().gathers_are_fast or num_devices > 1:
+    stored = _product(precision, chunk.hidden, head_DV)
+    logits = stored.astype(jnp.float32)
+    if device().gathers_are_fast and _has_whole_rows(stored.shape):
+        # One pass over the logits instead of four; on a GPU they are in memory at this point.
+        axes = (*(None for _ in range(stored.ndim - 3)), "batch", "length")
+        picks, z, target_logit = sharding.local(_of_rows, ((*axes, None), axes), axes)(stored, chunk.targets)
+    else:
         picks = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
+        z = jax.nn.logsumexp(logits, axis=-1)
         # A masked sum instead of a gather, which may gather sharded logits on every device.
         is_target = jnp.arange(logits.shape[-1]) == chunk.targets[..., None]
         target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-    else:
-        # One pass over the logits instead of four; on a GPU the logits are in memory at this point.
-        picks, log_z = _argmax_and_log_z(logits)
-        target_logit = jnp.take_along_axis(logits, chunk.targets[..., None], axis=-1)[..., 0]
-    teacher = None if chunk.teacher is None else jax.lax.stop_gradient(_product(chunk.teacher, head_DV))
-    return Logits(logits, log_z, target_logit, chunk.targets, teacher, chunk.words, chunk.probs), picks
+    teacher = None
+    if chunk.teacher is not None:
+        teacher = jax.lax.stop_gradient(_product(precision, chunk.teacher, head_DV).astype(jnp.float32))
+    return Logits(logits, z, target_logit, chunk.targets, teacher, chunk.words, chunk.probs), picks
 
 
-def _argmax_and_log_z(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns int32 argmax and logsumexp over the last dim, by one reduction; it has no gradient."""
-
-    def join(one, two):
-        """Joins the largest logit, its index and the sum of exponentials relative to it, of two parts."""
-        (peak, index, total), (peak2, index2, total2) = one, two
-        is_first = (peak > peak2) | ((peak == peak2) & (index < index2))
-        highest = jnp.maximum(peak, peak2)
-        total = total * jnp.exp(peak - highest) + total2 * jnp.exp(peak2 - highest)
-        return highest, jnp.where(is_first, index, index2), total
-
-    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    nothing = jnp.finfo(logits.dtype).min, jnp.int32(0), jnp.zeros((), logits.dtype)
-    parts = logits, index, jnp.ones_like(logits)
-    peak, picks, total = jax.lax.reduce(parts, nothing, join, (logits.ndim - 1,))
-    return picks, peak + jnp.log(total)
+def _has_whole_rows(shape: tuple[int, ...]) -> bool:
+    """Returns whether every device has the logits of the whole vocabulary for an equal part of the tokens."""
+    is_divided = shape[-3] % sharding.num_shards("batch") == 0 and shape[-2] % sharding.num_shards("length") == 0
+    return is_divided and sharding.num_shards("vocab") == 1
 
 
-def _values(loss: Loss, chunk: _Chunks, head_DV: jax.Array) -> tuple[Logits, jax.Array, _Positions]:
+def _of_rows(stored: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the argmax, int32, and in float32 the logsumexp over the last dim and the target's logit."""
+    picks, z = argmax_and_log_z(stored)
+    return picks, z, jnp.take_along_axis(stored, targets[..., None], axis=-1)[..., 0].astype(jnp.float32)
+
+
+def _values(
+    loss: Loss, precision: Precision, chunk: _Chunks, head_DV: jax.Array
+) -> tuple[Logits, jax.Array, _Positions]:
     """Returns the logits of a chunk, its part of the loss and its values per position."""
-    seen, picks = _logits(chunk, head_DV)
+    seen, picks = _logits(precision, chunk, head_DV)
     value = loss.value(seen)
     scale = chunk.scale[:, None, None] if loss.is_joint else chunk.scale
     return seen, (scale * chunk.weight * value).sum(), _Positions(value, seen.log_z - seen.target_logit, picks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(loss: Loss, chunks: _Chunks, head_DV: jax.Array) -> tuple[jax.Array, _Positions]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(loss: Loss, precision: Precision, chunks: _Chunks, head_DV: jax.Array) -> tuple[jax.Array, _Positions]:
     """Returns the part of the loss and the values per position [S, ...], without gradients."""
     head = _head(head_DV, chunks.hidden.dtype)
 
     def body(total, chunk):
-        _, part, positions = _values(loss, chunk, head)
+        _, part, positions = _values(loss, precision, chunk, head)
         return total + part, positions
 
     return jax.lax.scan(body, jnp.float32(0.0), chunks)
 
 
-def _forward(loss: Loss, chunks: _Chunks, head_DV: jax.Array):
+def _forward(loss: Loss, precision: Precision, chunks: _Chunks, head_DV: jax.Array):
     """Forward rule of `_scan`; the residuals hold the gradients for a cotangent of 1."""
     head = _head(head_DV, chunks.hidden.dtype)
-    hidden_grad, head_grad = ("kbcv,dv->kbcd", "kbcd,kbcv->dv") if loss.is_joint else ("bcv,dv->bcd", "bcd,bcv->dv")
+    gradients = _gradients_in_8_bits(head) if precision == "fp8" else functools.partial(_gradients, head)
 
     def body(carry, chunk: _Chunks):
         total, grad_head_DV = carry
-        seen, part, positions = _values(loss, chunk, head)
+        seen, part, positions = _values(loss, precision, chunk, head)
         scale, share = (x[:, None, None] if loss.is_joint else x for x in (chunk.scale, chunk.head_share))
         grad_logits = loss.gradient(seen, scale * chunk.weight).astype(chunk.hidden.dtype)
-        grad_hidden = jnp.einsum(hidden_grad, grad_logits, head)
         shared = chunk.hidden * (share[..., None] if loss.is_joint else share).astype(chunk.hidden.dtype)
-        grad_chunk_DV = jnp.einsum(head_grad, shared, grad_logits, preferred_element_type=jnp.float32)
+        grad_hidden, grad_chunk_DV = gradients(shared, grad_logits)
         grad_head_DV += constrain(grad_chunk_DV, "embed", "vocab")  # reduce-scattered per chunk, not gathered
         return (total + part, grad_head_DV), (positions, grad_hidden)
 
@@ -239,8 +245,30 @@ def _forward(loss: Loss, chunks: _Chunks, head_DV: jax.Array):
     return (total, positions), residuals
 
 
-def _backward(loss: Loss, residuals, cotangents):
-    del loss
+def _gradients(head_DV: jax.Array, hidden: jax.Array, grad_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradients of the hidden states of a chunk, in their dtype, and of the head, float32[D, V]."""
+    lead = "kbc" if hidden.ndim == 4 else "bc"
+    grad_hidden = jnp.einsum(f"{lead}v,dv->{lead}d", grad_logits, head_DV)
+    grad_DV = jnp.einsum(f"{lead}d,{lead}v->dv", hidden, grad_logits, preferred_element_type=jnp.float32)
+    return grad_hidden, grad_DV
+
+
+def _gradients_in_8_bits(head_DV: jax.Array) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns (hidden, grad_logits) -> the gradients as `_gradients`, of operands rounded to 8 bits.
+
+    Gradients of logits are rounded to e5m2: of a token, most are 1e-5 of the largest and less.
+    """
+    head = fp8.weight_residuals(fp8.rounded(head_DV, (0, 1)), (0,))
+
+    def gradients(hidden: jax.Array, grad_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kept = fp8.residuals(hidden, head, 1)[1]
+        return fp8.gradients(kept, grad_logits, 1, jnp.float8_e5m2, jnp.float32)
+
+    return gradients
+
+
+def _backward(loss: Loss, precision: Precision, residuals, cotangents):
+    del loss, precision
     grad_hidden, grad_head_DV, value, weight, scale = residuals
     by = cotangents[0]
     no_grads: Any = [None] * len(_Chunks._fields)

@@ -13,6 +13,7 @@ import optax
 
 from mtp_jax import sharding, targets
 from mtp_jax.config import Config
+from mtp_jax.kernels import fp8
 from mtp_jax.layers.router import RouterStats, moved_bias
 from mtp_jax.losses import DepthSums, depth_sums, evaluate, token_terms, weight_sum
 from mtp_jax.model import AbstractModel, Tree, abstract_model, init
@@ -114,6 +115,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
             in_shardings=(place, rows),
             out_shardings=(place, replicated),
             donate_argnums=0,
+            compiler_options=compiler_options(config, mesh),
         ),
         evaluate=jax.jit(make_evaluate(config, built), out_shardings=replicated),
         abstract_state=abstract,
@@ -121,6 +123,14 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
         abstract=built,
         groups=gradient_groups.names(trained_infos, trained_part(config, built.params)[0]),
     )
+
+
+def compiler_options(config: Config, mesh: jax.sharding.Mesh) -> dict[str, bool]:
+    """Returns options of the compiler for the training step on the devices of a mesh."""
+    if "fp8" not in (config.model.matmul_precision, config.training.loss_precision):
+        return {}
+    with jax.set_mesh(mesh):
+        return fp8.compiler_options()
 
 
 def state_shardings(
@@ -195,7 +205,7 @@ def make_loss(config: Config, built: AbstractModel):
         out = model(rows if is_packed else rows._replace(segments_KBT=None))
         with jax.named_scope("loss"):
             terms = model.terms(out.hidden, rows, scales, config.training.z_loss_weight)
-            total, sums = evaluate(terms, config.training.loss_chunk)
+            total, sums = evaluate(terms, config.training.loss_chunk, config.training.loss_precision)
         mtp_stats = _active(out.mtp_stats, scales.depth_N)
         parts = [balance(decoder_stats, num_rows_K[:1]) for decoder_stats in out.decoder_stats.values()]
         parts.append(balance(mtp_stats, num_rows_K[1:]))

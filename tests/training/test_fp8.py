@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import MeshConfig, with_values
+from mtp_jax.kernels.device import pretend
 from mtp_jax.model import validate
 from mtp_jax.sharding import make_mesh
 from mtp_jax.tools.planning.matmul_flops import matmul_flops
 from mtp_jax.training.flops import train_flops_per_token
-from mtp_jax.training.step import make_trainer
+from mtp_jax.training.step import compiler_options, make_trainer
 from tests.layers.test_linear import dots
 from tests.test_mistakes import rows, tiny
 
@@ -57,6 +58,31 @@ def test_the_loss_follows_that_of_float32(on_one_device):
     plain, fp8 = on_one_device["default"][:, 0], on_one_device["fp8"][:, 0]
     assert plain[-2:].mean() < plain[:2].mean() - 0.5  # it has learnt
     assert 0 < np.abs(fp8 - plain).max() < 0.05
+
+
+def test_the_loss_in_8_bits_is_part_of_training_steps_alone(on_one_device):
+    config = with_values(config_of("default"), {"training.loss_precision": "fp8"})
+    found, plain = losses(config), on_one_device["default"]
+    assert 0 < np.abs(found - plain)[:, 0].max() < 0.05
+    in_step = list(dots(step_program(config)))
+    assert in_step.count(("float8_e5m2", "float8_e4m3fn")) == in_step.count(("float8_e4m3fn", "float8_e5m2")) == 1
+    mesh, trainer = trainer_of(config)
+    with jax.set_mesh(mesh):
+        arguments = trainer.abstract_state, rows(config), np.ones(config.model.vocab_size, np.int32)
+        assert not any(
+            "float8" in name for pair in dots(trainer.evaluate.trace(*arguments).jaxpr.jaxpr) for name in pair
+        )
+
+
+@pytest.mark.parametrize("key", ["model.matmul_precision", "training.loss_precision"])
+def test_gpus_compile_8_bit_matmuls_without_searching_in_triton(key):
+    """The search did not end within two minutes on an H200."""
+    plain, changed = config_of("default"), with_values(config_of("default"), {key: "fp8"})
+    mesh = make_mesh(plain.mesh, jax.devices()[:1])
+    with pretend("gpu", "9.0"):
+        assert compiler_options(changed, mesh) == {"xla_gpu_enable_triton_gemm": False}
+        assert not compiler_options(plain, mesh)
+    assert not compiler_options(changed, mesh)  # a CPU
 
 
 def test_a_mesh_equals_one_device(on_one_device):
