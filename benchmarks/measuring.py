@@ -3,6 +3,7 @@
 import collections
 import datetime
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -43,8 +44,10 @@ def milliseconds(run: Callable[[], Any], calls: int = 10, repeats: int = 7) -> f
 
 
 def append(output: pathlib.Path, line: dict[str, Any]) -> None:
-    """Appends a result as one line, with device, version, commit and date, and prints it."""
-    stamped = line | {
+    """Appends a result as one line, with device, version, compiler flags, commit and date, and prints it."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    stamped = line | ({"xla_flags": flags} if flags else {})
+    stamped |= {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "commit": commit(),
