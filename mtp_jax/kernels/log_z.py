@@ -73,9 +73,9 @@ def by_kernel(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
             for place_L, tile_L in zip(places, tiles, strict=True):
                 index_L = jnp.where(tile_L > peak_L, place_L, index_L)
                 peak_L = jnp.maximum(peak_L, tile_L)
-            total_L *= jnp.exp(before_L - peak_L)
+            total_L *= _exp(before_L - peak_L)
             for tile_L in tiles:
-                total_L += jnp.exp(tile_L - peak_L)
+                total_L += _exp(tile_L - peak_L)
             return peak_L, index_L, total_L
 
         zero_L = jnp.zeros(LANES, jnp.float32)
@@ -83,7 +83,7 @@ def by_kernel(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
         peak_L, index_L, total_L = jax.lax.fori_loop(0, pl.cdiv(vocab, step), add, carry)
         peak = jnp.max(peak_L)
         picks_ref[row] = jnp.min(jnp.where(peak_L == peak, index_L, vocab)).astype(jnp.int32)
-        log_z_ref[row] = peak + jnp.log(jnp.sum(total_L * jnp.exp(peak_L - peak)))
+        log_z_ref[row] = peak + jnp.log(jnp.sum(total_L * _exp(peak_L - peak)))
 
     picks_N, log_z_N = triton_call(
         kernel,
@@ -95,3 +95,8 @@ def by_kernel(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
         num_stages=1,
     )
     return picks_N, log_z_N
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    """Returns exp(x), in 3 instructions instead of 9; x is at most 0, so its error of one unit is that of the result."""
+    return jnp.exp2(x * math.log2(math.e))
