@@ -80,7 +80,8 @@ def test_value_and_gradients_do_not_depend_on_the_chunk(arrays, chunk_tokens, is
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"fsdp": 2, "context": 2}, {"data": 2, "tensor": 2}])
-def test_rows_on_several_gpus_have_the_same_loss_and_gradients(arrays, sizes):
+@pytest.mark.parametrize("capability", ["8.0", "9.0"])  # without and with the kernel
+def test_rows_on_several_gpus_have_the_same_loss_and_gradients(arrays, sizes, capability):
     hidden, head, targets, mask = arrays
 
     def chunked(hidden, head):
@@ -89,7 +90,7 @@ def test_rows_on_several_gpus_have_the_same_loss_and_gradients(arrays, sizes):
     expected = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
     mesh = make_mesh(MeshConfig(**{"data": 1} | sizes), jax.devices()[: math.prod(sizes.values())])
     jax.clear_caches()
-    with jax.set_mesh(mesh), pretend("gpu"):
+    with jax.set_mesh(mesh), pretend("gpu", capability):
         found = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
