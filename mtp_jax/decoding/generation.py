@@ -173,6 +173,7 @@ def generate(
       num_done: int32; None: all rows.
     """
     enough = len(state.is_done_B) if num_done is None else num_done
+    network = network.for_drafts(state.num_speculative_tokens)
 
     def is_going(carry):
         step, state = carry

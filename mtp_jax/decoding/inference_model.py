@@ -83,6 +83,11 @@ class Network:
     def kind(self) -> Kind:
         return self._structure.kind
 
+    def for_drafts(self, num_speculative_tokens: int) -> "Network":
+        """Returns the network with those MTP modules alone that draft this many tokens."""
+        mtp = self.kind.parts_for(self.mtp, num_speculative_tokens)
+        return Network(self.parts._replace(mtp=mtp), self.kind)
+
     @property
     def blocks(self) -> list[Block]:
         return self.parts.blocks

@@ -278,6 +278,14 @@ class Kind:
         del module, ready
         return ()
 
+    def parts_for(self, parts: PyTree, num_speculative_tokens: int) -> PyTree:
+        """Returns what drafting that many tokens reads of `parts`.
+
+        It is called once before the loop over steps, in which a part of an array would be copied at every step.
+        """
+        del num_speculative_tokens
+        return parts
+
     def empty_caches(self, parts: PyTree, empty: Callable[[Block], Cache], num_speculative_tokens: int) -> Caches:
         """Returns caches for drafting with `parts` from `unstack`; `empty(block)` returns the cache of one block."""
         del parts, empty, num_speculative_tokens

@@ -158,6 +158,9 @@ class Parallel(Kind):
         """Returns the blocks of all heads as one module with stacked weights, which run in parallel under vmap."""
         return ParallelParts(ready(module.block.folded()).joined(), ready(module.markov) if self.num_features else None)
 
+    def parts_for(self, parts: ParallelParts, num_speculative_tokens: int) -> ParallelParts:
+        return parts._replace(blocks=_first(parts.blocks, num_speculative_tokens))
+
     def empty_caches(
         self, parts: ParallelParts, empty: Callable[[Block], Cache], num_speculative_tokens: int
     ) -> Caches:
@@ -203,9 +206,13 @@ class Parallel(Kind):
 
 def _run(blocks: Block, num: int, z_BTD: jax.Array, slots: Slots, caches: Caches) -> tuple[jax.Array, Caches]:
     """Runs the first `num` heads on the same z; returns the last position's outputs [K, B, 1, D] and the caches."""
-    heads = jax.tree.map(lambda w: w[:num], blocks)
 
     def one(block: Block, cache: Cache) -> tuple[jax.Array, Cache]:
         return block.decode(z_BTD, slots, cache, 1)
 
-    return jax.vmap(one)(heads, caches)
+    return jax.vmap(one)(_first(blocks, num), caches)
+
+
+def _first(blocks: Block, num: int) -> Block:
+    """Returns the first `num` of stacked blocks."""
+    return jax.tree.map(lambda w: w if len(w) == num else w[:num], blocks)
