@@ -3,9 +3,9 @@
     y = x w,   dx = g w^T,   dw = x^T g
 
 DeepSeek-V3 (2412.19437, section 3.3) with coarser scales. x, w and the gradient g of y are rounded once each, to
-float8_e4m3fn; results have the compute dtype. An array is divided by its scales before it is rounded,
-and results are multiplied by them: one scale per token of x and of g, one for w. The backward pass reads x in 8 bits,
-which takes half the memory of bfloat16 between the passes.
+float8_e4m3fn; results have the compute dtype. An array is divided by its scales before it is rounded, and results are
+multiplied by them: one scale per token of x and of g, one for w. The backward pass reads x in 8 bits, which takes half
+the memory of bfloat16 between the passes.
 
 A scale must be constant along the summed dim of a matmul. In dw, which sums over tokens, the scales of tokens are
 therefore applied to the rounded g, as shifts of its exponents relative to the largest of them (`with_one_scale`).
@@ -153,13 +153,18 @@ class Residuals(NamedTuple):
 
 def _forward(x, w, in_dims):
     assert x.dtype == w.dtype and list(in_dims) == sorted(set(in_dims)), (x.dtype, w.dtype, in_dims)
-    if not device().multiplies_fp8:
-        warn_once("model.matmul_precision=fp8: slow here; this device multiplies fp8 operands in a larger dtype")
+    warn_if_emulated("model.matmul_precision")
     outputs = tuple(d for d in range(w.ndim) if d not in in_dims)
     w8 = rounded(w, range(w.ndim))
     values, kept = residuals(x, weight_residuals(w8, in_dims), len(in_dims))
     y = _product(values, ordered(w8.values, (*outputs, *in_dims)), len(in_dims), x.dtype, FORWARD_PRECISION)
     return scaled(y, kept.x_scale, w8.scale.reshape(())), kept
+
+
+def warn_if_emulated(key: str) -> None:
+    """States on stderr, once, that the device has no 8-bit matmuls, which the value fp8 of a config key asks for."""
+    if not device().multiplies_fp8:
+        warn_once(f"{key}=fp8: slow here; this device multiplies fp8 operands in a larger dtype")
 
 
 def weight_residuals(w8: Rounded, in_dims: Sequence[int]) -> Rounded:

@@ -258,6 +258,7 @@ def _gradients_in_8_bits(head_DV: jax.Array) -> Callable[[jax.Array, jax.Array],
 
     Gradients of logits are rounded to e5m2: of a token, most are 1e-5 of the largest and less.
     """
+    fp8.warn_if_emulated("training.loss_precision")
     head = fp8.weight_residuals(fp8.rounded(head_DV, (0, 1)), (0,))
 
     def gradients(hidden: jax.Array, grad_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
