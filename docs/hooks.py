@@ -1,16 +1,22 @@
 """Hooks of mkdocs (mkdocs.yml): the site has the pages of docs/ as they are written for GitHub.
 
 * Pages outside docs/ (README.md is the first page) are added, and so is every file that a page links to.
-* Equations, a fence ```math or $`...`$ in a line, become MathML, which browsers draw without a script.
+* Equations, a fence ```math or $`...`$ in a line, become MathML, which browsers draw without a script. The site has a
+  font for them, the glyphs that its equations need of STIX Two Math (SIL Open Font License), since many devices have no
+  font with a table of mathematics.
 * List items are indented by four spaces, as Markdown in Python needs it.
 * At the end of a line numbers keep their units and options their hyphens; pictures link to their files.
 """
 
+import functools
+import importlib.util
+import io
 import logging
 import pathlib
 import posixpath
 import re
 from collections.abc import Callable, Iterator
+from html import unescape
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,6 +29,11 @@ PAGES = {
     "experiments/README.md": "experiments/README.md",
 }
 PAGES |= {source: source for source in sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("experiments/*/README.md"))}
+FONT = "fonts/stix-two-math.woff2"  # as in docs/site.css
+# Characters of the font whatever the equations are: letters and digits, and italic letters, which browsers draw for an
+# identifier of one letter. Unicode has no U+03A2, and the italic h is U+210E instead of U+1D455.
+LETTERS = {*range(0x20, 0x7F), *range(0x391, 0x3CA), 0x210E, *range(0x1D434, 0x1D468), *range(0x1D6E2, 0x1D71C)}
+LETTERS -= {0x3A2, 0x1D455}
 FILES = "files"  # folder of the site for all other files that pages link to
 _SOURCES = {site: source for source, site in PAGES.items()}
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
@@ -147,6 +158,32 @@ def with_math(html: str, equations: list[str]) -> str:
     return re.sub(r"EQUATION(\d+)END", lambda m: equations[int(m[1])], html)
 
 
+def characters(equations: list[str]) -> set[int]:
+    """Returns the code points that browsers draw for equations in MathML, and `LETTERS`."""
+    return LETTERS | {ord(c) for equation in equations for c in unescape(re.sub("<[^>]+>", "", equation))}
+
+
+@functools.cache
+def font(code_points: frozenset[int]) -> bytes:
+    """Returns the glyphs of STIX Two Math for some characters, with all sizes of each, as a WOFF2 file."""
+    from fontTools import subset
+
+    package = importlib.util.find_spec("ziamath")  # a package that has the font; nothing else of it is used
+    assert package is not None and package.origin is not None
+    path = pathlib.Path(package.origin).parent / "fonts" / "STIXTwoMath-Regular.ttf"
+    options = subset.Options(flavor="woff2", layout_features=["ssty", "dtls", "flac", "kern"], name_IDs=["*"])
+    full = subset.load_font(str(path), options)
+    if missing := code_points - full.getBestCmap().keys():
+        log.warning("equations: %s has no %s", path.name, " ".join(f"U+{c:04X}" for c in sorted(missing)))
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(unicodes=code_points)
+    subsetter.subset(full)
+    made = io.BytesIO()
+    subset.save_font(full, made, options)
+    full.close()
+    return made.getvalue()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Line breaks and pictures
 
@@ -191,6 +228,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, PAGES[source], content=text))
     for page in ROOT.glob("docs/*.md"):
         pages[f"docs/{page.name}"] = page.read_text(encoding="utf-8")
+    equations = [equation for text in pages.values() for equation in without_math(text)[1]]
+    files.append(File.generated(config, FONT, content=font(frozenset(characters(equations)))))
     for source, text in pages.items():
         for target in targets(text, source):
             site = site_path(target)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import io
 import re
 import sys
 import types
@@ -116,6 +117,19 @@ def test_equations_of_the_pages_are_supported(caplog):
     assert not caplog.records
     hooks.mathml(r"\nosuchcommand{x}", "inline")
     assert "not supported" in caplog.text
+
+
+def test_the_font_of_equations_has_their_characters(caplog):
+    assert f'url("{hooks.FONT}")' in (ROOT / "docs" / "site.css").read_text()
+    found = hooks.characters(["<math><mo>&#x2211;</mo><mi>\u03b2</mi></math>", "<math><mo>&lt;</mo></math>"])
+    assert found == hooks.LETTERS | {0x2211, 0x3B2, ord("<")}
+    pytest.importorskip("ziamath")
+    tables = pytest.importorskip("fontTools.ttLib")
+    made = tables.TTFont(io.BytesIO(hooks.font(frozenset(found))))
+    assert found <= made.getBestCmap().keys() and "MATH" in made and not caplog.records
+    assert "SIL Open Font License" in made["name"].getDebugName(13)
+    hooks.font(frozenset({0x10FFFF}))
+    assert "has no U+10FFFF" in caplog.text
 
 
 def test_settings_are_shown_with_their_defaults_and_comments(monkeypatch):
