@@ -1,4 +1,4 @@
-"""notebooks/: nbclient runs each as it is, but for its folders and the model of distillation.ipynb."""
+"""notebooks/: nbclient runs each, with other values for some of the variables of its settings (`OVERRIDES`)."""
 
 import importlib.metadata
 import io
@@ -31,6 +31,13 @@ CODE = INSTALL["quickstart"]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 # name -> the oldest version that will do
 REQUIRED = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE))
+# Name -> variables of its settings that the tests change, beside the folder: fewer steps than a reader takes (the time is
+# proportional to them, 0.3 to 1.3 s a step on 2 cores), and for distillation a model that needs no download.
+OVERRIDES = {
+    "quickstart": {"NUM_STEPS": "120"},  # 300
+    "n_search": {"NUM_STEPS": "60"},  # 100 of each of five models
+    "distillation": {"LEARNING_RATE": "3e-3"},  # what the notebook names for a model of this size; and MODEL
+}
 PIP = [sys.executable, "-m", "pip", "install", "-q", "-r", str(ROOT / "requirements.txt")]
 
 
@@ -126,8 +133,10 @@ def test_a_failing_cell_fails_the_run(tmp_path, line):
 
 
 def test_quickstart_runs(tmp_path):
-    text, pictures = execute(NOTEBOOKS["quickstart"], tmp_path, WORKDIR=repr(str(tmp_path / "run")))
-    assert "step 300/300" in text and "installing" not in text
+    text, pictures = execute(
+        NOTEBOOKS["quickstart"], tmp_path, WORKDIR=repr(str(tmp_path / "run")), **OVERRIDES["quickstart"]
+    )
+    assert "step 120/120" in text and "installing" not in text
     greedy = re.search(r"160 tokens: (\d+) forward passes plain, (\d+) with drafts", text)
     assert greedy and int(greedy[1]) == 160 > int(greedy[2])
     assert re.search(r"^2 drafted: [12]\.\d\d tokens", text, re.MULTILINE) and len(pictures) == 2
@@ -179,7 +188,7 @@ def tiny_llama(tmp_path_factory):
 
 
 def test_distillation_runs(tiny_llama, tmp_path):
-    settings = {"MODEL": repr(str(tiny_llama)), "WORKDIR": folder_of(tmp_path / "run"), "LEARNING_RATE": "3e-3"}
+    settings = {"MODEL": repr(str(tiny_llama)), "WORKDIR": folder_of(tmp_path / "run")} | OVERRIDES["distillation"]
     text, pictures = execute(NOTEBOOKS["distillation"], tmp_path, **settings)
     per_pass = {}
     for kind in ("parallel", "sequential"):
@@ -197,7 +206,9 @@ def test_distillation_runs(tiny_llama, tmp_path):
 
 
 def test_n_search_runs(tmp_path):
-    text, pictures = execute(NOTEBOOKS["n_search"], tmp_path, WORKDIR=folder_of(tmp_path / "run"))
+    text, pictures = execute(
+        NOTEBOOKS["n_search"], tmp_path, WORKDIR=folder_of(tmp_path / "run"), **OVERRIDES["n_search"]
+    )
     variants = json.loads((tmp_path / "run" / "n_search.json").read_text())["variants"]
     found = {(v["settings"]["mtp.kind"], v["n"]): v["measures"] for v in variants if v["num_finished"] == 1}
     assert sorted(found) == [("none", 1), ("parallel", 2), ("parallel", 4), ("sequential", 2), ("sequential", 4)]

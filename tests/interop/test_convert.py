@@ -421,7 +421,8 @@ def test_check_tells_the_order_a_model_was_trained_with_from_the_other(monkeypat
     """An import under the wrong order, as stated by config.json, is noticed."""
     small = ["--config.model.num_layers=2", "--config.model.num_experts=0", "--config.mtp.depth=1"]
     small += ["--config.data.sequence_length=64", "--config.optimizer.learning_rate=1e-2"]
-    loop.train(load_config(TINY, [*SMALL, *small, "--config.training.num_steps=120"]), str(tmp_path / "run"))
+    small += ["--config.training.num_steps=100", "--config.training.log_every=50", "--config.checkpoint.every=100"]
+    loop.train(load_config(TINY, [*SMALL, *small]), str(tmp_path / "run"))
     convert_here(monkeypatch, "export", f"--workdir={tmp_path / 'run'}", f"--hf={tmp_path / 'hf'}")
     reconfigure(tmp_path / "hf", mtp_conventions={"concat_order": "hidden_first"})
     capfd.readouterr()
