@@ -38,6 +38,8 @@ os.environ.update(ALWAYS)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a script: so would what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
