@@ -31,10 +31,10 @@ CODE = INSTALL["quickstart"]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 # name -> the oldest version that will do
 REQUIRED = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE))
-# Name -> variables of its settings that the tests change, beside the folder: fewer steps than a reader takes (the time is
-# proportional to them, 0.3 to 1.3 s a step on 2 cores), and for distillation a model that needs no download.
+# Name -> variables that the tests change, beside the folder: fewer steps, of 0.3 to 1.5 s on 2 cores, and a model that
+# needs no download.
 OVERRIDES = {
-    "quickstart": {"NUM_STEPS": "120"},  # 300
+    "quickstart": {"NUM_STEPS": "80"},  # 300
     "n_search": {"NUM_STEPS": "60"},  # 100 of each of five models
     "distillation": {"LEARNING_RATE": "3e-3"},  # what the notebook names for a model of this size; and MODEL
 }
@@ -136,7 +136,7 @@ def test_quickstart_runs(tmp_path):
     text, pictures = execute(
         NOTEBOOKS["quickstart"], tmp_path, WORKDIR=repr(str(tmp_path / "run")), **OVERRIDES["quickstart"]
     )
-    assert "step 120/120" in text and "installing" not in text
+    assert "step 80/80" in text and "installing" not in text
     greedy = re.search(r"160 tokens: (\d+) forward passes plain, (\d+) with drafts", text)
     assert greedy and int(greedy[1]) == 160 > int(greedy[2])
     assert re.search(r"^2 drafted: [12]\.\d\d tokens", text, re.MULTILINE) and len(pictures) == 2
