@@ -162,7 +162,7 @@ def _forward(x, w, in_dims):
 
 
 def warn_if_emulated(key: str) -> None:
-    """States on stderr, once, that the device has no 8-bit matmuls, which the value fp8 of a config key asks for."""
+    """States on stderr, once, that the device has no 8-bit matmuls, where a config key is "fp8"."""
     if not device().multiplies_fp8:
         warn_once(f"{key}=fp8: slow here; this device multiplies fp8 operands in a larger dtype")
 
