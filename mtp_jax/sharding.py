@@ -32,6 +32,10 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
 # Dims before "embed" that take over its mesh axes. Not "vocab": looking up tokens in a table that is split by token
 # moves whole activations, in one split by "embed" only a part.
 LEADING = ("experts", "ffn", "heads")
+# Programs that the host may enqueue before it waits for one of them. XLA's CPU client enqueues 32 per device; the next
+# one occupies a thread of the pool that runs the programs, and once no thread is left for a device that the others
+# wait for in a collective, all wait forever. Accelerators need no more to stay busy.
+MAX_PROGRAMS_AHEAD = 16
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:

@@ -9,7 +9,8 @@ from flax.traverse_util import flatten_dict
 
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.metrics import read_metrics
-from tests.commands import DENSE, QUICK, SMALL, finish, run_process, start_two
+from tests.commands import CPU, DENSE, QUICK, SMALL, finish, run_process, start_two
+from tests.conftest import ROOT
 
 CONFIG = ["--config=configs/tiny.py", *SMALL, "--config.training.sample_tokens=4", "--config.training.num_steps=30"]
 CONFIG += ["--config.training.eval_every=10"]
@@ -58,6 +59,11 @@ def test_two_processes_train_as_one(alone, tmp_path):
     rows = [line for line in table.splitlines()[1:] if line.strip()]
     assert rows and all(line in evaluated[0][1] for line in rows), (rows, evaluated)  # gloo talks in between
     assert "held-out" not in evaluated[1][1]
+
+
+def test_hundreds_of_programs_with_collectives_can_be_enqueued_at_once():
+    done = run_process("tests/many_programs.py", env={**CPU, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGINT, [75, 130])])

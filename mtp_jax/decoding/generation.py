@@ -20,7 +20,7 @@ from mtp_jax.decoding.samplers import Sampler
 from mtp_jax.decoding.verify import Verdict, verify
 from mtp_jax.layers.cache import slots_at
 from mtp_jax.mtp import Caches, Text, kind_of
-from mtp_jax.sharding import constrain
+from mtp_jax.sharding import MAX_PROGRAMS_AHEAD, constrain
 from mtp_jax.typing import Cache
 
 PROMPT_CHUNK = 512  # maximum number of prompt tokens run at once
@@ -142,6 +142,8 @@ def prefill_all(architecture: Architecture, network: Network, state: State, num_
     for at in range(0, num_tokens, chunk):
         visible = min(bucket(at + chunk), state.tokens_BS.shape[1])
         state = prefill(architecture, chunk, visible, network, state, np.int32(at))
+        if at // chunk % MAX_PROGRAMS_AHEAD == MAX_PROGRAMS_AHEAD - 1:
+            jax.block_until_ready(state)
     return state
 
 

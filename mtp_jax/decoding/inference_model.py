@@ -23,7 +23,7 @@ from mtp_jax.layers.norm import RMSNorm
 from mtp_jax.layers.spec import layer_specs
 from mtp_jax.model import Tree, abstract_model
 from mtp_jax.mtp import Caches, DecoderInputs, Kind, MainModel, kind_of
-from mtp_jax.sharding import constrain, constrain_weight, is_on_one_device
+from mtp_jax.sharding import constrain, constrain_weight
 from mtp_jax.typing import Cache, PyTree
 
 
@@ -84,12 +84,7 @@ class Network:
         return self._structure.kind
 
     def for_drafts(self, num_speculative_tokens: int) -> "Network":
-        """Returns the network with those MTP modules alone that draft this many tokens.
-
-        On a mesh of several devices it returns itself: the kernels that would copy a part of an array are not used.
-        """
-        if not is_on_one_device():
-            return self
+        """Returns the network with those MTP modules alone that draft this many tokens."""
         mtp = self.kind.parts_for(self.mtp, num_speculative_tokens)
         return self if mtp is self.mtp else Network(self.parts._replace(mtp=mtp), self.kind)
 

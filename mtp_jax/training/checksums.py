@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mtp_jax.sharding import MAX_PROGRAMS_AHEAD
 from mtp_jax.typing import PyTree
 
 Sums = tuple[int, int]
@@ -113,14 +114,16 @@ def flatten(tree: PyTree) -> dict[Path, Any]:
 
 
 def list_leaves(tree: PyTree, check_finite: bool = True) -> list[Leaf]:
-    """Returns every array of `tree` with its checksum, all computed on the devices before the host waits.
+    """Returns every array of `tree` with its checksum; the devices compute several while the host waits.
 
     Raises:
       NonFinite: `check_finite` is true and an array has values that are not finite.
       ValueError: an array of an unsupported dtype.
     """
     leaves = flatten(tree)
-    found = jax.device_get({path: block_sums(leaf) for path, leaf in leaves.items()})
+    paths, found = list(leaves), {}
+    for at in range(0, len(paths), MAX_PROGRAMS_AHEAD):
+        found |= jax.device_get({path: block_sums(leaves[path]) for path in paths[at : at + MAX_PROGRAMS_AHEAD]})
     for path, (_, _, is_finite) in found.items():
         if check_finite and not is_finite:
             raise NonFinite("/".join(path))

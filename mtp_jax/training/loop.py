@@ -75,7 +75,7 @@ def train(config: Config, workdir: str, resume: Resume | None = None, started: f
 def run_steps(session: Session, stages: Sequence[Stage]) -> Tree:
     """Runs the steps up to training.num_steps, or until a stage stops them, and returns the state.
 
-    Between two log points the host does not wait for the device.
+    Between two log points the host waits for no step but an earlier one (`sharding.MAX_PROGRAMS_AHEAD`).
     """
     session.stages, run, clock = stages, session.run, session.clock
     batches = global_batches(run, "train", session.step)

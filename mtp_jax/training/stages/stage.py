@@ -13,6 +13,7 @@ from etils import epath
 from mtp_jax.config import Config
 from mtp_jax.lease import Lease
 from mtp_jax.model import Tree
+from mtp_jax.sharding import MAX_PROGRAMS_AHEAD
 from mtp_jax.training.checkpoint import Checkpoints
 from mtp_jax.training.clock import Clock
 from mtp_jax.training.run import Run
@@ -117,6 +118,8 @@ class Session:
     def advance(self, state: Tree, metrics: dict[str, jax.Array]) -> None:
         """Takes the results of a dispatched step; its metrics stay on the device until they are fetched."""
         self.step, self.state, self.metrics, self.values = self.step + 1, state, metrics, {}
+        if len(self._waiting) >= MAX_PROGRAMS_AHEAD:
+            jax.block_until_ready(self._waiting[-MAX_PROGRAMS_AHEAD][1])
         self._waiting.append((self.step, metrics))
         if len(self._waiting) > MAX_STEPS_ON_DEVICE:  # the older half is computed: fetching it does not wait
             self.fetch(len(self._waiting) // 2)
