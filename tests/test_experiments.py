@@ -87,7 +87,7 @@ def test_findings_have_a_verdict_and_a_section_for_every_experiment():
 def test_means_in_findings_and_readme_are_those_of_the_results(folder):
     """Each mean with a deviation is in a table of the same experiment."""
     rows, sections = findings()
-    table = [pair for path in (folder / "results").glob("*.md") for pair in DEVIATIONS.findall(path.read_text())]
+    table = [pair for path in folder.glob("results*/*.md") for pair in DEVIATIONS.findall(path.read_text())]
     for text in ["\n".join(rows[folder.name]), sections[folder.name], (folder / "README.md").read_text()]:
         found = set(DEVIATIONS.findall(text)) - set(table)
         assert not found, f"{folder.name}: {sorted(found)}"
@@ -140,6 +140,24 @@ def test_a_star_graph_has_one_answer(graphs):
         assert len(edges) == len(set(edges)) == 4 and all(a + b in edges for a, b in itertools.pairwise(path))
         assert path[0] + path[-1] == ends and len(set("".join(edges))) == 5
         assert sum(edge[0] == path[0] for edge in edges) == 2  # two edges leave the centre
+
+
+@pytest.mark.parametrize(("arms", "length"), [(2, 5), (5, 5)])
+def test_a_large_star_graph_has_one_answer_and_fills_a_row(arms, length, monkeypatch, tmp_path):
+    monkeypatch.setenv("STAR_GRAPH", f"{arms},{length},100")
+    large = module_of("star_graph/graphs.py")
+    large.write(tmp_path, 50)
+    tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+    for line in (tmp_path / "train.jsonl").read_text().splitlines():
+        each = json.loads(line)
+        edges, ends = each["prompt"].removesuffix(" =").split(" / ")
+        edges, path = edges.split(" | "), each["completion"].split()
+        assert len(set(edges)) == arms * (length - 1) and len(path) == length
+        assert all(f"{a} {b}" in edges for a, b in itertools.pairwise(path)) and ends == f"{path[0]} {path[-1]}"
+        assert sum(edge.split()[0] == path[0] for edge in edges) == arms
+        ids = tokenizer.encode(each["prompt"] + each["completion"])
+        assert 0 not in ids and tokenizer.decode(ids[-length:]).split() == path  # 0: unknown
+        assert len(ids) + 2 == 3 * arms * (length - 1) + 3 + length + 2  # as run.sh has it, with bos and eos
 
 
 def test_no_test_question_is_in_the_training_data(graphs, tmp_path):

@@ -167,19 +167,10 @@ def test_set(*, family: str, **_: Any) -> dict[str, Any]:
 
 def tokenizer() -> dict[str, Any]:
     """Returns a tokenizer.json with one token per word, syllable, letter, digit and mark."""
-    special = ["<unk>", "<s>", "</s>"]
-    added = [
-        {"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        for i, word in enumerate(special)
-    ]
-    words = [*special, *"=+:.", "of", "has", *FAMILIES, *LETTERS, *"0123456789", *VALUES, *SYLLABLES]
-    words += dict.fromkeys(word for lists in VALUES.values() for each in lists for word in each)
-    return {
-        "version": "1.0",
-        "added_tokens": [{**each, "special": True} for each in added],
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
-    }
+    from mtp_jax.data.tokenizer.word_level import word_level
+
+    words = [*"=+:.", "of", "has", *FAMILIES, *LETTERS, *"0123456789", *VALUES, *SYLLABLES]
+    return word_level([*words, *(word for lists in VALUES.values() for each in lists for word in each)])
 
 
 def write(folder: str, num_questions: int, num_statements: int) -> None:

@@ -12,14 +12,14 @@ data=(--output=$out/data)
 config=(--config.data.tokenizer=$out/data/tokenizer.json "--config.data.mixture[0].files=$out/data/train.jsonl"
   "--config.data.mixture[1].files=$out/data/facts.jsonl")
 if [ "$SIZE" = gpu ]; then
-  data+=(--num_questions=3000000 --num_statements=1000000)
-  config+=(--config.data.batch_size=256 --config.model.num_layers=8 --config.model.embed_dim=512 --config.model.num_heads=8
+  data+=(--num_questions=400000 --num_statements=200000)
+  config+=(--config.data.batch_size=128 --config.model.num_layers=8 --config.model.embed_dim=512 --config.model.num_heads=8
     --config.model.num_kv_heads=8 --config.model.head_dim=64 --config.model.ffn_dim=1280 --config.model.compute_dtype=bfloat16
-    --config.optimizer.learning_rate=3e-3 --config.training.num_steps=5000 --config.training.log_every=200
+    --config.optimizer.learning_rate=3e-3 --config.training.num_steps=3000 --config.training.log_every=200
     --config.checkpoint.every=1000)
 fi
 
-[ -s $out/data/facts.jsonl ] || $python $here/questions.py "${data[@]}"
+[ -s $out/data/facts.jsonl ] || PYTHONPATH=. $python $here/questions.py "${data[@]}"
 $python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
   --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" --over="seed=${SEEDS:-0,1,2}" "${config[@]}" \
   --tasks=copy,sum,lookup,fact --eval.tasks_dir=$here --eval.batch_size=125 "$@"

@@ -18,7 +18,7 @@ fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
-[ -s $out/data/train.jsonl ] || $python $here/stories.py --output=$out/data "${data[@]}"
+[ -s $out/data/train.jsonl ] || PYTHONPATH=. $python $here/stories.py --output=$out/data "${data[@]}"
 shape=model.embed_dim,model.ffn_dim,model.num_layers,model.num_heads,model.num_kv_heads,model.head_dim
 $python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
   --over="$shape=${SIZES:-$sizes}" --over="mtp.kind=${KINDS:-none,parallel}" --over="seed=${SEEDS:-0,1,2}" \

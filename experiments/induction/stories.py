@@ -94,28 +94,11 @@ def texts() -> Iterator[str]:
 
 def tokenizer() -> dict[str, Any]:
     """Returns a tokenizer.json with one token per word and per token of a name."""
-    special = ["<unk>", "<s>", "</s>"]
+    from mtp_jax.data.tokenizer.word_level import word_level
+
     sentences = [*TEMPLATES["opening"], *TEMPLATES["meeting"], *TEMPLATES["middle"]]
     fixed = {word for sentence in sentences for word in sentence.split() if "{" not in word}
-    words = [*special, *FIRST, *SECOND, *sorted(fixed.union(*SLOTS.values()))]
-    added = [
-        {
-            "id": i,
-            "content": word,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, word in enumerate(special)
-    ]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
-    }
+    return word_level([*FIRST, *SECOND, *sorted(fixed.union(*SLOTS.values()))])
 
 
 def write(folder: str, num_train: int) -> None:

@@ -9,11 +9,11 @@ out=runs/experiments/polynomials results=$here/results variants='(none,1),(paral
 [ "$SIZE" = cpu ] || out=${out}_$SIZE results=${results}_$SIZE
 config=(--config.data.files=$out/data/train.jsonl)
 if [ "$SIZE" = gpu ]; then
-  variants="$variants,(parallel,3)" data=(--num_train=3000000)
-  config+=(--config.data.sequence_length=128 --config.data.batch_size=256 --config.model.num_layers=8
+  variants="$variants,(parallel,3)" data=(--num_train=600000)
+  config+=(--config.data.sequence_length=128 --config.data.batch_size=128 --config.model.num_layers=8
     --config.model.embed_dim=512 --config.model.num_heads=8 --config.model.num_kv_heads=8 --config.model.head_dim=64
     --config.model.ffn_dim=1280 --config.model.compute_dtype=bfloat16 --config.optimizer.learning_rate=3e-3
-    --config.training.num_steps=20000 --config.training.log_every=200 --config.checkpoint.every=2000)
+    --config.training.num_steps=4000 --config.training.log_every=200 --config.checkpoint.every=2000)
 fi
 # The seeds of a variant share their compiled programs.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}

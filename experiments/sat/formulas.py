@@ -98,27 +98,10 @@ def test_set(**settings: Any) -> dict[str, Any]:
 
 def tokenizer(num_variables: int) -> dict[str, Any]:
     """Returns a tokenizer.json with one token per clause, per literal, and for `=`."""
-    special = ["<unk>", "<s>", "</s>"]
+    from mtp_jax.data.tokenizer.word_level import word_level
+
     literals = [literal for v in VARIABLES[:num_variables] for literal in (v, v.upper())]
-    words = [*special, "=", *literals, *clauses(num_variables)]
-    added = [
-        {
-            "id": i,
-            "content": word,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for i, word in enumerate(special)
-    ]
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "model": {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"},
-    }
+    return word_level(["=", *literals, *clauses(num_variables)])
 
 
 def write(folder: str, num_train: int, num_variables: int, num_clauses: int) -> None:

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from mtp_jax.config import UserError, with_own_tokenizer
 from mtp_jax.data import ByteTokenizer, load_tokenizer
+from mtp_jax.data.tokenizer.word_level import word_level
 from tests import sentencepiece
 
 TEXTS = ["def f(x):\n    return x  # é ü 漢字 🙂\n", "aaaa bbbb  cccc\t\r\n", "<|endoftext|> is spelled here"]
@@ -280,3 +281,11 @@ def test_a_workdir_s_own_tokenizer_takes_the_place_of_one_that_is_gone(tmp_path,
     (tmp_path / "hf" / name).write_text("{}")
     assert with_own_tokenizer(values, epath.Path(tmp_path))["data"]["tokenizer"] == str(tmp_path / "hf" / name)
     assert "is gone" in capsys.readouterr().err
+
+
+def test_a_word_level_tokenizer_has_a_token_per_word(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(word_level(["up", "down", "up"])))
+    found = load_tokenizer(str(tmp_path))
+    assert found.vocab_size == 5 and (found.bos_id, found.eos_id) == (1, 2)
+    assert found.encode(" down up  up\nsideways").tolist() == [4, 3, 3, 0]
+    assert found.decode([3, 4]) == "up down"
