@@ -142,6 +142,22 @@ def test_a_star_graph_has_one_answer(graphs):
         assert sum(edge[0] == path[0] for edge in edges) == 2  # two edges leave the centre
 
 
+def test_questions_about_code_are_answered_by_the_text():
+    questions = module_of("code_search/questions.py")
+    text = "".join(f"def function_{i:03}(argument):\n    return argument + {i}  + offset\n\n" for i in range(60))
+    lines = list(questions.next_lines(text, random.Random(0)))
+    names = list(questions.identifiers(text, random.Random(0)))
+    assert len(lines) > 30 and len(names) > 60
+    for row in lines + names:
+        assert len(row["question"]) == questions.CONTEXT and row["question"] + row["answer"] in text
+    assert all(row["question"].endswith("\n   ") and row["answer"].startswith(" return") for row in lines)
+    assert {row["answer"].strip() for row in names} == {"argument"}  # the names of functions occur once
+    assert questions.score_line(lines[0], [lines[0]["answer"].strip()]) == {"exact": 1.0}
+    assert questions.score_line(lines[0], [lines[0]["answer"] + "1"]) == {"exact": 0.0}
+    assert questions.score_identifier(names[0], [" argument):"]) == {"exact": 1.0}
+    assert questions.score_identifier(names[0], ["arguments"]) == {"exact": 0.0}
+
+
 @pytest.mark.parametrize(("arms", "length"), [(2, 5), (5, 5)])
 def test_a_large_star_graph_has_one_answer_and_fills_a_row(arms, length, monkeypatch, tmp_path):
     monkeypatch.setenv("STAR_GRAPH", f"{arms},{length},100")
