@@ -153,5 +153,6 @@ RUNS: dict[str, tuple[Run, ...]] = {
             "class StopAtLoss",
         )
     ),
+    "docs/comparison.md": (Run("pip download", reason="reads a release of another framework from a package registry"),),
     "CONTRIBUTING.md": (Run("make lint", reason=f"{CI}, apart from make test-fast, which is a part of make test"),),
 }
