@@ -43,7 +43,7 @@ _ITEM = re.compile(r"^(\d+\.|[*-]) +")
 _CODE = re.compile(r"(<pre.*?</pre>|<code.*?</code>|<math.*?</math>|<[^>]+>)", re.DOTALL)
 _QUANTITY = re.compile(r"(?<=\d)[ \n](?=(?:%|ms|s|k|M|B|[KMGT]i?B|±)(?![\w-]))|(?<=±)[ \n](?=\d)")
 _SLASH = re.compile(r"(?<=\w)/(?=\w)")
-_NAME = re.compile(r"(?<=\w)_(?=\w)")
+_LONG_NAME = re.compile(r"\w{12,}")
 _OPTION = re.compile(r"(?<![\w-])(--?\w+)")
 log = logging.getLogger("mkdocs.plugins.mtp_jax")
 
@@ -192,7 +192,7 @@ def with_line_breaks(html: str) -> str:
     """Returns the HTML of a page with fewer and better places for line breaks.
 
     There is none inside "41.5 %", "0.70 ± 0.02" and the "--c" of "--config". Long names may break after "/" in code and
-    after "_" elsewhere, since they are wider than the columns of a phone.
+    after "_" elsewhere, since they can be wider than the columns of a phone.
     """
 
     def part(text: str) -> str:
@@ -201,7 +201,7 @@ def with_line_breaks(html: str) -> str:
             return f"<code>{inside}</code>"
         if text.startswith("<"):
             return text
-        return _NAME.sub("_<wbr>", _QUANTITY.sub("\N{NO-BREAK SPACE}", text))
+        return _LONG_NAME.sub(lambda name: name[0].replace("_", "_<wbr>"), _QUANTITY.sub("\N{NO-BREAK SPACE}", text))
 
     return "".join(map(part, _CODE.split(html)))
 

@@ -161,6 +161,35 @@ def test_every_block_is_run_or_listed_with_a_reason(page):
     assert sorted(used) == sorted(run.part for run in RUNS.get(page, ())), "an entry has no block, or several"
 
 
+def items_before_blocks(page, text):
+    """The list items whose next lines are a block indented by four spaces, which readers see as a paragraph of the item."""
+    lines = text.splitlines()
+    for block in [block for block in blocks(page, text) if block.kind != "text"]:
+        before = [line for line in lines[: block.line - 1] if line.strip()][-1:]
+        indent = len(lines[block.line - 1]) - len(lines[block.line - 1].lstrip())
+        if 4 <= indent < 6 and before and re.match(r"([*-]|\d+\.)? +\S|[*-] ", before[0]):
+            yield before[0]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_command_becomes_a_paragraph_of_a_list(page):
+    assert not list(items_before_blocks(page, (ROOT / page).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("* item\n\n    make x\n", 1),
+        ("* item\n  goes on\n\n    make x\n", 1),
+        ("1. item\n\n    make x\n", 1),
+        ("* item\n\ntext\n\n    make x\n", 0),
+        ("* item\n\n      make x\n", 0),
+    ],
+)
+def test_commands_after_list_items_are_found(text, count):
+    assert len(list(items_before_blocks("page", text))) == count
+
+
 def test_reasons_name_files_that_exist():
     assert set(RUNS) <= set(PAGES)
     for run in (run for runs in RUNS.values() for run in runs):
