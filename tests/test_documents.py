@@ -162,7 +162,7 @@ def test_every_block_is_run_or_listed_with_a_reason(page):
 
 
 def items_before_blocks(page, text):
-    """The list items whose next lines are a block indented by four spaces, which readers see as a paragraph of the item."""
+    """The list items that a block indented by four spaces follows: it is shown as a paragraph of the item."""
     lines = text.splitlines()
     for block in [block for block in blocks(page, text) if block.kind != "text"]:
         before = [line for line in lines[: block.line - 1] if line.strip()][-1:]
