@@ -41,7 +41,10 @@ _FENCE = re.compile(r"^ *```")
 _INLINE_MATH = re.compile(r"\$`([^`]+)`\$")
 _ITEM = re.compile(r"^(\d+\.|[*-]) +")
 _CODE = re.compile(r"(<pre.*?</pre>|<code.*?</code>|<math.*?</math>|<[^>]+>)", re.DOTALL)
-_QUANTITY = re.compile(r"(?<=\d)[ \n](?=(?:%|ms|s|k|M|B|[KMGT]i?B|±)(?![\w-]))|(?<=±)[ \n](?=\d)")
+_QUANTITY = re.compile(
+    r"(?<=\d)[ \n](?=(?:%|ms|s|k|M|B|[KMGT]i?B|±)(?![\w-]))|(?<=±)[ \n](?=\d)"
+    r"|(?<=\b[np]) (?==)|(?<=\b[np] =) (?=\d)"
+)
 _SLASH = re.compile(r"(?<=\w)/(?=\w)")
 _LONG_NAME = re.compile(r"\w{12,}")
 _OPTION = re.compile(r"(?<![\w-])(--?\w+)")
@@ -191,8 +194,8 @@ def font(code_points: frozenset[int]) -> bytes:
 def with_line_breaks(html: str) -> str:
     """Returns the HTML of a page with fewer and better places for line breaks.
 
-    There is none inside "41.5 %", "0.70 ± 0.02" and the "--c" of "--config". Long names may break after "/" in code and
-    after "_" elsewhere, since they can be wider than the columns of a phone.
+    There is none inside "41.5 %", "0.70 ± 0.02", "n = 2" and the "--c" of "--config". Long names may break after "/" in
+    code and after "_" elsewhere, since they can be wider than the columns of a phone.
     """
 
     def part(text: str) -> str:

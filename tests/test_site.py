@@ -82,11 +82,11 @@ def test_items_are_indented_by_four_and_end_their_paragraphs(page, found):
 def test_lines_break_between_words_of_names_not_inside_quantities_and_options():
     space = "\N{NO-BREAK SPACE}"
     assert hooks.with_line_breaks(
-        '<td title="4 %">41.5 % of 2 M, 0.70\n± 0.02, a_b, max_position_embeddings</td>, 3 kinds, '
+        '<td title="4 %">41.5 % of 2 M, n = 2, 0.70\n± 0.02, a_b, max_position_embeddings</td>, 3 kinds, '
         "<code>a-b --config.x=c/d 4 % -n</code>"
         "<pre><code>--c 4 %</code></pre>"
     ) == (
-        f'<td title="4 %">41.5{space}% of 2{space}M, 0.70{space}±{space}0.02, a_b, '
+        f'<td title="4 %">41.5{space}% of 2{space}M, n{space}={space}2, 0.70{space}±{space}0.02, a_b, '
         "max_<wbr>position_<wbr>embeddings</td>, 3 kinds, "
         '<code>a-b <span class="option">--config</span>.x=c/<wbr>d 4 % <span class="option">-n</span></code>'
         "<pre><code>--c 4 %</code></pre>"

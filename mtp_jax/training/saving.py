@@ -272,6 +272,7 @@ def write_streamed(
     Raises:
       CheckpointError: the checkpoint cannot be written.
     """
+    _quiet_orbax()
     with contextlib.closing(Folder(directory)) as folder:
         path = folder.for_orbax(step)
         try:
@@ -287,9 +288,9 @@ def write_streamed(
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """Drops the tracebacks of failed saves: those that orbax logs, whose exceptions it raises too, those of the writes
-    that failed beside the one that orbax raises, and those that tensorstore prints when a write ends after the event
-    loop in which orbax waited for it."""
+    """Drops orbax's warnings, and the tracebacks of failed saves: those that orbax logs, whose exceptions it raises
+    too, those of the writes that failed beside the one that orbax raises, and those that tensorstore prints when a
+    write ends after the event loop in which orbax waited for it."""
     folder, hook = f"{os.sep}orbax{os.sep}", sys.unraisablehook
 
     def is_wanted(record: logging.LogRecord) -> bool:
