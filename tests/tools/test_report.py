@@ -477,6 +477,13 @@ def test_seeds_are_thin_and_their_mean_is_bold(sweep, monkeypatch, tmp_path):
     assert [(sum(w < 1 for w in ws), sum(w > 1.5 for w in ws)) for ws in widths.values()] == [(3, 1), (3, 1), (3, 1)]
     (mean,) = [x for x in lines if x.get_color() == "C1" and x.get_linewidth() > 1.5]
     assert len(mean.get_xdata()) == 600  # of the finished two: the seed that failed at step 300 does not shorten it
+    bands = axes["loss, main"].collections
+    assert len(bands) == 3 and axes["loss, main"].get_ylabel() == "nats per token"
+    outline = bands[1].get_paths()[0].vertices
+    step = 100
+    seeds = [1.8 + 3 / step + 0.03 * math.sin(7 * step + seed) for seed in (0, 1)]
+    found = outline[outline[:, 0] == step, 1]
+    assert (min(found), max(found)) == (pytest.approx(min(seeds)), pytest.approx(max(seeds)))
 
 
 @pytest.mark.usefixtures("undrawn")

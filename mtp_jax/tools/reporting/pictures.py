@@ -33,6 +33,7 @@ OF_THE_STEP = (
     ("gradient norm", ("grad_norm",)),
     ("largest expert load / mean", ("moe_load_max_over_mean",)),
 )
+UNITS = {LOSS: "nats per token", ACCURACY: "share of positions", AGREEMENT: "share of positions"}
 PEAKED = (LOSS, "gradient norm")  # panels scaled to the later steps; the first values are far larger
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#e87ba4", "#008300", "#4a3aa7", "#e34948")
 STYLES: tuple[LineStyleType, ...] = ("solid", "dashed", "dotted", "dashdot")  # for more variants than colours
@@ -60,7 +61,8 @@ def draw(variants: Sequence[Variant], output: epath.Path) -> None:
     """Draws curves over steps, one panel per group of metrics that any run has.
 
     A single run has one colour per depth. Several runs have one panel per depth and one colour per variant: the seeds
-    are thin lines, the mean of the finished ones (of all, if none is finished) is a bold line.
+    are thin lines, the mean of the finished ones (of all, if none is finished) is a bold line, and a band reaches from
+    the lowest to the highest of them.
 
     Raises:
       UserError: no run has a metric to draw.
@@ -211,9 +213,13 @@ def curves(rows: Rows, names: tuple[str, ...]) -> dict[int, Curve]:
 
 def mean_curve(every: Sequence[Curve]) -> Curve:
     """Returns the mean at the steps that all curves have."""
+    return [(step, statistics.fmean(values)) for step, values in _shared(every)]
+
+
+def _shared(every: Sequence[Curve]) -> list[tuple[int, list[float]]]:
+    """Returns the steps that all curves have, each with the values of the curves."""
     tables = [dict(curve) for curve in every]
-    shared = [step for step, _ in every[0] if all(step in table for table in tables)]
-    return [(step, statistics.fmean(table[step] for table in tables)) for step in shared]
+    return [(step, [table[step] for table in tables]) for step, _ in every[0] if all(step in t for t in tables)]
 
 
 def _panels(runs: Sequence[Run]) -> list[tuple[str, tuple[str, ...]]]:
@@ -233,8 +239,12 @@ def _draw_variants(axis: Axes, variants: Sequence[Variant], names: tuple[str, ..
             _line(axis, curve, color=f"C{i}", linewidth=0.6, alpha=0.55, linestyle=_style(i))
         finished = [curve for run, curve in every.items() if run.is_finished]
         if every:
-            mean = mean_curve(finished or list(every.values()))
-            _line(axis, mean, color=f"C{i}", linewidth=1.9, linestyle=_style(i))
+            averaged = finished or list(every.values())
+            _line(axis, mean_curve(averaged), color=f"C{i}", linewidth=1.9, linestyle=_style(i))
+            if len(averaged) > 1 and (shared := _shared(averaged)):
+                steps, values = zip(*shared, strict=True)
+                lowest, highest = [min(v) for v in values], [max(v) for v in values]
+                axis.fill_between(steps, lowest, highest, color=f"C{i}", alpha=0.12, linewidth=0)
 
 
 def _line(axis: Axes, curve: Curve, **style: Any) -> None:
@@ -257,6 +267,7 @@ def _grid(num_panels: int, num_columns: int) -> tuple[Figure, list[Axes]]:
 def _dress(axis: Axes, title: str) -> None:
     axis.set_title(title)
     axis.set_xlabel("step")
+    axis.set_ylabel(next((unit for start, unit in UNITS.items() if title.startswith(start)), ""))
     if title.startswith(PEAKED):
         _scale_to_later_steps(axis)
     if title == "learning rate":
