@@ -121,7 +121,8 @@ def list_leaves(tree: PyTree, check_finite: bool = True) -> list[Leaf]:
       ValueError: an array of an unsupported dtype.
     """
     leaves = flatten(tree)
-    paths, found = list(leaves), {}
+    paths = list(leaves)
+    found: dict[Path, tuple[Any, Any, Any]] = {}  # the two sums and whether all values are finite
     for at in range(0, len(paths), MAX_PROGRAMS_AHEAD):
         found |= jax.device_get({path: block_sums(leaves[path]) for path in paths[at : at + MAX_PROGRAMS_AHEAD]})
     for path, (_, _, is_finite) in found.items():
