@@ -14,6 +14,7 @@ Exit code 2 with one line if a workdir has no metrics, or a sweep no runs.
 
 import importlib.util
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 from etils import epath
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> None:
     runs = load_runs(args.workdir, args.sweep)
     variants, source = grouping.variants_of(runs), grouping.best_source(runs)
     tables = make_tables(runs, variants, source)
-    print("\n\n".join(table.text() for table in tables))
+    width = shutil.get_terminal_size().columns  # 80 where there is no terminal
+    print("\n\n".join(table.text(width) for table in tables))
     if args.markdown:
         cli.write_output("markdown", args.markdown, "\n\n".join(table.markdown() for table in tables))
     if args.json:

@@ -134,7 +134,7 @@ def _announce(run: Run) -> None:
     axes = ", ".join(f"{n}={s}" for n, s in run.mesh.shape.items() if s > 1) or "1 device"
     tokens = run.corpus.num_tokens("train")
     extra = f" (+ {counts.mtp_total / 1e6:,.2f} M)" if counts.mtp_total else ""
-    sizes = f"{counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active per token"
+    sizes = f"{counts.total / 1e6:,.2f} M parameters, {counts.active / 1e6:,.2f} M active"
     print(f"model    {sizes}; {kind.describe()}{extra}")
     data = run.config.data
     source = ", ".join(part.name for part in run.corpus.sources) if data.mixture else data.source

@@ -44,9 +44,10 @@ def make_run(folder, depth=2, num_steps=60, moe=True, seed=0.0):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the command: exit code, stdout, stderr."""
+    """Run the command: exit code, stdout, stderr. The terminal is wide enough for every table."""
 
-    def command(*argv):
+    def command(*argv, columns=400):
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr("sys.argv", ["report", *map(str, argv)])
         code = 0
         try:
@@ -252,6 +253,19 @@ def test_the_search_over_n(sweep, run):
     assert base[:4] == ["1", "3", "4", "1.340 ± 0.040"] and three[:4] == ["3", "2 of 4", "2 + 2", "1.300 [1]"]
     _, base, two = rows_of(out, "search over n = 1 + depth: sequential modules, on top of the main model")[-3:]
     assert two[:4] == ["2", "3", "4 + 1", "1.130 ± 0.030*"]  # 0.21 apart, t = 7.3
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_summary_fits_the_terminal_and_keeps_every_value(sweep, run):
+    wide, narrow = (run(f"--sweep={sweep}", columns=columns)[1] for columns in (400, 80))
+    tables = [text.partition("\ncurves:")[0] for text in (wide, narrow)]
+    assert max(map(len, tables[0].splitlines())) > 100
+    too_long = [line for line in tables[1].splitlines() if len(line) > 80]
+    assert not too_long, too_long
+    words = [text.split() for text in tables]
+    assert not set(words[0]) - set(words[1])
+    # A difference stays beside the score it belongs to.
+    assert all("diff" not in line.split()[1:2] for line in tables[1].splitlines())
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -16,6 +16,7 @@ class Table:
 
     notes: explanations of the numbers, below the title.
     has_title: whether `text` includes the title.
+    joined: names of columns that `text` keeps beside the column before.
     """
 
     title: str
@@ -23,18 +24,45 @@ class Table:
     rows: list[list[str]]
     notes: tuple[str, ...] = ()
     has_title: bool = True
+    joined: tuple[str, ...] = ()
 
-    def text(self) -> str:
-        """Returns the table with columns padded to their widest cell and numbers right-aligned."""
+    def text(self, width: int = 80) -> str:
+        """Returns the table with columns padded to their widest cell and numbers right-aligned.
+
+        A table that is wider than `width` characters is split into parts, one below the other, each with the first
+        column and as many of the others as there is room for, at least one.
+        """
         full = [self.header, *(row for row in self.rows if len(row) > 1)]
         widths = [max(len(row[i]) for row in full) for i in range(len(self.header))]
-        lines = [self.title] if self.has_title else []
-        lines += [textwrap.fill(note, 120, subsequent_indent="  ") for note in self.notes]
-        is_left = [name in (self.header[0], "state") for name in self.header]
-        for row in [self.header, *self.rows]:
-            cells = zip(row, widths, is_left, strict=False)
-            lines.append("  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in cells).rstrip())
+        lines = [textwrap.fill(self.title, width)] if self.has_title else []
+        lines += [textwrap.fill(note, width, subsequent_indent="  ") for note in self.notes]
+        for n, columns in enumerate(self._parts(widths, width)):
+            lines += [""] if n else []
+            for row in [self.header, *self.rows]:
+                cells = [(row[i], widths[i], self.header[i]) for i in columns if i < len(row)]
+                is_left = (self.header[0], "state")
+                padded = [c.ljust(w) if name in is_left else c.rjust(w) for c, w, name in cells]
+                lines.append("  ".join(padded).rstrip())
         return "\n".join(lines)
+
+    def _parts(self, widths: list[int], width: int) -> list[list[int]]:
+        """Returns the columns of each part of the text, the first column included."""
+        groups: list[list[int]] = []
+        for i, name in enumerate(self.header[1:], start=1):
+            if groups and name in self.joined:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        parts: list[list[int]] = []
+        room = 0
+        for group in groups:
+            needed = sum(2 + widths[i] for i in group)
+            if not parts or needed > room:
+                parts.append([0])
+                room = width - widths[0]
+            parts[-1] += group
+            room -= needed
+        return parts or [[0]]
 
     def markdown(self) -> str:
         """Returns a heading, the notes and the table."""

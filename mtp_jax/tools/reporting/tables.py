@@ -170,7 +170,7 @@ def _benchmarks(others: str, variants: list[Variant], tasks: list[tuple[str, Jso
         f"runs: {counts}",
         NOISE_NOTE if baseline else "no differences: there is no run with mtp.kind=none",
     )
-    return Table(title, header, rows, notes)
+    return Table(title, header, rows, notes, joined=("diff",))
 
 
 def _compared(samples: list[Sample | None], variants: list[Variant], baseline: Variant | None) -> list[str]:
