@@ -1,9 +1,11 @@
 """Eight devices on one CPU for every test, and one compilation cache for all processes of a test run."""
 
+import fcntl
 import gc
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,6 +68,30 @@ def use_one_device(patch):
 def one_device(monkeypatch):
     """`use_one_device` for a test."""
     use_one_device(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """The workdir that train_small (tests/decoding/trained.py) makes of its defaults, once for all processes."""
+    from tests.decoding.trained import train_small
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root  # a process of pytest-xdist has a folder in it
+    folder = root / "small_run"
+    with open(root / "small_run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():  # else the training failed in another process
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            train_small(folder)
+            (folder / "complete").touch()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def small_workdir(small_run, tmp_path_factory):
+    """A copy of `small_run` for the tests of a file, which may write to it."""
+    return shutil.copytree(small_run, tmp_path_factory.mktemp("small") / "run")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from tests import sentencepiece
 from tests.data.chat_templates import SPECIAL, TEMPLATES, assistant, user
 from tests.data.test_tokenizer import byte_level
 from tests.decoding.models import MLA, build, parallel, replace
-from tests.decoding.trained import CONTEXT, train_small
+from tests.decoding.trained import CONTEXT
 
 BOS = 256
 PROMPTS = ["the station", "the café is", "Bob"]
@@ -26,8 +26,8 @@ NUM_NEW = 60
 
 
 @pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return mtp_jax.load(train_small(tmp_path_factory.mktemp("trained")))
+def lm(small_workdir):
+    return mtp_jax.load(small_workdir)
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ GROUPS = {"mmlu": (57, 14_042), "bbh": (27, 6511)}
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return train_small(tmp_path_factory.mktemp("benchmarks"))
+def workdir(small_workdir):
+    return small_workdir
 
 
 @pytest.fixture

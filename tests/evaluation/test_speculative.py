@@ -13,12 +13,11 @@ from mtp_jax.decoding.draft_length import Advice, Cost
 from mtp_jax.decoding.samplers import make_sampler
 from mtp_jax.evaluation import decode_tasks, speculative
 from tests.commands import run_here
-from tests.decoding.trained import train_small
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return train_small(tmp_path_factory.mktemp("speculative"))
+def workdir(small_workdir):
+    return small_workdir
 
 
 def run_eval(monkeypatch, capsys, *argv):

@@ -8,14 +8,13 @@ import mtp_jax
 from mtp_jax.config import UserError
 from mtp_jax.language_model.streaming import stream
 from mtp_jax.tools import generate
-from tests.decoding.trained import train_small
 
 PROMPT = "the café is"
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return train_small(tmp_path_factory.mktemp("generate"))
+def workdir(small_workdir):
+    return small_workdir
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [None, 0])
