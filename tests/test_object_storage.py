@@ -13,7 +13,7 @@ from mtp_jax import cli, storage
 from mtp_jax.config import UserError, load_config
 from mtp_jax.data.tokenizer import ByteTokenizer
 from mtp_jax.evaluation import benchmarks, conventions, speculative
-from mtp_jax.tools import plan
+from mtp_jax.tools import convert, plan, report
 from mtp_jax.training.metrics import read_metrics
 from tests.commands import QUICK, ROOT, SMALL, command, finish, run_here, run_process, start_two
 
@@ -54,7 +54,7 @@ def start(bucket, *argv):
     )
 
 
-def test_a_run_from_the_first_command_to_the_last(bucket, undisturbed):
+def test_a_run_from_the_first_command_to_the_last(bucket, undisturbed, monkeypatch):
     workdir, hf = bucket.url + "/runs/a", bucket.url + "/hf"
     first = start(bucket, *CONFIG, f"--workdir={workdir}")
     for line in first.stdout:
@@ -74,18 +74,18 @@ def test_a_run_from_the_first_command_to_the_last(bucket, undisturbed):
     assert done.returncode == 0, done.stderr
     assert storage.read_json(f"{workdir}/eval.json", "")["step"] == 12
 
-    done = run(bucket, "-m", "mtp_jax.tools.report", f"--workdir={workdir}", f"--json={bucket.url}/report.json")
-    assert done.returncode == 0, done.stderr
+    # The other tools in this process, which reads the bucket too.
+    assert run_here(monkeypatch, report.main, f"--workdir={workdir}", f"--json={bucket.url}/report.json") == 0
     assert storage.read_bytes(f"{workdir}/report.png").startswith(b"\x89PNG")
     assert json.loads(storage.read_text(f"{bucket.url}/report.json"))
 
-    done = run(bucket, "-m", "mtp_jax.tools.convert", "export", f"--workdir={workdir}", f"--hf={hf}")
-    assert done.returncode == 0, done.stderr
     imported = bucket.url + "/runs/imported"
-    done = run(bucket, "-m", "mtp_jax.tools.convert", "import", f"--hf={hf}", f"--workdir={imported}")
-    assert done.returncode == 0, done.stderr
-    done = run(bucket, "-m", "mtp_jax.tools.convert", "export", f"--workdir={imported}", f"--hf={hf}2")
-    assert done.returncode == 0, done.stderr
+    for argv in (
+        ["export", f"--workdir={workdir}", f"--hf={hf}"],
+        ["import", f"--hf={hf}", f"--workdir={imported}"],
+        ["export", f"--workdir={imported}", f"--hf={hf}2"],
+    ):
+        assert run_here(monkeypatch, convert.main, *argv) == 0
     weights = [storage.read_bytes(f"{each}/model.safetensors") for each in (hf, hf + "2")]
     assert weights[0] == weights[1]
     assert not (ROOT / "gs:").exists()
@@ -106,16 +106,24 @@ def test_a_second_run_in_the_workdir_is_refused_at_its_start(bucket):
     assert f"--workdir={workdir}: is in use by a run on host " in lines[0] and f"pid {first.pid}, since" in lines[0]
 
 
-# Statuses are repeated by one rule (tests/test_storage.py), so one run has all of them.
+# Statuses are repeated by one rule (tests/test_storage.py), so one run has all of them; another has both ways to close.
+CLOSED = ("closed_before", "closed_after")
+
+
 @pytest.mark.parametrize(
     "kinds",
-    [("429", "500", "503"), ("timeout",), ("closed_before",), ("closed_after",), ("slow",)],
-    ids=lambda kinds: kinds[0] if len(kinds) == 1 else "status",
+    [("429", "500", "503"), ("timeout",), CLOSED, ("slow",)],
+    ids=lambda kinds: kinds[0] if len(kinds) == 1 else "closed" if kinds == CLOSED else "status",
 )
 def test_faults_during_training_lose_nothing(bucket, undisturbed, kinds):
     workdir = bucket.url + "/run"
-    for kind, match in zip(itertools.cycle(kinds), ("POST", "metrics", "checkpoints", "lease", "GET"), strict=False):
-        bucket.inject(kind, match=match, times=2, skip=3, seconds=2)
+    matches = ("POST", "metrics", "checkpoints", "lease", "GET")
+    # Each way to close meets each kind of request, the second after the first.
+    faults = (
+        itertools.product(kinds, matches) if kinds == CLOSED else zip(itertools.cycle(kinds), matches, strict=False)
+    )
+    for kind, match in faults:
+        bucket.inject(kind, match=match, times=2, skip=8 if kind == CLOSED[1] else 3, seconds=2)
     done = run(bucket, "train.py", *CONFIG, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert losses(workdir) == undisturbed
