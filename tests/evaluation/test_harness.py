@@ -22,7 +22,7 @@ from tests import real_data, sentencepiece
 from tests.decoding.models import MLA, build, replace, sequential
 
 pytest.importorskip("lm_eval")
-CONTEXT, NUM_ITEMS, BOS, EOS = 384, 200, 256, 257
+CONTEXT, NUM_ITEMS, BOS, EOS = 384, 100, 256, 257
 ROWS = 50  # scored at once by the tests' own scorer
 
 
@@ -99,7 +99,7 @@ def scores(logits, rows, nums_new):
 
 
 def test_multiple_choice(evaluate, main_logits):
-    """ARC-Easy, 200 questions: the log-likelihood of every answer, and both accuracies."""
+    """ARC-Easy, 100 questions: the log-likelihood of every answer, and both accuracies."""
     values, samples = evaluate("--tasks=arc_easy", f"--limit={NUM_ITEMS}")
     docs, rows, nums_new, right, right_norm = lines_of("arc_easy_test.jsonl"), [], [], [], []
     for doc in docs:
@@ -126,7 +126,7 @@ def test_multiple_choice(evaluate, main_logits):
 
 
 def test_rolling(evaluate, main_logits, tmp_path):
-    """200 texts, some longer than the context, as bits per byte."""
+    """100 texts, some longer than the context, as bits per byte."""
     folder = task_file(
         tmp_path,
         "rolled",
