@@ -106,7 +106,8 @@ def test_a_second_run_in_the_workdir_is_refused_at_its_start(bucket):
     assert f"--workdir={workdir}: is in use by a run on host " in lines[0] and f"pid {first.pid}, since" in lines[0]
 
 
-# Statuses are repeated by one rule (tests/test_storage.py), so one run has all of them; another has both ways to close.
+# Statuses are repeated by one rule (tests/test_storage.py), so one run has all of them; another run has
+# connections closed before and after a request is carried out.
 CLOSED = ("closed_before", "closed_after")
 
 
@@ -118,7 +119,7 @@ CLOSED = ("closed_before", "closed_after")
 def test_faults_during_training_lose_nothing(bucket, undisturbed, kinds):
     workdir = bucket.url + "/run"
     matches = ("POST", "metrics", "checkpoints", "lease", "GET")
-    # Each way to close meets each kind of request, the second after the first.
+    # Both faults of a closed connection for each kind of request, one after the other.
     faults = (
         itertools.product(kinds, matches) if kinds == CLOSED else zip(itertools.cycle(kinds), matches, strict=False)
     )

@@ -38,7 +38,7 @@ def trained_and_resumed(config, workdir):
     """Metrics of a run of four steps, and of the same run continued from its checkpoint of step 2."""
     data = dataclasses.replace(config.data, source="synthetic", synthetic_documents=200)
     checkpoint = dataclasses.replace(config.checkpoint, every=2)
-    training = dataclasses.replace(config.training, num_steps=4)
+    training = dataclasses.replace(config.training, num_steps=4, eval_batches=1, sample_tokens=0)
     config = dataclasses.replace(config, data=data, checkpoint=checkpoint, training=training, mesh=MeshConfig())
     found = []
     for resume in (None, Resume(step=2)):
