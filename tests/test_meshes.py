@@ -16,7 +16,8 @@ from mtp_jax.training.step import make_trainer
 from tests.test_mistakes import rows, tiny
 
 MIXED = [{"fsdp": 2, "expert": 2, "context": 2}, {"expert": 2, "context": 2, "tensor": 2}]
-CASES = [("sequential", {"context": 8}), ("sequential", MIXED[0]), ("parallel", MIXED[0]), ("window", MIXED[1])]
+CASES = [("sequential", mesh) for mesh in ({"context": 8}, *MIXED)]
+CASES += [("parallel", MIXED[0]), ("window", MIXED[1])]
 NUM_STEPS = 5
 # The rest counts tokens: one whose two best experts or words are a rounding apart may go to the other.
 CONTINUOUS = ("loss", "grad_norm", "learning_rate", "mtp_lambda")
