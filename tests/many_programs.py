@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.training import checksums
+from mtp_jax.training.clock import Clock
 from mtp_jax.training.stages.stage import Session
 
 
@@ -30,7 +31,8 @@ def main() -> None:
         return jnp.tanh(x @ x.T), {"loss": x.sum()}
 
     step = jax.jit(step, donate_argnums=0, out_shardings=(rows, everywhere))
-    session = Session(None, None, None, None, 0, jax.device_put(np.ones((512, 512), np.float32), rows))
+    state = jax.device_put(np.ones((512, 512), np.float32), rows)
+    session = Session(None, None, None, Clock(), 0, state)
     for _ in range(250):
         session.advance(*step(session.state))
     assert float(session.metrics["loss"]) > 0

@@ -119,7 +119,8 @@ class Session:
         """Takes the results of a dispatched step; its metrics stay on the device until they are fetched."""
         self.step, self.state, self.metrics, self.values = self.step + 1, state, metrics, {}
         if len(self._waiting) >= MAX_PROGRAMS_AHEAD:
-            jax.block_until_ready(self._waiting[-MAX_PROGRAMS_AHEAD][1])
+            with self.clock.counting("step"):
+                jax.block_until_ready(self._waiting[-MAX_PROGRAMS_AHEAD][1])
         self._waiting.append((self.step, metrics))
         if len(self._waiting) > MAX_STEPS_ON_DEVICE:  # the older half is computed: fetching it does not wait
             self.fetch(len(self._waiting) // 2)
