@@ -10,7 +10,7 @@ data=(--output=$out/data)
 config=(--config.data.files=$out/data/train.jsonl --config.data.tokenizer=$out/data/tokenizer.json)
 if [ "$SIZE" = gpu ]; then
   task=sat_large variants="$variants,(parallel,6)"
-  data+=(--num_variables=8 --num_clauses=34 --num_train=1000000)
+  data+=(--num_variables=8 --num_clauses=34 --num_train=250000)
   config+=(--config.data.sequence_length=44 --config.data.batch_size=256 --config.model.num_layers=8
     --config.model.embed_dim=384 --config.model.num_heads=6 --config.model.num_kv_heads=6 --config.model.head_dim=64
     --config.model.ffn_dim=1024 --config.model.compute_dtype=bfloat16 --config.training.num_steps=4000
