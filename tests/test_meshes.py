@@ -82,7 +82,7 @@ def test_steps_on_a_mesh_of_eight_equal_one_device(one_device, kind, sizes):
     for step, (a, b) in enumerate(zip(expected, metrics, strict=True)):
         for name in (name for name in a if name.startswith(CONTINUOUS)):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-7), (step, name)
-    assert min(np.abs(bias).max() for bias in jax.tree.leaves(last["biases"])) > 0.01  # they have moved
+    assert min(np.abs(bias).max() for bias in jax.tree.leaves(last["biases"])) > 0.009  # they have moved
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-7), last["biases"], state["biases"])
 
 
