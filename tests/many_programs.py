@@ -6,7 +6,7 @@ Run by test_processes.py as a process of its own: XLA ends the process that wait
 import os
 
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_cpu_collective_call_terminate_timeout_seconds=20"
+    "--xla_force_host_platform_device_count=2 --xla_cpu_collective_call_terminate_timeout_seconds=60"
 )
 
 import jax
