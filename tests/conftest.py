@@ -15,7 +15,7 @@ JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 # XLA's older code generator for CPUs compiles a training step in half the time. Later versions have only the newer one,
 # and refuse the flag; processes that a test starts use the newer one in any case, but where they are to be QUICK.
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false" if JAXLIB < (0, 11) else ""
-# One LLVM module a program instead of up to 32 takes three quarters of the CPU time to compile.
+# One LLVM module per program instead of up to 32 takes three quarters of the CPU time to compile.
 QUICK_FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 # Tracing makes many objects that live: a collection after each 700 of them, Python's default, takes a tenth of a test.
 gc.set_threshold(100_000, 20, 50)
