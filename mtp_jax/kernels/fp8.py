@@ -80,7 +80,7 @@ class Rounded(NamedTuple):
         return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-def rounded(x: jax.Array, dims: Sequence[int], dtype: DTypeLike = DTYPE) -> Rounded:
+def rounded(x: jax.Array, dims: Sequence[int], dtype: DTypeLike = DTYPE, largest: jax.Array | None = None) -> Rounded:
     """Rounds x to 8 bits with one scale for the elements along `dims`, from their largest absolute value.
 
     That value is scaled to [128, 256) for e4m3 and [16384, 32768) for e5m2, so nothing overflows. A row of zeros stays
@@ -88,9 +88,12 @@ def rounded(x: jax.Array, dims: Sequence[int], dtype: DTypeLike = DTYPE) -> Roun
 
     Args:
       x: bfloat16 or float32.
+      largest: float32, the largest absolute values, with size 1 in `dims`, where they are known already.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=tuple(dims), keepdims=True), SMALLEST)
+    if largest is None:
+        largest = jnp.max(jnp.abs(x), axis=tuple(dims), keepdims=True)
+    largest = jnp.maximum(largest, SMALLEST)
     # The exponent alone is the largest power of two in it; that of an infinity or NaN is infinity.
     power = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(largest, jnp.uint32) & EXPONENT_BITS, jnp.float32)
     scale = power * 2.0 ** (1 - math.floor(math.log2(float(jnp.finfo(dtype).max))))
@@ -187,7 +190,12 @@ def residuals(x: jax.Array, w: Rounded, num_summed: int) -> tuple[jax.Array, Res
 
 
 def gradients(
-    kept: Residuals, g: jax.Array, num_summed: int, dtype: DTypeLike = GRADIENT_DTYPE, dw_dtype: DTypeLike | None = None
+    kept: Residuals,
+    g: jax.Array,
+    num_summed: int,
+    dtype: DTypeLike = GRADIENT_DTYPE,
+    dw_dtype: DTypeLike | None = None,
+    largest: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns dx [tokens..., contracted...] in the dtype of g, and dw [contracted..., outputs...].
 
@@ -197,11 +205,12 @@ def gradients(
       num_summed: number of contracted dims of the product.
       dtype: 8-bit dtype of g.
       dw_dtype: dtype of dw; None: that of g.
+      largest: as in `rounded`, of g, [tokens..., 1...].
     """
     x, x_scale, w8 = kept
     outputs = w8.values.ndim - num_summed
     tokens, own = _split(g.ndim, outputs)
-    g8 = rounded(g, own, dtype)
+    g8 = rounded(g, own, dtype, largest)
     values, shifted = both_orders(g, g8, len(tokens), x_scale)
     dx = _product(values, w8.values, outputs, g.dtype)
     dx = scaled(dx, _per_token(g8.scale, len(tokens), num_summed), w8.scale)

@@ -18,8 +18,11 @@ class CrossEntropy(Loss):
         nll = chunk.log_z - chunk.target_logit
         return nll + self.z_weight * jnp.square(chunk.log_z) if self.z_weight else nll
 
+    def softmax_factor(self, log_z: jax.Array) -> jax.Array | float:
+        return 1.0 + 2.0 * self.z_weight * log_z if self.z_weight else 1.0
+
     def gradient(self, chunk: Logits, cotangent: jax.Array) -> jax.Array:
         """Returns (softmax * (1 + 2 z_weight log Z) - one_hot(target)) * cotangent."""
         is_target = jnp.arange(chunk.logits.shape[-1]) == chunk.targets[..., None]
         probs = jnp.exp(chunk.logits - chunk.log_z[..., None])
-        return (probs * (1.0 + 2.0 * self.z_weight * chunk.log_z[..., None]) - is_target) * cotangent[..., None]
+        return (probs * self.softmax_factor(chunk.log_z[..., None]) - is_target) * cotangent[..., None]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mtp_jax import sharding
 from mtp_jax.kernels import fp8
 from mtp_jax.kernels.device import device
-from mtp_jax.kernels.log_z import argmax_and_log_z
+from mtp_jax.kernels.log_z import SoftmaxGradient, argmax_and_log_z, softmax_gradient
 from mtp_jax.losses.cross_entropy import CrossEntropy
 from mtp_jax.losses.term import HiddenTerm, Logits, Loss, Term, TermSums, weight_sum
 from mtp_jax.sharding import constrain
@@ -31,7 +31,8 @@ def evaluate(
     """Returns the loss of all terms and the sums of each term.
 
     Args:
-      chunk_tokens: number of positions, per device, whose logits are in memory at a time.
+      chunk_tokens: number of positions, per device, whose float32 logits are in memory at a time; twice as many if they
+        are stored in bfloat16.
       precision: "default": float32 logits. "bfloat16": logits are rounded to bfloat16 before they are stored, and the
         passes over them read half as much; losses and sums are float32. "fp8": as bfloat16, and both products of the
         gradient of the logits are in 8 bits (`kernels.fp8`).
@@ -104,6 +105,7 @@ def _positions(term: Term, chunk_tokens: int, precision: Precision) -> tuple[jax
     """Returns the term's part of the loss, and its values per position [K, B, T]."""
     depth, is_joint = term.hidden_KBTD.shape[0], term.loss.is_joint
     at_once = (depth if is_joint else 1) * (1 if term.teacher_KBTD is None else 2)
+    chunk_tokens *= 1 if precision == "default" else 2
     num_chunks = _num_chunks(term.hidden_KBTD.shape, max(1, chunk_tokens // at_once))
     split = functools.partial(_split, num_chunks=num_chunks, is_joint=is_joint)
     share_K = jnp.ones(depth) if term.head_share_K is None else term.head_share_K
@@ -231,11 +233,10 @@ def _forward(loss: Loss, precision: Precision, chunks: _Chunks, head_DV: jax.Arr
 
     def body(carry, chunk: _Chunks):
         total, grad_head_DV = carry
-        seen, part, positions = _values(loss, precision, chunk, head)
-        scale, share = (x[:, None, None] if loss.is_joint else x for x in (chunk.scale, chunk.head_share))
-        grad_logits = loss.gradient(seen, scale * chunk.weight).astype(chunk.hidden.dtype)
+        part, positions, grad_logits, largest = _values_and_gradient(loss, precision, chunk, head)
+        share = chunk.head_share[:, None, None] if loss.is_joint else chunk.head_share
         shared = chunk.hidden * (share[..., None] if loss.is_joint else share).astype(chunk.hidden.dtype)
-        grad_hidden, grad_chunk_DV = gradients(shared, grad_logits)
+        grad_hidden, grad_chunk_DV = gradients(shared, grad_logits, largest)
         grad_head_DV += constrain(grad_chunk_DV, "embed", "vocab")  # reduce-scattered per chunk, not gathered
         return (total + part, grad_head_DV), (positions, grad_hidden)
 
@@ -245,25 +246,63 @@ def _forward(loss: Loss, precision: Precision, chunks: _Chunks, head_DV: jax.Arr
     return (total, positions), residuals
 
 
-def _gradients(head_DV: jax.Array, hidden: jax.Array, grad_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _values_and_gradient(
+    loss: Loss, precision: Precision, chunk: _Chunks, head_DV: jax.Array
+) -> tuple[jax.Array, _Positions, jax.Array, jax.Array | None]:
+    """Returns the chunk's part of the loss, its values, and the gradient of its logits in the dtype of hidden states.
+
+    The last result is the largest absolute value of each position's gradient where a kernel has computed it.
+    """
+    scale = chunk.scale[:, None, None] if loss.is_joint else chunk.scale
+    cotangent = scale * chunk.weight
+    if not _has_gradient_kernel(loss, precision, chunk.hidden, head_DV):
+        seen, part, positions = _values(loss, precision, chunk, head_DV)
+        return part, positions, loss.gradient(seen, cotangent).astype(chunk.hidden.dtype), None
+    stored = _product(precision, chunk.hidden, head_DV)
+    axes = (*(None for _ in range(stored.ndim - 3)), "batch", "length")
+
+    def of_rows(stored: jax.Array, targets: jax.Array, cotangent: jax.Array) -> SoftmaxGradient:
+        flat = stored.reshape(-1, stored.shape[-1]), targets.reshape(-1), cotangent.reshape(-1)
+        found = softmax_gradient(*flat, lambda log_z: jnp.float32(loss.softmax_factor(log_z)))
+        return jax.tree.map(lambda x: x.reshape(*targets.shape, *x.shape[1:]), found)
+
+    found = sharding.local(of_rows, ((*axes, None), axes, axes), axes)(stored, chunk.targets, cotangent)
+    value = loss.value(Logits(stored, found.log_z, found.target_logit, chunk.targets, None, None, None))
+    positions = _Positions(value, found.log_z - found.target_logit, found.picks)
+    return (cotangent * value).sum(), positions, found.gradient, found.largest
+
+
+def _has_gradient_kernel(loss: Loss, precision: Precision, hidden: jax.Array, head_DV: jax.Array) -> bool:
+    """Returns whether `softmax_gradient` computes the gradient of the logits, which it takes in bfloat16."""
+    is_bfloat16 = precision != "default" and hidden.dtype == jnp.bfloat16
+    if not is_bfloat16 or loss.softmax_factor(jnp.float32(0.0)) is None or device().lacks_hopper():
+        return False
+    return _has_whole_rows((*hidden.shape[:-1], head_DV.shape[-1]))
+
+
+def _gradients(
+    head_DV: jax.Array, hidden: jax.Array, grad_logits: jax.Array, largest: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of the hidden states of a chunk, in their dtype, and of the head, float32[D, V]."""
+    del largest
     lead = "kbc" if hidden.ndim == 4 else "bc"
     grad_hidden = jnp.einsum(f"{lead}v,dv->{lead}d", grad_logits, head_DV)
     grad_DV = jnp.einsum(f"{lead}d,{lead}v->dv", hidden, grad_logits, preferred_element_type=jnp.float32)
     return grad_hidden, grad_DV
 
 
-def _gradients_in_8_bits(head_DV: jax.Array) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns (hidden, grad_logits) -> the gradients as `_gradients`, of operands rounded to 8 bits.
+def _gradients_in_8_bits(head_DV: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns (hidden, grad_logits, largest) -> the gradients as `_gradients`, of operands rounded to 8 bits.
 
     Gradients of logits are rounded to e5m2: of a token, most are 1e-5 of the largest and less.
     """
     fp8.warn_if_emulated("training.loss_precision")
     head = fp8.weight_residuals(fp8.rounded(head_DV, (0, 1)), (0,))
 
-    def gradients(hidden: jax.Array, grad_logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gradients(hidden: jax.Array, grad_logits: jax.Array, largest: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         kept = fp8.residuals(hidden, head, 1)[1]
-        return fp8.gradients(kept, grad_logits, 1, jnp.float8_e5m2, jnp.float32)
+        largest = None if largest is None else largest[..., None]
+        return fp8.gradients(kept, grad_logits, 1, jnp.float8_e5m2, jnp.float32, largest)
 
     return gradients
 

@@ -38,6 +38,14 @@ class Loss:
 
     is_joint = False
 
+    def softmax_factor(self, log_z: jax.Array) -> jax.Array | float | None:
+        """Returns f, float32[...], if the gradient of `value` is softmax * f - one_hot(target); else None.
+
+        `value` must then read no logits but log_z and target_logit, and `kernels.log_z.softmax_gradient` may compute
+        the gradient.
+        """
+        return None
+
     def value(self, chunk: Logits) -> jax.Array:
         """Returns the loss at each position, float32[...]; must be differentiable in logits, log_z and target_logit."""
         raise NotImplementedError

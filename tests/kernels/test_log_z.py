@@ -43,3 +43,27 @@ def test_the_kernel_is_for_hopper_gpus(capability, is_kernel):
         picks, z = traced.lower().compile()(logits)
     np.testing.assert_array_equal(picks, jnp.argmax(logits, -1))
     np.testing.assert_allclose(z, jax.nn.logsumexp(logits.astype(jnp.float32), -1), rtol=1e-6)
+
+
+def expected_gradient(logits_NV, targets_N, cotangent_N, factor):
+    exact_NV = np.asarray(logits_NV.astype(jnp.float32), np.float64)
+    z_N = np.log(np.exp(exact_NV - exact_NV.max(1, keepdims=True)).sum(1)) + exact_NV.max(1)
+    softmax_NV = np.exp(exact_NV - z_N[:, None]) * np.broadcast_to(factor(z_N), z_N.shape)[:, None]
+    return z_N, (softmax_NV - np.eye(exact_NV.shape[1])[targets_N]) * cotangent_N[:, None]
+
+
+@pytest.mark.parametrize("vocab", [7, 4096, 20_000])
+@pytest.mark.parametrize("factor", [lambda z: 1.0 + 0.02 * z, lambda z: 1.0])
+def test_the_gradient_is_that_of_the_cross_entropy(vocab, factor):
+    logits_NV = 4 * jax.random.normal(jax.random.key(vocab), (6, vocab), jnp.bfloat16)
+    targets_N = np.array([0, vocab - 1, 3, 5, 6, 1])
+    cotangent_N = np.array([1.0, 0.25, 0.0, -2.0, 1e-6, 1.0], np.float32)
+    given = np.asarray(logits_NV.astype(jnp.float32))
+    found = jax.jit(lambda *args: log_z.softmax_gradient(*args, factor))(logits_NV, targets_N, cotangent_N)
+    z_N, gradient_NV = expected_gradient(logits_NV, targets_N, cotangent_N, factor)
+    np.testing.assert_array_equal(found.picks, given.argmax(1))
+    np.testing.assert_allclose(found.log_z, z_N, rtol=2e-6)
+    np.testing.assert_array_equal(found.target_logit, given[np.arange(6), targets_N])
+    written_NV = np.asarray(found.gradient.astype(jnp.float32))
+    np.testing.assert_allclose(written_NV, gradient_NV, rtol=2**-8, atol=1e-12)
+    np.testing.assert_array_equal(found.largest, np.abs(written_NV).max(1))

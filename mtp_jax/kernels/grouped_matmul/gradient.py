@@ -90,8 +90,9 @@ class Residuals(NamedTuple):
 def _forward_fp8(kernels, x_ND, w_EDF, sizes_E):
     x8, w8 = rounded(x_ND, (1,)), rounded(w_EDF, (1, 2))
     w_scale_N1 = _of_groups(w8.scale[:, 0, 0], sizes_E, x_ND.shape[0])
-    y_NF = _rows_8bit(kernels, ordered(x8.values, (0, 1)), ordered(w8.values, (0, 2, 1)), sizes_E, x_ND.dtype)
-    kept = ordered(x8.values, (1, 0)), ordered(w8.values, (0, 1, 2))
+    values_ND, turned = both_orders(x_ND, x8, 1)
+    y_NF = _rows_8bit(kernels, values_ND, ordered(w8.values, (0, 2, 1)), sizes_E, x_ND.dtype)
+    kept = turned.values, ordered(w8.values, (0, 1, 2))
     return scaled(y_NF, x8.scale, w_scale_N1), Residuals(*kept, x8.scale, w_scale_N1, sizes_E)
 
 
