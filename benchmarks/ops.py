@@ -32,6 +32,7 @@ from mtp_jax import losses  # noqa: E402
 from mtp_jax.config import ModelConfig  # noqa: E402
 from mtp_jax.kernels import attention, fp8, log_z  # noqa: E402
 from mtp_jax.kernels import grouped_matmul as grouped
+from mtp_jax.kernels.device import device  # noqa: E402
 from mtp_jax.kernels.grouped_matmul import hopper, hopper_kernels  # noqa: E402
 from mtp_jax.kernels.permute import gather  # noqa: E402
 from mtp_jax.layers.ffn import SwiGLU  # noqa: E402
@@ -237,8 +238,7 @@ def bench_loss(precision: str) -> dict:
         term = losses.Term(losses.CrossEntropy(), hidden, head, targets, weight, scale)
         return losses.evaluate([term], precision=precision)[0]
 
-    options = fp8.compiler_options() if precision == "fp8" else {}
-    step = jax.jit(jax.value_and_grad(total, (0, 1)), compiler_options=options)
+    step = jax.jit(jax.value_and_grad(total, (0, 1)), compiler_options=device().compiler_options)
     found = milliseconds(lambda: step(hidden, head), calls=3)
     return {"both_ms": found, "floor_ms": 1e3 * 6 * TOKENS * DIM * VOCAB / rate()}
 

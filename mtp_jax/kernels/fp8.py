@@ -57,15 +57,6 @@ SMALLEST_SCALE = 2.0**-120  # of the product of two scales, the smallest of whic
 EXPONENT_BITS = np.uint32(0x7F800000)  # of a float32
 
 
-def compiler_options() -> dict[str, bool]:
-    """Returns options of the compiler for a program with 8-bit matmuls.
-
-    On GPUs XLA would compile matmuls with Triton as well, in many tile sizes, and keep the fastest. With 8-bit operands
-    that takes minutes (docs/log.md); cuBLAS alone takes 17 s (dense_1b, H200) and is as fast in bfloat16.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if device().family == "gpu" else {}
-
-
 class Rounded(NamedTuple):
     """Array rounded to 8 bits, `values * scale`.
 

@@ -26,7 +26,7 @@ NUM_WARPS = 4
 LANES = 1024  # eight per thread, 16 bytes of bfloat16
 PIECES = 4  # of LANES logits each, that are read before the first is used
 # Of `softmax_gradient`: so many threads that one program fills a multiprocessor.
-WIDE_WARPS, WIDE_LANES, WIDE_PIECES = 16, 4096, 5
+WIDE_WARPS, WIDE_LANES, WIDE_PIECES = 32, 4096, 5
 
 
 def argmax_and_log_z(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

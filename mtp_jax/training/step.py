@@ -13,7 +13,7 @@ import optax
 
 from mtp_jax import sharding, targets
 from mtp_jax.config import Config
-from mtp_jax.kernels import fp8
+from mtp_jax.kernels.device import device
 from mtp_jax.layers.router import RouterStats, moved_bias
 from mtp_jax.losses import DepthSums, depth_sums, evaluate, token_terms, weight_sum
 from mtp_jax.model import AbstractModel, Tree, abstract_model, init
@@ -115,7 +115,7 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
             in_shardings=(place, rows),
             out_shardings=(place, replicated),
             donate_argnums=0,
-            compiler_options=compiler_options(config, mesh),
+            compiler_options=compiler_options(mesh),
         ),
         evaluate=jax.jit(make_evaluate(config, built), out_shardings=replicated),
         abstract_state=abstract,
@@ -125,12 +125,10 @@ def make_trainer(config: Config, mesh: jax.sharding.Mesh) -> Trainer:
     )
 
 
-def compiler_options(config: Config, mesh: jax.sharding.Mesh) -> dict[str, bool]:
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
     """Returns options of the compiler for the training step on the devices of a mesh."""
-    if "fp8" not in (config.model.matmul_precision, config.training.loss_precision):
-        return {}
     with jax.set_mesh(mesh):
-        return fp8.compiler_options()
+        return device().compiler_options
 
 
 def state_shardings(
