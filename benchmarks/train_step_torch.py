@@ -271,18 +271,18 @@ def make_loss(model, depth, mtp_weight, is_packed):
     return loss_of
 
 
-def adamw(weight, grad, master, mean, square, scale, correction, o, decay):
+def adamw(weight, grad, master, mean, square, scale, correction, rate, o, decay):
     """Updates the fp32 master and both moments in place, and the weight, of one flattened tensor."""
     grad = grad.float() * scale
     mean.lerp_(grad, 1 - o.beta1)
     square.lerp_(grad * grad, 1 - o.beta2)
     update = mean / correction[0] / ((square / correction[1]).sqrt() + o.eps)
-    master.sub_(o.learning_rate * (update + decay * master))
+    master.sub_(rate * (update + decay * master))
     weight.copy_(master)
 
 
 class Optimizer:
-    """AdamW with fp32 masters; weight decay on matrices and clipping by the global norm, as in mtp_jax."""
+    """AdamW with fp32 masters; weight decay on matrices, clipping by the global norm and warmup, as in mtp_jax."""
 
     def __init__(self, model, o):
         self.o, self.num_steps, self.weights = o, 0, list(model.parameters())
@@ -300,8 +300,10 @@ class Optimizer:
         scale = (self.o.clip_norm / norm).clamp(max=1.0) if self.o.clip_norm else torch.ones_like(norm)
         self.num_steps += 1
         correction = torch.tensor([1 - b**self.num_steps for b in (self.o.beta1, self.o.beta2)]).to(norm.device)
+        warmup = min(self.num_steps / max(self.o.warmup_steps, 1), 1.0)
+        rate = torch.tensor(self.o.learning_rate * warmup).to(norm.device)  # as a number it would be compiled in
         for weight, grad, state, decay in zip(self.weights, grads, self.states, self.decays, strict=True):
-            self.update(weight.data.flatten(), grad.flatten(), *state, scale, correction, self.o, decay)
+            self.update(weight.data.flatten(), grad.flatten(), *state, scale, correction, rate, self.o, decay)
             weight.grad = None
 
 

@@ -33,8 +33,8 @@ SMALL = [
     *("--config.model.num_experts=8", "--config.model.init_std=0.2"),
     *("--config.data.sequence_length=64", "--config.data.batch_size=2"),
     # epsilon: Adam divides by the gradient, and small ones are roundings
-    *("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=0", "--config.optimizer.eps=1e-3"),
-    *("--config.optimizer.clip_norm=0.1", "--config.optimizer.learning_rate=0.1"),
+    *("--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=2", "--config.optimizer.eps=1e-3"),
+    *("--config.optimizer.clip_norm=0.1", "--config.optimizer.learning_rate=0.2"),
 ]
 DENSE = ["--config.model.num_experts=0"]
 SOFTMAX = [
