@@ -4,8 +4,9 @@
         --config.data.source=text_files --config.data.files='GLOB' --config.data.tokenizer=PATH/tokenizer.json
 
 Runs train.py once per entry of RUNS with the same seed and data, in folders under --workdir; a run that was interrupted
-continues. Appends a line to benchmarks/results/h200.jsonl: the main loss of every run as means over --window steps, and
-its mean over the last fifth of the steps relative to that of the first run, minus 1 (`difference`).
+continues, one that is done is only read. Appends a line to benchmarks/results/h200.jsonl: the main loss of every run as
+means over --window steps, and its mean over the last fifth of the steps relative to that of the first run, minus 1
+(`difference`). --picture draws both.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,6 +36,7 @@ def main() -> None:
     flags.add_argument("--runs", default=",".join(RUNS), help="the first is what the others are compared with")
     flags.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "precision_curves")
     flags.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "h200.jsonl")
+    flags.add_argument("--picture", type=pathlib.Path, help="PNG of the curves, and of each over the first one")
     args, overrides = flags.parse_known_args()
     names = args.runs.split(",")
     unknown = [name for name in names if name not in RUNS]
@@ -54,6 +57,8 @@ def main() -> None:
     from benchmarks.measuring import append
 
     append(args.output, line)
+    if args.picture:
+        draw(line, args.picture)
 
 
 def run(args: argparse.Namespace, overrides: list[str], name: str) -> list[float]:
@@ -79,6 +84,22 @@ def read(metrics: pathlib.Path) -> list[float]:
 def windows(values: list[float], size: int) -> list[float]:
     """Returns the means of `size` values each."""
     return [round(statistics.mean(values[i : i + size]), 5) for i in range(0, len(values) - size + 1, size)]
+
+
+def draw(line: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the losses of a line, and how far each is from the first."""
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 6), height_ratios=(3, 2), layout="constrained")
+    first, *_ = line["loss"].values()
+    steps = [line["window"] * (i + 0.5) for i in range(len(first))]
+    for name, losses in line["loss"].items():
+        above.plot(steps, losses, label=name)
+        below.plot(steps, [100 * (one / two - 1) for one, two in zip(losses, first, strict=True)], label=name)
+    above.set(ylabel="main loss (nats per token)", title=f"{line['config']}: precision of matmuls")
+    below.set(xlabel="step", ylabel=f"loss over {next(iter(line['loss']))} - 1 (%)")
+    above.legend()
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/dense_1b.py --workdir=/tmp/dense_1b
 
-Hardware: one GPU of 80 GB or more; it takes 38 GiB. Expected: on an H200, 70 k tokens/s with rows of one document
-(--config.data.packing=contiguous). transformers 5.17 was measured at 47.3 k.
+Hardware: one GPU of 80 GB or more; it takes 38 GiB. Expected: on an H200, 76 k tokens/s with packed documents; 80 k and
+33 GiB with bfloat16 moments and logits (--config.optimizer.moment_dtype=bfloat16_stochastic
+--config.training.loss_precision=bfloat16). docs/performance.md has more.
 """
 
 from mtp_jax.config import default_config

@@ -2,9 +2,9 @@
 
     python train.py --config=configs/moe_4b.py --workdir=/tmp/moe_4b
 
-Hardware: one GPU of 140 GB; it takes 82 GiB. Expected: on an H200, 74 k tokens/s with packed documents of 1,024 tokens
-on average, 71 k with rows of one document (--config.data.packing=contiguous), 55 k with one sequential MTP layer added.
-transformers 5.17 (no MTP, weights in bfloat16) was measured at 51.2 k.
+Hardware: one GPU of 140 GB; it takes 83 GiB. Expected: on an H200, 74 k tokens/s with packed documents of 1,024 tokens
+on average; 79 k and 66 GiB with bfloat16 moments and logits (--config.optimizer.moment_dtype=bfloat16_stochastic
+--config.training.loss_precision=bfloat16), and then 62 k with one sequential MTP layer added. docs/performance.md has more.
 """
 
 from mtp_jax.config import default_config
