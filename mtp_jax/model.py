@@ -157,8 +157,12 @@ def _split(model: MTPModel) -> tuple[nnx.GraphDef, tuple[nnx.State, nnx.State]]:
     return parts[0], (parts[1], parts[2])
 
 
-def init(architecture: Architecture, seed: int) -> tuple[Tree, Tree]:
-    """Returns initial params and biases as nested dicts; independent of the mesh, for use inside jit."""
+def init(architecture: Architecture, seed: jax.typing.ArrayLike) -> tuple[Tree, Tree]:
+    """Returns initial params and biases as nested dicts; independent of the mesh, for use inside jit.
+
+    Args:
+      seed: int in [0, 2^31); it may be traced.
+    """
     _, (params, biases) = _split(MTPModel(architecture, nnx.Rngs(params=jax.random.key(seed))))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(biases)
 
