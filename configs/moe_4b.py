@@ -4,7 +4,8 @@
 
 Hardware: one GPU of 140 GB; it takes 83 GiB. Expected: on an H200, 74 k tokens/s with packed documents of 1,024 tokens
 on average; 79 k and 66 GiB with bfloat16 moments and logits (--config.optimizer.moment_dtype=bfloat16_stochastic
---config.training.loss_precision=bfloat16), and then 62 k with one sequential MTP layer added. docs/performance.md has more.
+--config.training.loss_precision=bfloat16), and then 62 k with one sequential MTP layer added
+(docs/performance.md).
 """
 
 from mtp_jax.config import default_config

@@ -51,7 +51,7 @@ def test_configs_can_be_used_and_results_are_there(folder):
     config = load_config(str(folder / "config.py"))
     validate(config, 1, 261)
     results = json.loads((folder / "results" / "table.json").read_text())
-    if "tools.sweep" in (folder / "run.sh").read_text():
+    if "sweep.sh" in (folder / "run.sh").read_text():
         assert all(run["state"] == "done" and run["evaluation"] for run in results["runs"])
         longest = max(run["last"]["step"] for run in results["runs"])
         assert longest == config.training.num_steps  # not of an older config
@@ -59,6 +59,19 @@ def test_configs_can_be_used_and_results_are_there(folder):
     text = (folder / "README.md").read_text()
     assert "results/curves.png" in text and "Obtained" in text and "Expected" in text
     assert re.search(r"^\*\*Verdict\.\*\*", text, re.MULTILINE)
+
+
+def sweep(**settings):
+    command = ". experiments/sweep.sh; sweep --config=FILE"
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+
+
+def test_runs_of_a_sweep_share_one_gpu():
+    on_gpu = sweep(PYTHON="echo", SIZE="gpu", JOBS="3")
+    lines = [f"-m mtp_jax.tools.sweep --share={i}/3 --config=FILE" for i in range(3)]
+    assert sorted(on_gpu.stdout.splitlines()) == lines
+    assert sweep(PYTHON="echo", JOBS="2").stdout == "-m mtp_jax.tools.sweep --jobs=2 --config=FILE\n"
+    assert on_gpu.returncode == 0 and sweep(PYTHON="false", SIZE="gpu", JOBS="2").returncode == 1
 
 
 VERDICTS = ("confirmed", "same direction", "not confirmed", "not measurable")

@@ -4,6 +4,7 @@
 # Python, in results_gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 SIZE=${SIZE:-cpu} python=${PYTHON:-python} here=experiments/acceptance_over_training
 out=runs/experiments/acceptance_over_training results=$here/results config=()
 [ "$SIZE" = cpu ] || out=${out}_$SIZE results=${results}_$SIZE
@@ -17,7 +18,7 @@ fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out/runs \
   --over="mtp.kind=${KINDS:-none,parallel,sequential}" --over="seed=${SEEDS:-0,1,2}" "${config[@]}" \
   --tasks=loss,acceptance,speculative --eval.limit=16 --eval.max_new_tokens=64 --eval.batch_size=4 "$@"
 mkdir -p $results

@@ -4,6 +4,7 @@
 # tokenizer.json), and questions about held-out code, in results_gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 SIZE=${SIZE:-cpu} python=${PYTHON:-python} here=experiments/code_search
 out=runs/experiments/code_search results=$here/results config=() seeds=0,1
 tasks=(--tasks=loss,acceptance,speculative --eval.limit=16 --eval.max_new_tokens=64 --eval.batch_size=4)
@@ -26,7 +27,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
 variants='(none,1),(parallel,1),(parallel,3),(parallel,7),(sequential,1),(sequential,3),(sequential,7)'
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out \
   --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" --over="seed=${SEEDS:-$seeds}" "${config[@]}" "${tasks[@]}" "$@"
 mkdir -p $results
 $python -m mtp_jax.tools.report --sweep=$out --output=$results/curves.png \

@@ -4,6 +4,7 @@
 # n = 4 too, in results_gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 export SIZE=${SIZE:-cpu} # read by questions.py
 python=${PYTHON:-python} here=experiments/generative_against_likelihood
 out=runs/experiments/generative_against_likelihood results=$here/results variants='(none,1),(sequential,1),(parallel,1)'
@@ -20,7 +21,7 @@ if [ "$SIZE" = gpu ]; then
 fi
 
 [ -s $out/data/facts.jsonl ] || PYTHONPATH=. $python $here/questions.py "${data[@]}"
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out/runs \
   --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" --over="seed=${SEEDS:-0,1,2}" "${config[@]}" \
   --tasks=copy,sum,lookup,fact --eval.tasks_dir=$here --eval.batch_size=125 "$@"
 mkdir -p $results

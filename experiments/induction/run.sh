@@ -3,6 +3,7 @@
 # SIZE=gpu the four sizes of the paper, 1 M to 30 M parameters, in results_gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 SIZE=${SIZE:-cpu} python=${PYTHON:-python} here=experiments/induction
 out=runs/experiments/induction results=$here/results data=()
 # width, width of the feed-forward layers, layers, heads, key and value heads, size of a head
@@ -20,7 +21,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
 [ -s $out/data/train.jsonl ] || PYTHONPATH=. $python $here/stories.py --output=$out/data "${data[@]}"
 shape=model.embed_dim,model.ffn_dim,model.num_layers,model.num_heads,model.num_kv_heads,model.head_dim
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out/runs \
   --over="$shape=${SIZES:-$sizes}" --over="mtp.kind=${KINDS:-none,parallel}" --over="seed=${SEEDS:-0,1,2}" \
   "${config[@]}" --tasks=induction --eval.tasks_dir=$here --eval.batch_size=125 "$@"
 mkdir -p $results

@@ -3,6 +3,7 @@
 # SIZE=gpu the ring of the paper, F_7[X]/(X^5), a model of 24 M parameters and n = 4 too, in results_gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 export SIZE=${SIZE:-cpu} # read by expressions.py
 python=${PYTHON:-python} here=experiments/polynomials
 out=runs/experiments/polynomials results=$here/results variants='(none,1),(parallel,1)' data=()
@@ -20,7 +21,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
 [ -s $out/data/train.jsonl ] || $python $here/expressions.py --output=$out/data "${data[@]}"
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out/runs \
   --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" --over="seed=${SEEDS:-0,1,2}" "${config[@]}" \
   --tasks=polynomials_in,polynomials_out --eval.tasks_dir=$here --eval.batch_size=200 "$@"
 mkdir -p $results

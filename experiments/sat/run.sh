@@ -3,6 +3,7 @@
 # variables and 34 clauses, a model of 14.5 M parameters and n = 7 too, in experiments/sat/results_gpu/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 SIZE=${SIZE:-cpu} python=${PYTHON:-python} here=experiments/sat
 out=runs/experiments/sat results=$here/results task=sat variants='(none,1),(parallel,1),(parallel,3)'
 [ "$SIZE" = cpu ] || out=${out}_$SIZE results=${results}_$SIZE
@@ -18,7 +19,7 @@ if [ "$SIZE" = gpu ]; then
 fi
 
 [ -s $out/data/train.jsonl ] || PYTHONPATH=. $python $here/formulas.py "${data[@]}"
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out/runs \
   --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" --over="seed=${SEEDS:-0,1,2}" "${config[@]}" \
   --tasks=$task --eval.tasks_dir=$here --eval.batch_size=125 "$@"
 mkdir -p $results

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Star graph G(2,3), three kinds, five seeds, after 1000 and 2500 steps: the table, and the same in experiments/star_graph/results/.
+# Star graph G(2,3), three kinds, five seeds: the table, and the same in experiments/star_graph/results/.
 # With SIZE=gpu G(2,5) with 100 labels (GRAPH=5,5 for another), a model of 11 M parameters and five kinds, in results_gpu_2_5/.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+. experiments/sweep.sh
 SIZE=${SIZE:-cpu} python=${PYTHON:-python} here=experiments/star_graph
 out=runs/experiments/star_graph results=$here/results task=star_graph data=() seeds=0,1,2,3,4
-config=(--over='training.num_steps=1000,2500') variants='(none,1),(parallel,1),(sequential,1)'
+config=() variants='(none,1),(parallel,1),(sequential,1)'
 if [ "$SIZE" = gpu ]; then
   IFS=, read -r arms length <<<"${GRAPH:-2,5}"
   export STAR_GRAPH=$arms,$length,100 # read by graphs.py
@@ -25,7 +26,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
 [ -s $out/data/train.jsonl ] || PYTHONPATH=. $python $here/graphs.py --output=$out/data "${data[@]}"
-$python -m mtp_jax.tools.sweep --config=$here/config.py --workdir=$out/runs --jobs="${JOBS:-1}" \
+sweep --config=$here/config.py --workdir=$out/runs \
   "${config[@]}" --over="seed=${SEEDS:-$seeds}" --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" \
   --tasks=$task --eval.tasks_dir=$here --eval.batch_size=125 "$@"
 mkdir -p $results
