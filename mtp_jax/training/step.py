@@ -137,7 +137,7 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
 def init_options(mesh: jax.sharding.Mesh) -> dict[str, int]:
     """Returns options of the compiler for the program that makes the initial state, which runs once.
 
-    On CPUs it is compiled with few optimizations: configs/quickstart.py in 8 s instead of 13 (2 cores), the same values.
+    On CPUs it is compiled with few optimizations, which changes no value: configs/quickstart.py in 8 s instead of 13.
     """
     is_cpu = all(device.platform == "cpu" for device in mesh.devices.flat)
     has_fewer = jax.config.read("jax_disable_most_optimizations")  # which a level given here would overrule
