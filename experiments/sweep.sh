@@ -11,6 +11,7 @@ sweep() {
     ${PYTHON:-python} -m mtp_jax.tools.sweep --share="$share/$jobs" "$@" &
     pids+=($!)
   done
+  trap 'kill "${pids[@]}"' INT TERM # the sweeps then stop their runs, which save their state
   for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
   return "$status"
 }

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +73,20 @@ def test_runs_of_a_sweep_share_one_gpu():
     assert sorted(on_gpu.stdout.splitlines()) == lines
     assert sweep(PYTHON="echo", JOBS="2").stdout == "-m mtp_jax.tools.sweep --jobs=2 --config=FILE\n"
     assert on_gpu.returncode == 0 and sweep(PYTHON="false", SIZE="gpu", JOBS="2").returncode == 1
+
+
+def test_a_sweep_on_a_gpu_that_is_told_to_stop_tells_its_shares(tmp_path):
+    share = tmp_path / "share"
+    share.write_text("#!/bin/sh\necho started\ntrap 'echo stopped; exit 1' TERM\nwhile :; do sleep 0.1; done\n")
+    share.chmod(0o755)
+    command = ["bash", "-c", ". experiments/sweep.sh; sweep"]
+    env = os.environ | {"PYTHON": str(share), "SIZE": "gpu", "JOBS": "2"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["started\n"] * 2
+        time.sleep(0.3)  # until both have set their trap, and the shell waits
+        process.terminate()
+        assert process.stdout.read() == "stopped\n" * 2
+    assert process.returncode != 0
 
 
 VERDICTS = ("confirmed", "same direction", "not confirmed", "not measurable")

@@ -16,7 +16,7 @@ if [ "$SIZE" = gpu ]; then
     --config.data.batch_size=64 --config.model.num_layers=12 --config.model.embed_dim=768
     --config.model.num_heads=12 --config.model.num_kv_heads=12 --config.model.head_dim=64 --config.model.ffn_dim=2048
     --config.model.compute_dtype=bfloat16 --config.model.scan_unroll=12 --config.optimizer.muon.matmul_precision=bfloat16
-    --config.optimizer.learning_rate=3e-3 --config.training.num_steps=800 --config.checkpoint.every=800)
+    --config.optimizer.learning_rate=3e-3 --config.checkpoint.every=800)
   export CODE_QUESTIONS=$out/questions # read by questions.py
   tasks=(--tasks=loss,acceptance,next_line,identifier --eval.tasks_dir=$here --eval.batch_size=125)
   [ -s $CODE_QUESTIONS/identifier.jsonl ] || PYTHONPATH=. $python $here/questions.py --config=$here/config.py \
@@ -26,9 +26,12 @@ fi
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/$out/programs}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 
-variants='(none,1),(parallel,1),(parallel,3),(parallel,7),(sequential,1),(sequential,3),(sequential,7)'
+keys=mtp.kind,mtp.depth variants='(none,1),(parallel,1),(parallel,3),(parallel,7),(sequential,1),(sequential,3),(sequential,7)'
+if [ "$SIZE" = gpu ]; then # and next-token models with the compute of n = 2 (1.30 and 1.37 times) and n = 4 (1.90 and 2.11 times)
+  keys+=,training.num_steps variants="${variants//)/,800)},(none,1,1070),(none,1,1600)"
+fi
 sweep --config=$here/config.py --workdir=$out \
-  --over="mtp.kind,mtp.depth=${VARIANTS:-$variants}" --over="seed=${SEEDS:-$seeds}" "${config[@]}" "${tasks[@]}" "$@"
+  --over="$keys=${VARIANTS:-$variants}" --over="seed=${SEEDS:-$seeds}" "${config[@]}" "${tasks[@]}" "$@"
 mkdir -p $results
 $python -m mtp_jax.tools.report --sweep=$out --output=$results/curves.png \
   --markdown=$results/table.md --json=$results/table.json
