@@ -45,6 +45,27 @@ def test_blocks_of_queries_change_neither_values_nor_gradients(monkeypatch, leng
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [8, 512])  # queries per block of 32
+def test_scores_are_not_kept_for_the_backward_pass(monkeypatch, limit):
+    monkeypatch.setattr(xla, "QUERY_BLOCK", limit)
+    q, k, v, grad = inputs(length=32, dims=(6, 6), dtype=jnp.float32)
+
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda *qkv: xla.attend(*qkv, Mask(documents(True)[:, :32]), None, 0.3), q, k, v)
+        return out, pull
+
+    kept = jax.tree.leaves(jax.eval_shape(run, q, k, v))
+    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    assert max(x.size for x in kept) < num_scores
+
+    def both_passes(q, k, v):
+        out, pull = run(q, k, v)
+        return out, pull(grad)
+
+    # Two products forward; then the first one again, delta and the four of the gradients.
+    assert jax.jit(both_passes).lower(q, k, v).as_text().count("stablehlo.dot_general") == 8
+
+
 def test_rows_of_one_document_need_no_segments():
     q, k, v, _ = inputs(length=12, heads=2, dims=(4, 4), dtype=jnp.float32)
     np.testing.assert_array_equal(

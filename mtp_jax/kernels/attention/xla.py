@@ -3,6 +3,7 @@
 Shape letters: as in `kernels.attention`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mtp_jax.kernels.attention.mask import Mask
 
 ATTENTION = "attention"  # checkpoint name of the output
+RESIDUALS = "attention residuals"  # and of what the backward pass of a block of queries reads of the forward pass
 # Limits of a block of a device's queries: number of queries, and bytes of the float32 scores (128 heads, 4 rows of
 # 4096: 8 MiB per query). Blocks are of equal size and recomputed in the backward pass.
 QUERY_BLOCK = 512
@@ -82,15 +84,58 @@ def _in_window(query_BT: jax.Array, key_BS: jax.Array, window: int) -> jax.Array
 
 def _softmax_average(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, scale, sinks_H) -> jax.Array:
     """Returns the values averaged by the softmax of the visible scores; [B, T, G, M, V]."""
+    if sinks_H is not None:
+        sinks_H = sinks_H.astype(jnp.float32).reshape(q_BTGMQ.shape[2:4])
+    return _average(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_H, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _average(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, scale) -> jax.Array:
+    """`_softmax_average` with a backward pass that computes the probabilities again, as in FlashAttention (2205.14135).
+
+    With delta = dout . out per query:  ds = p (dout v^T - delta),  dq = scale ds k,  dk = scale ds^T q,  dv = p^T dout
+    """
+    return _average_forward(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, scale)[0]
+
+
+def _average_forward(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, scale):
+    scores_BGMTS = _scores(q_BTGMQ, k_BSGQ, visible_BTS, scale)
+    peak_BGMT1 = scores_BGMTS.max(axis=-1, keepdims=True)
+    if sinks_GM is not None:
+        peak_BGMT1 = jnp.maximum(peak_BGMT1, sinks_GM[:, :, None, None])
+    weights_BGMTS = jnp.exp(scores_BGMTS - peak_BGMT1)
+    total_BGMT1 = weights_BGMTS.sum(axis=-1, keepdims=True)
+    if sinks_GM is not None:
+        total_BGMT1 += jnp.exp(sinks_GM[:, :, None, None] - peak_BGMT1)
+    probs_BGMTS = (weights_BGMTS / total_BGMT1).astype(v_BSGV.dtype)
+    out_BTGMV = checkpoint_name(jnp.einsum("bgmts,bsgv->btgmv", probs_BGMTS, v_BSGV), RESIDUALS)
+    log_z_BGMT1 = checkpoint_name(peak_BGMT1 + jnp.log(total_BGMT1), RESIDUALS)
+    return out_BTGMV, (q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, out_BTGMV, log_z_BGMT1)
+
+
+def _average_backward(scale, residuals, grad_BTGMV):
+    q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, out_BTGMV, log_z_BGMT1 = residuals
+    probs_BGMTS = jnp.exp(_scores(q_BTGMQ, k_BSGQ, visible_BTS, scale) - log_z_BGMT1)
+    grad_v = jnp.einsum("bgmts,btgmv->bsgv", probs_BGMTS.astype(grad_BTGMV.dtype), grad_BTGMV)
+    grad_probs = jnp.einsum("btgmv,bsgv->bgmts", grad_BTGMV, v_BSGV, preferred_element_type=jnp.float32)
+    delta_BGMT1 = jnp.einsum("btgmv,btgmv->bgmt", grad_BTGMV, out_BTGMV, preferred_element_type=jnp.float32)[..., None]
+    grad_scores = (scale * probs_BGMTS * (grad_probs - delta_BGMT1)).astype(k_BSGQ.dtype)
+    grad_q = jnp.einsum("bgmts,bsgq->btgmq", grad_scores, k_BSGQ)
+    grad_k = jnp.einsum("bgmts,btgmq->bsgq", grad_scores, q_BTGMQ)
+    grad_sinks = None
+    if sinks_GM is not None:
+        sink_probs_BGMT1 = jnp.exp(sinks_GM[:, :, None, None] - log_z_BGMT1)
+        grad_sinks = -(sink_probs_BGMT1 * delta_BGMT1).sum((0, 3, 4))
+    return grad_q, grad_k, grad_v, None, grad_sinks
+
+
+_average.defvjp(_average_forward, _average_backward)
+
+
+def _scores(q_BTGMQ, k_BSGQ, visible_BTS, scale) -> jax.Array:
+    """Returns the scaled scores, float32[B, G, M, T, S]; MASKED where a key is not visible."""
     scores_BGMTS = jnp.einsum("btgmq,bsgq->bgmts", q_BTGMQ, k_BSGQ, preferred_element_type=jnp.float32) * scale
-    scores_BGMTS = jnp.where(visible_BTS[:, None, None], scores_BGMTS, MASKED)
-    if sinks_H is None:
-        probs_BGMTS = jax.nn.softmax(scores_BGMTS, axis=-1)
-    else:
-        sinks_GM11 = sinks_H.astype(jnp.float32).reshape(*q_BTGMQ.shape[2:4], 1, 1)
-        sinks_BGMT1 = jnp.broadcast_to(sinks_GM11, (*scores_BGMTS.shape[:-1], 1))
-        probs_BGMTS = jax.nn.softmax(jnp.concatenate([scores_BGMTS, sinks_BGMT1], axis=-1), axis=-1)[..., :-1]
-    return jnp.einsum("bgmts,bsgv->btgmv", probs_BGMTS.astype(v_BSGV.dtype), v_BSGV)
+    return jnp.where(visible_BTS[:, None, None], scores_BGMTS, MASKED)
 
 
 def _in_blocks(
@@ -107,11 +152,12 @@ def _in_blocks(
     if num_blocks == 1:
         out = block(q_BTGMQ, *places_BT)
     else:
+        saving = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(RESIDUALS))
 
         def split(x):
             return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, length // num_blocks, *x.shape[2:]), 1, 0)
 
-        out = jax.lax.map(lambda args: jax.checkpoint(block)(*args), [split(x) for x in (q_BTGMQ, *places_BT)])
+        out = jax.lax.map(lambda args: saving(block)(*args), [split(x) for x in (q_BTGMQ, *places_BT)])
         out = jnp.moveaxis(out, 0, 1)
     return checkpoint_name(out.reshape(num_rows, length, num_heads, value_dim), ATTENTION)
 
