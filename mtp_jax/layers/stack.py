@@ -133,8 +133,9 @@ _saved = jax.checkpoint_policies
 _any = _saved.save_from_both_policies
 # Kernels are matmuls too, but jax's policies do not recognize them as such.
 _kernels = _any(_is_attention, _saved.save_only_these_names(KERNEL))
+_attention = _any(_kernels, _saved.save_only_these_names(ATTENTION))
 POLICIES = {
-    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _kernels),
-    "kernels": _any(_kernels, _saved.save_only_these_names(RAGGED_DOT, ATTENTION)),
+    "dots": _any(_saved.dots_with_no_batch_dims_saveable, _attention),
+    "kernels": _any(_attention, _saved.save_only_these_names(RAGGED_DOT)),
     "full": None,
 }

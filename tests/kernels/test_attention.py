@@ -46,24 +46,24 @@ def test_blocks_of_queries_change_neither_values_nor_gradients(monkeypatch, leng
 
 
 @pytest.mark.parametrize("limit", [8, 512])  # queries per block of 32
-def test_scores_are_not_kept_for_the_backward_pass(monkeypatch, limit):
+@pytest.mark.parametrize("remat", ["none", "dots", "kernels"])
+def test_scores_are_computed_twice_and_not_kept(monkeypatch, limit, remat):
     monkeypatch.setattr(xla, "QUERY_BLOCK", limit)
     q, k, v, grad = inputs(length=32, dims=(6, 6), dtype=jnp.float32)
 
-    def run(q, k, v):
-        out, pull = jax.vjp(lambda *qkv: xla.attend(*qkv, Mask(documents(True)[:, :32]), None, 0.3), q, k, v)
-        return out, pull
-
-    kept = jax.tree.leaves(jax.eval_shape(run, q, k, v))
-    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
-    assert max(x.size for x in kept) < num_scores
+    def attend(q, k, v):
+        return xla.attend(jnp.sin(q), k, v, Mask(documents(True)[:, :32]), None, 0.3)
 
     def both_passes(q, k, v):
-        out, pull = run(q, k, v)
-        return out, pull(grad)
+        out, pull = jax.vjp(jax.checkpoint(attend, policy=POLICIES[remat]) if remat != "none" else attend, q, k, v)
+        return pull, out, pull(grad)
 
+    kept, *_ = jax.eval_shape(both_passes, q, k, v)
+    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    assert max(x.size for x in jax.tree.leaves(kept)) < num_scores
     # Two products forward; then the first one again, delta and the four of the gradients.
-    assert jax.jit(both_passes).lower(q, k, v).as_text().count("stablehlo.dot_general") == 8
+    program = jax.jit(lambda *qkv: both_passes(*qkv)[1:]).lower(q, k, v).as_text()
+    assert program.count("stablehlo.dot_general") == 8
 
 
 def test_rows_of_one_document_need_no_segments():

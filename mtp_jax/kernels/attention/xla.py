@@ -12,8 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.kernels.attention.mask import Mask
 
-ATTENTION = "attention"  # checkpoint name of the output
-RESIDUALS = "attention residuals"  # and of what the backward pass of a block of queries reads of the forward pass
+ATTENTION = "attention"  # checkpoint name of what the backward pass reads of the forward pass: outputs and normalizers
 # Limits of a block of a device's queries: number of queries, and bytes of the float32 scores (128 heads, 4 rows of
 # 4096: 8 MiB per query). Blocks are of equal size and recomputed in the backward pass.
 QUERY_BLOCK = 512
@@ -108,8 +107,8 @@ def _average_forward(q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, scale):
     if sinks_GM is not None:
         total_BGMT1 += jnp.exp(sinks_GM[:, :, None, None] - peak_BGMT1)
     probs_BGMTS = (weights_BGMTS / total_BGMT1).astype(v_BSGV.dtype)
-    out_BTGMV = checkpoint_name(jnp.einsum("bgmts,bsgv->btgmv", probs_BGMTS, v_BSGV), RESIDUALS)
-    log_z_BGMT1 = checkpoint_name(peak_BGMT1 + jnp.log(total_BGMT1), RESIDUALS)
+    out_BTGMV = checkpoint_name(jnp.einsum("bgmts,bsgv->btgmv", probs_BGMTS, v_BSGV), ATTENTION)
+    log_z_BGMT1 = checkpoint_name(peak_BGMT1 + jnp.log(total_BGMT1), ATTENTION)
     return out_BTGMV, (q_BTGMQ, k_BSGQ, v_BSGV, visible_BTS, sinks_GM, out_BTGMV, log_z_BGMT1)
 
 
@@ -152,14 +151,14 @@ def _in_blocks(
     if num_blocks == 1:
         out = block(q_BTGMQ, *places_BT)
     else:
-        saving = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(RESIDUALS))
+        saving = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(ATTENTION))
 
         def split(x):
             return jnp.moveaxis(x.reshape(x.shape[0], num_blocks, length // num_blocks, *x.shape[2:]), 1, 0)
 
         out = jax.lax.map(lambda args: saving(block)(*args), [split(x) for x in (q_BTGMQ, *places_BT)])
         out = jnp.moveaxis(out, 0, 1)
-    return checkpoint_name(out.reshape(num_rows, length, num_heads, value_dim), ATTENTION)
+    return out.reshape(num_rows, length, num_heads, value_dim)
 
 
 def _num_blocks(num_rows: int, length: int, num_heads: int, num_keys: int) -> int:
