@@ -352,7 +352,7 @@ class TrainingConfig:
     log_every: int = setting(10, at_least=1, below=2**31, may_change="resume")
     # micro-batches per step; the result does not depend on it
     grad_accum_steps: int = setting(1, at_least=1, at_most=2**20, was="training.accumulate_steps")
-    # tokens whose logits are in memory at one time
+    # tokens whose float32 logits are in memory at one time; twice as many where logits are stored in bfloat16
     loss_chunk: int = setting(4096, at_least=1, below=2**31, may_change="resume")
     # default: float32 logits. bfloat16: logits of training steps are stored in bfloat16. fp8: and their gradient is
     # multiplied in 8 bits

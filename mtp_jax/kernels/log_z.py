@@ -102,8 +102,8 @@ def softmax_gradient(
 ) -> SoftmaxGradient:
     """Returns (softmax * factor(z) - one_hot(target)) * cotangent, and what `argmax_and_log_z` returns, by one kernel.
 
-    The gradient is written over the logits, which are read from memory once: a program keeps one row, and the rows of
-    all programs at work (27 MB on an H200 with 102,400 words) are still in the L2 cache when they are read again.
+    The gradient is written over the logits. A program reads its row twice, and the rows of all programs at work (27 MB
+    on an H200 with 102,400 words) fit in the L2 cache. Timings are in docs/log.md, 2026-12-01.
 
     Args:
       logits_NV: bfloat16.

@@ -14,7 +14,7 @@ from mtp_jax.kernels.attention.mask import Mask
 
 ATTENTION = "attention"  # checkpoint name of what the backward pass reads of the forward pass: outputs and normalizers
 # Limits of a block of a device's queries: number of queries, and bytes of the float32 scores (128 heads, 4 rows of
-# 4096: 8 MiB per query). Blocks are of equal size and recomputed in the backward pass.
+# 4096: 8 MiB per query). Blocks are of equal size.
 QUERY_BLOCK = 512
 SCORE_BYTES = 1 << 30
 MASKED = -1e30  # masked score; finite, so that a query without visible keys gives no NaN
