@@ -93,7 +93,7 @@ def exports():
     from flax.traverse_util import flatten_dict
 
     from mtp_jax.config import with_values
-    from mtp_jax.interop import config_json, weights
+    from mtp_jax.interop import config_json, layouts, weights
     from mtp_jax.interop.tensorfiles import write_folder
     from mtp_jax.model import abstract_model
 
@@ -105,7 +105,7 @@ def exports():
         built, rng = abstract_model(config.architecture), np.random.default_rng(3)
         shapes = sorted(flatten_dict({"params": built.params, "biases": built.biases}).items())
         leaves = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes}
-        layout = config_json.layout_of(config)
+        layout = layouts.layout_of(config)
         listed = [t for t in weights.tensors(config, layout) if not t.repeats]
         specs = {t.name: ("F32", t.shape) for t in listed}
         arrays = ((t.name, weights.to_theirs(np.asarray(leaves[t.path][t.at]), t)) for t in listed)

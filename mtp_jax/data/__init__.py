@@ -8,12 +8,13 @@
 The batch of step n depends on the config, the seed and n alone: not on the number of processes or workers, nor on
 where a run was interrupted. Models of different depth D read the same T + 1 tokens per row.
 
-    chat.py        chats as ids and loss weights (template_sandbox.py renders them)
+    messages.py    messages of a chat          chat_template_files.py  the template beside a tokenizer
     tokenizer/     bytes, a Hugging Face tokenizer.json, a SentencePiece .model
     files.py       names of files              formats/        files to records, one format per file
     tfds_source.py, huggingface.py  datasets   records.py      the records of all of them
     documents.py   records to documents        synthetic.py    texts made up
-    sources.py     values of data.source       chat.py         chat templates, and which tokens are the answer's
+    sources.py     values of data.source       chat.py         chats as ids and loss weights, rendered by
+                                               template_sandbox.py
     encoding.py    documents to ids, weights   store.py        the ids and weights of all documents
     cache.py       folders that are created atomically
     packing.py     the stream, its rows, FIM   mixture.py      order of the rows of several sources

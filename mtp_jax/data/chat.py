@@ -13,27 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from etils import epath
 
-from mtp_jax import storage
 from mtp_jax.config import UserError
+from mtp_jax.data import chat_template_files
+from mtp_jax.data.messages import ChatError, Message, messages_of, plain_values, text_content, with_content
 from mtp_jax.data.tokenizer import Tokenizer
 from mtp_jax.errors import first_line, short
-from mtp_jax.typing import JsonObject
 
-Message = Mapping[str, Any]  # role, content, and what else a template reads (tool_calls, reasoning_content)
 LossOn = Literal["assistant", "all"]
 
-TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the standard one first
 # The date in training documents, which must not depend on the day: that of Llama 3's template where it has no clock.
 _TRAINING_DATE = datetime.datetime(2024, 7, 26)
 _MARK = "\ue0f1\ue0f2"  # private characters, which no text has
-
-
-class ChatError(UserError):
-    """A chat, or a prompt with its completion, that cannot be rendered or encoded."""
 
 
 class ChatTemplate:
@@ -88,37 +79,7 @@ class ChatTemplate:
           UserError: no template, one that cannot be read or is not a Jinja template, or one that uses bos_token or
             eos_token of a tokenizer that has no tokenizer_config.json.
         """
-        folder = None
-        if tokenizer != "bytes":
-            named = storage.path(os.path.expanduser(tokenizer), "data.tokenizer")
-            folder = named if storage.is_dir(named) else named.parent
-        config = _read_config(folder, CONFIG_FILE)
-        if template:
-            where = f"data.chat_template={template}"
-            sources = {
-                "default": _read_template(storage.path(os.path.expanduser(template), "data.chat_template"), where)
-            }
-        elif folder is not None and storage.is_file(folder / TEMPLATE_FILE):
-            where = str(folder / TEMPLATE_FILE)
-            sources = {"default": _read_template(folder / TEMPLATE_FILE, where)}
-        elif folder is not None and config.get("chat_template"):
-            where = f"{folder / CONFIG_FILE}: chat_template"
-            sources = _named_templates(config["chat_template"], where)
-        else:
-            raise UserError(
-                f"data.tokenizer={tokenizer}: has no chat template, neither {TEMPLATE_FILE} nor chat_template of "
-                f"{CONFIG_FILE} beside it; set data.chat_template to the path of a Jinja template"
-            )
-        values = _read_config(folder, "special_tokens_map.json") | config
-        texts = {name: _token_text(values.get(name)) for name in _SPECIAL_TOKENS}
-        special_tokens = {name: text for name, text in texts.items() if text is not None}
-        used = re.search(r"\b(bos|eos)_token\b", "".join(sources.values()))
-        if used and not values:
-            raise UserError(
-                f"{where}: uses {used[0]}, which no {CONFIG_FILE} beside data.tokenizer={tokenizer} gives; add that "
-                "file, or write the token itself in the template"
-            )
-        return cls(sources, special_tokens, where)
+        return cls(*chat_template_files.read(tokenizer, template))
 
     def render(
         self,
@@ -139,7 +100,7 @@ class ChatTemplate:
         Raises:
           ChatError: messages without a role, or that the template refuses, with the template's own message.
         """
-        checked, now = _checked(messages), datetime.datetime.now()
+        checked, now = messages_of(messages), datetime.datetime.now()
         if not continue_final_message:
             return self._render(checked, now, add_generation_prompt, tools)[0]
         found = self._split(checked, len(checked) - 1, tools, now, lambda content: _marked(content) + " ")
@@ -168,7 +129,7 @@ class ChatTemplate:
         Raises:
           ChatError: as `render`, and where the tokens of the assistant cannot be determined.
         """
-        checked = _checked(messages)
+        checked = messages_of(messages)
         text, spans = self._render(checked, _TRAINING_DATE, False, tools)
         ids, offsets = tokenizer.encode_with_offsets(_encodable(text), special_tokens=True)
         if loss_on == "all":
@@ -193,7 +154,7 @@ class ChatTemplate:
 
         The second one is the end-of-turn mark. Both are empty where the template does not show them.
         """
-        checked, now = _checked(messages), datetime.datetime.now()
+        checked, now = messages_of(messages), datetime.datetime.now()
         prompt = self._render(checked, now, True, tools)[0]
         answer = {"role": "assistant", "content": ""}
         found = self._split([*checked, answer], len(checked), tools, now, _marked)
@@ -215,7 +176,7 @@ class ChatTemplate:
         after = self.answer_frame(messages, tools)[1]
         if after.strip():
             return _first_special(tokenizer, after) or after.strip()
-        checked = [*_checked(messages), {"role": "assistant", "content": ""}, {"role": "user", "content": "?"}]
+        checked = [*messages_of(messages), {"role": "assistant", "content": ""}, {"role": "user", "content": "?"}]
         found = self._split(checked, len(checked) - 2, tools, datetime.datetime.now(), _marked)
         return "" if found is None else _first_special(tokenizer, found[1])
 
@@ -228,7 +189,7 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         from mtp_jax.data import template_sandbox
 
-        values = {"messages": messages, "tools": _plain(tools), "documents": None}
+        values = {"messages": messages, "tools": plain_values(tools), "documents": None}
         values |= {"add_generation_prompt": add_generation_prompt, **self._special_tokens}
         try:
             return template_sandbox.render(self._templates[self._name(tools)], values, now)
@@ -330,7 +291,7 @@ class ChatTemplate:
 
         None where the template refuses that content, or does not write the mark exactly once.
         """
-        changed = [*messages[:i], _with_content(messages[i], change), *messages[i + 1 :]]
+        changed = [*messages[:i], with_content(messages[i], change), *messages[i + 1 :]]
         try:
             parts = self._render(changed, now, add_generation_prompt, tools)[0].split(_MARK)
         except ChatError:
@@ -347,7 +308,7 @@ class ChatTemplate:
     ) -> bool:
         """Returns whether the characters `span` have the content of message i, without the thinking before it."""
         start, end = span
-        answer = _text_content(messages[i]).rsplit("</think>", 1)[-1].strip()
+        answer = text_content(messages[i]).rsplit("</think>", 1)[-1].strip()
         if answer in text[start:end]:
             return True
         found = self._split(messages, i, tools, _TRAINING_DATE, _marked)  # the template may have changed the content
@@ -413,109 +374,5 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _checked(messages: object) -> list[dict[str, Any]]:
-    """Returns messages as plain dicts, without keys whose value is None, and with reasoning under its standard names.
-
-    Raises:
-      ChatError: no messages, or one without a role or with a content that is neither a text nor a list.
-    """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ChatError(
-            f"messages: {short(messages)} is not a list of messages; give [{{'role': ..., 'content': ...}}]"
-        )
-    out = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ChatError(f"message {i}: {short(message)} is not a message; give {{'role': ..., 'content': ...}}")
-        plain = {name: value for name, value in _plain(message).items() if value is not None}
-        if not isinstance(plain.get("role"), str):
-            raise ChatError(f"message {i}: role={short(plain.get('role'))} must be a text such as 'user'; add it")
-        if not isinstance(plain.get("content", ""), str | list):
-            raise ChatError(
-                f"message {i}: content={short(plain['content'])} must be a text or a list of parts; correct it"
-            )
-        if len(plain) == 1:
-            raise ChatError(f"message {i}: has no content; add it, or remove the message")
-        reasoning = next((plain[name] for name in _REASONING if name in plain), None)
-        if reasoning is not None:
-            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-        out.append(plain)
-    return out
-
-
-def _plain(value: Any) -> Any:
-    """Returns a copy of JSON values: a template must not get at methods of other objects."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, Mapping):
-        return {_plain(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    for kind in (str, int, float):  # subclasses of these
-        if isinstance(value, kind):
-            return kind.__str__(value) if kind is str else kind(value)
-    raise ChatError(f"messages: {short(value)} is a {type(value).__name__}; give texts, numbers, lists and dicts only")
-
-
 def _marked(content: str) -> str:
     return content + _MARK
-
-
-def _last_text_part(parts: list[Any]) -> int | None:
-    """Returns the index of the last part of a content that has a text; None if there is none."""
-    found = [n for n, part in enumerate(parts) if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    return found[-1] if found else None
-
-
-def _text_content(message: Mapping[str, Any]) -> str:
-    """Returns the content of a message, or the text of its last part; "" if it has neither."""
-    content = message.get("content", "")
-    if isinstance(content, str):
-        return content
-    last = _last_text_part(content)
-    return "" if last is None else content[last]["text"]
-
-
-def _with_content(message: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Returns a message with `change` of its `_text_content`."""
-    content = message.get("content", "")
-    changed: Any = change(_text_content(message))
-    if isinstance(content, list):
-        last = _last_text_part(content)
-        part = {"type": "text", "text": changed}
-        at = len(content) if last is None else last
-        changed = [*content[:at], part, *content[at + 1 :]]
-    return {**message, "content": changed}
-
-
-def _read_template(path: epath.Path, where: str) -> str:
-    if not storage.is_file(path):
-        raise UserError(f"{where}: no such file; give the path of a Jinja template")
-    try:
-        return storage.read_text(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read ({first_line(error)}); give a Jinja template in UTF-8") from error
-
-
-def _read_config(folder: epath.Path | None, name: str) -> JsonObject:
-    """Returns a JSON file beside the tokenizer; {} if there is none."""
-    if folder is None or not storage.is_file(folder / name):
-        return {}
-    return storage.read_json(folder / name, "correct or remove it")
-
-
-def _named_templates(value: object, where: str) -> dict[str, str]:
-    """Returns the templates of a tokenizer_config.json by name: a text, or a list of {"name", "template"}."""
-    if isinstance(value, str):
-        return {"default": value}
-    parts = value if isinstance(value, list) else []
-    found = {part.get("name"): part.get("template") for part in parts if isinstance(part, dict)}
-    if not found or not all(isinstance(text, str) for text in [*found, *found.values()]):
-        raise UserError(f"{where}: {short(value)} is not a template or a list of named ones; set data.chat_template")
-    return {str(name): str(text) for name, text in found.items()}
-
-
-def _token_text(value: object) -> str | None:
-    """Returns the text of a special token in tokenizer_config.json: a text, or {"content": text, ...}."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None

@@ -6,6 +6,7 @@
     families/        one file per released layout: names of its tensors, fields of its config.json, defaults
     config_json.py   config.json <-> Config, in both directions from the tables in families/; parts of it are in
                      rope_scaling.py, windows.py and json_fields.py
+    layouts.py       the layout that can represent a model, and what a layout cannot hold
     weights.py       from the tables and the shapes: a folder as our stacked arrays, our arrays as a folder
     checkpoint_folder.py  opening, checking and writing of a folder as a model
 

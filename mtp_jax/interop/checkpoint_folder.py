@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from mtp_jax import storage
 from mtp_jax.config import MAX_DEPTH, Config, UserError, with_values
 from mtp_jax.errors import warn_once
-from mtp_jax.interop import config_json, folder_checks, weights
+from mtp_jax.interop import config_json, folder_checks, layouts, weights
 from mtp_jax.interop.families import FAMILIES, OUTSIDE_BLOCKS
 from mtp_jax.interop.json_fields import REMEDY
 from mtp_jax.interop.tensorfiles import DTYPES, TensorFolder, write_folder
@@ -220,7 +220,7 @@ def _laid_out(
             if family is not None:
                 raise
             print(f"note: no longer {origin.model_type}, so the imported config.json is left out: {error}")
-    model_type = config_json.layout_of(config)
+    model_type = layouts.layout_of(config)
     if family is not None and not _admits(family, model_type):
         model_type = family  # `from_config` states why it cannot represent the model
     return model_type, config_json.from_config(config, model_type), None

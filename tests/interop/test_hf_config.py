@@ -23,11 +23,12 @@ from mtp_jax.config import (
     walk,
     with_values,
 )
-from mtp_jax.interop import config_json, windows
-from mtp_jax.interop.config_json import from_config, layout_of, read_config, to_config
+from mtp_jax.interop import config_json, layouts, windows
+from mtp_jax.interop.config_json import from_config, read_config, to_config
 from mtp_jax.interop.families import FAMILIES as MODEL_TYPES
 from mtp_jax.interop.families import common
 from mtp_jax.interop.families.common import IGNORED, WINDOW_KEYS
+from mtp_jax.interop.layouts import layout_of
 from mtp_jax.layers import rope
 from mtp_jax.model import validate as validate_model
 from mtp_jax.mtp import kind_of
@@ -746,7 +747,7 @@ def test_every_field_is_stored_or_refused(layout):
                 written.add(key)
                 back = read(hf).model
                 for name, _, _ in walk(back):
-                    if name not in OF_TRAINING and config_json._counts(name, config.model):
+                    if name not in OF_TRAINING and layouts.counts(name, config.model):
                         assert resolved(back, name) == resolved(config.model, name), f"{name} after {key}={other!r}"
     assert {"num_layers", "embed_dim", "norm_eps"} <= written
 
