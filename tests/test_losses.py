@@ -127,6 +127,19 @@ def test_the_kernel_of_the_gradient_changes_nothing(arrays, sizes, precision):
         assert error < 3e-3  # a rounding of bfloat16 or 8 bits falls the other way here and there
 
 
+@pytest.mark.parametrize(("precision", "num_chunks"), [("default", 4), ("bfloat16", 2), ("fp8", 2)])
+def test_a_chunk_has_twice_as_many_logits_in_bfloat16(precision, num_chunks):
+    """12 positions of 4 rows at most 12 at a time: 4 chunks."""
+    hidden = jax.ShapeDtypeStruct((1, 4, 12, D), jnp.bfloat16)
+
+    def chunked(hidden, head):
+        each = term(hidden, head, jnp.zeros((1, 4, 12), jnp.int32), jnp.ones((1, 4, 12)), jnp.ones(1))
+        return evaluate([each], 12, precision)[0]
+
+    program = str(jax.make_jaxpr(chunked)(hidden, jax.ShapeDtypeStruct((D, V), jnp.float32)))
+    assert f" length={num_chunks}\n" in program
+
+
 def test_8_bits_keep_the_gradients_of_unlikely_tokens():
     """A token far less likely than others is one of very many: together their gradients matter."""
     keys = jax.random.split(jax.random.key(0), 2)

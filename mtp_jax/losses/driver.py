@@ -210,8 +210,13 @@ def _values(
     """Returns the logits of a chunk, its part of the loss and its values per position."""
     seen, picks = _logits(precision, chunk, head_DV)
     value = loss.value(seen)
-    scale = chunk.scale[:, None, None] if loss.is_joint else chunk.scale
-    return seen, (scale * chunk.weight * value).sum(), _Positions(value, seen.log_z - seen.target_logit, picks)
+    positions = _Positions(value, seen.log_z - seen.target_logit, picks)
+    return seen, (_cotangent(loss, chunk) * value).sum(), positions
+
+
+def _cotangent(loss: Loss, chunk: _Chunks) -> jax.Array:
+    """Returns the factor of each position's value in the loss, float32[...]."""
+    return (chunk.scale[:, None, None] if loss.is_joint else chunk.scale) * chunk.weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -253,8 +258,7 @@ def _values_and_gradient(
 
     The last result is the largest absolute value of each position's gradient where a kernel has computed it.
     """
-    scale = chunk.scale[:, None, None] if loss.is_joint else chunk.scale
-    cotangent = scale * chunk.weight
+    cotangent = _cotangent(loss, chunk)
     if not _has_gradient_kernel(loss, precision, chunk.hidden, head_DV):
         seen, part, positions = _values(loss, precision, chunk, head_DV)
         return part, positions, loss.gradient(seen, cotangent).astype(chunk.hidden.dtype), None
